@@ -1,0 +1,309 @@
+"""The packed data set: what it looks like on disk, and how it is written, opened and read. The only code that knows.
+
+    <dataset>/dataset.json              corpus, splits, counts, archive sums, the digest of everything; written last
+    <dataset>/<subset>/audio.npy        one-dimensional int16, 16 kHz mono, all utterances end to end, by length
+    <dataset>/<subset>/utterances.csv   id, speaker, offset, samples, transcript, sha256 (RFC 4180), in the same order
+
+The digest of a data set is the SHA-256 of one tarball of its files, names sorted, without times, owners and modes:
+
+    cd LibriSpeech_dataset
+    LC_ALL=C tar --format=gnu --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=0644 -cf - */*.* | sha256sum
+
+so it is the same on every machine. It is computed as the files are read; the tarball is never written.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT_VERSION = 1
+SAMPLE_RATE = 16000
+TRANSCRIPT_CHARACTERS = "'ABCDEFGHIJKLMNOPQRSTUVWXYZ "
+SPLITS = ("train", "validation", "test")
+COLUMNS = ("id", "speaker", "offset", "samples", "transcript", "sha256")
+AUDIO_FILE, INDEX_FILE, DATASET_FILE = "audio.npy", "utterances.csv", "dataset.json"
+AUDIO_HEADER_BYTES = 128
+CHUNK_BYTES = 1 << 20
+
+
+class DataError(Exception):
+    """Anything wrong with archives, data sets or what the user asked for: one line, shown without a traceback."""
+
+
+class DatasetError(DataError):
+    """A packed data set that is absent, unfinished, damaged or of another format version."""
+
+
+@dataclass(frozen=True)
+class UtteranceRow:
+    """A row of utterances.csv: `offset` and `samples` count samples in audio.npy; `sha256` is utterance_digest's."""
+
+    id: str
+    speaker: str
+    offset: int
+    samples: int
+    transcript: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class SubsetSummary:
+    """What dataset.json knows about one subset. `index_sha256` is utterances.csv's, which covers every utterance."""
+
+    name: str
+    utterances: int
+    speakers: int
+    samples: int
+    longest_samples: int
+    index_sha256: str
+    archive: str
+    archive_md5: str
+    archive_sha256: str
+    official: bool  # whether the archive was the published one, by its MD5
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / SAMPLE_RATE
+
+    @property
+    def hours(self) -> float:
+        return self.seconds / 3600
+
+
+@dataclass(frozen=True)
+class Subset:
+    """One subset, sorted by length (ties by id). `audio` is memory-mapped: slicing it reads only what is used."""
+
+    name: str
+    audio: np.ndarray  # int16 [total samples]
+    offsets: np.ndarray  # int64 [N], first sample of each utterance
+    samples: np.ndarray  # int64 [N], lengths, ascending
+    ids: Sequence[str]
+    speakers: Sequence[str]
+    transcripts: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def waveform(self, index: int) -> np.ndarray:
+        """Samples of utterance `index`: int16 [samples[index]], a view of the mapped file."""
+        start = int(self.offsets[index])
+        return self.audio[start : start + int(self.samples[index])]
+
+
+@dataclass(frozen=True)
+class PackedDataset:
+    """A data set by its dataset.json alone; `subset` and `split` open the audio when called.
+
+    `splits` names the prepared subsets of "train", "validation" and "test". `digest` is empty while a download that
+    adds subsets is unfinished (open_dataset refuses such a data set).
+    """
+
+    path: Path
+    corpus: str
+    synthetic: bool
+    splits: dict[str, list[str]]
+    digest: str = ""
+    summary: dict[str, SubsetSummary] = field(default_factory=dict)
+
+    @property
+    def subsets(self) -> list[str]:
+        return list(self.summary)
+
+    @property
+    def official(self) -> bool:
+        """Whether every subset comes from the published archive (synthetic speech never does)."""
+        return all(subset.official for subset in self.summary.values())
+
+    def subset(self, name: str) -> Subset:
+        """Opens one prepared subset; DatasetError where it is not there or does not fit dataset.json."""
+        if name not in self.summary:
+            raise DatasetError(f"{self.path} has no subset '{name}'; it has: {', '.join(self.summary)}")
+        folder = self.path / name
+        rows = list(read_index(folder / INDEX_FILE))
+        try:
+            audio = np.load(folder / AUDIO_FILE, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"cannot open {folder / AUDIO_FILE}: {error}; run verify_dataset.sh") from error
+        expected = self.summary[name]
+        if len(rows) != expected.utterances or audio.dtype != np.int16 or audio.shape != (expected.samples,):
+            raise DatasetError(f"{folder} does not fit {DATASET_FILE}; run verify_dataset.sh")
+        return Subset(
+            name=name,
+            audio=audio,
+            offsets=np.array([row.offset for row in rows], dtype=np.int64),
+            samples=np.array([row.samples for row in rows], dtype=np.int64),
+            ids=[row.id for row in rows],
+            speakers=[row.speaker for row in rows],
+            transcripts=[row.transcript for row in rows],
+        )
+
+    def split(self, name: str) -> list[Subset]:
+        """The prepared subsets of a split, opened; an empty list where none was prepared."""
+        if name not in self.splits:
+            raise DatasetError(f"no split '{name}'; there are: {', '.join(self.splits)}")
+        return [self.subset(subset) for subset in self.splits[name]]
+
+
+def read_dataset(path: Path) -> PackedDataset:
+    """Reads dataset.json, be the data set finished or not. DatasetError where it is absent or of another format."""
+    file = path / DATASET_FILE
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DatasetError(
+            f"no data set in {path}: run 'sh download_dataset.sh' (with --corpus NAME and --dataset-dir {path})"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"cannot read {file}: {error}; remove {path} and run download_dataset.sh again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise DatasetError(
+            f"{path} has format version {version}, this code reads version {FORMAT_VERSION}: "
+            "remove it and run download_dataset.sh again"
+        )
+    try:
+        summary = {
+            name: SubsetSummary(name=name, **{key: value for key, value in entry.items() if key != "hours"})
+            for name, entry in content["subsets"].items()
+        }
+        return PackedDataset(
+            path=path,
+            corpus=content["corpus"],
+            synthetic=content["synthetic"],
+            splits={split: list(content["splits"][split]) for split in SPLITS},
+            digest=content["digest"],
+            summary=summary,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{file} is damaged ({error}); remove {path} and run download_dataset.sh again") from error
+
+
+def open_dataset(path: Path) -> PackedDataset:
+    """Opens a finished data set, reading dataset.json only. DatasetError says what to run where there is none."""
+    dataset = read_dataset(path)
+    if not dataset.digest:
+        raise DatasetError(
+            f"{path} is unfinished: run the same 'sh download_dataset.sh' command again "
+            f"(--corpus {dataset.corpus} --dataset-dir {path})"
+        )
+    return dataset
+
+
+def write_dataset(dataset: PackedDataset) -> None:
+    """Writes dataset.json, whole or not at all."""
+    subsets = {}
+    for name, summary in dataset.summary.items():
+        entry = {**asdict(summary), "hours": round(summary.hours, 4)}
+        del entry["name"]
+        subsets[name] = entry
+    content = {
+        "format_version": FORMAT_VERSION,
+        "corpus": dataset.corpus,
+        "synthetic": dataset.synthetic,
+        "splits": dataset.splits,
+        "digest": dataset.digest,
+        "subsets": subsets,
+    }
+    file = dataset.path / DATASET_FILE
+    partial = file.with_name(file.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    replace_durably(partial, file)
+
+
+def replace_durably(partial: Path, final: Path) -> None:
+    """Gives a finished file or folder its final name, such that a power cut leaves the old one or the new one."""
+    partial.replace(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def audio_header(samples: int) -> bytes:
+    """The header of an .npy file of `samples` int16. Made here because numpy's own padding changes with its version."""
+    text = f"{{'descr': '<i2', 'fortran_order': False, 'shape': ({samples},), }}"
+    prefix = b"\x93NUMPY\x01\x00" + (AUDIO_HEADER_BYTES - 10).to_bytes(2, "little")
+    return prefix + text.ljust(AUDIO_HEADER_BYTES - 11).encode("latin1") + b"\n"
+
+
+def write_index(file: Path, rows: Iterable[UtteranceRow]) -> str:
+    """Writes utterances.csv and returns its SHA-256."""
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(COLUMNS)
+        writer.writerows((row.id, row.speaker, row.offset, row.samples, row.transcript, row.sha256) for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return file_digest(file, "sha256")
+
+
+def read_index(file: Path) -> Iterator[UtteranceRow]:
+    """The rows of utterances.csv. DatasetError names the line of a row that is not one."""
+    try:
+        with file.open(encoding="utf-8", newline="") as stream:
+            reader = csv.reader(stream, strict=True)
+            if tuple(next(reader, ())) != COLUMNS:
+                raise DatasetError(f"{file}: the first line does not read {','.join(COLUMNS)}; run verify_dataset.sh")
+            for row in reader:
+                try:
+                    name, speaker, offset, samples, transcript, digest = row
+                    yield UtteranceRow(name, speaker, int(offset), int(samples), transcript, digest)
+                except ValueError as error:
+                    raise DatasetError(f"{file}, line {reader.line_num}: not an utterance ({error})") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DatasetError(f"cannot read {file}: {error}; run verify_dataset.sh") from error
+
+
+def utterance_digest(waveform: np.ndarray, transcript: str) -> str:
+    """SHA-256 (hex) of an utterance: its int16 samples, little-endian, then its transcript."""
+    digest = hashlib.sha256(np.ascontiguousarray(waveform, dtype="<i2").data)
+    digest.update(transcript.encode("utf-8"))
+    return digest.hexdigest()
+
+
+def file_digest(file: Path, algorithm: str) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def content_files(subsets: Iterable[str]) -> list[str]:
+    """Names of the files that a data set's digest covers, in its order."""
+    return sorted(f"{subset}/{file}" for subset in subsets for file in (AUDIO_FILE, INDEX_FILE))
+
+
+def content_digest(path: Path, subsets: Iterable[str], progress: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 (hex) of the GNU-format tarball of the subsets' files; `progress` is told the bytes read."""
+    digest = hashlib.sha256()
+    total = 0
+    for name in content_files(subsets):
+        entry = tarfile.TarInfo(name)
+        entry.size = (path / name).stat().st_size
+        # The GNU format, unlike ustar, has room for members of 8 GiB and more.
+        header = entry.tobuf(tarfile.GNU_FORMAT)
+        digest.update(header)
+        with (path / name).open("rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                digest.update(chunk)
+                progress(len(chunk))
+        padding = -entry.size % tarfile.BLOCKSIZE
+        digest.update(bytes(padding))
+        total += len(header) + entry.size + padding
+    end = 2 * tarfile.BLOCKSIZE
+    digest.update(bytes(end + -(total + end) % tarfile.RECORDSIZE))
+    return digest.hexdigest()

@@ -1,0 +1,195 @@
+"""From an archive to packed subsets: unpack, read the headers, allocate, decode in parallel into place.
+
+Nothing has its final name before it is complete: a subset is built in `<dataset>/<subset>.partial/`, flushed to disk
+and renamed, and only then entered into dataset.json. A run that was cut short is repeated from the last whole subset.
+"""
+
+from __future__ import annotations
+
+import gzip
+import multiprocessing
+import os
+import shutil
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.corpora import Corpus, CorpusSubset
+from data.packed import (
+    AUDIO_FILE,
+    AUDIO_HEADER_BYTES,
+    INDEX_FILE,
+    DataError,
+    PackedDataset,
+    SubsetSummary,
+    UtteranceRow,
+    audio_header,
+    content_digest,
+    content_files,
+    replace_durably,
+    utterance_digest,
+    write_dataset,
+    write_index,
+)
+from data.readers import Utterance, decode, read_utterances
+
+UTTERANCES_PER_TASK = 16
+
+
+@dataclass(frozen=True)
+class CheckedArchive:
+    """An archive on this disk whose sum has been checked. `official`: it is the published one."""
+
+    file: Path
+    md5: str
+    sha256: str
+    official: bool
+
+
+def prepare_archive(
+    dataset: PackedDataset, corpus: Corpus, archive: CheckedArchive, subsets: Sequence[CorpusSubset], jobs: int
+) -> PackedDataset:
+    """Adds the subsets that lie in one archive to a data set, which is unfinished then; returns its new state."""
+    with _temporary_folder(dataset.path / "unpacked") as unpacked:
+        unpack(archive.file, unpacked)
+        for subset in subsets:
+            utterances = read_utterances(unpacked, corpus.layout, subset)
+            if archive.official and subset.utterances not in (None, len(utterances)):
+                raise DataError(
+                    f"{archive.file}: {len(utterances)} utterances in {subset.name}, not {subset.utterances}"
+                )
+            with _temporary_folder(dataset.path / f"{subset.name}.partial") as partial:
+                summary = _pack(utterances, partial, subset.name, archive, jobs)
+                final = dataset.path / subset.name
+                if final.exists():  # left by a run that ended between the renaming and dataset.json
+                    shutil.rmtree(final)
+                replace_durably(partial, final)
+            summaries = {**dataset.summary, subset.name: summary}
+            prepared = [known.name for known in corpus.subsets if known.name in summaries]
+            dataset = replace(
+                dataset,
+                digest="",
+                splits=corpus.splits(prepared),
+                summary={name: summaries[name] for name in prepared},
+            )
+            write_dataset(dataset)
+    return dataset
+
+
+def finish_dataset(dataset: PackedDataset) -> PackedDataset:
+    """Computes the digest of everything and with it declares the data set finished."""
+    total = sum((dataset.path / name).stat().st_size for name in content_files(dataset.subsets))
+    with progress_bar("checksum", total, "B") as bar:
+        dataset = replace(dataset, digest=content_digest(dataset.path, dataset.subsets, bar.update))
+    write_dataset(dataset)
+    return dataset
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpacks a .tar.gz of plain files and folders. DataError names a member that is anything else or lies outside."""
+    try:
+        with (
+            progress_bar(f"unpacking {archive.name}", archive.stat().st_size, "B") as bar,
+            archive.open("rb") as compressed,
+            gzip.GzipFile(fileobj=compressed) as stream,
+            tarfile.open(fileobj=stream, mode="r|") as tar,
+        ):
+            for member in tar:
+                if not (member.isfile() or member.isdir()):
+                    raise DataError(f"{archive}: refused member '{member.name}': neither a file nor a folder")
+                if member.name.startswith("/") or ".." in member.name.split("/"):
+                    raise DataError(f"{archive}: refused member '{member.name}': it lies outside the archive's folder")
+                tar.extract(member, folder, filter="data")
+                bar.update(compressed.tell() - bar.n)
+            # The gzip checksum stands at the end, beyond the last member.
+            while stream.read(1 << 20):
+                pass
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{archive} is damaged or cut short: {error}") from error
+
+
+def progress_bar(description: str, total: float, unit: str) -> tqdm:
+    """A bar on standard error, only where that is a terminal."""
+    return tqdm(desc=description, total=total, unit=unit, unit_scale=True, file=sys.stderr, disable=None, leave=False)
+
+
+def _pack(
+    utterances: Sequence[Utterance], folder: Path, name: str, archive: CheckedArchive, jobs: int
+) -> SubsetSummary:
+    """Writes audio.npy and utterances.csv of one subset into `folder`."""
+    ordered = sorted(utterances, key=lambda utterance: (utterance.samples, utterance.id))
+    offsets = [0, *accumulate(utterance.samples for utterance in ordered)]
+    audio = folder / AUDIO_FILE
+    with audio.open("wb") as stream:
+        stream.write(audio_header(offsets[-1]))
+        stream.truncate(AUDIO_HEADER_BYTES + 2 * offsets[-1])
+    starts = range(0, len(ordered), UTTERANCES_PER_TASK)
+    digests: list[str] = []
+    # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
+    context = multiprocessing.get_context("spawn")
+    with (
+        progress_bar(f"preparing {name}", len(ordered), " utterances") as bar,
+        ProcessPoolExecutor(min(jobs, len(starts)), mp_context=context) as pool,
+    ):
+        tasks = [ordered[start : start + UTTERANCES_PER_TASK] for start in starts]
+        for result in pool.map(_decode_into, [audio] * len(tasks), tasks, [offsets[start] for start in starts]):
+            digests += result
+            bar.update(len(result))
+    with audio.open("rb") as stream:
+        os.fsync(stream.fileno())
+    rows = (
+        UtteranceRow(utterance.id, utterance.speaker, offset, utterance.samples, utterance.transcript, digest)
+        for utterance, offset, digest in zip(ordered, offsets, digests, strict=False)
+    )
+    return SubsetSummary(
+        name=name,
+        utterances=len(ordered),
+        speakers=len({utterance.speaker for utterance in ordered}),
+        samples=offsets[-1],
+        longest_samples=ordered[-1].samples,
+        index_sha256=write_index(folder / INDEX_FILE, rows),
+        archive=archive.file.name,
+        archive_md5=archive.md5,
+        archive_sha256=archive.sha256,
+        official=archive.official,
+    )
+
+
+def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> list[str]:
+    """Decodes successive utterances into audio.npy from sample `offset` on; returns their digests."""
+    digests = []
+    # Written, not memory-mapped: a full disk is then an error and not a bus fault.
+    with audio.open("r+b", buffering=0) as stream:
+        stream.seek(AUDIO_HEADER_BYTES + 2 * offset)
+        for utterance in utterances:
+            waveform = np.ascontiguousarray(decode(utterance), dtype="<i2")
+            if waveform.shape != (utterance.samples,):
+                raise DataError(
+                    f"{utterance.file}: utterance {utterance.id} has {waveform.shape} samples, "
+                    f"its header says {utterance.samples}"
+                )
+            digests.append(utterance_digest(waveform, utterance.transcript))
+            remaining = waveform.data.cast("B")
+            while remaining:
+                remaining = remaining[stream.write(remaining) :]
+    return digests
+
+
+@contextmanager
+def _temporary_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder of this name, removed at the end; what an earlier, killed run left in it goes first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

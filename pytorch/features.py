@@ -1,0 +1,153 @@
+"""Waveform -> normalised log-magnitude spectrogram, with augmentation; batched, on the device of the waveforms.
+
+Axes: B batch, S samples, F frequency, T time (frames). 16 kHz, 20 ms Hamming window, hop length 10 ms, n_fft 320 -> 161
+bins, log1p of the magnitude, mean and standard deviation of each utterance over its own frames (Deep Speech 2,
+arXiv 1512.02595, section 3; settings of the MLPerf v0.5 reference).
+
+**Padding never changes a result**: an utterance ends in zeros whether or not others in the batch are longer (the
+transform pads with zeros, not by reflection), and frames beyond its end count in no mean and are zero in the output.
+
+Lengths stay on the CPU and follow from `samples` and the drawn tempo alone, so that no step waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchaudio
+from torch import Tensor, nn
+
+from pytorch.config import Config
+
+SAMPLE_RATE = 16_000  # Hz
+N_FFT = 320  # samples: 20 ms
+HOP_LENGTH = 160  # samples: 10 ms
+FREQUENCY_BINS = N_FFT // 2 + 1
+
+
+def frame_counts(samples: Tensor) -> Tensor:
+    """Frames of utterances of so many samples: one every hop length, the first centred on the first sample."""
+    return samples // HOP_LENGTH + 1
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What was drawn for each utterance of a batch."""
+
+    tempo: np.ndarray  # [B]
+    gain: np.ndarray  # [B], factor of the magnitude
+    frequency_masks: np.ndarray  # [B, masks, 2]: first bin, width; in bins
+    time_masks: np.ndarray  # [B, masks, 2]: first frame, length; as parts of the utterance's frames
+
+
+def draw_augmentation(config: Config, seeds: np.ndarray, tempo_limits: np.ndarray) -> Augmentation:
+    """Draw the augmentation of a batch, each utterance from its own generator.
+
+    Args:
+        config: ranges to draw from.
+        seeds: integers [B, K]; row b alone decides what utterance b gets, whoever shares its batch.
+        tempo_limits: float [B], tempo above which the utterance would have too few frames for its transcript.
+    """
+    tempo, gain, frequency, time = [], [], [], []
+    for seed, limit in zip(seeds, tempo_limits, strict=True):
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed.tolist())))
+        tempo.append(min(random.uniform(config.tempo_min, config.tempo_max), limit))
+        gain.append(10 ** (random.uniform(config.gain_min_db, config.gain_max_db) / 20))
+        widths = random.integers(0, config.frequency_mask_bins, config.frequency_masks, endpoint=True)
+        frequency.append(np.stack([random.integers(0, FREQUENCY_BINS - widths, endpoint=True), widths], axis=-1))
+        lengths = random.uniform(0, config.time_mask_fraction, config.time_masks)
+        time.append(np.stack([random.uniform(0, 1 - lengths), lengths], axis=-1))
+    return Augmentation(np.array(tempo), np.array(gain), np.stack(frequency), np.stack(time))
+
+
+class LogSpectrogram(nn.Module):
+    """int16 waveforms [B, S], zero beyond each utterance's end -> float32 features [B, F, T] and frames [B] (CPU)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.magnitude = torchaudio.transforms.Spectrogram(
+            n_fft=N_FFT, hop_length=HOP_LENGTH, window_fn=torch.hamming_window, power=1.0, pad_mode="constant"
+        )
+
+    @torch.no_grad()
+    def forward(
+        self, waveforms_BS: Tensor, samples_B: Tensor, augmentation: Augmentation | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features of a batch.
+
+        Args:
+            waveforms_BS: int16, on any device.
+            samples_B: int64 on the CPU, valid samples of each utterance.
+            augmentation: None for evaluation.
+        """
+        device = waveforms_BS.device
+        magnitude_BFT = self.magnitude(waveforms_BS.float() / 32768)
+        frames_B = frame_counts(samples_B)
+        if augmentation is not None:
+            tempo_B = torch.from_numpy(augmentation.tempo)
+            magnitude_BFT, frames_B = change_tempo(magnitude_BFT, frames_B, tempo_B)
+            magnitude_BFT = magnitude_BFT * _to(augmentation.gain, device)[:, None, None]
+        features_BFT = torch.log1p(magnitude_BFT)
+        time_T = torch.arange(features_BFT.shape[-1], device=device)
+        frames_on_device_B = frames_B.to(device, non_blocking=True)
+        valid_B1T = (time_T < frames_on_device_B[:, None])[:, None]
+        features_BFT = _normalise(features_BFT, valid_B1T, frames_on_device_B)
+        if augmentation is not None:
+            _mask(features_BFT, augmentation, frames_on_device_B)
+        return features_BFT, frames_B
+
+
+def change_tempo(magnitude_BFT: Tensor, frames_B: Tensor, tempo_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Play each utterance `tempo` times as fast without changing its pitch: linear interpolation of the magnitude
+    spectrogram along time.
+
+    Args:
+        magnitude_BFT: magnitudes.
+        frames_B: int64 on the CPU.
+        tempo_B: float64 on the CPU, > 0.
+
+    Returns:
+        Magnitudes with as many frames as the longest result, and the new numbers of frames (CPU).
+    """
+    new_frames_B = ((frames_B - 1) / tempo_B).floor().long() + 1
+    time_T = torch.arange(int(new_frames_B.max()), dtype=torch.float64)
+    position_BT = torch.minimum(time_T * tempo_B[:, None], (frames_B[:, None] - 1).double())
+    before_BT = position_BT.floor()
+    device = magnitude_BFT.device
+    fraction_B1T = (position_BT - before_BT).float().to(device, non_blocking=True)[:, None]
+    before_BT = before_BT.long()
+    after_BT = torch.minimum(before_BT + 1, frames_B[:, None] - 1)
+
+    def frames_at(index_BT: Tensor) -> Tensor:
+        index = index_BT.to(device, non_blocking=True)[:, None].expand(-1, magnitude_BFT.shape[1], -1)
+        return magnitude_BFT.gather(2, index)
+
+    return torch.lerp(frames_at(before_BT), frames_at(after_BT), fraction_B1T), new_frames_B
+
+
+def _normalise(features_BFT: Tensor, valid_B1T: Tensor, frames_B: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 of each utterance over its valid frames; zero elsewhere."""
+    count_B11 = (frames_B * features_BFT.shape[1]).float()[:, None, None]
+    mean_B11 = features_BFT.mul(valid_B1T).sum((1, 2), keepdim=True) / count_B11
+    centred_BFT = (features_BFT - mean_B11).mul_(valid_B1T)
+    variance_B11 = centred_BFT.square().sum((1, 2), keepdim=True) / count_B11
+    return centred_BFT.mul_(torch.rsqrt(variance_B11 + 1e-10))  # digital silence stays zero
+
+
+def _mask(features_BFT: Tensor, augmentation: Augmentation, frames_B: Tensor) -> None:
+    """SpecAugment (arXiv 1904.08779) without warping, in place: masked features become the mean, which is zero."""
+    device = features_BFT.device
+    _, bins, time = features_BFT.shape
+    frequency_BM2 = _to(augmentation.frequency_masks, device)
+    time_BM2 = _to(augmentation.time_masks, device) * frames_B[:, None, None]
+    for size, masks_BM2, axis in ((bins, frequency_BM2, 2), (time, time_BM2, 1)):
+        index = torch.arange(size, device=device)
+        start_BM1, width_BM1 = masks_BM2.floor().split(1, dim=2)
+        masked = ((index >= start_BM1) & (index < start_BM1 + width_BM1)).any(1)
+        features_BFT.masked_fill_(masked.unsqueeze(axis), 0)
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).float().to(device, non_blocking=True)

@@ -1,0 +1,73 @@
+"""Word and character error rates.
+
+The benchmark's figure is the **corpus WER**: word errors (insertions, deletions and substitutions) of all utterances
+over all reference words, in percent. The mean of the utterances' own rates is another number, kept beside it under its
+own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import Levenshtein
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """Errors of a set of utterances; sets add up with `+`."""
+
+    utterances: int = 0
+    word_errors: int = 0
+    words: int = 0
+    character_errors: int = 0
+    characters: int = 0
+    sum_of_utterance_wers: float = 0.0
+
+    def __add__(self, other: ErrorCounts) -> ErrorCounts:
+        return ErrorCounts(
+            self.utterances + other.utterances,
+            self.word_errors + other.word_errors,
+            self.words + other.words,
+            self.character_errors + other.character_errors,
+            self.characters + other.characters,
+            self.sum_of_utterance_wers + other.sum_of_utterance_wers,
+        )
+
+    @property
+    def wer(self) -> float:
+        """Corpus word error rate in percent."""
+        return 100 * self.word_errors / self.words
+
+    @property
+    def cer(self) -> float:
+        """Corpus character error rate in percent; spaces count as characters."""
+        return 100 * self.character_errors / self.characters
+
+    @property
+    def mean_utterance_wer(self) -> float:
+        """Mean over utterances of each one's word error rate, in percent (what the 2018 reference reported)."""
+        return 100 * self.sum_of_utterance_wers / self.utterances
+
+
+def count_errors(references: Iterable[str], hypotheses: Iterable[str]) -> ErrorCounts:
+    """Errors of hypotheses against references, pair by pair.
+
+    Raises:
+        ValueError: the numbers differ, or a reference has no word (its rate has no meaning).
+    """
+    total = ErrorCounts()
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        words = reference.split()
+        if not words:
+            raise ValueError("a reference transcript is empty")
+        errors = Levenshtein.distance(words, hypothesis.split())
+        total += ErrorCounts(
+            1,
+            errors,
+            len(words),
+            Levenshtein.distance(reference, hypothesis),
+            len(reference),
+            errors / len(words),
+        )
+    return total

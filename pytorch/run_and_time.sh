@@ -1,0 +1,7 @@
+#!/bin/sh
+# The timed run. Usage: sh run_and_time.sh [--config NAME] [overrides] | tee mlperf_ds2.log      (--help lists all)
+# Standard output is the MLPerf log; its last line is RESULT,DEEPSPEECH2,<seed>,<seconds>,<user>,<start time>.
+# Exit status 0 only if the target was reached.
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+. "$root/environment.sh"
+exec "$python" -m pytorch.train "$@"

@@ -1,0 +1,415 @@
+"""The timed run: train DeepSpeech2 until the validation set's corpus WER reaches the target.
+
+    python -m pytorch.train --config synthetic
+    python -m pytorch.train --config librispeech --recipe reference --seed 7
+    python -m pytorch.train --config an4 --resume
+
+Prints the MLPerf log on standard output and progress on standard error. Exit status: 0 the target was reached, 1 it was
+not or something went wrong, 2 the command line was not understood, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from mlperf_logging import mllog
+from mlperf_logging.mllog import constants
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.packed import DataError, PackedDataset, open_dataset
+from pytorch import checkpoint, gru, mlperf
+from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch, split_in_order
+from pytorch.checkpoint import Progress
+from pytorch.config import Config, RunError, parse_config
+from pytorch.decoder import BLANK, decode_greedily
+from pytorch.features import LogSpectrogram
+from pytorch.metrics import ErrorCounts, count_errors
+from pytorch.model import DeepSpeech2
+
+MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
+
+
+@dataclass
+class Run:
+    """What a run works with."""
+
+    config: Config
+    device: torch.device
+    spectrogram: LogSpectrogram
+    model: DeepSpeech2
+    optimizer: torch.optim.Optimizer
+    log: mllog.mllog.MLLogger
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    try:
+        config = parse_config(
+            sys.argv[1:] if arguments is None else arguments,
+            program="python -m pytorch.train",
+            description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target.",
+        )
+        return 0 if train(config) else 1
+    except (RunError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last finished epoch", file=sys.stderr)
+        return 130
+
+
+def train(config: Config) -> bool:
+    """Train until the target, or until the configuration's limits. Returns whether the target was reached.
+
+    Raises:
+        RunError: the run cannot start or go on.
+        DataError: the data set is absent or damaged.
+    """
+    log = mlperf.get_logger()
+    log.start(constants.INIT_START)
+    # Only the summary is read before the clock starts: sizes to warm up with, and errors that are better early.
+    dataset = open_dataset(config.dataset_dir)
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--output-dir {config.output_dir}: cannot be made: {error.strerror}") from error
+    device = choose_device(config.device)
+    log.event(constants.CACHE_CLEAR, mlperf.clear_cache(dataset.path))
+    mlperf.log_submission(log, config, dataset, device)
+
+    torch.manual_seed(config.seed)
+    spectrogram = LogSpectrogram().to(device)
+    model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
+    if device.type == "cpu":
+        gru.build_kernel()
+    log.event("gru_implementation", "cuDNN" if device.type == "cuda" else gru.kernel_status())
+    warm_up(config, spectrogram, model, device, _longest_training_utterance(dataset))
+    run = Run(config, device, spectrogram, model, make_optimizer(config, model), log)
+    progress = Progress()
+    if config.resume:
+        progress = _resume(run, dataset)
+    log.end(constants.INIT_STOP)
+
+    started_at = datetime.now()
+    log.start(constants.RUN_START)
+    clock = _Clock(progress.elapsed_seconds)
+    reached = False
+    try:
+        reached = _train_to_target(run, dataset, progress, clock)
+    finally:
+        seconds = clock.seconds()
+        log.end(constants.RUN_STOP, metadata={"status": constants.SUCCESS if reached else constants.ABORTED})
+    try:
+        _save(run, dataset, progress)  # off the clock, and no reason to lose the result
+    finally:
+        if reached:
+            resumed = " (resumed: no uninterrupted benchmark result)" if progress.resumed else ""
+            print(f"Target WER of {config.target_wer:g} reached in {seconds:.0f} s{resumed}.", file=sys.stderr)
+            when = f"{started_at:%Y-%m-%d %I:%M:%S %p}"
+            print(f"RESULT,DEEPSPEECH2,{config.seed},{seconds:.0f},{getpass.getuser()},{when}", flush=True)
+        else:
+            print(
+                f"The target WER of {config.target_wer:g} was not reached; best: {progress.best_wer:.2f}.",
+                file=sys.stderr,
+            )
+    return reached
+
+
+class _Clock:
+    """Seconds since it was made, plus those of the run before it was resumed."""
+
+    def __init__(self, before: float) -> None:
+        self._start = time.monotonic() - before
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+
+def choose_device(name: str) -> torch.device:
+    """Device of that name; `auto` is the GPU if there is one.
+
+    Raises:
+        RunError: a GPU was asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu or auto")
+    return torch.device(name)
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The configuration's optimizer; its learning rate is set before each step by `learning_rate`."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            config.learning_rate,
+            momentum=config.beta1,
+            nesterov=config.beta1 > 0,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.AdamW(
+        model.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
+    )
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """Learning rate of a step.
+
+    Args:
+        config: schedule and its values.
+        step: of the run, from 0.
+        steps_per_epoch: in the whole epoch.
+    """
+    rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.schedule == "anneal":
+        fall = config.learning_rate_anneal ** -(step // steps_per_epoch)
+    else:
+        way = min(1.0, step / (config.schedule_epochs * steps_per_epoch))
+        end = config.final_learning_rate_fraction
+        fall = end + (1 - end) * 0.5 * (1 + math.cos(math.pi * way))
+    return config.learning_rate * rise * fall
+
+
+def ctc_loss(logits_TBV: Tensor, frames_B: Tensor, targets: Tensor, target_lengths_B: Tensor) -> Tensor:
+    """CTC loss in float32: mean over utterances of the negative log-likelihood (nats) of each transcript."""
+    log_probabilities = logits_TBV.float().log_softmax(2)
+    total = nn.functional.ctc_loss(log_probabilities, targets, frames_B, target_lengths_B, blank=BLANK, reduction="sum")
+    return total / len(frames_B)
+
+
+def forward_loss(model: DeepSpeech2, spectrogram: LogSpectrogram, batch: Batch, device: torch.device) -> Tensor:
+    """Loss of a batch, augmented if the batch says so."""
+    waveforms = batch.waveforms_BS.to(device, non_blocking=True)
+    logits_TBV, frames_B = model(*spectrogram(waveforms, batch.samples_B, batch.augmentation))
+    return ctc_loss(logits_TBV, frames_B, batch.targets.to(device, non_blocking=True), batch.target_lengths_B)
+
+
+def warm_up(
+    config: Config, spectrogram: LogSpectrogram, model: DeepSpeech2, device: torch.device, longest_samples: int
+) -> None:
+    """One whole training step on made-up data as large as the largest batch, then everything as it was.
+
+    Kernels are built and chosen, and memory is known to suffice, before the clock starts.
+
+    Raises:
+        RunError: the largest batch does not fit into memory.
+    """
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = make_optimizer(config, model)
+    count, samples = config.batch_size, int(longest_samples / min(1.0, config.tempo_min))
+    noise = torch.randint(-1000, 1000, (count, samples), dtype=torch.int16)
+    batch = Batch(
+        np.arange(count),
+        noise,
+        torch.full((count,), samples),
+        torch.full((count,), 1),
+        torch.full((count,), 1),
+        ["'"] * count,
+        None,
+    )
+    try:
+        forward_loss(model, spectrogram, batch, device).backward()
+        optimizer.step()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise RunError(
+            f"a batch of {count} utterances of {samples / 16000:.0f} s does not fit into memory; "
+            f"use a smaller --batch-size than {count}"
+        ) from error
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(before)
+
+
+def _longest_training_utterance(dataset: PackedDataset) -> int:
+    return max(dataset.summary[name].longest_samples for name in dataset.splits["train"])
+
+
+def _train_to_target(run: Run, dataset: PackedDataset, progress: Progress, clock: _Clock) -> bool:
+    """The part on the clock."""
+    config, log = run.config, run.log
+    utterances = Utterances(dataset.split("train"))
+    validation = Utterances(dataset.split("validation"))
+    alignable = utterances.alignable()
+    included = np.flatnonzero(alignable)
+    log.event(constants.TRAIN_SAMPLES, len(included))
+    log.event(constants.EVAL_SAMPLES, len(validation))
+    left_out = [utterances.id(index) for index in np.flatnonzero(~alignable).tolist()]
+    log.event("train_samples_left_out", len(left_out), metadata={"reason": "too short for CTC", "ids": left_out})
+    if len(included) == 0:
+        raise RunError(f"{dataset.path}: no training utterance is long enough for its transcript")
+
+    for epoch in range(progress.epoch, config.max_epochs + 1):
+        epoch_started = time.monotonic()
+        log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: epoch})
+        finished, loss, waiting = _train_epoch(run, utterances, included, progress)
+        log.end(
+            constants.EPOCH_STOP,
+            metadata={constants.EPOCH_NUM: epoch, "loss": loss, "data_wait_fraction": waiting, "step": progress.step},
+        )
+        training_seconds = time.monotonic() - epoch_started
+
+        log.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: epoch})
+        errors = evaluate(run, validation)
+        total = sum(errors.values(), ErrorCounts())
+        _log_accuracy(log, errors, total, epoch)
+        log.end(constants.EVAL_STOP, metadata={constants.EPOCH_NUM: epoch})
+        reached = total.wer <= config.target_wer
+        each = ", ".join(f"{name} {counts.wer:.2f}" for name, counts in errors.items())
+        tqdm.write(
+            f"epoch {epoch:3d}  loss {loss:8.3f}  WER {total.wer:6.2f} ({each})  CER {total.cer:6.2f}  "
+            f"train {training_seconds:.0f} s (waited for data {waiting:.1%})  clock {clock.seconds():.0f} s",
+            file=sys.stderr,
+        )
+        if finished:
+            progress.epoch, progress.step_in_epoch = epoch + 1, 0
+        progress.wer = total.wer
+        progress.best_wer = min(total.wer, progress.best_wer if progress.best_wer is not None else math.inf)
+        progress.elapsed_seconds = clock.seconds()
+        if reached or not finished or epoch == config.max_epochs:
+            return reached
+        _save(run, dataset, progress)
+    raise RunError(f"--max-epochs {config.max_epochs}: all of them are done already; give a larger number to go on")
+
+
+def _save(run: Run, dataset: PackedDataset, progress: Progress) -> None:
+    names = [checkpoint.LAST] + [checkpoint.BEST] * (progress.wer == progress.best_wer)
+    for name in names:
+        checkpoint.save(run.config.output_dir / name, run.config, dataset.digest, progress, run.model, run.optimizer)
+
+
+def _train_epoch(
+    run: Run, utterances: Utterances, included: np.ndarray, progress: Progress
+) -> tuple[bool, float, float]:
+    """The rest of the epoch under way.
+
+    Returns:
+        Whether the epoch was finished (max_steps may end it), mean loss of its steps here, fraction of its time spent
+        waiting for data.
+    """
+    config = run.config
+    plan = plan_epoch(utterances, included, config.batch_size, config.seed, progress.epoch)
+    make = partial(make_batch, utterances, augment=(config, progress.epoch))
+    batches = prefetch(plan[progress.step_in_epoch :], make)
+    losses: list[float] = []
+    started, waiting = time.monotonic(), 0.0
+    run.model.train()
+    with _progress_bar(f"epoch {progress.epoch}", len(plan), progress.step_in_epoch) as bar:
+        while progress.step_in_epoch < len(plan) and (config.max_steps is None or progress.step < config.max_steps):
+            asked = time.monotonic()
+            batch = next(batches)
+            waiting += time.monotonic() - asked
+            rate = learning_rate(config, progress.step, len(plan))
+            loss = _step(run, batch, rate)
+            progress.step += 1
+            progress.step_in_epoch += 1
+            if loss is None:
+                progress.skipped_steps += 1
+                progress.skipped_in_a_row += 1
+                ids = [utterances.id(index) for index in batch.indices]
+                run.log.event("skipped_step", progress.step, metadata={"reason": "not finite", "utterances": ids})
+                if progress.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+                    raise RunError(
+                        f"step {progress.step}: loss or gradient was not finite "
+                        f"{progress.skipped_in_a_row} times in a row, last with the utterances {', '.join(ids)}; try a lower --learning-rate"
+                    )
+            else:
+                progress.skipped_in_a_row = 0
+                losses.append(loss)
+                run.log.event("train_loss", loss, metadata={"step_num": progress.step, "learning_rate": rate})
+                bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
+            bar.update()
+    batches.close()  # type: ignore[attr-defined]  # stops the reader when max_steps ended the epoch early
+    elapsed = time.monotonic() - started
+    mean_loss = sum(losses) / len(losses) if losses else math.nan
+    return progress.step_in_epoch == len(plan), mean_loss, waiting / elapsed if elapsed else 0.0
+
+
+def _step(run: Run, batch: Batch, rate: float) -> float | None:
+    """One optimizer step. Returns the loss, or None if it or its gradient was not finite: then nothing was changed."""
+    run.optimizer.zero_grad(set_to_none=True)
+    loss = forward_loss(run.model, run.spectrogram, batch, run.device)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.gradient_clip_norm)
+    loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        return None
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step()
+    return loss_value
+
+
+@torch.no_grad()
+def evaluate(run: Run, utterances: Utterances) -> dict[str, ErrorCounts]:
+    """Errors of greedy decoding, by subset, over **every** utterance.
+
+    Raises:
+        RunError: not every utterance was counted.
+    """
+    run.model.eval()
+    plan = split_in_order(np.arange(len(utterances)), run.config.batch_size)
+    errors = {subset.name: ErrorCounts() for subset in utterances.subsets}
+    with _progress_bar("evaluation", len(plan), 0) as bar:
+        for batch in prefetch(plan, partial(make_batch, utterances)):
+            features = run.spectrogram(batch.waveforms_BS.to(run.device, non_blocking=True), batch.samples_B)
+            hypotheses = decode_greedily(*run.model(*features))
+            for index, reference, hypothesis in zip(batch.indices, batch.transcripts, hypotheses, strict=True):
+                errors[utterances.subsets[utterances.subset_of[index]].name] += count_errors([reference], [hypothesis])
+            bar.update()
+    counted = sum(counts.utterances for counts in errors.values())
+    if counted != len(utterances):
+        raise RunError(f"evaluation counted {counted} of {len(utterances)} utterances")
+    return errors
+
+
+def _log_accuracy(log: mllog.mllog.MLLogger, errors: dict[str, ErrorCounts], total: ErrorCounts, epoch: int) -> None:
+    detail: dict[str, Any] = {constants.EPOCH_NUM: epoch, "utterances": total.utterances, "words": total.words}
+    log.event(constants.EVAL_ACCURACY, total.wer, metadata=detail)
+    for name, counts in [("all", total), *errors.items()]:
+        log.event(
+            "validation_errors",
+            name,
+            metadata={
+                constants.EPOCH_NUM: epoch,
+                "wer": counts.wer,
+                "cer": counts.cer,
+                "mean_utterance_wer": counts.mean_utterance_wer,
+                **dataclasses.asdict(counts),
+            },
+        )
+
+
+def _resume(run: Run, dataset: PackedDataset) -> Progress:
+    path = run.config.output_dir / checkpoint.LAST
+    content = checkpoint.load(path)
+    checkpoint.check_resumable(path, content, run.config, dataset.digest)
+    run.model.load_state_dict(content["model"])
+    run.optimizer.load_state_dict(content["optimizer"])
+    progress = Progress(**{**content["progress"], "resumed": True})
+    run.log.event("resumed", True, metadata=dataclasses.asdict(progress))
+    print(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.", file=sys.stderr)
+    return progress
+
+
+@contextmanager
+def _progress_bar(title: str, total: int, initial: int) -> Iterator[tqdm]:
+    """Progress with time left on standard error, gone when done; silent where that is no terminal."""
+    with tqdm(total=total, initial=initial, desc=title, leave=False, disable=None, unit="batch") as bar:
+        yield bar
+
+
+if __name__ == "__main__":
+    sys.exit(main())

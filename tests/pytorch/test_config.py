@@ -1,0 +1,85 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pytorch.config import CONFIGS, Config, RunError, hyperparameter_table, parse_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse(*arguments: str) -> Config:
+    return parse_config(arguments, program="train", description="")
+
+
+def test_named_configurations_are_those_of_the_readme() -> None:
+    assert list(CONFIGS) == ["librispeech", "librispeech-100", "mini", "an4", "synthetic"]
+
+
+def test_the_command_line_wins_over_the_named_configuration() -> None:
+    assert parse("--config", "an4", "--learning-rate", "0.5") == dataclasses.replace(CONFIGS["an4"], learning_rate=0.5)
+
+
+def test_every_field_can_be_changed_on_the_command_line() -> None:
+    for field in dataclasses.fields(Config):
+        if field.name not in ("config", "recipe", "resume"):
+            value = getattr(CONFIGS["mini"], field.name)
+            given = "3" if value is None else str(value)
+            assert getattr(parse("--config=an4", f"--{field.name.replace('_', '-')}", given), field.name) is not None
+
+
+def test_the_reference_recipe_is_that_of_2018() -> None:
+    config = parse("--recipe", "reference")
+    assert (config.optimizer, config.learning_rate, config.beta1) == ("sgd", 3e-4, 0.9)
+    assert (config.schedule, config.learning_rate_anneal, config.gradient_clip_norm) == ("anneal", 1.1, 200)
+    assert (config.tempo_min, config.tempo_max, config.gain_min_db, config.gain_max_db) == (0.85, 1.15, -6, 8)
+    assert config.frequency_masks == config.time_masks == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--batch-size", "0"),
+        ("--learning-rate", "-1"),
+        ("--learning-rate", "nan"),
+        ("--gradient-clip-norm", "inf"),
+        ("--beta1", "1"),
+        ("--tempo-min", "0.1"),
+        ("--frequency-mask-bins", "162"),
+        ("--max-steps", "0"),
+        ("--seed", "-1"),
+        ("--target-wer", "nan"),
+    ],
+)
+def test_a_value_against_its_rule_is_refused_by_name(option: str, value: str) -> None:
+    with pytest.raises(RunError, match=f"{option} is .* must be"):
+        parse(option, value)
+
+
+def test_minimum_above_maximum_is_refused() -> None:
+    with pytest.raises(RunError, match=r"--tempo-min 1\.2 is above --tempo-max 1\.15"):
+        parse("--tempo-min", "1.2")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--hiden-size", "3"], ["--batch-size", "2.5"], ["--optimizer", "adam"], ["--seed", "one"]]
+)
+def test_unknown_names_and_wrong_types_end_with_status_two(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    assert ended.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "known"), [("--config", "librispeech-100"), ("--recipe", "reference")])
+def test_an_unknown_configuration_or_recipe_is_refused_with_the_known_ones(option: str, known: str) -> None:
+    with pytest.raises(RunError, match=known):
+        parse(option, "nonsense")
+    with pytest.raises(RunError, match="needs a value"):
+        parse(option)
+
+
+def test_the_readme_holds_the_table_of_hyperparameters() -> None:
+    assert hyperparameter_table() in (ROOT / "README.md").read_text()

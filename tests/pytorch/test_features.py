@@ -1,0 +1,117 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from pytorch.config import CONFIGS
+from pytorch.features import FREQUENCY_BINS, Augmentation, LogSpectrogram, change_tempo, draw_augmentation
+
+CONFIG = CONFIGS["an4"]
+
+
+def made_up_batch(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    waveforms = torch.randint(-5000, 5000, (len(lengths), max(lengths)), dtype=torch.int16, generator=generator)
+    for waveform, length in zip(waveforms, lengths, strict=True):
+        waveform[length:] = 0
+    return waveforms, torch.tensor(lengths)
+
+
+def test_features_are_the_normalised_log1p_magnitude_of_torch_stft() -> None:
+    waveforms, samples = made_up_batch([8000])
+    features, frames = LogSpectrogram()(waveforms, samples)
+    window = torch.hamming_window(320)
+    spectrum = torch.stft(
+        waveforms[0].float() / 32768, 320, 160, window=window, pad_mode="constant", return_complex=True
+    )
+    expected = torch.log1p(spectrum.abs())
+    expected = (expected - expected.mean()) / expected.std(correction=0)
+    assert features.shape == (1, FREQUENCY_BINS, 51)
+    assert frames.tolist() == [51]
+    torch.testing.assert_close(features[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_features_of_an_utterance_do_not_depend_on_the_others_in_its_batch() -> None:
+    lengths = [3000, 16000, 9999, 320]
+    waveforms, samples = made_up_batch(lengths)
+    together, frames = LogSpectrogram()(waveforms, samples)
+    for row, length in enumerate(lengths):
+        alone, _ = LogSpectrogram()(waveforms[row : row + 1, :length], samples[row : row + 1])
+        torch.testing.assert_close(together[row, :, : frames[row]], alone[0], rtol=1e-5, atol=1e-5)
+        assert together[row, :, frames[row] :].abs().sum() == 0
+
+
+def test_digital_silence_gives_finite_features() -> None:
+    features, _ = LogSpectrogram()(torch.zeros(1, 4000, dtype=torch.int16), torch.tensor([4000]))
+    assert torch.isfinite(features).all()
+
+
+def test_tempo_changes_the_length_and_keeps_the_pitch() -> None:
+    time = torch.arange(32000) / 16000
+    tone = (10000 * torch.sin(2 * torch.pi * 1000 * time)).to(torch.int16)[None]
+    magnitude = LogSpectrogram().magnitude(tone.float() / 32768)
+    for tempo in (0.85, 1.0, 1.15):
+        changed, frames = change_tempo(magnitude, torch.tensor([201]), torch.tensor([tempo], dtype=torch.float64))
+        assert abs(frames.item() - 201 / tempo) <= 1
+        assert changed.shape[-1] == frames.item()
+        assert set(changed[0, :, 2:-2].argmax(0).tolist()) == {20}  # 1000 Hz in bins of 50 Hz
+
+
+def test_tempo_one_changes_nothing() -> None:
+    magnitude = torch.rand(2, FREQUENCY_BINS, 30)
+    changed, frames = change_tempo(magnitude, torch.tensor([30, 20]), torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(changed[0], magnitude[0])
+    torch.testing.assert_close(changed[1, :, :20], magnitude[1, :, :20])
+    assert frames.tolist() == [30, 20]
+
+
+def draw(seeds: list[list[int]], limit: float = np.inf) -> Augmentation:
+    return draw_augmentation(CONFIG, np.array(seeds), np.full(len(seeds), limit))
+
+
+def test_augmentation_is_a_function_of_each_utterances_seed_alone() -> None:
+    together, alone = draw([[1, 2, 3], [1, 2, 4]]), draw([[1, 2, 4]])
+    for field in dataclasses.fields(Augmentation):
+        first, second = getattr(together, field.name)
+        assert np.array_equal(second, getattr(alone, field.name)[0])
+        assert not np.array_equal(first, second)
+
+
+def test_augmentation_stays_within_its_ranges() -> None:
+    drawn = draw([[7, 1, index] for index in range(300)])
+    assert CONFIG.tempo_min <= drawn.tempo.min() and drawn.tempo.max() <= CONFIG.tempo_max
+    decibels = 20 * np.log10(drawn.gain)
+    assert CONFIG.gain_min_db <= decibels.min() and decibels.max() <= CONFIG.gain_max_db
+    assert drawn.frequency_masks[..., 1].max() <= CONFIG.frequency_mask_bins
+    assert drawn.frequency_masks.sum(-1).max() <= FREQUENCY_BINS
+    assert drawn.time_masks[..., 1].max() <= CONFIG.time_mask_fraction
+    assert drawn.time_masks.sum(-1).max() <= 1
+
+
+def test_tempo_never_exceeds_what_the_transcript_allows() -> None:
+    assert draw([[7, 1, index] for index in range(50)], limit=1.01).tempo.max() <= 1.01
+
+
+def test_masks_hide_what_was_drawn_and_nothing_else() -> None:
+    waveforms, samples = made_up_batch([16000, 16000])
+    nothing = np.zeros((2, 1, 2))
+    frequency, time = nothing.copy(), nothing.copy()
+    frequency[0, 0], time[1, 0] = (10, 5), (0.5, 0.1)
+    plain, _ = LogSpectrogram()(waveforms, samples, Augmentation(np.ones(2), np.ones(2), nothing, nothing))
+    masked, _ = LogSpectrogram()(waveforms, samples, Augmentation(np.ones(2), np.ones(2), frequency, time))
+    hidden = torch.zeros_like(plain, dtype=torch.bool)
+    hidden[0, 10:15] = True
+    hidden[1, :, 50:60] = True  # of 101 frames
+    assert (masked[hidden] == 0).all()
+    torch.testing.assert_close(masked[~hidden], plain[~hidden])
+
+
+@pytest.mark.parametrize("gain", [0.5, 2.0])
+def test_gain_scales_the_magnitude_before_the_logarithm(gain: float) -> None:
+    waveforms, samples = made_up_batch([4000])
+    nothing = np.zeros((1, 1, 2))
+    drawn = Augmentation(np.ones(1), np.array([gain]), nothing, nothing)
+    louder, _ = LogSpectrogram()(waveforms, samples, drawn)
+    expected, _ = LogSpectrogram()((waveforms.float() * gain).to(torch.int16), samples)
+    torch.testing.assert_close(louder, expected, rtol=1e-2, atol=1e-2)

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from torch import nn
+
+from pytorch.config import CONFIGS
+from pytorch.decoder import decode_greedily
+from pytorch.features import FREQUENCY_BINS
+from pytorch.model import DeepSpeech2, MaskedBatchNorm2d, output_frames
+from pytorch.train import ctc_loss
+
+FRAMES = torch.tensor([61, 100, 33, 100, 7])
+
+
+@pytest.fixture(scope="module")
+def features() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    made_up = torch.randn(len(FRAMES), FREQUENCY_BINS, 100, generator=generator)
+    return made_up * (torch.arange(100) < FRAMES[:, None])[:, None]
+
+
+@pytest.fixture(scope="module")
+def model(features: torch.Tensor) -> DeepSpeech2:
+    """A small model with batch-norm statistics that are not the initial ones, for evaluation."""
+    torch.manual_seed(0)
+    made = DeepSpeech2(conv_channels=4, hidden_size=24)
+    made(features, FRAMES)
+    return made.eval()
+
+
+def test_reference_configuration_has_the_stated_topology_and_parameter_count() -> None:
+    config = CONFIGS["librispeech"]
+    model = DeepSpeech2(config.conv_channels, config.hidden_size)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 41_187_904
+    assert [(tuple(m.weight.shape), m.stride) for m in model.modules() if isinstance(m, nn.Conv2d)] == [
+        ((32, 1, 41, 11), (2, 2)),
+        ((32, 32, 21, 11), (2, 1)),
+    ]
+    grus = [m for m in model.modules() if isinstance(m, nn.GRU)]
+    assert [(m.input_size, m.hidden_size, m.bidirectional) for m in grus] == [(1312, 800, True)] + [
+        (800, 800, True)
+    ] * 4
+    assert tuple(model.classifier.weight.shape) == (29, 800)
+
+
+def test_parameter_count_follows_from_that_of_the_2018_reference() -> None:
+    wider_input = (1312 - 672) * 3 * 800 * 2  # 'same' padding keeps 41 frequencies, not 21, for the first GRU layer
+    conv_biases = 2 * 32  # taken out again by the batch norm behind them
+    assert 38_115_968 + wider_input - conv_biases == 41_187_904
+
+
+def test_every_named_configuration_has_the_same_topology() -> None:
+    shapes = {
+        tuple(type(m).__name__ for m in DeepSpeech2(c.conv_channels, c.hidden_size).modules()) for c in CONFIGS.values()
+    }
+    assert len(shapes) == 1
+
+
+def test_output_has_one_frame_for_two_of_the_input_rounded_up() -> None:
+    assert output_frames(torch.tensor([1, 2, 3, 100, 101])).tolist() == [1, 1, 2, 50, 51]
+
+
+def test_loss_and_transcripts_are_the_same_for_batch_one_and_batch_n(
+    model: DeepSpeech2, features: torch.Tensor
+) -> None:
+    targets = torch.randint(1, 29, (len(FRAMES), 3), generator=torch.Generator().manual_seed(1))
+    lengths = torch.full((len(FRAMES),), 3)
+    with torch.no_grad():
+        logits, frames = model(features, FRAMES)
+        loss = ctc_loss(logits, frames, targets.flatten(), lengths)
+        alone = [model(features[row : row + 1, :, :count], FRAMES[row : row + 1]) for row, count in enumerate(FRAMES)]
+    losses = [ctc_loss(output, count, targets[row], lengths[:1]) for row, (output, count) in enumerate(alone)]
+    torch.testing.assert_close(torch.stack(losses).mean(), loss, rtol=1e-5, atol=1e-5)
+    for row, (logits_alone, frames_alone) in enumerate(alone):
+        assert frames_alone.item() == frames[row]
+        torch.testing.assert_close(logits[: frames[row], row], logits_alone[:, 0], rtol=1e-4, atol=1e-5)
+    assert decode_greedily(logits, frames) == [decode_greedily(*output)[0] for output in alone]
+
+
+def test_more_padding_changes_no_training_loss_gradient_or_running_statistic(features: torch.Tensor) -> None:
+    results = []
+    for padding in (0, 57):
+        torch.manual_seed(0)
+        model = DeepSpeech2(conv_channels=4, hidden_size=24)
+        logits, frames = model(nn.functional.pad(features, (0, padding)), FRAMES)
+        loss = ctc_loss(logits, frames, torch.arange(1, 6), torch.ones(5, dtype=torch.int64))
+        loss.backward()
+        gradients = torch.cat(
+            [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+        )
+        statistics = torch.cat([buffer.flatten().float() for buffer in model.buffers()])
+        results.append((loss.detach(), gradients, statistics))
+    for narrow, wide in zip(*results, strict=True):
+        assert (narrow - wide).norm() <= 1e-4 * wide.norm()
+
+
+def test_masked_batch_norm_equals_batch_norm_over_the_valid_values() -> None:
+    torch.manual_seed(2)
+    x, lengths = torch.randn(3, 5, 4, 10, requires_grad=True), torch.tensor([10, 6, 1])
+    mask = (torch.arange(10) < lengths[:, None]).float()[:, None, None]
+    masked, plain = MaskedBatchNorm2d(5), nn.BatchNorm1d(5)
+    with torch.no_grad():
+        for norm in (masked, plain):
+            norm.weight.copy_(torch.arange(1, 6))
+            norm.bias.copy_(torch.arange(5))
+    valid = (mask > 0).expand(3, 4, 1, 10).transpose(1, 2).expand(3, 1, 4, 10)[:, 0]
+
+    def valid_values(values: torch.Tensor) -> torch.Tensor:
+        return values.movedim(1, -1)[valid]  # [N, C]
+
+    upstream = torch.randn_like(x) * mask
+    ours = masked(x, mask, lengths.sum() * 4)
+    ours.backward(upstream)
+    assert x.grad is not None
+    gradient, x.grad = x.grad, None
+    oracle = plain(valid_values(x))
+    oracle.backward(valid_values(upstream))
+    torch.testing.assert_close(valid_values(ours), oracle, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, x.grad, rtol=1e-4, atol=1e-5)
+    assert plain.running_mean is not None and plain.running_var is not None
+    torch.testing.assert_close(masked.running_mean, plain.running_mean)
+    torch.testing.assert_close(masked.running_var, plain.running_var)
+
+
+def test_ctc_loss_is_computed_in_float32_whatever_the_logits() -> None:
+    logits = torch.randn(20, 2, 29)
+    arguments = torch.tensor([20, 15]), torch.tensor([3, 1, 2]), torch.tensor([2, 1])
+    loss = ctc_loss(logits.bfloat16(), *arguments)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, ctc_loss(logits.bfloat16().float(), *arguments))

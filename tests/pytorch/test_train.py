@@ -1,0 +1,228 @@
+"""The timed run, by the command that a user types, on a tiny data set of tones."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pytorch import checkpoint
+from pytorch.config import CONFIGS
+from pytorch.train import learning_rate
+from tests.conftest import ROOT, write_packed_dataset
+
+SMALL = ["--config", "synthetic", "--hidden-size", "16", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
+
+
+def run_and_time(*arguments: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = ["sh", str(ROOT / "pytorch" / "run_and_time.sh"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+
+
+def small_run(dataset: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_and_time(*SMALL, "--dataset-dir", dataset, "--output-dir", output, *arguments)
+
+
+def events(output: str) -> list[dict[str, Any]]:
+    lines = [line for line in output.splitlines() if line.startswith(":::MLLOG ")]
+    return [json.loads(line.removeprefix(":::MLLOG ")) for line in lines]
+
+
+def values(output: str, key: str) -> list[Any]:
+    return [event["value"] for event in events(output) if event["key"] == key]
+
+
+@pytest.fixture(scope="module")
+def reached(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A run whose target is so high that the first evaluation reaches it."""
+    output = tmp_path_factory.mktemp("reached")
+    return small_run(tones, output, "--target-wer", "1000", "--seed", "5"), output
+
+
+def test_a_run_that_reaches_the_target_ends_with_status_zero_and_the_result_line(
+    reached: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    run, _ = reached
+    assert run.returncode == 0, run.stderr
+    fields = run.stdout.splitlines()[-1].split(",")
+    assert fields[:3] == ["RESULT", "DEEPSPEECH2", "5"]
+    stamps = {event["key"]: event["time_ms"] for event in events(run.stdout)}
+    assert int(fields[3]) == pytest.approx((stamps["run_stop"] - stamps["run_start"]) / 1000, abs=0.6)
+    assert len(fields) == 6
+
+
+def test_the_log_has_the_official_events_in_order(reached: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    run, _ = reached
+    keys = [event["key"] for event in events(run.stdout)]
+    assert all(line.startswith((":::MLLOG ", "RESULT,")) for line in run.stdout.splitlines())
+    order = ["init_start", "init_stop", "run_start", "epoch_start", "epoch_stop", "eval_start", "eval_accuracy"]
+    order += ["eval_stop", "run_stop"]
+    assert [key for key in keys if key in order] == order
+    once = ["seed", "global_batch_size", "gradient_accumulation_steps", "train_samples", "eval_samples", "opt_name"]
+    once += [f"submission_{what}" for what in ("org", "platform", "division", "benchmark", "status")]
+    for key in [*once, "cache_clear", "gru_implementation", "dataset"]:
+        assert keys.count(key) == 1, key
+    assert values(run.stdout, "train_samples") == [21]
+    assert values(run.stdout, "eval_samples") == [7]
+    by_key = {event["key"]: event["metadata"] for event in events(run.stdout)}
+    assert by_key["run_stop"]["status"] == "success"
+    assert by_key["eval_accuracy"]["epoch_num"] == 1
+    assert by_key["eval_accuracy"]["utterances"] == 7
+
+
+def test_progress_goes_to_standard_error_with_the_wer_of_each_subset(
+    reached: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    run, _ = reached
+    assert "epoch   1" in run.stderr
+    assert "tones-validation" in run.stderr
+
+
+def test_checkpoints_of_the_best_and_the_last_epoch_load_as_plain_weights(
+    reached: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    _, output = reached
+    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
+        content = torch.load(output / name, weights_only=True)
+        assert content["format_version"] == checkpoint.FORMAT_VERSION
+        assert content["progress"]["epoch"] == 2
+    assert sorted(path.name for path in output.iterdir()) == ["checkpoint_best.pt", "checkpoint_last.pt"]
+
+
+def test_a_run_that_misses_the_target_ends_with_status_one_and_without_a_result(tones: Path, tmp_path: Path) -> None:
+    run = small_run(tones, tmp_path, "--target-wer", "0", "--max-epochs", "2")
+    assert run.returncode == 1
+    assert "RESULT" not in run.stdout
+    assert "not reached" in run.stderr
+    assert events(run.stdout)[-1]["metadata"]["status"] == "aborted"
+    epochs = [event["metadata"]["epoch_num"] for event in events(run.stdout) if event["key"] == "eval_accuracy"]
+    assert epochs == [1, 2]
+
+
+def test_max_steps_ends_the_run_after_evaluating_every_validation_utterance(tones: Path, tmp_path: Path) -> None:
+    run = small_run(tones, tmp_path, "--max-steps", "2", "--target-wer", "0")
+    assert run.returncode == 1
+    assert len(values(run.stdout, "train_loss")) == 2
+    assert [e["metadata"]["utterances"] for e in events(run.stdout) if e["key"] == "eval_accuracy"] == [7]
+
+
+def test_the_target_is_met_by_an_equal_wer_and_missed_by_a_higher_one(tones: Path, tmp_path: Path) -> None:
+    wer = values(small_run(tones, tmp_path / "a", "--max-steps", "1", "--target-wer", "0").stdout, "eval_accuracy")[0]
+    assert small_run(tones, tmp_path / "b", "--max-steps", "1", "--target-wer", repr(wer)).returncode == 0
+    assert small_run(tones, tmp_path / "c", "--max-steps", "1", "--target-wer", repr(wer - 1e-9)).returncode == 1
+
+
+def test_two_runs_with_one_seed_have_the_same_losses_and_another_seed_has_others(tones: Path, tmp_path: Path) -> None:
+    losses = [
+        values(small_run(tones, tmp_path / str(n), "--max-steps", "8", "--seed", seed).stdout, "train_loss")
+        for n, seed in enumerate(["1", "1", "2"])
+    ]
+    assert len(losses[0]) == 8
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tones: Path, tmp_path: Path) -> None:
+    whole = small_run(tones, tmp_path / "whole", "--max-epochs", "2", "--target-wer", "0")
+    first = small_run(tones, tmp_path / "parts", "--max-steps", "4", "--target-wer", "0")  # in the middle of epoch 1
+    second = small_run(tones, tmp_path / "parts", "--max-epochs", "2", "--target-wer", "0", "--resume")
+    assert "Resuming" in second.stderr
+    assert values(second.stdout, "resumed") == [True]
+    parts = values(first.stdout, "train_loss") + values(second.stdout, "train_loss")
+    assert parts == values(whole.stdout, "train_loss")
+    left, right = (
+        torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True)["model"] for name in ("whole", "parts")
+    )
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_resuming_another_configuration_is_refused_with_the_difference(tones: Path, tmp_path: Path) -> None:
+    small_run(tones, tmp_path, "--max-steps", "1")
+    run = small_run(tones, tmp_path, "--resume", "--learning-rate", "0.5")
+    assert run.returncode == 1
+    assert "learning-rate 0.001 there, 0.5 now" in run.stderr
+    other = write_packed_dataset(tmp_path / "other", {"train": 5, "validation": 2}, seed=9)
+    assert "data set" in small_run(other, tmp_path, "--resume").stderr
+
+
+def test_a_damaged_or_missing_checkpoint_is_refused_by_name(tones: Path, tmp_path: Path) -> None:
+    assert "there is no such checkpoint" in small_run(tones, tmp_path, "--resume").stderr
+    (tmp_path / "checkpoint_last.pt").write_bytes(b"no checkpoint")
+    run = small_run(tones, tmp_path, "--resume")
+    assert run.returncode == 1
+    assert "checkpoint_last.pt: not a checkpoint" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_an_output_folder_that_cannot_be_made_is_an_error_before_training(tones: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    run = small_run(tones, tmp_path / "file", "--max-steps", "1")
+    assert run.returncode == 1
+    assert "--output-dir" in run.stderr
+    assert "epoch" not in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_neither_the_result_nor_the_one_before(
+    tones: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint_last.pt").write_bytes(b"before")
+    (tmp_path / "checkpoint_last.pt.partial").mkdir()  # stands in for a full disk
+    run = small_run(tones, tmp_path, "--target-wer", "1000")
+    assert run.returncode == 1
+    assert "could not be written" in run.stderr
+    assert run.stdout.splitlines()[-1].startswith("RESULT,")
+    assert (tmp_path / "checkpoint_last.pt").read_bytes() == b"before"
+    assert "Traceback" not in run.stderr
+
+
+def test_a_missing_data_set_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:
+    run = run_and_time("--dataset-dir", "nowhere", folder=tmp_path)
+    assert run.returncode == 1
+    assert "download_dataset.sh" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_diverging_runs_stop_with_an_error_that_names_utterances(tones: Path, tmp_path: Path) -> None:
+    run = small_run(tones, tmp_path, "--weight-decay", "1e30", "--max-epochs", "9")
+    assert run.returncode == 1
+    assert "not finite" in run.stderr
+    assert "train-0" in run.stderr
+    assert values(run.stdout, "skipped_step")
+    assert "Traceback" not in run.stderr
+
+
+def test_help_names_configurations_and_defaults() -> None:
+    run = run_and_time("--config", "an4", "--help")
+    assert run.returncode == 0
+    assert "librispeech-100" in run.stdout
+    assert "--hidden-size INT" in run.stdout
+    assert "default: 192" in run.stdout
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
+def test_asking_for_a_gpu_where_there_is_none_is_an_error(tones: Path, tmp_path: Path) -> None:
+    run = small_run(tones, tmp_path, "--device", "cuda")
+    assert run.returncode == 1
+    assert "--device cuda" in run.stderr
+
+
+def test_the_cosine_schedule_warms_up_falls_and_stays() -> None:
+    config = CONFIGS["synthetic"]
+    rates = [learning_rate(config, step, 100) for step in range(100 * config.schedule_epochs + 500)]
+    top = config.learning_rate
+    assert rates[0] == pytest.approx(top / config.warmup_steps)
+    assert max(rates) <= top
+    assert rates[-1] == rates[-400] == pytest.approx(top * config.final_learning_rate_fraction)
+    after = rates[config.warmup_steps :]
+    assert after == sorted(after, reverse=True)
+
+
+def test_the_annealing_schedule_divides_once_an_epoch() -> None:
+    import dataclasses
+
+    config = dataclasses.replace(CONFIGS["librispeech"], schedule="anneal", warmup_steps=0, learning_rate=3e-4)
+    assert learning_rate(config, 99, 100) == 3e-4
+    assert learning_rate(config, 100, 100) == pytest.approx(3e-4 / 1.1)
+    assert learning_rate(config, 250, 100) == pytest.approx(3e-4 / 1.1**2)
