@@ -1,5 +1,7 @@
 #!/bin/sh
-# Downloads a corpus and prepares it; by default all of LibriSpeech into ./LibriSpeech_dataset. Options: --help
-root=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
+# Downloads a corpus and prepares it as a packed data set. Usage: sh download_dataset.sh [--corpus NAME] (see --help)
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 . "$root/environment.sh"
+use_environment run
 exec "$python" -m data.download "$@"

@@ -1,37 +1,43 @@
-# Sourced by the scripts beside it. Sets `root` (this repository) and `python` (the environment's interpreter),
-# and defines make_environment, which creates or updates .venv.
-# The sourcing script sets `root` first: POSIX sh cannot tell a sourced file's own path.
+# shellcheck shell=sh disable=SC2154
+# Sourced by the scripts beside it, which set `root` (this repository) first: POSIX sh cannot tell a sourced file's path.
+# Defines use_environment, which sets `python` to an interpreter that has this project's dependencies.
 
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH
+has_dependencies='
+import sys
+from importlib.util import find_spec
+sys.exit(not all(map(find_spec, ("torchaudio", "soundfile", "espeakng_loader", "tyro", "mlperf_logging"))))'
 
-if [ -x "$root/.venv/bin/python" ]; then
-    python="$root/.venv/bin/python"
-else
-    python="${PYTHON:-python3}"
-fi
-
-# make_environment [EXTRA]: .venv with this project's dependencies; does nothing when they are installed already.
-make_environment() {
-    stamp="$root/.venv/installed-${1:-run}"
-    if [ -x "$root/.venv/bin/python" ] && cmp -s "$root/pyproject.toml" "$stamp"; then
-        python="$root/.venv/bin/python"
-        return 0
+# use_environment run|test: the environment in .venv, made or updated where needed. To run, python3 will do where there
+# is no .venv and it has the dependencies already, as in a container.
+use_environment() {
+    extra=''
+    if [ "$1" != run ]; then
+        extra="[$1]"
     fi
     base="${PYTHON:-python3}"
-    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-        echo "error: Python 3.11 or newer is needed; '$base' is not. Set PYTHON to one, such as PYTHON=python3.12." >&2
-        return 1
-    fi
-    echo "Installing into $root/.venv (once; PyTorch is large, this takes a few minutes) ..." >&2
-    if [ ! -x "$root/.venv/bin/python" ] && ! "$base" -m venv "$root/.venv"; then
-        echo "error: could not create $root/.venv. On Debian and Ubuntu: apt-get install python3-venv" >&2
-        return 1
-    fi
     python="$root/.venv/bin/python"
-    "$python" -m pip install --quiet --disable-pip-version-check --editable "$root${1:+[$1]}" >&2 || {
-        echo "error: installing the dependencies failed; the lines above say why." >&2
+    stamp="$root/.venv/installed-$1"
+    if [ -x "$python" ] && cmp -s "$root/pyproject.toml" "$stamp"; then
+        return 0
+    fi
+    if [ ! -x "$python" ] && [ "$1" = run ] && "$base" -c "$has_dependencies" 2>/dev/null; then
+        python="$base"
+        return 0
+    fi
+    if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        echo "error: '$base' is not Python 3.11 or newer. Set PYTHON to one that is, such as PYTHON=python3.12." >&2
         return 1
-    }
+    fi
+    echo "Installing into $root/.venv (once; PyTorch is large: some minutes) ..." >&2
+    if [ ! -x "$python" ] && ! "$base" -m venv "$root/.venv"; then
+        echo "error: could not make $root/.venv. On Debian and Ubuntu: apt-get install python3-venv" >&2
+        return 1
+    fi
+    if ! "$python" -m pip install --quiet --disable-pip-version-check --editable "$root$extra" >&2; then
+        echo "error: installing the dependencies failed; the lines above say why. Run the command again to go on." >&2
+        return 1
+    fi
     cp "$root/pyproject.toml" "$stamp"
 }

@@ -14,7 +14,7 @@ if [ $# -eq 0 ] && [ -f "$results/checkpoint_best.pt" ] && tail -n 1 "$log" 2>/d
     exit 0
 fi
 
-make_environment
+use_environment run
 echo "== 1 of 3: speech synthesis, packed data set (about a minute)"
 sh "$root/download_dataset.sh" --corpus synthetic
 echo "== 2 of 3: checksum of the data set"

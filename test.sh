@@ -3,6 +3,6 @@
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 . "$root/environment.sh"
-make_environment test
+use_environment test
 cd "$root"
 exec "$python" -m pytest "$@"

@@ -1,5 +1,7 @@
 #!/bin/sh
-# Compares a prepared data set with its checksum; by default ./LibriSpeech_dataset. Options: --help
-root=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd) || exit 1
+# Checks a packed data set against its checksums. Usage: sh verify_dataset.sh [--dataset-dir DIR] (see --help)
+set -eu
+root=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 . "$root/environment.sh"
+use_environment run
 exec "$python" -m data.verify "$@"

@@ -71,7 +71,14 @@ class Corpus:
 
 
 def _librispeech(
-    name: str, split: str, size: int, md5: str, utterances: int | None, hours: float, speakers: int | None, sha256: str
+    name: str,
+    split: str,
+    size: int,
+    md5: str,
+    utterances: int | None = None,
+    hours: float | None = None,
+    speakers: int | None = None,
+    sha256: str = "",
 ) -> CorpusSubset:
     return CorpusSubset(name, split, Archive(f"{name}.tar.gz", size, md5, sha256), utterances, hours, speakers)
 
@@ -90,22 +97,46 @@ TRAIN_OTHER_500 = _librispeech(
 )  # fmt: skip
 HELD_OUT = (
     _librispeech(
-        "dev-clean", "validation", 337926286, "42e2234ba48799c1f50f24a7926300a1", 2703, 5.4, 40,
+        "dev-clean",
+        "validation",
+        337926286,
+        "42e2234ba48799c1f50f24a7926300a1",
+        2703,
+        5.4,
+        40,
         "76f87d090650617fca0cac8f88b9416e0ebf80350acb97b343a85fa903728ab3",
     ),
     _librispeech(
-        "dev-other", "validation", 314305928, "c8d0bcc9cca99d4f8b62fcc847357931", 2864, 5.3, 33,
+        "dev-other",
+        "validation",
+        314305928,
+        "c8d0bcc9cca99d4f8b62fcc847357931",
+        2864,
+        5.3,
+        33,
         "12661c48e8c3fe1de2c1caa4c3e135193bfb1811584f11f569dd12645aa84365",
     ),
     _librispeech(
-        "test-clean", "test", 346663984, "32fa31d27d2e1cad72775fee3f4849a9", 2620, 5.4, 40,
+        "test-clean",
+        "test",
+        346663984,
+        "32fa31d27d2e1cad72775fee3f4849a9",
+        2620,
+        5.4,
+        40,
         "39fde525e59672dc6d1551919b1478f724438a95aa55f874b576be21967e6c23",
     ),
     _librispeech(
-        "test-other", "test", 328757843, "fb5a50374b501bb3bac4815ee91d3135", 2939, 5.1, 33,
+        "test-other",
+        "test",
+        328757843,
+        "fb5a50374b501bb3bac4815ee91d3135",
+        2939,
+        5.1,
+        33,
         "d09c181bba5cf717b3dee7d4d592af11a3ee3a09e08ae025c5506f6ebe961c29",
     ),
-)  # fmt: skip
+)
 
 # Both subsets of AN4 lie in one archive. CMU publishes no sums; these were taken from the complete archive
 # (948 + 130 utterances), so a mismatch may also mean a repacked copy: --checksums then states the sum to expect.
@@ -146,13 +177,9 @@ CORPORA = {
             licence="CC BY 4.0",
             mirrors=_openslr(31),
             subsets=(
-                # openslr publishes no utterance counts for these two, so none are checked.
-                _librispeech(
-                    "train-clean-5", "train", 332954390, "5df7d4e78065366204ca6845bb08f490", None, 5.0, None, ""
-                ),
-                _librispeech(
-                    "dev-clean-2", "validation", 126046265, "6d7ab67ac6a1d2c993d050e16d61080d", None, 2.0, None, ""
-                ),
+                # No utterance counts and only rough hours are published for these two, so none are checked.
+                _librispeech("train-clean-5", "train", 332954390, "5df7d4e78065366204ca6845bb08f490"),
+                _librispeech("dev-clean-2", "validation", 126046265, "6d7ab67ac6a1d2c993d050e16d61080d"),
             ),
         ),
         Corpus(
@@ -175,12 +202,14 @@ CORPORA = {
             licence="Apache-2.0 (the sentences); spoken by eSpeak NG, GPL-3.0-or-later",
             mirrors=(),
             subsets=(
-                CorpusSubset("synthetic-train", "train", Archive("synthetic-train.tar.gz"), None),
-                CorpusSubset("synthetic-validation", "validation", Archive("synthetic-validation.tar.gz"), None),
-                CorpusSubset("synthetic-test", "test", Archive("synthetic-test.tar.gz"), None),
+                CorpusSubset("synthetic-train", "train", Archive("synthetic-train.tar.gz"), 1800, 1.05, 76),
+                CorpusSubset(
+                    "synthetic-validation", "validation", Archive("synthetic-validation.tar.gz"), 240, 0.14, 16
+                ),
+                CorpusSubset("synthetic-test", "test", Archive("synthetic-test.tar.gz"), 200, 0.12, 16),
             ),
             synthetic=True,
-            reference_digest="",
+            reference_digest="14f6b62443c4c1f6636a032994d8c3167df9fb2740299fab065985dab00f22fb",
         ),
     )
 }

@@ -15,7 +15,6 @@ import http.client
 import os
 import shutil
 import sys
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -57,7 +56,7 @@ class Options:
     """md5sum-format file whose sums replace the official ones, for archives that are not the published ones"""
     dataset_dir: Path | None = None
     """where the data set goes; by default a folder in the repository, such as LibriSpeech_dataset"""
-    jobs: int = len(os.sched_getaffinity(0))
+    jobs: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """processes that decode audio"""
 
 
@@ -84,16 +83,7 @@ def download(options: Options) -> PackedDataset:
     path.mkdir(parents=True, exist_ok=True)
     with _sole_writer(path):
         dataset = _present_state(path, corpus)
-        missing = []
-        for subset in subsets:
-            expected = expected_md5(subset.archive, sums, options.checksums)
-            if not _is_prepared(dataset, subset.name):
-                missing.append(subset)
-            elif expected not in ("", dataset.summary[subset.name].archive_md5):
-                raise DataError(
-                    f"{path} holds {subset.name} from an archive with MD5 {dataset.summary[subset.name].archive_md5}, "
-                    f"not {expected}: give the --checksums that it was made with, or another --dataset-dir"
-                )
+        missing = [subset for subset in subsets if not _is_prepared(dataset, subset, sums, options.checksums)]
         if not missing and dataset.digest:
             print(f"{path} is complete already: {_counts(dataset)}")
             return dataset
@@ -108,6 +98,12 @@ def download(options: Options) -> PackedDataset:
     print(f"{path} is complete: {_counts(dataset)}")
     if not dataset.official and not dataset.synthetic:
         print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
+    if len(dataset.subsets) == len(corpus.subsets) and corpus.reference_digest not in ("", dataset.digest):
+        print(
+            f"warning: the checksum is {dataset.digest}, not the reference {corpus.reference_digest}, "
+            "as verify_dataset.sh will say: eSpeak NG of another platform or version speaks slightly differently.",
+            file=sys.stderr,
+        )
     return dataset
 
 
@@ -135,24 +131,42 @@ def expected_md5(archive: Archive, sums: dict[str, str] | None, file: Path | Non
     return sums[archive.file]
 
 
+class MirrorError(DataError):
+    """A mirror that does not deliver; another one may."""
+
+
 def fetch(address: str, target: Path, size: int) -> None:
-    """Downloads one archive to `target`, which appears when every byte is on disk. `size`: for the progress bar."""
+    """Downloads one archive to `target`, which appears when every byte is on disk; MirrorError where that fails.
+
+    `size` is for the progress bar, should the mirror announce none.
+    """
     partial = target.with_name(target.name + ".part")
     request = urllib.request.Request(address, headers={"User-Agent": "deepspeech2-benchmark"})
-    with (
-        urllib.request.urlopen(request, timeout=TIMEOUT_S) as response,
-        partial.open("wb") as stream,
-        progress_bar(target.name, int(response.headers.get("Content-Length") or size), "B") as bar,
-    ):
-        while chunk := response.read(CHUNK_BYTES):
+    with _mirror_failures(address):
+        response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
+    announced = int(response.headers.get("Content-Length") or 0)
+    with response, partial.open("wb") as stream, progress_bar(target.name, announced or size, "B") as bar:
+        while True:
+            with _mirror_failures(address):
+                chunk = response.read(CHUNK_BYTES)
+            if not chunk:
+                break
             stream.write(chunk)
             bar.update(len(chunk))
         stream.flush()
         os.fsync(stream.fileno())
-        announced = response.headers.get("Content-Length")
-        if announced and stream.tell() != int(announced):
-            raise http.client.IncompleteRead(b"", int(announced) - stream.tell())
+        if announced and stream.tell() != announced:
+            raise MirrorError(f"{address}: the connection ended after {stream.tell()} of {announced} bytes")
     replace_durably(partial, target)
+
+
+@contextmanager
+def _mirror_failures(address: str) -> Iterator[None]:
+    """Tells failures of the network from those of this machine's disk."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise MirrorError(f"{address}: {error or type(error).__name__}") from error
 
 
 def check_archive(file: Path, archive: Archive, expected: str) -> CheckedArchive:
@@ -210,23 +224,17 @@ def _archive_on_disk(
 
 
 def _fetch_from_any(mirrors: Sequence[str], archive: Archive, target: Path) -> None:
-    failures = []
     for mirror in mirrors:
-        address = f"{mirror.rstrip('/')}/{archive.file}"
         try:
-            fetch(address, target, archive.bytes)
-            return
-        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-                raise  # this disk's fault, not the mirror's
-            failures.append(f"{address}: {error or type(error).__name__}")
-            print(f"warning: {failures[-1]}", file=sys.stderr)
-    raise DataError(f"could not download {archive.file} from any mirror: {'; '.join(failures)}")
+            return fetch(f"{mirror.rstrip('/')}/{archive.file}", target, archive.bytes)
+        except MirrorError as error:
+            print(f"warning: {error}", file=sys.stderr)
+    raise DataError(f"no mirror delivered {archive.file}")
 
 
 def _local_folder(mirrors: Sequence[str]) -> Path | None:
     """The folder that the user named as the mirror; None where mirrors are addresses."""
-    if len(mirrors) != 1 or urllib.parse.urlparse(mirrors[0]).scheme in ("http", "https", "ftp"):
+    if len(mirrors) != 1 or urllib.parse.urlparse(mirrors[0]).scheme in ("http", "https", "ftp", "file"):
         return None
     return Path(mirrors[0]).expanduser()
 
@@ -240,9 +248,21 @@ def _present_state(path: Path, corpus: Corpus) -> PackedDataset:
     return dataset
 
 
-def _is_prepared(dataset: PackedDataset, name: str) -> bool:
-    folder = dataset.path / name
-    return name in dataset.summary and (folder / AUDIO_FILE).is_file() and (folder / INDEX_FILE).is_file()
+def _is_prepared(
+    dataset: PackedDataset, subset: CorpusSubset, sums: dict[str, str] | None, checksums: Path | None
+) -> bool:
+    """Whether a subset is there already; DataError if it was made from another archive than is asked for now."""
+    expected = expected_md5(subset.archive, sums, checksums)
+    if subset.name not in dataset.summary:
+        return False
+    found = dataset.summary[subset.name].archive_md5
+    if expected not in ("", found):
+        raise DataError(
+            f"{dataset.path} holds {subset.name} from an archive with MD5 {found}, not {expected}: "
+            "give the --checksums that it was made with, or another --dataset-dir"
+        )
+    folder = dataset.path / subset.name
+    return (folder / AUDIO_FILE).is_file() and (folder / INDEX_FILE).is_file()
 
 
 def _check_disk(path: Path, archives: Sequence[Archive], mirrors: Sequence[str], corpus: Corpus) -> None:

@@ -15,6 +15,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -59,7 +60,7 @@ def prepare_archive(
     dataset: PackedDataset, corpus: Corpus, archive: CheckedArchive, subsets: Sequence[CorpusSubset], jobs: int
 ) -> PackedDataset:
     """Adds the subsets that lie in one archive to a data set, which is unfinished then; returns its new state."""
-    with _temporary_folder(dataset.path / "unpacked") as unpacked:
+    with temporary_folder(dataset.path / "unpacked") as unpacked:
         unpack(archive.file, unpacked)
         for subset in subsets:
             utterances = read_utterances(unpacked, corpus.layout, subset)
@@ -67,7 +68,7 @@ def prepare_archive(
                 raise DataError(
                     f"{archive.file}: {len(utterances)} utterances in {subset.name}, not {subset.utterances}"
                 )
-            with _temporary_folder(dataset.path / f"{subset.name}.partial") as partial:
+            with temporary_folder(dataset.path / f"{subset.name}.partial") as partial:
                 summary = _pack(utterances, partial, subset.name, archive, jobs)
                 final = dataset.path / subset.name
                 if final.exists():  # left by a run that ended between the renaming and dataset.json
@@ -82,6 +83,7 @@ def prepare_archive(
                 summary={name: summaries[name] for name in prepared},
             )
             write_dataset(dataset)
+            print(f"{subset.name}: prepared {summary.utterances} utterances", file=sys.stderr)
     return dataset
 
 
@@ -132,16 +134,9 @@ def _pack(
     with audio.open("wb") as stream:
         stream.write(audio_header(offsets[-1]))
         stream.truncate(AUDIO_HEADER_BYTES + 2 * offsets[-1])
-    starts = range(0, len(ordered), UTTERANCES_PER_TASK)
     digests: list[str] = []
-    # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with (
-        progress_bar(f"preparing {name}", len(ordered), " utterances") as bar,
-        ProcessPoolExecutor(min(jobs, len(starts)), mp_context=context) as pool,
-    ):
-        tasks = [ordered[start : start + UTTERANCES_PER_TASK] for start in starts]
-        for result in pool.map(_decode_into, [audio] * len(tasks), tasks, [offsets[start] for start in starts]):
+    with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
+        for result in _decode_all(audio, ordered, offsets, jobs):
             digests += result
             bar.update(len(result))
     with audio.open("rb") as stream:
@@ -162,6 +157,23 @@ def _pack(
         archive_sha256=archive.sha256,
         official=archive.official,
     )
+
+
+def _decode_all(audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int) -> Iterator[list[str]]:
+    """Decodes all utterances into audio.npy, in `jobs` processes; yields their digests, in order."""
+    starts = range(0, len(ordered), UTTERANCES_PER_TASK)
+    tasks = [ordered[start : start + UTTERANCES_PER_TASK] for start in starts]
+    arguments = [audio] * len(tasks), tasks, [offsets[start] for start in starts]
+    jobs = min(jobs, len(tasks))
+    if jobs == 1:
+        yield from map(_decode_into, *arguments)
+        return
+    # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(_decode_into, *arguments)
+        except BrokenProcessPool:
+            raise DataError("a decoding process was killed; if memory ran out, fewer --jobs help") from None
 
 
 def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> list[str]:
@@ -185,7 +197,7 @@ def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> l
 
 
 @contextmanager
-def _temporary_folder(folder: Path) -> Iterator[Path]:
+def temporary_folder(folder: Path) -> Iterator[Path]:
     """An empty folder of this name, removed at the end; what an earlier, killed run left in it goes first."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -69,6 +69,7 @@ TEMPLATES = (
     "THE {weather} {changed} WHEN {pronoun} {moved}",
     "{pronoun} {modal} {do} {whose} {thing} {future}",
     "{person} {modal} {do} THE {adjective} {thing}",
+    "{future} {pronoun} {modal} {do} THE {thing}",
     "I REMEMBER {number} {many} {place}",
     "{person} GAVE {number} {many} TO {person}",
     "IS {person} {feeling} TODAY",

@@ -323,7 +323,8 @@ def _train_epoch(
                 if progress.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
                     raise RunError(
                         f"step {progress.step}: loss or gradient was not finite "
-                        f"{progress.skipped_in_a_row} times in a row, last with the utterances {', '.join(ids)}; try a lower --learning-rate"
+                        f"{progress.skipped_in_a_row} times in a row, last with the utterances {', '.join(ids)}; "
+                        "try a lower --learning-rate"
                     )
             else:
                 progress.skipped_in_a_row = 0

@@ -5,7 +5,7 @@ from torch import nn
 from pytorch.config import CONFIGS
 from pytorch.decoder import decode_greedily
 from pytorch.features import FREQUENCY_BINS
-from pytorch.model import DeepSpeech2, MaskedBatchNorm2d, output_frames
+from pytorch.model import DeepSpeech2, output_frames
 from pytorch.train import ctc_loss
 
 FRAMES = torch.tensor([61, 100, 33, 100, 7])
@@ -93,32 +93,16 @@ def test_more_padding_changes_no_training_loss_gradient_or_running_statistic(fea
         assert (narrow - wide).norm() <= 1e-4 * wide.norm()
 
 
-def test_masked_batch_norm_equals_batch_norm_over_the_valid_values() -> None:
-    torch.manual_seed(2)
-    x, lengths = torch.randn(3, 5, 4, 10, requires_grad=True), torch.tensor([10, 6, 1])
-    mask = (torch.arange(10) < lengths[:, None]).float()[:, None, None]
-    masked, plain = MaskedBatchNorm2d(5), nn.BatchNorm1d(5)
-    with torch.no_grad():
-        for norm in (masked, plain):
-            norm.weight.copy_(torch.arange(1, 6))
-            norm.bias.copy_(torch.arange(5))
-    valid = (mask > 0).expand(3, 4, 1, 10).transpose(1, 2).expand(3, 1, 4, 10)[:, 0]
-
-    def valid_values(values: torch.Tensor) -> torch.Tensor:
-        return values.movedim(1, -1)[valid]  # [N, C]
-
-    upstream = torch.randn_like(x) * mask
-    ours = masked(x, mask, lengths.sum() * 4)
-    ours.backward(upstream)
-    assert x.grad is not None
-    gradient, x.grad = x.grad, None
-    oracle = plain(valid_values(x))
-    oracle.backward(valid_values(upstream))
-    torch.testing.assert_close(valid_values(ours), oracle, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gradient, x.grad, rtol=1e-4, atol=1e-5)
-    assert plain.running_mean is not None and plain.running_var is not None
-    torch.testing.assert_close(masked.running_mean, plain.running_mean)
-    torch.testing.assert_close(masked.running_var, plain.running_var)
+def test_batch_norm_statistics_are_those_of_the_valid_frames_alone(features: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model = DeepSpeech2(conv_channels=4, hidden_size=24)
+    model(features, FRAMES)
+    conv1 = nn.functional.conv2d(features[:, None], model.conv1.weight, stride=(2, 2), padding=(20, 5))
+    valid = [conv1[row, :, :, :count] for row, count in enumerate(output_frames(FRAMES))]
+    values_CN = torch.cat([utterance.flatten(1) for utterance in valid], dim=1)
+    assert model.norm1.running_mean is not None and model.norm1.running_var is not None
+    torch.testing.assert_close(model.norm1.running_mean, 0.1 * values_CN.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.norm1.running_var, 0.9 + 0.1 * values_CN.var(1), rtol=1e-4, atol=1e-5)
 
 
 def test_ctc_loss_is_computed_in_float32_whatever_the_logits() -> None:

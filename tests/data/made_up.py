@@ -1,0 +1,81 @@
+"""Made-up corpora in the layouts of the real ones, and the commands as a user types them."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import tarfile
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+SPOKEN = {
+    "84-1-0000": (3000, "THE LONGEST ONE"),
+    "84-1-0001": (1000, "SHORT"),
+    "84-2-0000": (2000, "IT'S BETWEEN"),
+    "7-3-0000": (2000, "AS LONG"),
+}
+
+
+def sound(samples: int, channels: int = 1) -> np.ndarray:
+    """Noise of a low level, the same for the same length: int16 [samples, channels]."""
+    return np.random.default_rng(samples).integers(-3000, 3000, (samples, channels)).astype(np.int16)
+
+
+def flac(frames: np.ndarray, rate: int = 16000, subtype: str = "PCM_16") -> bytes:
+    encoded = BytesIO()
+    soundfile.write(encoded, frames, rate, format="FLAC", subtype=subtype)
+    return encoded.getvalue()
+
+
+def librispeech_files(subset: str, spoken: Mapping[str, tuple[int, str]] = SPOKEN) -> dict[str, bytes]:
+    """Files of a subset by name; `spoken` gives samples and transcript by utterance id."""
+    files: dict[str, bytes] = {"LibriSpeech/README.TXT": b"made up\n"}
+    for name, (samples, transcript) in spoken.items():
+        speaker, chapter, _ = name.split("-")
+        folder = f"LibriSpeech/{subset}/{speaker}/{chapter}"
+        files[f"{folder}/{name}.flac"] = flac(sound(samples))
+        transcripts = f"{folder}/{speaker}-{chapter}.trans.txt"
+        files[transcripts] = files.get(transcripts, b"") + f"{name} {transcript}\n".encode()
+    return files
+
+
+def an4_files() -> dict[str, bytes]:
+    files = {}
+    for subset, folder, names in (("train", "an4_clstk", ("an1-aaaa-b", "an2-aaaa-b")), ("test", "t", ("an3-bbbb-b",))):
+        paths = [f"{folder}/{name.split('-')[1]}/{name}" for name in names]
+        files[f"an4/etc/an4_{subset}.fileids"] = "".join(f"{path}\n" for path in paths).encode()
+        lines = "".join(f"<s> go to {letter} </s> ({name})\n" for letter, name in zip("AB", names, strict=False))
+        files[f"an4/etc/an4_{subset}.transcription"] = lines.encode()
+        for index, path in enumerate(paths):
+            files[f"an4/wav/{path}.raw"] = sound(1000 + index)[:, 0].astype(">i2").tobytes()
+    return files
+
+
+def write_mirror(folder: Path, archives: Mapping[str, Mapping[str, bytes]]) -> Path:
+    """Writes archives and their md5sum.txt into a folder, which then serves as --mirror; returns that md5sum.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for archive, files in archives.items():
+        with tarfile.open(folder / archive, "w:gz") as tar:
+            for name, content in files.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, BytesIO(content))
+        lines.append(f"{hashlib.md5((folder / archive).read_bytes()).hexdigest()}  {archive}\n")
+    (folder / "md5sum.txt").write_text("".join(lines))
+    return folder / "md5sum.txt"
+
+
+def command(script: str, *arguments: str | Path, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs a script of the repository's top folder, from `folder`."""
+    line = ["sh", str(REPOSITORY / script), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=folder)
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from data.corpora import CORPORA, find_corpus
+from data.download import MirrorError, Options, download, fetch, read_checksums
+from data.packed import DataError, PackedDataset, open_dataset
+from tests.data.made_up import (
+    SPOKEN,
+    an4_files,
+    command,
+    files_below,
+    flac,
+    librispeech_files,
+    sound,
+    write_mirror,
+)
+
+COMPLETE = [
+    "dataset.json",
+    "dev-clean/audio.npy",
+    "dev-clean/utterances.csv",
+    "train-clean-100/audio.npy",
+    "train-clean-100/utterances.csv",
+]
+
+
+@pytest.fixture
+def server(mirror: Path) -> Iterator[str]:
+    """The address of a web server that holds the mirror; a path under /cut/ ends after half of the file."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if not self.path.startswith("/cut/"):
+                return super().do_GET()
+            content = (mirror / Path(self.path).name).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            return None
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(mirror))) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def arguments(options: Options) -> list[str]:
+    pairs = {
+        "--subsets": options.subsets,
+        "--mirror": options.mirror,
+        "--checksums": str(options.checksums),
+        "--dataset-dir": str(options.dataset_dir),
+    }
+    return [word for pair in pairs.items() for word in pair]
+
+
+def test_the_command_prepares_a_data_set_and_a_rerun_changes_nothing(options: Options, tmp_path: Path) -> None:
+    first = command("download_dataset.sh", *arguments(options), folder=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "is complete: train-clean-100 4 utterances (0.00 h), dev-clean 4 utterances" in first.stdout
+    assert "archives other than the published ones" in first.stderr
+    assert files_below(tmp_path / "dataset") == COMPLETE
+    before = {name: (tmp_path / "dataset" / name).stat() for name in COMPLETE}
+    second = command("download_dataset.sh", *arguments(options), folder=tmp_path)
+    assert second.returncode == 0
+    assert "is complete already" in second.stdout
+    assert {name: (tmp_path / "dataset" / name).stat().st_mtime_ns for name in COMPLETE} == {
+        name: stat.st_mtime_ns for name, stat in before.items()
+    }
+
+
+def test_paths_are_relative_to_the_callers_folder(tmp_path: Path) -> None:
+    write_mirror(tmp_path / "m", {"an4_raw.bigendian.tar.gz": an4_files()})
+    words = ["--corpus", "an4", "--mirror", "m", "--checksums", "m/md5sum.txt", "--dataset-dir", "out", "--jobs", "1"]
+    run = command("download_dataset.sh", *words, folder=tmp_path)
+    assert run.returncode == 0, run.stderr
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.splits == {"train": ["train"], "validation": ["test"], "test": []}
+    assert dataset.subset("test").transcripts == ["GO TO A"]
+
+
+def test_subsets_can_be_added_and_the_result_is_the_same_as_at_once(options: Options, tmp_path: Path) -> None:
+    at_once = download(replace(options, dataset_dir=tmp_path / "at once"))
+    validation = download(replace(options, subsets="dev-clean"))
+    assert validation.subsets == ["dev-clean"]
+    both = download(replace(options, subsets="train-clean-100"))
+    assert both.subsets == at_once.subsets == ["train-clean-100", "dev-clean"]
+    assert both.digest == at_once.digest != validation.digest
+
+
+def test_what_a_killed_run_left_behind_does_not_matter(options: Options, dataset: PackedDataset) -> None:
+    (dataset.path / "dataset.json").unlink()  # the kill came after the subsets were renamed, before they were entered
+    for name in ("unpacked/LibriSpeech", "dev-clean.partial"):
+        (dataset.path / name).mkdir(parents=True)
+        (dataset.path / name / "audio.npy").write_bytes(b"rest")
+    assert download(options).digest == dataset.digest
+    assert files_below(dataset.path) == COMPLETE
+
+
+def test_a_subset_without_its_files_is_prepared_again(options: Options, dataset: PackedDataset) -> None:
+    shutil.rmtree(dataset.path / "dev-clean")
+    assert download(options).digest == dataset.digest
+    assert files_below(dataset.path) == COMPLETE
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--corpus", "timit"], "unknown corpus 'timit'; there are: librispeech, librispeech-100"),
+        (["--subsets", "dev-dirty"], "librispeech has no subset 'dev-dirty'; it has: train-clean-100"),
+        (["--subsets", "dev-clean", "--mirror", "nowhere"], "the mirror nowhere has no file dev-clean.tar.gz"),
+        (["--subsets", "dev-clean", "--mirror", "m", "--checksums", "none.txt"], "cannot read the checksums none.txt"),
+        (["--subsets", "dev-clean", "--jobs", "0"], "--jobs is 0"),
+        (["--corpus", "synthetic", "--mirror", "m"], "the synthetic corpus is made on this machine"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_one_line_and_exit_1(tmp_path: Path, words: list[str], message: str) -> None:
+    run = command("download_dataset.sh", *words, "--dataset-dir", "out", folder=tmp_path)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: {message}") and run.stderr.count("\n") == 1
+    assert files_below(tmp_path) == []
+
+
+def test_an_archive_with_a_wrong_sum_is_refused_before_it_is_unpacked(options: Options, mirror: Path) -> None:
+    (mirror / "dev-clean.tar.gz").write_bytes((mirror / "dev-clean.tar.gz").read_bytes() + b"x")
+    assert options.dataset_dir is not None
+    with pytest.raises(DataError, match=r"dev-clean.tar.gz .* has MD5 [0-9a-f]{32}, expected [0-9a-f]{32}: damaged"):
+        download(replace(options, subsets="dev-clean"))
+    assert files_below(options.dataset_dir) == []
+    assert (mirror / "dev-clean.tar.gz").exists()
+
+
+def test_without_checksums_only_the_published_archive_is_accepted(options: Options) -> None:
+    message = r"expected 42e2234ba48799c1f50f24a7926300a1 \(337926286 bytes\).*re-issued once"
+    with pytest.raises(DataError, match=message):
+        download(replace(options, subsets="dev-clean", checksums=None))
+
+
+def test_a_data_set_from_other_archives_does_not_pass_for_the_published_one(
+    options: Options, dataset: PackedDataset
+) -> None:
+    with pytest.raises(DataError, match="holds train-clean-100 from an archive with MD5"):
+        download(replace(options, checksums=None))
+
+
+def test_a_folder_that_holds_another_corpus_is_refused(options: Options, dataset: PackedDataset) -> None:
+    with pytest.raises(DataError, match="holds the corpus librispeech, not librispeech-100"):
+        download(replace(options, corpus="librispeech-100"))
+
+
+def test_a_second_download_into_the_same_folder_is_refused(options: Options, dataset: PackedDataset) -> None:
+    folder = os.open(dataset.path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(DataError, match="another download is working in"):
+            download(options)
+    finally:
+        os.close(folder)
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_anything_is_read(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type(shutil.disk_usage("/"))(10, 10, 0)
+    monkeypatch.setattr("data.download.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(DataError, match=r"needs 0.0 GB of free disk space, 0.0 GB are free"):
+        download(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("85-1-0001.flac", flac(sound(1000))[:-700], "85-1-0001"),
+        ("85-1.trans.txt", b"85-1-0000 A\n85-1-0001 B#\n", "utterance 85-1-0001 has the character '#'"),
+    ],
+)
+def test_bad_content_is_named_and_leaves_no_data_set(
+    options: Options, mirror: Path, name: str, content: bytes, message: str
+) -> None:
+    files = librispeech_files("dev-clean", {key.replace("84", "85"): entry for key, entry in SPOKEN.items()})
+    write_mirror(mirror, {"dev-clean.tar.gz": {**files, f"LibriSpeech/dev-clean/85/1/{name}": content}})
+    run = command("download_dataset.sh", *arguments(replace(options, subsets="dev-clean")))
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: ") and message in run.stderr and run.stderr.count("\n") == 1
+    assert options.dataset_dir is not None and files_below(options.dataset_dir) == []
+
+
+def test_archives_come_from_a_web_server_and_are_removed_when_packed(
+    options: Options, server: str, tmp_path: Path
+) -> None:
+    fetched = download(replace(options, mirror=server, dataset_dir=tmp_path / "fetched"))
+    assert fetched.digest == download(options).digest
+    assert files_below(tmp_path / "fetched") == COMPLETE
+
+
+def test_an_archive_with_a_wrong_sum_is_not_kept_for_the_next_run(
+    options: Options, server: str, mirror: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="expected 42e2234ba48799c1f50f24a7926300a1"):
+        download(replace(options, subsets="dev-clean", mirror=server, checksums=None))
+    assert files_below(tmp_path / "dataset") == []
+
+
+def test_a_connection_that_ends_early_leaves_nothing_at_the_final_name(server: str, tmp_path: Path) -> None:
+    with pytest.raises(MirrorError, match="the connection ended after"):
+        fetch(f"{server}/cut/dev-clean.tar.gz", tmp_path / "a.tar.gz", 0)
+    assert files_below(tmp_path) == ["a.tar.gz.part", *files_below_mirror(tmp_path)]
+
+
+def files_below_mirror(folder: Path) -> list[str]:
+    return [name for name in files_below(folder) if name.startswith("mirror/")]
+
+
+def test_the_next_mirror_is_tried_where_one_fails(
+    options: Options, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as unused:  # bound but not listening: connections to it are refused
+        unused.bind(("127.0.0.1", 0))
+        silent = f"http://127.0.0.1:{unused.getsockname()[1]}"
+        corpus = replace(find_corpus("librispeech"), mirrors=(silent, f"{server}/missing", f"{server}/cut", server))
+        monkeypatch.setitem(CORPORA, "librispeech", corpus)
+        # The published sizes are far larger than what the made-up mirror holds.
+        monkeypatch.setattr("data.download._check_disk", lambda *arguments: None)
+        assert download(replace(options, mirror="")).subsets == ["train-clean-100", "dev-clean"]
+    warnings = capsys.readouterr().err
+    assert f"warning: {silent}/dev-clean.tar.gz: <urlopen error" in warnings
+    assert f"warning: {server}/missing/dev-clean.tar.gz: HTTP Error 404" in warnings
+    assert f"warning: {server}/cut/dev-clean.tar.gz: the connection ended after" in warnings
+
+
+def test_no_mirror_left_is_an_error(options: Options, server: str) -> None:
+    with pytest.raises(DataError, match=r"no mirror delivered dev-clean.tar.gz"):
+        download(replace(options, subsets="dev-clean", mirror=f"{server}/missing"))
+
+
+@pytest.mark.parametrize("line", ["hello world", "d41d8cd98f00b204e9800998ecf8427e", "z" * 32 + "  a.tar.gz"])
+def test_a_checksums_file_of_another_format_is_an_error(tmp_path: Path, line: str) -> None:
+    (tmp_path / "md5sum.txt").write_text(f"{line}\n")
+    with pytest.raises(DataError, match="not a line of md5sum"):
+        read_checksums(tmp_path / "md5sum.txt")
+
+
+def test_an_archive_that_the_checksums_file_does_not_name_is_an_error(options: Options) -> None:
+    with pytest.raises(DataError, match=r"md5sum.txt has no line for test-clean.tar.gz"):
+        download(replace(options, subsets="test-clean"))
+
+
+def test_help_shows_the_defaults() -> None:
+    run = command("download_dataset.sh", "--help")
+    assert run.returncode == 0
+    assert "(default: librispeech)" in run.stdout

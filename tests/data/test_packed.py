@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.packed import (
+    AUDIO_FILE,
+    INDEX_FILE,
+    DatasetError,
+    PackedDataset,
+    UtteranceRow,
+    audio_header,
+    content_digest,
+    open_dataset,
+    read_index,
+    write_dataset,
+    write_index,
+)
+from tests.data.made_up import SPOKEN, sound
+
+TAR = "tar --format=gnu --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=0644 -cf -"
+
+
+def test_utterances_are_sorted_by_length_and_then_by_id(dataset: PackedDataset) -> None:
+    subset = dataset.subset("train-clean-100")
+    assert subset.ids == ["84-1-0001", "7-3-0000", "84-2-0000", "84-1-0000"]
+    assert subset.samples.tolist() == [1000, 2000, 2000, 3000]
+    assert subset.offsets.tolist() == [0, 1000, 3000, 5000]
+    assert subset.speakers == ["84", "7", "84", "84"]
+
+
+def test_every_utterance_has_the_samples_and_the_transcript_of_its_archive(dataset: PackedDataset) -> None:
+    subset = dataset.subset("train-clean-100")
+    assert len(subset) == len(SPOKEN)
+    for index, name in enumerate(subset.ids):
+        samples, transcript = SPOKEN[name]
+        assert subset.transcripts[index] == transcript
+        np.testing.assert_array_equal(subset.waveform(index), sound(samples)[:, 0])
+
+
+def test_a_waveform_is_a_view_of_the_mapped_file(dataset: PackedDataset) -> None:
+    subset = dataset.subset("dev-clean")
+    assert isinstance(subset.audio, np.memmap)
+    assert np.shares_memory(subset.waveform(1), subset.audio)
+
+
+def test_splits_hold_the_prepared_subsets(dataset: PackedDataset) -> None:
+    assert [subset.name for subset in dataset.split("train")] == ["train-clean-100"]
+    assert [subset.name for subset in dataset.split("validation")] == ["dev-clean"]
+    assert dataset.split("test") == []
+    with pytest.raises(DatasetError, match="no split 'dev'"):
+        dataset.split("dev")
+
+
+def test_opening_reads_nothing_but_dataset_json(dataset: PackedDataset) -> None:
+    for subset in dataset.subsets:
+        (dataset.path / subset / AUDIO_FILE).unlink()
+        (dataset.path / subset / INDEX_FILE).unlink()
+    opened = open_dataset(dataset.path)
+    assert opened == dataset
+    assert opened.summary["train-clean-100"].utterances == 4
+    assert opened.summary["train-clean-100"].longest_samples == 3000
+    assert opened.summary["train-clean-100"].hours == 8000 / 16000 / 3600
+    assert not opened.official
+
+
+def test_the_digest_is_the_sha256_of_one_tarball(dataset: PackedDataset) -> None:
+    script = f"cd '{dataset.path}' && LC_ALL=C {TAR} */*.* | sha256sum"
+    expected = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert content_digest(dataset.path, dataset.subsets) == expected == dataset.digest
+
+
+def test_the_digest_of_a_file_beyond_8_gib_is_that_of_gnu_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / INDEX_FILE).touch()
+    with (tmp_path / "big" / AUDIO_FILE).open("wb") as stream:
+        stream.truncate(9 << 30)
+    script = f"cd '{tmp_path}' && {TAR} big/audio.npy | head -c 512"
+    header = subprocess.run(["sh", "-c", script], capture_output=True, check=True).stdout
+    hashed: list[bytes] = []
+
+    class Recorder:
+        def update(self, content: bytes) -> None:
+            hashed.append(content)
+            if len(hashed) == 2:
+                raise StopIteration  # the header is there; 9 GiB of zeros need not be read
+
+    monkeypatch.setattr("data.packed.hashlib.sha256", Recorder)
+    with pytest.raises(StopIteration):
+        content_digest(tmp_path, ["big"])
+    assert hashed[0] == header
+
+
+def test_the_header_is_one_that_numpy_reads(tmp_path: Path) -> None:
+    for samples in (0, 1, 3, 10**6):
+        (tmp_path / "a.npy").write_bytes(audio_header(samples) + bytes(2 * samples))
+        assert np.load(tmp_path / "a.npy").shape == (samples,)
+
+
+def test_the_index_is_csv_that_survives_commas_quotes_and_line_ends(tmp_path: Path) -> None:
+    rows = [UtteranceRow("a,b", 'c"d', 0, 5, "E\nF", "0" * 64), UtteranceRow("g", "", 5, 6, "H", "1" * 64)]
+    write_index(tmp_path / INDEX_FILE, rows)
+    assert list(read_index(tmp_path / INDEX_FILE)) == rows
+
+
+def test_an_absent_data_set_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"no data set in .*: run 'sh download_dataset.sh'"):
+        open_dataset(tmp_path)
+
+
+def test_an_unfinished_data_set_does_not_open(dataset: PackedDataset) -> None:
+    write_dataset(replace(dataset, digest=""))
+    with pytest.raises(DatasetError, match=r"unfinished: run the same .* command again"):
+        open_dataset(dataset.path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "subsets": 5}'])
+def test_a_damaged_dataset_json_is_an_error_of_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(DatasetError) as error:
+        open_dataset(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_another_format_version_is_refused(dataset: PackedDataset) -> None:
+    file = dataset.path / "dataset.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
+    with pytest.raises(DatasetError, match="has format version 99"):
+        open_dataset(dataset.path)
+
+
+def test_audio_that_does_not_fit_the_index_does_not_open(dataset: PackedDataset) -> None:
+    file = dataset.path / "dev-clean" / AUDIO_FILE
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DatasetError, match="verify_dataset"):
+        dataset.subset("dev-clean")

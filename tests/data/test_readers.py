@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.corpora import find_corpus
+from data.packed import TRANSCRIPT_CHARACTERS, DataError
+from data.readers import Utterance, check_transcript, decode, read_flac_header, read_utterances
+from tests.data.made_up import an4_files, flac, librispeech_files, sound
+
+DEV_CLEAN = find_corpus("librispeech").select(["dev-clean"])[0]
+AN4_TRAIN = find_corpus("an4").select(["train"])[0]
+CHAPTER = "LibriSpeech/dev-clean/84/1"
+
+
+def lay_out(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def without_frames(content: bytes) -> bytes:
+    """A FLAC file the header of which states no frames."""
+    return content[:21] + bytes([content[21] & 0xF0]) + bytes(4) + content[26:]
+
+
+def utterance(file: Path, samples: int) -> Utterance:
+    return Utterance("84-1-0000", "84", "A", file, samples)
+
+
+def test_librispeech_utterances_have_id_speaker_transcript_and_length(tmp_path: Path) -> None:
+    found = read_utterances(lay_out(tmp_path, librispeech_files("dev-clean")), "librispeech", DEV_CLEAN)
+    assert [(entry.id, entry.speaker, entry.samples) for entry in found] == [
+        ("7-3-0000", "7", 2000),
+        ("84-1-0000", "84", 3000),
+        ("84-1-0001", "84", 1000),
+        ("84-2-0000", "84", 2000),
+    ]
+    assert found[3].transcript == "IT'S BETWEEN"
+
+
+def test_an4_audio_is_big_endian_and_its_transcripts_become_upper_case(tmp_path: Path) -> None:
+    found = read_utterances(lay_out(tmp_path, an4_files()), "an4", AN4_TRAIN)
+    assert [(entry.id, entry.speaker, entry.transcript) for entry in found] == [
+        ("an1-aaaa-b", "aaaa", "GO TO A"),
+        ("an2-aaaa-b", "aaaa", "GO TO B"),
+    ]
+    np.testing.assert_array_equal(decode(found[0]), sound(1000)[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n"}, "utterance 84-1-0001 has no transcript"),
+        ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0001 B\n84-1-0002 C\n"}, "84-1-0002 has no audio file"),
+        ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0000 A\n"}, "84-1-0000 occurs twice"),
+        ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 \n84-1-0001 B\n"}, "84-1-0000 is empty"),
+        ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0001 B 2\n"}, "84-1-0001 has the character '2'"),
+        ({f"{CHAPTER}/84-1.trans.txt": "84-1-0000 NAÏVE\n".encode()}, r"84-1-0000 has the character 'Ï' \(U\+00CF\)"),
+        ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 \xff\n"}, "84-1.trans.txt is not UTF-8"),
+        ({"LibriSpeech/dev-clean/9/9/84-1-0001.flac": flac(sound(50))}, "84-1-0001 has no transcript"),
+        ({f"{CHAPTER}/84-1-0001.flac": b""}, "84-1-0001.flac is not a FLAC file"),
+        ({f"{CHAPTER}/84-1-0001.flac": b"RIFF" + bytes(100)}, "84-1-0001.flac is not a FLAC file"),
+        ({f"{CHAPTER}/84-1-0001.flac": without_frames(flac(sound(9)))}, "84-1-0001.flac holds no audio"),
+    ],
+)
+def test_what_is_wrong_with_an_utterance_is_named(tmp_path: Path, change: dict[str, bytes], message: str) -> None:
+    lay_out(tmp_path, {**librispeech_files("dev-clean"), **change})
+    with pytest.raises(DataError, match=message):
+        read_utterances(tmp_path, "librispeech", DEV_CLEAN)
+
+
+def test_an_id_that_occurs_in_two_chapters_is_an_error(tmp_path: Path) -> None:
+    lay_out(tmp_path, librispeech_files("dev-clean"))
+    other = "LibriSpeech/dev-clean/9/9"
+    lay_out(tmp_path, {f"{other}/84-1-0000.flac": flac(sound(50)), f"{other}/9-9.trans.txt": b"84-1-0000 A\n"})
+    with pytest.raises(DataError, match="84-1-0000 occurs twice in dev-clean"):
+        read_utterances(tmp_path, "librispeech", DEV_CLEAN)
+
+
+def test_an_archive_of_another_subset_is_an_error(tmp_path: Path) -> None:
+    lay_out(tmp_path, librispeech_files("dev-other"))
+    with pytest.raises(DataError, match=r"dev-clean.tar.gz holds no utterance of dev-clean"):
+        read_utterances(tmp_path, "librispeech", DEV_CLEAN)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("an4/etc/an4_train.fileids", b"an4_clstk/aaaa/an1-aaaa-b\n", "has 2 transcripts for 1 audio files"),
+        ("an4/etc/an4_train.fileids", b"../../x/an1-aaaa-b\nan4_clstk/aaaa/an2-aaaa-b\n", "an1-aaaa-b has no audio"),
+        ("an4/etc/an4_train.transcription", b"A (an9-aaaa-b)\nB (an2-aaaa-b)\n", "does not belong to utterance an1"),
+        ("an4/wav/an4_clstk/aaaa/an1-aaaa-b.raw", b"abc", "an1-aaaa-b has 3 bytes"),
+        ("an4/wav/an4_clstk/aaaa/an1-aaaa-b.raw", b"", "an1-aaaa-b has 0 bytes"),
+    ],
+)
+def test_what_is_wrong_with_an_an4_archive_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    lay_out(tmp_path, {**an4_files(), name: content})
+    with pytest.raises(DataError, match=message):
+        read_utterances(tmp_path, "an4", AN4_TRAIN)
+
+
+@given(st.text())
+def test_a_transcript_either_has_known_characters_only_or_is_refused(text: str) -> None:
+    try:
+        transcript = check_transcript(text, "84-1-0000", Path("84-1.trans.txt"))
+    except DataError as error:
+        assert "84-1-0000" in str(error) and "84-1.trans.txt" in str(error)
+    else:
+        assert set(transcript) <= set(TRANSCRIPT_CHARACTERS)
+        assert transcript == " ".join(text.upper().split()) != ""
+
+
+@pytest.mark.parametrize(("subtype", "bits"), [("PCM_16", 16), ("PCM_24", 24), ("PCM_S8", 8)])
+def test_audio_of_any_depth_rate_and_channel_count_becomes_16_bit_16_khz_mono(
+    tmp_path: Path, subtype: str, bits: int
+) -> None:
+    seconds = np.arange(44100) / 44100
+    tone = 0.4 * np.sin(2 * np.pi * 500 * seconds)
+    file = tmp_path / "a.flac"
+    file.write_bytes(flac(np.stack([tone, tone], axis=1), 44100, subtype))
+    header = read_flac_header(file)
+    assert (header.rate, header.channels, header.bits, header.frames) == (44100, 2, bits, 44100)
+    waveform = decode(utterance(file, 16000))
+    assert waveform.dtype == np.int16 and waveform.shape == (16000,)
+    expected = 0.4 * 32768 * np.sin(2 * np.pi * 500 * np.arange(16000) / 16000)
+    assert np.abs(waveform - expected)[100:-100].max() < 40000 / 2 ** min(bits - 1, 13)
+
+
+def test_a_flac_file_whose_samples_do_not_have_the_md5_of_its_header_is_an_error(tmp_path: Path) -> None:
+    content = bytearray(flac(sound(1000)))
+    content[26] ^= 1
+    (tmp_path / "a.flac").write_bytes(content)
+    with pytest.raises(DataError, match=r"a.flac: .* 84-1-0000 do not have the MD5"):
+        decode(utterance(tmp_path / "a.flac", 1000))
+
+
+def test_a_flac_file_without_md5_is_accepted_as_the_format_allows(tmp_path: Path) -> None:
+    content = bytearray(flac(sound(1000)))
+    content[26:42] = bytes(16)
+    (tmp_path / "a.flac").write_bytes(content)
+    np.testing.assert_array_equal(decode(utterance(tmp_path / "a.flac", 1000)), sound(1000)[:, 0])
+
+
+def test_a_damaged_flac_file_is_an_error_that_names_the_utterance(tmp_path: Path) -> None:
+    intact = flac(sound(3000))
+    for position in range(42, len(intact), 211):
+        for content in (intact[:position], intact[:position] + b"\x55\xaa\x55" + intact[position + 3 :]):
+            (tmp_path / "a.flac").write_bytes(content)
+            try:
+                waveform = decode(utterance(tmp_path / "a.flac", 3000))
+            except DataError as error:
+                assert "a.flac" in str(error) and "84-1-0000" in str(error)
+            else:  # bytes that hold no samples, such as those of a comment
+                np.testing.assert_array_equal(waveform, sound(3000)[:, 0])

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data.packed import AUDIO_FILE, AUDIO_HEADER_BYTES, INDEX_FILE, PackedDataset, write_dataset
+from data.prepare import finish_dataset
+from data.verify import find_problems
+from tests.data.made_up import command
+
+
+def edit_index(dataset: PackedDataset, old: str, new: str) -> None:
+    file = dataset.path / "dev-clean" / INDEX_FILE
+    content = file.read_bytes().decode()
+    assert old in content
+    file.write_bytes(content.replace(old, new, 1).encode())
+
+
+def edit_audio(dataset: PackedDataset, position: int) -> None:
+    with (dataset.path / "dev-clean" / AUDIO_FILE).open("r+b") as stream:
+        stream.seek(position)
+        byte = stream.read(1)[0]
+        stream.seek(position)
+        stream.write(bytes([byte ^ 1]))
+
+
+def test_an_intact_data_set_passes(dataset: PackedDataset) -> None:
+    run = command("verify_dataset.sh", "--dataset-dir", dataset.path)
+    assert run.returncode == 0
+    assert run.stdout.splitlines()[0] == "Dataset Checksum Passed."
+    assert "dev-clean: 4 utterances, 0.00 h, 2 speakers; not from the published archive" in run.stdout
+
+
+def test_one_changed_bit_is_found_and_its_utterance_named(dataset: PackedDataset) -> None:
+    subset = dataset.subset("dev-clean")
+    for index, name in enumerate(subset.ids):
+        position = AUDIO_HEADER_BYTES + 2 * int(subset.offsets[index]) + 501
+        edit_audio(dataset, position)
+        problems = find_problems(dataset)
+        assert len(problems) == 2
+        assert f"dev-clean: utterance {name} has changed" in problems[0]
+        assert "the checksum of" in problems[1]
+        edit_audio(dataset, position)
+    assert find_problems(dataset) == []
+
+
+def test_the_command_tells_what_has_changed_and_exits_with_1(dataset: PackedDataset) -> None:
+    edit_audio(dataset, AUDIO_HEADER_BYTES)
+    run = command("verify_dataset.sh", "--dataset-dir", dataset.path)
+    assert run.returncode == 1
+    assert run.stdout.splitlines()[0] == "WARNING: Dataset Checksum Failed."
+    assert "dev-clean: utterance 85-1-0001 has changed" in run.stdout
+    assert "Traceback" not in run.stderr
+
+
+def test_a_missing_utterance_is_located(dataset: PackedDataset) -> None:
+    file = dataset.path / "dev-clean" / INDEX_FILE
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:2] + lines[3:]))
+    problems = "\n".join(find_problems(dataset))
+    assert "dev-clean/utterances.csv has 3 utterances, dataset.json has 4" in problems
+    assert "an utterance is missing between 85-1-0001 and 85-2-0000: samples 1000 to 3000" in problems
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("IT'S BETWEEN", "IT'S BETWÉEN", "utterance 85-2-0000 has the unknown character 'É'"),
+        ("IT'S BETWEEN", "IT'S AMONG", "utterance 85-2-0000 has changed"),
+        ("IT'S BETWEEN", "", "the transcript of utterance 85-2-0000 is empty"),
+        ("85-1-0001", "85-1-0000", "utterance 85-1-0000 occurs twice"),
+        (",1000,2000,", ",999,2000,", "utterance 7-3-0000 begins at sample 999"),
+        (",0,1000,", ",0,-1,", "utterance 85-1-0001 has -1 samples"),
+        (",0,1000,", ",0,x,", "line 2: not an utterance"),
+        ("id,speaker", "name,speaker", "the first line does not read"),
+        ("85-1-0001,85,", "85-1-0001,86,", "dev-clean/utterances.csv is not the file that was prepared"),
+    ],
+)
+def test_a_changed_index_is_found_and_the_utterance_named(
+    dataset: PackedDataset, old: str, new: str, message: str
+) -> None:
+    edit_index(dataset, old, new)
+    assert message in "\n".join(find_problems(dataset))
+
+
+def test_a_damaged_header_is_told_from_damaged_audio(dataset: PackedDataset) -> None:
+    edit_audio(dataset, 100)
+    assert "audio.npy: the header" in find_problems(dataset)[0]
+
+
+def test_audio_that_ends_early_names_the_utterances_that_are_cut(dataset: PackedDataset) -> None:
+    file = dataset.path / "dev-clean" / AUDIO_FILE
+    file.write_bytes(file.read_bytes()[:-10])
+    problems = "\n".join(find_problems(dataset))
+    assert "dev-clean/audio.npy has 16118 bytes, not 16128" in problems
+    assert "dev-clean: utterance 85-1-0000 is cut short" in problems
+
+
+def test_a_missing_file_is_named(dataset: PackedDataset) -> None:
+    (dataset.path / "dev-clean" / AUDIO_FILE).unlink()
+    assert find_problems(dataset) == [f"{dataset.path}/dev-clean/audio.npy is missing"]
+
+
+def test_an_absent_data_set_fails_without_a_traceback(tmp_path: Path) -> None:
+    run = command("verify_dataset.sh", "--dataset-dir", "nowhere", folder=tmp_path)
+    assert run.returncode == 1
+    assert run.stdout.startswith("WARNING: Dataset Checksum Failed.\nno data set in nowhere")
+    assert run.stderr == ""
+
+
+def test_counts_other_than_the_published_ones_fail_for_a_published_archive(dataset: PackedDataset) -> None:
+    summary = {name: replace(subset, official=True) for name, subset in dataset.summary.items()}
+    write_dataset(replace(dataset, summary=summary))
+    problems = "\n".join(find_problems(replace(dataset, summary=summary)))
+    assert "dev-clean has 4 utterances, 2703 were published" in problems
+    assert "train-clean-100 has 2 speakers, 251 were published" in problems
+    assert "dev-clean has 0.00 h, 5.4 h were published" in problems
+
+
+def test_a_checksum_other_than_the_reference_fails(dataset: PackedDataset) -> None:
+    # Made-up speech under the names of the synthetic corpus, finished like a real one.
+    names = ["synthetic-train", "synthetic-validation"]
+    for old, new in zip(dataset.subsets, names, strict=True):
+        (dataset.path / old).rename(dataset.path / new)
+    (dataset.path / "synthetic-test").mkdir()
+    for file in (AUDIO_FILE, INDEX_FILE):
+        (dataset.path / "synthetic-test" / file).write_bytes((dataset.path / names[0] / file).read_bytes())
+    summaries = dict(zip(names, dataset.summary.values(), strict=True))
+    summary = {
+        name: replace(summaries.get(name, summaries[names[0]]), name=name) for name in [*names, "synthetic-test"]
+    }
+    other = finish_dataset(replace(dataset, corpus="synthetic", synthetic=True, summary=summary))
+    problems = find_problems(other)
+    assert f"the checksum of {dataset.path} is {other.digest}, the reference is" in problems[-1]
+
+
+def test_dataset_json_is_covered_by_the_checksum_it_holds(dataset: PackedDataset) -> None:
+    file = dataset.path / "dataset.json"
+    content = json.loads(file.read_text())
+    content["digest"] = "0" * 64
+    file.write_text(json.dumps(content))
+    run = command("verify_dataset.sh", "--dataset-dir", dataset.path)
+    assert run.returncode == 1
+    assert f"is {dataset.digest}, dataset.json has {'0' * 64}" in run.stdout

@@ -1,0 +1,42 @@
+import pytest
+import torch
+from torch import nn
+
+from pytorch.convolution import Convolution
+
+SHAPES = [  # in, out, kernel, stride, frequencies
+    (1, 4, (41, 11), (2, 2), 161),
+    (1, 5, (7, 3), (1, 1), 10),
+    (4, 4, (21, 11), (2, 1), 81),
+    (3, 8, (5, 3), (2, 1), 12),
+]
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "kernel", "stride", "frequencies"), SHAPES)
+@pytest.mark.parametrize("time", [1, 2, 37])
+def test_convolution_and_its_gradients_equal_those_of_conv2d(
+    inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int], frequencies: int, time: int
+) -> None:
+    torch.manual_seed(0)
+    convolution = Convolution(inputs, outputs, kernel, stride)
+    oracle = nn.Conv2d(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False).double()
+    oracle.load_state_dict(convolution.state_dict())
+    x_BTFC = torch.randn(3, time, frequencies, inputs, requires_grad=inputs > 1)
+    x_BCFT = x_BTFC.detach().double().permute(0, 3, 2, 1).requires_grad_()
+    ours, expected = convolution(x_BTFC), oracle(x_BCFT).permute(0, 3, 2, 1)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+    upstream = torch.randn_like(ours)
+    ours.backward(upstream)
+    expected.backward(upstream.double())
+    assert convolution.weight.grad is not None and oracle.weight.grad is not None and x_BCFT.grad is not None
+    torch.testing.assert_close(convolution.weight.grad.double(), oracle.weight.grad, rtol=1e-4, atol=1e-4)
+    if inputs > 1:
+        assert x_BTFC.grad is not None
+        torch.testing.assert_close(x_BTFC.grad.double().permute(0, 3, 2, 1), x_BCFT.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_output_is_contiguous_with_time_first_and_channels_last() -> None:
+    output = Convolution(1, 4, (41, 11), (2, 2))(torch.randn(2, 9, 161, 1))
+    assert output.shape == (2, 5, 81, 4)
+    assert output.is_contiguous()
