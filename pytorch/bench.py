@@ -1,0 +1,302 @@
+"""How fast this machine trains, and how far that is from its limit.
+
+    python -m pytorch.bench                                     one table, for the librispeech configuration
+    python -m pytorch.bench --config an4 --batch-size 16
+    python -m pytorch.bench --hidden-size 256 --batch-size 8 --json
+    python -m pytorch.bench --config an4 --sweep                also over threads, batch sizes, widths and durations
+
+Everything is timed in one process, the variants in turn after a warm-up, and medians are compared, so that a machine
+that is busy with other things changes the ratios little. The batch is made up: utterances of 2 to 4 s, 5 labels a
+second.
+
+"Stock" is the same model from torch's own layers: nn.Conv2d, and nn.GRU on packed sequences. The limit is the rate of
+one large matrix product (1024 x 1024 x 1024), measured in the same run; operations are counted on valid frames only.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from pytorch import gru
+from pytorch.batches import Batch
+from pytorch.config import CONFIGS, Config, RunError
+from pytorch.convolution import Convolution
+from pytorch.decoder import LABELS
+from pytorch.features import FREQUENCY_BINS, SAMPLE_RATE, LogSpectrogram, draw_augmentation, frame_counts
+from pytorch.model import GRU_LAYERS, OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
+from pytorch.train import choose_device, ctc_loss, make_optimizer
+
+PARTS = {  # what the profiler calls an operation -> part of the step
+    "convolution": ("convolution", "Convolution"),
+    "recurrent loop": ("_Layer", "gru", "_cudnn_rnn"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::addmm_"),
+    "batch norm": ("batch_norm",),
+    "spectrogram": ("fft", "stft"),
+    "CTC": ("ctc",),
+    "optimizer": ("_foreach", "_fused", "clip_grad", "Optimizer"),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What to measure."""
+
+    config: str = "librispeech"
+    """Named configuration."""
+    hidden_size: int | None = None
+    """Instead of the configuration's."""
+    batch_size: int | None = 8
+    """Instead of the configuration's."""
+    shortest_seconds: float = 2.0
+    """Duration of the shortest utterance of the batch."""
+    longest_seconds: float = 4.0
+    """Duration of the longest utterance of the batch."""
+    repetitions: int = 5
+    """Timed repetitions of each variant; medians are shown."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    sweep: bool = False
+    """Also measure over threads, batch sizes, widths and durations."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+class StockGRU(nn.GRU):
+    """torch's own layer, on packed sequences, directions summed."""
+
+    def forward(self, sequence: PackedSequence) -> PackedSequence:  # type: ignore[override]
+        data = super().forward(sequence)[0].data.unflatten(-1, (-1, self.hidden_size)).sum(1)
+        return PackedSequence(data, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
+
+
+class StockConvolution(nn.Conv2d):
+    """torch's own layer, with the interface of `Convolution`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
+
+
+def stock(model: DeepSpeech2) -> DeepSpeech2:
+    """The same model with the same weights, from torch's own layers. The modules are converted in place."""
+    for module in model.modules():
+        if isinstance(module, gru.GRU):
+            module.__class__ = StockGRU  # type: ignore[assignment]
+        elif isinstance(module, Convolution):
+            module.__class__ = StockConvolution  # type: ignore[assignment]
+    return model
+
+
+def made_up_batch(config: Config, count: int, shortest: float, longest: float) -> Batch:
+    """Noise of evenly spread durations, with random transcripts of 5 labels a second."""
+    generator = torch.Generator().manual_seed(0)
+    samples_B = (torch.linspace(shortest, longest, count) * SAMPLE_RATE).long()
+    waveforms_BS = torch.randint(-1000, 1000, (count, int(samples_B.max())), dtype=torch.int16, generator=generator)
+    waveforms_BS[torch.arange(waveforms_BS.shape[1]) >= samples_B[:, None]] = 0
+    lengths_B = (samples_B * 5 // SAMPLE_RATE).clamp(min=1)
+    targets = torch.randint(1, len(LABELS), (int(lengths_B.sum()),), generator=generator)
+    seeds = np.stack([np.arange(count)] * 2, axis=1)
+    still = replace(config, tempo_min=1.0, tempo_max=1.0)  # so that durations are what was asked for
+    augmentation = draw_augmentation(still, seeds, np.full(count, np.inf))
+    return Batch(np.arange(count), waveforms_BS, samples_B, targets, lengths_B, [""] * count, augmentation)
+
+
+def training_flops(config: Config, samples_B: Tensor) -> tuple[float, float]:
+    """Floating-point operations (two for a multiplication with addition) of a forward pass and of a training step."""
+    frames = int(output_frames(frame_counts(samples_B)).sum())
+    channels, hidden = config.conv_channels, config.hidden_size
+    conv1 = -(-FREQUENCY_BINS // 2) * channels * 41 * 11
+    conv2 = OUTPUT_FREQUENCIES * channels * channels * 21 * 11
+    inputs = OUTPUT_FREQUENCIES * channels + hidden * (GRU_LAYERS - 1)
+    recurrent = 2 * 3 * hidden * (inputs + hidden * GRU_LAYERS)
+    forward = 2.0 * frames * (conv1 + conv2 + recurrent + hidden * len(LABELS))
+    return forward, 3 * forward - 2.0 * frames * conv1  # the features need no gradient
+
+
+def time_in_turn(variants: Sequence[Callable[[], object]], repetitions: int, device: torch.device) -> list[float]:
+    """Median seconds of each variant: all warmed up, then run in turn."""
+    seconds: list[list[float]] = [[] for _ in variants]
+    for repetition in range(repetitions + 1):
+        for variant, times in zip(variants, seconds, strict=True):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            variant()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repetition > 0:
+                times.append(time.perf_counter() - started)
+    return [statistics.median(times) for times in seconds]
+
+
+class Workload:
+    """A model, its optimizer and a batch, ready to step."""
+
+    def __init__(self, config: Config, batch: Batch, device: torch.device, *, of_stock_layers: bool = False) -> None:
+        torch.manual_seed(0)
+        self.config, self.batch, self.device = config, batch, device
+        self.spectrogram = LogSpectrogram().to(device)
+        model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
+        self.model = stock(model) if of_stock_layers else model
+        self.optimizer = make_optimizer(config, self.model)
+
+    def forward(self) -> Tensor:
+        """Loss of the batch."""
+        batch = self.batch
+        features = self.spectrogram(batch.waveforms_BS.to(self.device), batch.samples_B, batch.augmentation)
+        logits_TBV, frames_B = self.model(*features)
+        return ctc_loss(logits_TBV, frames_B, batch.targets.to(self.device), batch.target_lengths_B)
+
+    def infer(self) -> None:
+        """Forward only."""
+        with torch.inference_mode():
+            self.model.eval()
+            self.forward()
+            self.model.train()
+
+    def step(self) -> None:
+        """A whole training step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.forward().backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
+        self.optimizer.step()
+
+
+def gemm_peak(device: torch.device, repetitions: int) -> float:
+    """Operations per second of one large float32 matrix product."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = torch.randn(2, size, size, device=device)
+    (seconds,) = time_in_turn([lambda: torch.mm(left, right)], repetitions * 4, device)
+    return 2 * size**3 / seconds
+
+
+def step_parts(workload: Workload) -> dict[str, float]:
+    """Milliseconds of a step by part, from the profiler: own time of the operations, grouped."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if workload.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        workload.step()
+        if workload.device.type == "cuda":
+            torch.cuda.synchronize()
+    milliseconds = dict.fromkeys([*PARTS, "the rest"], 0.0)
+    for event in profile.key_averages():
+        own = event.self_cpu_time_total if workload.device.type == "cpu" else event.self_device_time_total
+        part = next((part for part, names in PARTS.items() if any(name in event.key for name in names)), "the rest")
+        milliseconds[part] += own / 1000
+    return milliseconds
+
+
+def measure(config: Config, arguments: Arguments, device: torch.device) -> dict[str, Any]:
+    """One row: this configuration's step against stock layers and against the machine's limit."""
+    batch = made_up_batch(config, config.batch_size, arguments.shortest_seconds, arguments.longest_seconds)
+    ours, stock_layers = Workload(config, batch, device), Workload(config, batch, device, of_stock_layers=True)
+    variants = [ours.step, stock_layers.step, ours.infer, stock_layers.infer]
+    step, stock_step, infer, stock_infer = time_in_turn(variants, arguments.repetitions, device)
+    peak = gemm_peak(device, arguments.repetitions)
+    forward_flops, step_flops = training_flops(config, batch.samples_B)
+    audio_seconds = float(batch.samples_B.sum()) / SAMPLE_RATE
+    return {
+        "config": config.config,
+        "hidden_size": config.hidden_size,
+        "conv_channels": config.conv_channels,
+        "batch_size": config.batch_size,
+        "precision": "fp32",
+        "threads": torch.get_num_threads(),
+        "recurrent_layers": "cuDNN" if device.type == "cuda" else gru.kernel_status(),
+        "step_ms": 1000 * step,
+        "stock_packed_step_ms": 1000 * stock_step,
+        "speedup": stock_step / step,
+        "fp32_speedup": stock_step / step,
+        "forward_ms": 1000 * infer,
+        "forward_speedup": stock_infer / infer,
+        "audio_seconds_per_second": audio_seconds / step,
+        "gemm_peak_gflops": peak / 1e9,
+        "achieved_gflops": step_flops / step / 1e9,
+        "fraction_of_peak": step_flops / step / peak,
+        "forward_fraction_of_peak": forward_flops / infer / peak,
+        "parts": step_parts(ours),
+    }
+
+
+def sweep(config: Config, arguments: Arguments, device: torch.device) -> list[dict[str, Any]]:
+    """Rows over threads, batch sizes, hidden sizes and durations, one changed at a time."""
+    rows = []
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        for count in sorted({1, 2, 4, 8, 16, 32, threads} & set(range(1, threads + 1))):
+            torch.set_num_threads(count)
+            rows.append(measure(config, arguments, device) | {"swept": f"{count} threads"})
+        torch.set_num_threads(threads)
+    for batch_size in (1, 4, 16, 32):
+        changed = replace(config, batch_size=batch_size)
+        rows.append(measure(changed, arguments, device) | {"swept": f"batch of {batch_size}"})
+    for hidden_size in (96, 192, 256, 512, 800):
+        changed = replace(config, hidden_size=hidden_size)
+        rows.append(measure(changed, arguments, device) | {"swept": f"{hidden_size} units"})
+    for longest in (8.0, 16.0):
+        longer = replace(arguments, shortest_seconds=longest / 2, longest_seconds=longest)
+        rows.append(measure(config, longer, device) | {"swept": f"{longest / 2:g} to {longest:g} s"})
+    return rows
+
+
+def table(row: dict[str, Any]) -> str:
+    """A row for people."""
+    lines = [
+        f"configuration {row['config']}: 5 x {row['hidden_size']}, {row['conv_channels']} channels, "
+        f"batch {row['batch_size']}, {row['precision']}, {row['threads']} threads, {row['recurrent_layers']}",
+        f"training step    {row['step_ms']:9.1f} ms   stock layers {row['stock_packed_step_ms']:9.1f} ms   "
+        f"{row['speedup']:.2f} x as fast",
+        f"forward only     {row['forward_ms']:9.1f} ms   {row['forward_speedup']:.2f} x as fast as stock layers",
+        f"trains {row['audio_seconds_per_second']:.0f} s of speech a second",
+        f"{row['achieved_gflops']:.0f} of {row['gemm_peak_gflops']:.0f} GFLOP/s of a large matrix product: "
+        f"{row['fraction_of_peak']:.0%}",
+        "by part (ms, profiled): " + ", ".join(f"{name} {value:.0f}" for name, value in row["parts"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    arguments = tyro.cli(Arguments, prog="python -m pytorch.bench", description=__doc__)
+    try:
+        if arguments.config not in CONFIGS:
+            raise RunError(f"--config {arguments.config}: unknown; one of {', '.join(CONFIGS)}")
+        config = CONFIGS[arguments.config]
+        config = replace(
+            config,
+            hidden_size=arguments.hidden_size or config.hidden_size,
+            batch_size=arguments.batch_size or config.batch_size,
+        )
+        device = choose_device(arguments.device)
+        row = measure(config, arguments, device)
+        rows = sweep(config, arguments, device) if arguments.sweep else []
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(row | {"sweep": rows} if rows else row, indent=2))
+        return 0
+    print(table(row))
+    for swept in rows:
+        print(
+            f"{swept['swept']:>16}: {swept['step_ms']:9.1f} ms a step, {swept['speedup']:.2f} x stock, "
+            f"{swept['audio_seconds_per_second']:6.0f} s of speech a second, "
+            f"{swept['fraction_of_peak']:.0%} of the limit"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
