@@ -40,4 +40,5 @@ use_environment() {
         return 1
     fi
     cp "$root/pyproject.toml" "$stamp"
+    cp "$stamp" "$root/.venv/installed-run" # every extra has what a run needs
 }

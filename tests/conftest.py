@@ -11,6 +11,7 @@ import pytest
 from data import packed
 
 ROOT = Path(__file__).resolve().parent.parent
+SPEECH = ROOT.parent / "shared" / "speech"
 WORDS = ["AN", "OLD", "BELL", "RINGS", "IT'S", "NOON"]
 
 

@@ -1,0 +1,54 @@
+import copy
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pytorch.bench import Workload, made_up_batch, stock, training_flops
+from pytorch.config import CONFIGS
+from tests.conftest import ROOT
+
+CONFIG = dataclasses.replace(CONFIGS["synthetic"], hidden_size=16, conv_channels=2)
+CPU = torch.device("cpu")
+
+
+def test_the_benchmark_prints_one_json_object_with_the_figures_that_scripts_read() -> None:
+    options = ["--config", "synthetic", "--hidden-size", "16", "--batch-size", "2", "--repetitions", "1", "--json"]
+    command = [sys.executable, "-m", "pytorch.bench", *options, "--device", "cpu"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(run.stdout)
+    numbers = ["step_ms", "stock_packed_step_ms", "speedup", "forward_speedup", "fp32_speedup", "gemm_peak_gflops"]
+    for name in [*numbers, "achieved_gflops", "fraction_of_peak"]:
+        assert figures[name] > 0, name
+    assert (figures["config"], figures["hidden_size"], figures["batch_size"]) == ("synthetic", 16, 2)
+    assert figures["precision"] == "fp32"
+    assert figures["parts"]["convolution"] > 0
+
+
+def test_an_unknown_configuration_is_an_error_of_one_line() -> None:
+    command = [sys.executable, "-m", "pytorch.bench", "--config", "nonsense"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: --config nonsense")
+
+
+def test_the_stock_model_that_ours_is_compared_with_computes_the_same() -> None:
+    ours = Workload(CONFIG, made_up_batch(CONFIG, 3, 0.5, 1.0), CPU)
+    theirs = copy.deepcopy(ours)
+    theirs.model = stock(theirs.model)
+    assert type(theirs.model.grus[0]) is not type(ours.model.grus[0])
+    torch.testing.assert_close(ours.forward(), theirs.forward(), rtol=1e-5, atol=1e-5)
+
+
+def test_operations_are_counted_as_the_layers_have_weights() -> None:
+    samples = torch.tensor([16000])  # 101 frames, 51 output frames
+    forward, step = training_flops(CONFIG, samples)
+    model = Workload(CONFIG, made_up_batch(CONFIG, 1, 0.5, 0.5), CPU).model
+    grus = sum(weight.numel() for gru in model.grus for name, weight in gru.named_parameters() if "weight" in name)
+    conv1, conv2 = model.conv1.weight.numel() * 81, model.conv2.weight.numel() * 41
+    assert forward == pytest.approx(2 * 51 * (grus + conv1 + conv2 + model.classifier.weight.numel()))
+    assert step == pytest.approx(3 * forward - 2 * 51 * conv1)

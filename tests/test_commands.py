@@ -1,0 +1,89 @@
+"""The commands of the README, from one to the next, as a user types them."""
+
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SPEECH
+from tests.pytorch.test_train import events, values
+
+PARTLY_THERE = "train-clean-100,dev-clean,test-clean"  # the subsets of which shared/speech has a part
+
+
+def sh(folder: Path, *command: str | Path, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    words = ["sh", *map(str, command)]
+    return subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository's files that shares this one's environment, so that nothing is installed again."""
+    copy = tmp_path_factory.mktemp("checkout") / "a folder with spaces"
+    left_out = shutil.ignore_patterns(".*", "*_dataset", "results", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=left_out)
+    (copy / ".venv").symlink_to(ROOT / ".venv")
+    return copy
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".venv" / "installed-run").exists(), reason="no .venv: tests run in another environment"
+)
+def test_quickstart_synthesises_verifies_trains_and_says_where_everything_is(checkout: Path) -> None:
+    run = sh(checkout, "quickstart.sh", "--max-steps", "2", "--target-wer", "1000")
+    assert run.returncode == 0, run.stderr
+    assert "Dataset Checksum Passed." in run.stdout
+    log = checkout / "results" / "synthetic" / "mlperf_ds2.log"
+    assert str(log) in run.stdout
+    assert "no benchmark result" in run.stdout
+    result = next(line for line in run.stdout.splitlines() if line.startswith("RESULT,DEEPSPEECH2,"))
+    assert log.read_text().splitlines()[-1] == result
+    assert values(log.read_text(), "eval_samples") == [240]
+    assert (log.parent / "checkpoint_best.pt").exists()
+
+    started = time.monotonic()
+    again = sh(checkout, "quickstart.sh")
+    assert again.returncode == 0
+    assert result in again.stdout
+    assert "train again" in again.stdout
+    assert time.monotonic() - started < 60
+
+    failed = sh(checkout, "quickstart.sh", "--max-steps", "1", "--target-wer", "0")
+    assert failed.returncode == 1
+    assert "did not reach the target" in failed.stderr
+    assert log.read_text().splitlines()[-1] == result  # the log of the run that did is kept
+
+
+@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"real speech is not there: {SPEECH}")
+@pytest.mark.parametrize(
+    ("corpus", "options", "utterances", "words"),
+    [("an4", ["--corpus", "an4"], 130, 773), ("librispeech", ["--subsets", PARTLY_THERE], 234, None)],
+)
+def test_real_speech_is_prepared_verified_trained_on_and_evaluated_completely(
+    corpus: str, options: list[str], utterances: int, words: int | None, tmp_path: Path
+) -> None:
+    dataset = tmp_path / "dataset"
+    mirror: list[str | Path] = ["--mirror", SPEECH / corpus, "--checksums", SPEECH / corpus / "md5sum.txt"]
+    prepared = sh(tmp_path, ROOT / "download_dataset.sh", *options, *mirror, "--dataset-dir", "dataset")
+    assert prepared.returncode == 0, prepared.stderr
+    verified = sh(tmp_path, ROOT / "verify_dataset.sh", "--dataset-dir", "dataset")
+    assert verified.returncode == 0
+    assert "Dataset Checksum Passed." in verified.stdout
+
+    small = ["--hidden-size", "16", "--conv-channels", "2", "--batch-size", "8", "--max-steps", "3", "--device", "cpu"]
+    command: list[str | Path] = [ROOT / "pytorch" / "run_and_time.sh", "--config", corpus, "--dataset-dir", dataset]
+    run = sh(tmp_path, *command, "--output-dir", tmp_path / "results", *small)
+    assert run.returncode == 1  # three steps do not reach the target
+    (accuracy,) = (event for event in events(run.stdout) if event["key"] == "eval_accuracy")
+    assert accuracy["metadata"]["utterances"] == utterances
+    assert words is None or accuracy["metadata"]["words"] == words
+    (dataset_event,) = (event for event in events(run.stdout) if event["key"] == "dataset")
+    assert dataset_event["metadata"]["official_archives"] is (corpus == "an4")
+
+
+def test_every_command_in_the_readme_is_there() -> None:
+    for script in set(re.findall(r"\bsh ([\w/]+\.sh)", (ROOT / "README.md").read_text())):
+        assert (ROOT / script).exists(), script
