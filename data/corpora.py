@@ -211,6 +211,16 @@ CORPORA = {
             synthetic=True,
             reference_digest="14f6b62443c4c1f6636a032994d8c3167df9fb2740299fab065985dab00f22fb",
         ),
+        Corpus(
+            name="manifest",
+            title="your own speech, listed in a file of lines path<TAB>transcript (manifest.py)",
+            folder="Manifest_dataset",
+            layout="manifest",
+            licence="yours",
+            mirrors=(),
+            # One manifest makes one of these; what stands for the archive is the manifest.
+            subsets=tuple(CorpusSubset(split, split, Archive(""), None) for split in SPLITS),
+        ),
     )
 }
 

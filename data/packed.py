@@ -7,7 +7,8 @@
 The digest of a data set is the SHA-256 of one tarball of its files, names sorted, without times, owners and modes:
 
     cd LibriSpeech_dataset
-    LC_ALL=C tar --format=gnu --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=0644 -cf - */*.* | sha256sum
+    LC_ALL=C
+    tar --format=gnu --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=0644 -cf - $(ls */*.npy */*.csv) | sha256sum
 
 so it is the same on every machine. It is computed as the files are read; the tarball is never written.
 """
@@ -15,14 +16,18 @@ so it is the same on every machine. It is computed as the files are read; the ta
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
+import sys
 import tarfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -44,7 +49,7 @@ class DatasetError(DataError):
     """A packed data set that is absent, unfinished, damaged or of another format version."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class UtteranceRow:
     """A row of utterances.csv: `offset` and `samples` count samples in audio.npy; `sha256` is utterance_digest's."""
 
@@ -78,6 +83,36 @@ class SubsetSummary:
     @property
     def hours(self) -> float:
         return self.seconds / 3600
+
+
+class Texts(Sequence[str]):
+    """Many short strings in one block of UTF-8: a quarter of the memory of a list, and nothing for Python to track."""
+
+    def __init__(self) -> None:
+        self._content = bytearray()
+        self._ends = array("q", [0])
+
+    def append(self, text: str) -> None:
+        self._content += text.encode()
+        self._ends.append(len(self._content))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]
+        return self._content[self._ends[position] : self._ends[position + 1]].decode()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # equal to a list, which has none
 
 
 @dataclass(frozen=True)
@@ -130,22 +165,22 @@ class PackedDataset:
         if name not in self.summary:
             raise DatasetError(f"{self.path} has no subset '{name}'; it has: {', '.join(self.summary)}")
         folder = self.path / name
-        rows = list(read_index(folder / INDEX_FILE))
+        ids, speakers, offsets, samples, transcripts = _read_columns(folder / INDEX_FILE)
         try:
             audio = np.load(folder / AUDIO_FILE, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DatasetError(f"cannot open {folder / AUDIO_FILE}: {error}; run verify_dataset.sh") from error
         expected = self.summary[name]
-        if len(rows) != expected.utterances or audio.dtype != np.int16 or audio.shape != (expected.samples,):
+        if len(ids) != expected.utterances or audio.dtype != np.int16 or audio.shape != (expected.samples,):
             raise DatasetError(f"{folder} does not fit {DATASET_FILE}; run verify_dataset.sh")
         return Subset(
             name=name,
             audio=audio,
-            offsets=np.array([row.offset for row in rows], dtype=np.int64),
-            samples=np.array([row.samples for row in rows], dtype=np.int64),
-            ids=[row.id for row in rows],
-            speakers=[row.speaker for row in rows],
-            transcripts=[row.transcript for row in rows],
+            offsets=offsets,
+            samples=samples,
+            ids=ids,
+            speakers=speakers,
+            transcripts=transcripts,
         )
 
     def split(self, name: str) -> list[Subset]:
@@ -198,6 +233,27 @@ def open_dataset(path: Path) -> PackedDataset:
             f"(--corpus {dataset.corpus} --dataset-dir {path})"
         )
     return dataset
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keeps others from changing a data set, or, unless `shared`, from using it. The lock dies with its process.
+
+    DatasetError where another process has it. It is taken on the folder itself, so a read-only data set will do.
+    """
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DatasetError(
+                f"another download{'' if shared else ' or verification'} is working in {path}; wait until it has ended"
+            ) from None
+        except OSError as error:  # such as NFS, which locks no folders
+            print(f"warning: {path} cannot be locked ({error}): let nothing else work in it now", file=sys.stderr)
+        yield
+    finally:
+        os.close(folder)
 
 
 def write_dataset(dataset: PackedDataset) -> None:
@@ -263,11 +319,27 @@ def read_index(file: Path) -> Iterator[UtteranceRow]:
             for row in reader:
                 try:
                     name, speaker, offset, samples, transcript, digest = row
-                    yield UtteranceRow(name, speaker, int(offset), int(samples), transcript, digest)
+                    numbers = int(offset), int(samples)
+                    if max(map(abs, numbers)) >= 1 << 62:
+                        raise ValueError(f"{max(numbers, key=abs)} is no number of samples")
+                    yield UtteranceRow(name, speaker, *numbers, transcript, digest)
                 except ValueError as error:
                     raise DatasetError(f"{file}, line {reader.line_num}: not an utterance ({error})") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DatasetError(f"cannot read {file}: {error}; run verify_dataset.sh") from error
+
+
+def _read_columns(file: Path) -> tuple[Texts, Texts, np.ndarray, np.ndarray, Texts]:
+    """Ids, speakers, offsets, samples and transcripts of utterances.csv, without a Python object for each."""
+    ids, speakers, transcripts = Texts(), Texts(), Texts()
+    offsets, samples = array("q"), array("q")
+    for row in read_index(file):
+        ids.append(row.id)
+        speakers.append(row.speaker)
+        transcripts.append(row.transcript)
+        offsets.append(row.offset)
+        samples.append(row.samples)
+    return ids, speakers, np.array(offsets, dtype=np.int64), np.array(samples, dtype=np.int64), transcripts
 
 
 def utterance_digest(waveform: np.ndarray, transcript: str) -> str:

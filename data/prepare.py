@@ -12,14 +12,16 @@ import os
 import shutil
 import sys
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from tqdm import tqdm
@@ -44,6 +46,9 @@ from data.packed import (
 from data.readers import Utterance, decode, read_utterances
 
 UTTERANCES_PER_TASK = 16
+FRAME_STEP_SAMPLES = 160
+# Speech in FLAC or 16-bit samples hardly shrinks by gzip; what grows this much on unpacking is no speech.
+MOST_EXPANSION, SMALL_BYTES = 20, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,19 @@ class CheckedArchive:
     md5: str
     sha256: str
     official: bool
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """A member's header that must be one: tarfile takes a damaged header for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
 
 
 def prepare_archive(
@@ -68,23 +86,48 @@ def prepare_archive(
                 raise DataError(
                     f"{archive.file}: {len(utterances)} utterances in {subset.name}, not {subset.utterances}"
                 )
-            with temporary_folder(dataset.path / f"{subset.name}.partial") as partial:
-                summary = _pack(utterances, partial, subset.name, archive, jobs)
-                final = dataset.path / subset.name
-                if final.exists():  # left by a run that ended between the renaming and dataset.json
-                    shutil.rmtree(final)
-                replace_durably(partial, final)
-            summaries = {**dataset.summary, subset.name: summary}
-            prepared = [known.name for known in corpus.subsets if known.name in summaries]
-            dataset = replace(
-                dataset,
-                digest="",
-                splits=corpus.splits(prepared),
-                summary={name: summaries[name] for name in prepared},
-            )
-            write_dataset(dataset)
-            print(f"{subset.name}: prepared {summary.utterances} utterances", file=sys.stderr)
+            dataset = prepare_subset(dataset, corpus, archive, subset.name, utterances, jobs)
     return dataset
+
+
+def prepare_subset(
+    dataset: PackedDataset,
+    corpus: Corpus,
+    archive: CheckedArchive,
+    name: str,
+    utterances: Sequence[Utterance],
+    jobs: int,
+) -> PackedDataset:
+    """Adds one subset to a data set, which is unfinished then; returns its new state."""
+    with temporary_folder(dataset.path / f"{name}.partial") as partial:
+        summary = _pack(utterances, partial, name, archive, jobs)
+        final = dataset.path / name
+        if final.exists():  # left by a run that ended between the renaming and dataset.json
+            shutil.rmtree(final)
+        replace_durably(partial, final)
+    summaries = {**dataset.summary, name: summary}
+    prepared = [known.name for known in corpus.subsets if known.name in summaries]
+    dataset = replace(
+        dataset,
+        digest="",
+        splits=corpus.splits(prepared),
+        summary={name: summaries[name] for name in prepared},
+    )
+    write_dataset(dataset)
+    print(f"{name}: prepared {summary.utterances} utterances", file=sys.stderr)
+    if short := [utterance.id for utterance in utterances if not alignable(utterance.samples, utterance.transcript)]:
+        print(
+            f"{name}: {len(short)} utterances are too short for CTC to align their transcripts; training leaves them "
+            f"out, evaluation does not: {', '.join(short)}",
+            file=sys.stderr,
+        )
+    return dataset
+
+
+def alignable(samples: int, transcript: str) -> bool:
+    """Whether CTC can spell the transcript: a DeepSpeech2 output frame, of 20 ms, a label; one more between repeats."""
+    frames = samples // FRAME_STEP_SAMPLES + 1
+    return len(transcript) + sum(a == b for a, b in pairwise(transcript)) <= (frames - 1) // 2 + 1
 
 
 def finish_dataset(dataset: PackedDataset) -> PackedDataset:
@@ -98,29 +141,39 @@ def finish_dataset(dataset: PackedDataset) -> PackedDataset:
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpacks a .tar.gz of plain files and folders. DataError names a member that is anything else or lies outside."""
+    room = MOST_EXPANSION * archive.stat().st_size + SMALL_BYTES
     try:
         with (
             progress_bar(f"unpacking {archive.name}", archive.stat().st_size, "B") as bar,
             archive.open("rb") as compressed,
             gzip.GzipFile(fileobj=compressed) as stream,
-            tarfile.open(fileobj=stream, mode="r|") as tar,
+            tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as tar,
         ):
             for member in tar:
                 if not (member.isfile() or member.isdir()):
                     raise DataError(f"{archive}: refused member '{member.name}': neither a file nor a folder")
                 if member.name.startswith("/") or ".." in member.name.split("/"):
                     raise DataError(f"{archive}: refused member '{member.name}': it lies outside the archive's folder")
+                room -= member.size
+                if room < 0:
+                    raise DataError(f"{archive}: refused member '{member.name}': too large for so small an archive")
                 tar.extract(member, folder, filter="data")
                 bar.update(compressed.tell() - bar.n)
             # The gzip checksum stands at the end, beyond the last member.
             while stream.read(1 << 20):
                 pass
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
         raise DataError(f"{archive} is damaged or cut short: {error}") from error
+    except OSError as error:
+        raise DataError(f"{archive} cannot be unpacked into {folder}: {error}") from error
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def progress_bar(description: str, total: float, unit: str) -> tqdm:
-    """A bar on standard error, only where that is a terminal."""
+    """A bar with rate and time left on standard error, only where that is a terminal."""
     return tqdm(desc=description, total=total, unit=unit, unit_scale=True, file=sys.stderr, disable=None, leave=False)
 
 
@@ -131,9 +184,7 @@ def _pack(
     ordered = sorted(utterances, key=lambda utterance: (utterance.samples, utterance.id))
     offsets = [0, *accumulate(utterance.samples for utterance in ordered)]
     audio = folder / AUDIO_FILE
-    with audio.open("wb") as stream:
-        stream.write(audio_header(offsets[-1]))
-        stream.truncate(AUDIO_HEADER_BYTES + 2 * offsets[-1])
+    _allocate(audio, offsets[-1])
     digests: list[str] = []
     with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
         for result in _decode_all(audio, ordered, offsets, jobs):
@@ -159,6 +210,32 @@ def _pack(
     )
 
 
+def _allocate(audio: Path, samples: int) -> None:
+    """Makes audio.npy in its full size, so that a disk that is too small is noticed before anything is decoded."""
+    size = AUDIO_HEADER_BYTES + 2 * samples
+    try:
+        with audio.open("wb") as stream:
+            stream.write(audio_header(samples))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(stream.fileno(), 0, size)
+            else:
+                stream.truncate(size)
+    except OSError as error:
+        raise DataError(f"cannot write the {size} bytes of {audio}: {error.strerror}") from error
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone: killed, it could not say so."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _decode_all(audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int) -> Iterator[list[str]]:
     """Decodes all utterances into audio.npy, in `jobs` processes; yields their digests, in order."""
     starts = range(0, len(ordered), UTTERANCES_PER_TASK)
@@ -169,11 +246,15 @@ def _decode_all(audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int
         yield from map(_decode_into, *arguments)
         return
     # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             yield from pool.map(_decode_into, *arguments)
         except BrokenProcessPool:
             raise DataError("a decoding process was killed; if memory ran out, fewer --jobs help") from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # the first error is enough
+            raise
 
 
 def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> list[str]:
@@ -184,15 +265,13 @@ def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> l
         stream.seek(AUDIO_HEADER_BYTES + 2 * offset)
         for utterance in utterances:
             waveform = np.ascontiguousarray(decode(utterance), dtype="<i2")
-            if waveform.shape != (utterance.samples,):
-                raise DataError(
-                    f"{utterance.file}: utterance {utterance.id} has {waveform.shape} samples, "
-                    f"its header says {utterance.samples}"
-                )
             digests.append(utterance_digest(waveform, utterance.transcript))
             remaining = waveform.data.cast("B")
-            while remaining:
-                remaining = remaining[stream.write(remaining) :]
+            try:
+                while remaining:
+                    remaining = remaining[stream.write(remaining) :]
+            except OSError as error:
+                raise DataError(f"cannot write {audio}: {error.strerror}") from error
     return digests
 
 

@@ -2,17 +2,22 @@
 
     python -m data.verify                                  ./LibriSpeech_dataset
     python -m data.verify --dataset-dir AN4_dataset
+    python -m data.verify --quick                          sizes, counts and index alone, in seconds
 
 Prints `Dataset Checksum Passed.` and exits 0, or `WARNING: Dataset Checksum Failed.`, what is wrong and where, and
 exits 1. The checksum is that of packed.py, computed from the files and compared with dataset.json, and with the
-catalogue's where that knows one. If it differs, the digests of single utterances tell which are damaged.
+catalogue's where that knows one. In the same reading, threads compare the digest of each utterance with the index's,
+which tells what is damaged.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +38,16 @@ from data.packed import (
     content_digest,
     content_files,
     file_digest,
+    locked,
     open_dataset,
     read_index,
     utterance_digest,
 )
-from data.prepare import progress_bar
+from data.prepare import available_cores, progress_bar
 
 SHOWN_PROBLEMS = 20
 HOURS_TOLERANCE = 0.05  # published hours are rounded, some of them roughly
+BATCH_BYTES = 4 << 20  # of utterances that a thread checks at a time
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,26 @@ class Options:
 
     dataset_dir: Path = CORPORA["librispeech"].default_dataset_dir
     """the data set"""
+    quick: bool = False
+    """check sizes, counts and index only; samples are not read"""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Successive utterances of a subset, which lie before byte `end` of all that is read."""
+
+    summary: SubsetSummary
+    audio: Path
+    rows: list[UtteranceRow]
+    end: int
 
 
 def main() -> None:
     options = tyro.cli(Options, prog="verify_dataset.sh", description=Options.__doc__)
     try:
         dataset = open_dataset(options.dataset_dir)
-        problems = find_problems(dataset)
+        with locked(dataset.path, shared=True):
+            problems = find_problems(dataset, quick=options.quick)
     except (DataError, OSError) as error:
         problems = [str(error)]
     except KeyboardInterrupt:
@@ -66,37 +86,114 @@ def main() -> None:
         if len(problems) > SHOWN_PROBLEMS:
             print(f"... and {len(problems) - SHOWN_PROBLEMS} more")
         sys.exit(1)
-    print("Dataset Checksum Passed.")
+    if options.quick:
+        print("Quick check passed: sizes, counts and index. The samples were not read: this is not the full check.")
+    else:
+        print("Dataset Checksum Passed.")
     for subset in dataset.summary.values():
         note = "" if subset.official or dataset.synthetic else "; not from the published archive"
         print(f"{subset.name}: {subset.utterances} utterances, {subset.hours:.2f} h, {subset.speakers} speakers{note}")
-    print(f"sha256 {dataset.digest}")
+    if not options.quick:
+        print(f"sha256 {dataset.digest}")
 
 
-def find_problems(dataset: PackedDataset) -> list[str]:
-    """All that is wrong with a data set, one line each that says where; empty if nothing is."""
+def find_problems(dataset: PackedDataset, *, quick: bool = False) -> list[str]:
+    """All that is wrong with a data set, one line each that says where; empty if nothing is.
+
+    `quick` leaves out what needs the samples to be read.
+    """
     corpus = find_corpus(dataset.corpus)
     problems = list(_catalogue_problems(dataset, corpus))
     missing = [name for name in content_files(dataset.subsets) if not (dataset.path / name).is_file()]
     if missing:
         return problems + [f"{dataset.path / name} is missing" for name in missing]
-    rows: dict[str, list[UtteranceRow]] = {}
+    readable = []
     for name, summary in dataset.summary.items():
+        problems += _file_problems(dataset.path / name, summary)
         try:
-            rows[name] = list(read_index(dataset.path / name / INDEX_FILE))
+            problems += _index_problems(read_index(dataset.path / name / INDEX_FILE), summary)
+            readable.append(name)
         except DataError as error:
             problems.append(str(error))
-            continue
-        problems += _index_problems(rows[name], summary)
-    total = sum((dataset.path / name).stat().st_size for name in content_files(dataset.subsets))
-    with progress_bar("checksum", total, "B") as bar:
-        digest = content_digest(dataset.path, dataset.subsets, bar.update)
+    if quick:
+        return problems
+    digest = _read_everything(dataset, readable, problems)
     if digest != dataset.digest:
-        for name, subset_rows in rows.items():
-            problems += _content_problems(dataset.path / name, subset_rows, dataset.summary[name])
         problems.append(f"the checksum of {dataset.path} is {digest}, {DATASET_FILE} has {dataset.digest}")
     if corpus.reference_digest and len(dataset.subsets) == len(corpus.subsets) and digest != corpus.reference_digest:
         problems.append(f"the checksum of {dataset.path} is {digest}, the reference is {corpus.reference_digest}")
+    return problems
+
+
+def _read_everything(dataset: PackedDataset, readable: list[str], problems: list[str]) -> str:
+    """The digest of all content. Adds the utterances that are not those of the `readable` indexes to `problems`."""
+    total = sum((dataset.path / name).stat().st_size for name in content_files(dataset.subsets))
+    cores = available_cores()
+    batches = _batches(dataset, readable)
+    waiting = next(batches, None)
+    running: deque[Future[list[str]]] = deque()
+    position = 0
+
+    with progress_bar("checksum", total, "B") as bar, ThreadPoolExecutor(cores) as pool:
+
+        def advance(count: int) -> None:
+            # Utterances are checked when the checksum has just passed them, so that the disk is read only once.
+            nonlocal position, waiting
+            bar.update(count)
+            position += count
+            while waiting is not None and waiting.end <= position:
+                running.append(pool.submit(_damage, waiting))
+                waiting = next(batches, None)
+            while len(running) > 2 * cores:
+                problems.extend(running.popleft().result())
+
+        digest = content_digest(dataset.path, dataset.subsets, advance)
+        while waiting is not None:  # what should lie beyond the end of a file that is cut short
+            running.append(pool.submit(_damage, waiting))
+            waiting = next(batches, None)
+        for future in running:
+            problems.extend(future.result())
+    return digest
+
+
+def _batches(dataset: PackedDataset, readable: list[str]) -> Iterator[Batch]:
+    """The utterances of all subsets with a readable index, in the order in which content_digest reads them."""
+    begin = 0
+    for file in content_files(dataset.subsets):
+        name = file.split("/")[0]
+        if file.endswith(AUDIO_FILE) and name in readable:
+            summary, path = dataset.summary[name], dataset.path / file
+            rows: list[UtteranceRow] = []
+            for row in read_index(dataset.path / name / INDEX_FILE):
+                if row.offset < 0 or row.samples < 0 or row.offset + row.samples > summary.samples:
+                    continue  # _index_problems has named it
+                rows.append(row)
+                end = AUDIO_HEADER_BYTES + 2 * (row.offset + row.samples)
+                if 2 * (row.offset - rows[0].offset) > BATCH_BYTES:
+                    yield Batch(summary, path, rows, begin + end)
+                    rows = []
+            if rows:
+                yield Batch(summary, path, rows, begin + end)
+        begin += (dataset.path / file).stat().st_size
+
+
+def _damage(batch: Batch) -> list[str]:
+    """Which utterances do not have the digest that utterances.csv states."""
+    problems = []
+    with batch.audio.open("rb") as stream:
+        for row in batch.rows:
+            start = AUDIO_HEADER_BYTES + 2 * row.offset
+            stream.seek(start)
+            content = stream.read(2 * row.samples)
+            if len(content) < 2 * row.samples:
+                problems.append(
+                    f"{batch.summary.name}: utterance {row.id} is cut short: {AUDIO_FILE} ends before it does"
+                )
+            elif utterance_digest(np.frombuffer(content, dtype="<i2"), row.transcript) != row.sha256:
+                problems.append(
+                    f"{batch.summary.name}: utterance {row.id} has changed: its transcript or "
+                    f"bytes {start} to {start + 2 * row.samples} of {AUDIO_FILE}"
+                )
     return problems
 
 
@@ -108,6 +205,10 @@ def _catalogue_problems(dataset: PackedDataset, corpus: Corpus) -> Iterator[str]
             yield f"{name} is no subset of {corpus.name}"
             continue
         published = known[name]
+        if summary.official and (
+            summary.archive_md5 != published.archive.md5 or published.archive.sha256 not in ("", summary.archive_sha256)
+        ):
+            yield f"{name} passes for the published archive, but its archive had MD5 {summary.archive_md5}"
         if not (summary.official or dataset.synthetic):
             continue
         if published.utterances not in (None, summary.utterances):
@@ -118,15 +219,28 @@ def _catalogue_problems(dataset: PackedDataset, corpus: Corpus) -> Iterator[str]
             yield f"{name} has {summary.hours:.2f} h, {published.hours} h were published"
 
 
-def _index_problems(rows: list[UtteranceRow], summary: SubsetSummary) -> Iterator[str]:
+def _file_problems(folder: Path, summary: SubsetSummary) -> Iterator[str]:
+    """Whether the files of a subset have the size, the header and the index that were written."""
+    if file_digest(folder / INDEX_FILE, "sha256") != summary.index_sha256:
+        yield f"{summary.name}/{INDEX_FILE} is not the file that was prepared"
+    file = folder / AUDIO_FILE
+    size = AUDIO_HEADER_BYTES + 2 * summary.samples
+    if file.stat().st_size != size:
+        yield f"{summary.name}/{AUDIO_FILE} has {file.stat().st_size} bytes, not {size}"
+    with file.open("rb") as stream:
+        if stream.read(AUDIO_HEADER_BYTES) != audio_header(summary.samples):
+            yield f"{summary.name}/{AUDIO_FILE}: the header, its first {AUDIO_HEADER_BYTES} bytes, is damaged"
+
+
+def _index_problems(rows: Iterable[UtteranceRow], summary: SubsetSummary) -> Iterator[str]:
     """Whether utterances.csv covers audio.npy without gaps, in order, with transcripts of known characters."""
     name = summary.name
-    if len(rows) != summary.utterances:
-        yield f"{name}/{INDEX_FILE} has {len(rows)} utterances, {DATASET_FILE} has {summary.utterances}"
+    count = -1  # the end is no utterance
     end = 0
     before = UtteranceRow("the start", "", 0, 0, "", "")
     seen = set()
-    for row in [*rows, UtteranceRow("the end", "", summary.samples, sys.maxsize, "A", "")]:
+    for row in chain(rows, [UtteranceRow("the end", "", summary.samples, sys.maxsize, "A", "")]):
+        count += 1
         if row.offset > end:
             yield (
                 f"{name}: an utterance is missing between {before.id} and {row.id}: "
@@ -147,32 +261,8 @@ def _index_problems(rows: list[UtteranceRow], summary: SubsetSummary) -> Iterato
         seen.add(row.id)
         end = row.offset + row.samples
         before = row
-
-
-def _content_problems(folder: Path, rows: list[UtteranceRow], summary: SubsetSummary) -> Iterator[str]:
-    """Which utterances of a subset do not have the digest that utterances.csv states."""
-    if file_digest(folder / INDEX_FILE, "sha256") != summary.index_sha256:
-        yield f"{summary.name}/{INDEX_FILE} is not the file that was prepared"
-    file = folder / AUDIO_FILE
-    size = AUDIO_HEADER_BYTES + 2 * summary.samples
-    if file.stat().st_size != size:
-        yield f"{summary.name}/{AUDIO_FILE} has {file.stat().st_size} bytes, not {size}"
-    with file.open("rb") as stream:
-        if stream.read(AUDIO_HEADER_BYTES) != audio_header(summary.samples):
-            yield f"{summary.name}/{AUDIO_FILE}: the header, its first {AUDIO_HEADER_BYTES} bytes, is damaged"
-        for row in rows:
-            start = AUDIO_HEADER_BYTES + 2 * row.offset
-            if row.offset < 0 or row.samples < 0 or start + 2 * row.samples > size:
-                continue  # _index_problems has named it
-            stream.seek(start)
-            content = stream.read(2 * row.samples)
-            if len(content) < 2 * row.samples:
-                yield f"{summary.name}: utterance {row.id} is cut short: {AUDIO_FILE} ends before it does"
-            elif utterance_digest(np.frombuffer(content, dtype="<i2"), row.transcript) != row.sha256:
-                yield (
-                    f"{summary.name}: utterance {row.id} has changed: its transcript or "
-                    f"bytes {start} to {start + 2 * row.samples} of {AUDIO_FILE}"
-                )
+    if count != summary.utterances:
+        yield f"{name}/{INDEX_FILE} has {count} utterances, {DATASET_FILE} has {summary.utterances}"
 
 
 if __name__ == "__main__":

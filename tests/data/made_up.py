@@ -13,6 +13,8 @@ import numpy as np
 import soundfile
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+# As packed.py says, for the shell and a list of files.
+TAR = "tar --format=gnu --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=0644 -cf -"
 SPOKEN = {
     "84-1-0000": (3000, "THE LONGEST ONE"),
     "84-1-0001": (1000, "SHORT"),
@@ -56,11 +58,15 @@ def an4_files() -> dict[str, bytes]:
     return files
 
 
-def write_mirror(folder: Path, archives: Mapping[str, Mapping[str, bytes]]) -> Path:
+def write_mirror(folder: Path, archives: Mapping[str, Mapping[str, bytes] | bytes]) -> Path:
     """Writes archives and their md5sum.txt into a folder, which then serves as --mirror; returns that md5sum.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for archive, files in archives.items():
+        if isinstance(files, bytes):
+            (folder / archive).write_bytes(files)
+            lines.append(f"{hashlib.md5(files).hexdigest()}  {archive}\n")
+            continue
         with tarfile.open(folder / archive, "w:gz") as tar:
             for name, content in files.items():
                 entry = tarfile.TarInfo(name)

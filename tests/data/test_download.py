@@ -2,22 +2,26 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import shutil
-import socket
-import threading
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from data.archives import read_checksums
 from data.corpora import CORPORA, find_corpus
-from data.download import MirrorError, Options, download, fetch, read_checksums
-from data.packed import DataError, PackedDataset, open_dataset
+from data.download import Options, download
+from data.packed import DataError, PackedDataset, open_dataset, read_dataset
 from tests.data.made_up import (
+    REPOSITORY,
     SPOKEN,
+    TAR,
     an4_files,
     command,
     files_below,
@@ -26,6 +30,7 @@ from tests.data.made_up import (
     sound,
     write_mirror,
 )
+from tests.data.misbehaving import Answer, Server, serving
 
 COMPLETE = [
     "dataset.json",
@@ -37,27 +42,9 @@ COMPLETE = [
 
 
 @pytest.fixture
-def server(mirror: Path) -> Iterator[str]:
-    """The address of a web server that holds the mirror; a path under /cut/ ends after half of the file."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            if not self.path.startswith("/cut/"):
-                return super().do_GET()
-            content = (mirror / Path(self.path).name).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
-            return None
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(mirror))) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+def server(mirror: Path) -> Iterator[Server]:
+    with serving(mirror) as running:
+        yield running
 
 
 def arguments(options: Options) -> list[str]:
@@ -128,6 +115,9 @@ def test_a_subset_without_its_files_is_prepared_again(options: Options, dataset:
         (["--subsets", "dev-clean", "--mirror", "m", "--checksums", "none.txt"], "cannot read the checksums none.txt"),
         (["--subsets", "dev-clean", "--jobs", "0"], "--jobs is 0"),
         (["--corpus", "synthetic", "--mirror", "m"], "the synthetic corpus is made on this machine"),
+        (["--corpus", "synthetic", "--manifest", "m"], "--corpus manifest and --manifest FILE go together"),
+        (["--corpus", "manifest"], "--corpus manifest and --manifest FILE go together"),
+        (["--corpus", "manifest", "--manifest", "none.tsv"], "cannot read the manifest none.tsv"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_one_line_and_exit_1(tmp_path: Path, words: list[str], message: str) -> None:
@@ -168,7 +158,7 @@ def test_a_second_download_into_the_same_folder_is_refused(options: Options, dat
     folder = os.open(dataset.path, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)
     try:
-        with pytest.raises(DataError, match="another download is working in"):
+        with pytest.raises(DataError, match="another download or verification is working in"):
             download(options)
     finally:
         os.close(folder)
@@ -178,8 +168,10 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_read(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type(shutil.disk_usage("/"))(10, 10, 0)
-    monkeypatch.setattr("data.download.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(DataError, match=r"needs 0.0 GB of free disk space, 0.0 GB are free"):
+    monkeypatch.setattr("data.archives.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(
+        DataError, match=r"dataset needs 0.0 GB of free disk space \(.*\), 0.0 GB are free: make room there"
+    ):
         download(options)
 
 
@@ -202,51 +194,116 @@ def test_bad_content_is_named_and_leaves_no_data_set(
 
 
 def test_archives_come_from_a_web_server_and_are_removed_when_packed(
-    options: Options, server: str, tmp_path: Path
+    options: Options, server: Server, tmp_path: Path
 ) -> None:
-    fetched = download(replace(options, mirror=server, dataset_dir=tmp_path / "fetched"))
+    fetched = download(replace(options, mirror=server.address, dataset_dir=tmp_path / "fetched"))
     assert fetched.digest == download(options).digest
     assert files_below(tmp_path / "fetched") == COMPLETE
 
 
-def test_an_archive_with_a_wrong_sum_is_not_kept_for_the_next_run(
-    options: Options, server: str, mirror: Path, tmp_path: Path
+def test_archives_are_kept_on_request_and_then_not_fetched_again(
+    options: Options, server: Server, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="expected 42e2234ba48799c1f50f24a7926300a1"):
-        download(replace(options, subsets="dev-clean", mirror=server, checksums=None))
-    assert files_below(tmp_path / "dataset") == []
+    keeping = replace(options, mirror=server.address, keep_archives=True)
+    digest = download(keeping).digest
+    kept = ["archives/dev-clean.tar.gz", "archives/train-clean-100.tar.gz"]
+    assert files_below(tmp_path / "dataset") == [*kept, *COMPLETE]
+    for file in COMPLETE:
+        (tmp_path / "dataset" / file).unlink()
+    server.requests.clear()
+    assert download(keeping).digest == digest
+    assert {method for method, _ in server.requests} == {"HEAD"}
+    script = f"cd '{tmp_path}/dataset' && LC_ALL=C && {TAR} $(ls */*.npy */*.csv) | sha256sum"
+    summed = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert summed == digest
 
 
-def test_a_connection_that_ends_early_leaves_nothing_at_the_final_name(server: str, tmp_path: Path) -> None:
-    with pytest.raises(MirrorError, match="the connection ended after"):
-        fetch(f"{server}/cut/dev-clean.tar.gz", tmp_path / "a.tar.gz", 0)
-    assert files_below(tmp_path) == ["a.tar.gz.part", *files_below_mirror(tmp_path)]
-
-
-def files_below_mirror(folder: Path) -> list[str]:
-    return [name for name in files_below(folder) if name.startswith("mirror/")]
-
-
-def test_the_next_mirror_is_tried_where_one_fails(
-    options: Options, server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_archive_that_lies_there_damaged_is_fetched_anew(
+    options: Options, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.socket() as unused:  # bound but not listening: connections to it are refused
-        unused.bind(("127.0.0.1", 0))
-        silent = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        corpus = replace(find_corpus("librispeech"), mirrors=(silent, f"{server}/missing", f"{server}/cut", server))
-        monkeypatch.setitem(CORPORA, "librispeech", corpus)
-        # The published sizes are far larger than what the made-up mirror holds.
-        monkeypatch.setattr("data.download._check_disk", lambda *arguments: None)
-        assert download(replace(options, mirror="")).subsets == ["train-clean-100", "dev-clean"]
-    warnings = capsys.readouterr().err
-    assert f"warning: {silent}/dev-clean.tar.gz: <urlopen error" in warnings
-    assert f"warning: {server}/missing/dev-clean.tar.gz: HTTP Error 404" in warnings
-    assert f"warning: {server}/cut/dev-clean.tar.gz: the connection ended after" in warnings
+    (tmp_path / "dataset" / "archives").mkdir(parents=True)
+    (tmp_path / "dataset" / "archives" / "dev-clean.tar.gz").write_bytes(b"damaged")
+    assert download(replace(options, mirror=server.address)).subsets == ["train-clean-100", "dev-clean"]
+    assert "fetching it anew" in capsys.readouterr().err
+    assert files_below(tmp_path / "dataset") == COMPLETE
 
 
-def test_no_mirror_left_is_an_error(options: Options, server: str) -> None:
-    with pytest.raises(DataError, match=r"no mirror delivered dev-clean.tar.gz"):
-        download(replace(options, subsets="dev-clean", mirror=f"{server}/missing"))
+def test_one_archive_that_cannot_be_had_does_not_stop_the_others(
+    options: Options, server: Server, mirror: Path, tmp_path: Path
+) -> None:
+    whole = (mirror / "dev-clean.tar.gz").read_bytes()
+    (mirror / "dev-clean.tar.gz").write_bytes(whole + b"x")
+    with pytest.raises(DataError, match=r"no mirror delivered dev-clean.tar.gz: .* has MD5"):
+        download(replace(options, mirror=server.address))
+    assert read_dataset(tmp_path / "dataset").subsets == ["train-clean-100"]
+    (mirror / "dev-clean.tar.gz").write_bytes(whole)
+    server.requests.clear()
+    assert download(replace(options, mirror=server.address)).digest == download(options).digest
+    assert len([method for method, _ in server.requests if method == "GET"]) == 1
+    assert files_below(tmp_path / "dataset") == COMPLETE
+
+
+def test_mirrors_are_tried_in_the_order_given(
+    options: Options, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def behave(path: str, number: int, answer: Answer) -> None:
+        if path.startswith("/first/"):
+            answer.status, answer.headers, answer.body = 404, {"Content-Length": "0"}, b""
+
+    server.behave = behave
+    mirrors = f"{server.address}/first, {server.address}/second"
+    assert download(replace(options, subsets="dev-clean", mirror=mirrors)).subsets == ["dev-clean"]
+    assert f"warning: {server.address}/first/dev-clean.tar.gz: HTTP status 404" in capsys.readouterr().err
+
+
+def test_the_published_size_and_sum_are_asked_of_the_corpus_own_mirrors(
+    options: Options, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = replace(find_corpus("librispeech"), mirrors=(server.address,))
+    monkeypatch.setitem(CORPORA, "librispeech", corpus)
+    message = r"no mirror delivered dev-clean.tar.gz: .* bytes, 337926286 were published: .*re-issued once"
+    with pytest.raises(DataError, match=message):
+        download(replace(options, subsets="dev-clean", mirror="", checksums=None))
+
+
+@pytest.mark.parametrize("mirrors", ["ftp://host/a,http://host/b", "http://host/a,folder"])
+def test_mirrors_that_are_neither_a_folder_nor_web_addresses_are_refused(options: Options, mirrors: str) -> None:
+    with pytest.raises(DataError, match="--mirror is one folder, or addresses that begin with http"):
+        download(replace(options, mirror=mirrors))
+
+
+def test_a_download_killed_twenty_times_ends_bit_identical(tmp_path: Path) -> None:
+    files = {f"LibriSpeech/filler{number}": random.Random(number).randbytes(1 << 20) for number in range(24)}
+    write_mirror(tmp_path / "m", {"dev-clean.tar.gz": {**files, **librispeech_files("dev-clean")}})
+
+    def slowly(path: str, number: int, answer: Answer) -> None:
+        time.sleep(0.005)
+
+    with serving(tmp_path / "m") as server:
+        server.behave = slowly
+        code = (
+            "import sys; from pathlib import Path; from data.corpora import Archive; from data import fetch;"
+            "fetch.CHUNK_BYTES = 1 << 14;"
+            "fetch.fetch(Archive('dev-clean.tar.gz', 0, sys.argv[1]), [sys.argv[2]], Path(sys.argv[3]))"
+        )
+        target = tmp_path / "out" / "dev-clean.tar.gz"
+        target.parent.mkdir()
+        md5 = read_checksums(tmp_path / "m" / "md5sum.txt")["dev-clean.tar.gz"]
+        words = [sys.executable, "-c", code, md5, server.address, str(target)]
+        part, sizes = target.with_name(target.name + ".part"), [0]
+        for number in range(20):
+            run = subprocess.Popen(words, cwd=REPOSITORY)
+            # At a random moment after it has come a little further, which keeps the test short on any machine.
+            while run.poll() is None and (not part.exists() or part.stat().st_size <= sizes[-1]):
+                time.sleep(0.001)
+            time.sleep(random.Random(number).random() * 0.003)
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+            sizes.append(part.stat().st_size if part.exists() else sizes[-1])
+        subprocess.run(words, cwd=REPOSITORY, check=True)
+    assert target.read_bytes() == (tmp_path / "m" / "dev-clean.tar.gz").read_bytes()
+    assert files_below(target.parent) == ["dev-clean.tar.gz"]
+    assert len(set(sizes)) > 3
 
 
 @pytest.mark.parametrize("line", ["hello world", "d41d8cd98f00b204e9800998ecf8427e", "z" * 32 + "  a.tar.gz"])

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.audio import read_flac_header
 from data.corpora import find_corpus
 from data.packed import TRANSCRIPT_CHARACTERS, DataError
-from data.readers import Utterance, check_transcript, decode, read_flac_header, read_utterances
+from data.readers import Utterance, check_transcript, decode, read_utterances
 from tests.data.made_up import an4_files, flac, librispeech_files, sound
 
 DEV_CLEAN = find_corpus("librispeech").select(["dev-clean"])[0]
@@ -64,6 +65,7 @@ def test_an4_audio_is_big_endian_and_its_transcripts_become_upper_case(tmp_path:
         ({f"{CHAPTER}/84-1.trans.txt": "84-1-0000 NAÏVE\n".encode()}, r"84-1-0000 has the character 'Ï' \(U\+00CF\)"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 \xff\n"}, "84-1.trans.txt is not UTF-8"),
         ({"LibriSpeech/dev-clean/9/9/84-1-0001.flac": flac(sound(50))}, "84-1-0001 has no transcript"),
+        ({f"{CHAPTER}/84-1-0002.wav": b""}, "84-1-0002.wav: audio of this layout is FLAC"),
         ({f"{CHAPTER}/84-1-0001.flac": b""}, "84-1-0001.flac is not a FLAC file"),
         ({f"{CHAPTER}/84-1-0001.flac": b"RIFF" + bytes(100)}, "84-1-0001.flac is not a FLAC file"),
         ({f"{CHAPTER}/84-1-0001.flac": without_frames(flac(sound(9)))}, "84-1-0001.flac holds no audio"),
@@ -97,6 +99,7 @@ def test_an_archive_of_another_subset_is_an_error(tmp_path: Path) -> None:
         ("an4/etc/an4_train.transcription", b"A (an9-aaaa-b)\nB (an2-aaaa-b)\n", "does not belong to utterance an1"),
         ("an4/wav/an4_clstk/aaaa/an1-aaaa-b.raw", b"abc", "an1-aaaa-b has 3 bytes"),
         ("an4/wav/an4_clstk/aaaa/an1-aaaa-b.raw", b"", "an1-aaaa-b has 0 bytes"),
+        ("an4/wav/an4_clstk/aaaa/an9-aaaa-b.raw", b"ab", r"an9-aaaa-b.raw is in no list"),
     ],
 )
 def test_what_is_wrong_with_an_an4_archive_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -136,7 +139,7 @@ def test_a_flac_file_whose_samples_do_not_have_the_md5_of_its_header_is_an_error
     content = bytearray(flac(sound(1000)))
     content[26] ^= 1
     (tmp_path / "a.flac").write_bytes(content)
-    with pytest.raises(DataError, match=r"a.flac: .* 84-1-0000 do not have the MD5"):
+    with pytest.raises(DataError, match=r"84-1-0000: .*a.flac: the decoded samples do not have the MD5"):
         decode(utterance(tmp_path / "a.flac", 1000))
 
 
