@@ -7,7 +7,7 @@ export PYTHONPATH
 has_dependencies='
 import sys
 from importlib.util import find_spec
-sys.exit(not all(map(find_spec, ("torchaudio", "soundfile", "espeakng_loader", "tyro", "mlperf_logging"))))'
+sys.exit(not all(map(find_spec, ("torchaudio", "soundfile", "espeakng_loader", "tyro", "urllib3", "mlperf_logging"))))'
 
 # use_environment run|test: the environment in .venv, made or updated where needed. To run, python3 will do where there
 # is no .venv and it has the dependencies already, as in a container.
@@ -39,6 +39,7 @@ use_environment() {
         echo "error: installing the dependencies failed; the lines above say why. Run the command again to go on." >&2
         return 1
     fi
-    cp "$root/pyproject.toml" "$stamp"
-    cp "$stamp" "$root/.venv/installed-run" # every extra has what a run needs
+    for installed in run "$1"; do # every extra has what a run needs
+        cp "$root/pyproject.toml" "$root/.venv/installed-$installed"
+    done
 }

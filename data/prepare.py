@@ -14,12 +14,13 @@ import sys
 import tarfile
 import threading
 import zlib
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Self
 
@@ -157,7 +158,8 @@ def unpack(archive: Path, folder: Path) -> None:
                 room -= member.size
                 if room < 0:
                     raise DataError(f"{archive}: refused member '{member.name}': too large for so small an archive")
-                tar.extract(member, folder, filter="data")
+                tar.extract(member, folder, set_attrs=False, filter="data")
+                tar.members.clear()  # type: ignore[attr-defined]  # or it would remember every member
                 bar.update(compressed.tell() - bar.n)
             # The gzip checksum stands at the end, beyond the last member.
             while stream.read(1 << 20):
@@ -182,27 +184,30 @@ def _pack(
 ) -> SubsetSummary:
     """Writes audio.npy and utterances.csv of one subset into `folder`."""
     ordered = sorted(utterances, key=lambda utterance: (utterance.samples, utterance.id))
-    offsets = [0, *accumulate(utterance.samples for utterance in ordered)]
+    offsets = array("q", accumulate((utterance.samples for utterance in ordered), initial=0))
     audio = folder / AUDIO_FILE
     _allocate(audio, offsets[-1])
-    digests: list[str] = []
-    with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
-        for result in _decode_all(audio, ordered, offsets, jobs):
-            digests += result
-            bar.update(len(result))
+
+    def rows() -> Iterator[UtteranceRow]:
+        with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
+            digests = chain.from_iterable(_decode_all(audio, ordered, offsets, jobs))
+            # The digests first, so that their processes have ended when this has.
+            for digest, utterance, offset in zip(digests, ordered, offsets, strict=False):
+                bar.update(1)
+                yield UtteranceRow(
+                    utterance.id, utterance.speaker, offset, utterance.samples, utterance.transcript, digest
+                )
+
+    index_sha256 = write_index(folder / INDEX_FILE, rows())
     with audio.open("rb") as stream:
         os.fsync(stream.fileno())
-    rows = (
-        UtteranceRow(utterance.id, utterance.speaker, offset, utterance.samples, utterance.transcript, digest)
-        for utterance, offset, digest in zip(ordered, offsets, digests, strict=False)
-    )
     return SubsetSummary(
         name=name,
         utterances=len(ordered),
         speakers=len({utterance.speaker for utterance in ordered}),
         samples=offsets[-1],
         longest_samples=ordered[-1].samples,
-        index_sha256=write_index(folder / INDEX_FILE, rows),
+        index_sha256=index_sha256,
         archive=archive.file.name,
         archive_md5=archive.md5,
         archive_sha256=archive.sha256,

@@ -26,13 +26,14 @@ AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)
 class Utterance:
     """An utterance and its file. `samples` is its length at 16 kHz, known before it is decoded.
 
-    `encoding` tells which decoder reads it: "flac", "raw" (headerless, 16 bits, big-endian) or "any".
+    `file` is no Path, of which a corpus would need very many. `encoding` tells which decoder reads it: "flac", "raw"
+    (headerless, 16 bits, big-endian) or "any".
     """
 
     id: str
     speaker: str
     transcript: str
-    file: Path
+    file: str
     samples: int
     encoding: str = "flac"
 
@@ -53,7 +54,7 @@ def read_utterances(folder: Path, layout: str, subset: CorpusSubset) -> list[Utt
 def decode(utterance: Utterance) -> np.ndarray:
     """Its samples at 16 kHz mono: int16 [utterance.samples]. DataError for audio that is damaged."""
     try:
-        waveform = {"flac": decode_flac, "raw": decode_raw, "any": decode_any}[utterance.encoding](utterance.file)
+        waveform = {"flac": decode_flac, "raw": decode_raw, "any": decode_any}[utterance.encoding](Path(utterance.file))
     except DataError as error:
         raise DataError(f"utterance {utterance.id}: {error}") from error
     if waveform.shape != (utterance.samples,):
@@ -93,7 +94,7 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
         chapter = Path(path)
         if other := [name for name in names if Path(name).suffix.lower() in OTHER_AUDIO]:
             raise DataError(f"{chapter / other[0]}: audio of this layout is FLAC; others are read by --corpus manifest")
-        audio = {name.removesuffix(".flac"): chapter / name for name in names if name.endswith(".flac")}
+        audio = {name.removesuffix(".flac"): f"{path}/{name}" for name in names if name.endswith(".flac")}
         spoken = set()
         for list_file in sorted(chapter / name for name in names if name.endswith(".trans.txt")):
             for line in _read_lines(list_file):
@@ -104,7 +105,7 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
                 transcript = check_transcript(text, name, list_file)
                 if name not in audio:
                     raise DataError(f"{list_file}: utterance {name} has no audio file")
-                yield Utterance(name, name.split("-")[0], transcript, audio[name], flac_samples(audio[name]))
+                yield Utterance(name, name.split("-")[0], transcript, audio[name], flac_samples(Path(audio[name])))
         if silent := sorted(audio.keys() - spoken):
             raise DataError(f"{audio[silent[0]]}: utterance {silent[0]} has no transcript")
 
@@ -127,9 +128,8 @@ def _read_an4(folder: Path, subset: str) -> Iterator[Utterance]:
         size = file.stat().st_size
         if size == 0 or size % 2:
             raise DataError(f"{file}: utterance {name} has {size} bytes, not a whole number of 16-bit samples")
-        yield Utterance(
-            name, file.parent.name, check_transcript(match["transcript"], name, file), file, size // 2, "raw"
-        )
+        transcript = check_transcript(match["transcript"], name, transcription)
+        yield Utterance(name, file.parent.name, transcript, str(file), size // 2, "raw")
     listed = {path.strip() for file in (root / "etc").glob("an4_*.fileids") for path in _read_lines(file)}
     for file in sorted((root / "wav").rglob("*.raw")):
         if str(file.relative_to(root / "wav").with_suffix("")) not in listed:

@@ -14,7 +14,7 @@ def test_librispeech_is_the_seven_published_archives() -> None:
 def test_every_corpus_has_training_and_validation_data_and_a_folder_of_its_own() -> None:
     for corpus in CORPORA.values():
         assert {"train", "validation"} <= {subset.split for subset in corpus.subsets}
-        assert all(len(subset.archive.md5) == 32 or corpus.synthetic for subset in corpus.subsets)
+        assert all(len(subset.archive.md5) == 32 or not corpus.mirrors for subset in corpus.subsets)
         assert corpus.folder.endswith("_dataset")
     assert len({corpus.folder for corpus in CORPORA.values()}) == len(CORPORA)
 

@@ -142,10 +142,20 @@ def test_audio_that_does_not_fit_the_index_does_not_open(dataset: PackedDataset)
 
 def test_columns_of_texts_are_like_lists_of_strings() -> None:
     texts = Texts()
-    for text in ("", "A", "DON'T", "é"):
-        texts.append(text)
+    texts.extend(["", "A"])
+    texts.extend(["DON'T", "é"])
     assert texts == ["", "A", "DON'T", "é"] and list(texts) == texts
     assert texts != ["A"] and texts[-1] == "é" and texts[1:3] == ["A", "DON'T"]
     assert len(texts) == 4 and "A" in texts and texts.index("DON'T") == 2
     with pytest.raises(IndexError):
         texts[4]
+
+
+@pytest.mark.parametrize(("old", "new"), [(",0,1000,", ",x,1000,"), (",0,1000,", f",{2**70},1000,"), ("SHORT", "A,B")])
+def test_an_index_that_is_damaged_does_not_open_and_its_line_is_named(
+    dataset: PackedDataset, old: str, new: str
+) -> None:
+    file = dataset.path / "dev-clean" / INDEX_FILE
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(DatasetError, match=r"utterances.csv, line 2: not an utterance"):
+        dataset.subset("dev-clean")

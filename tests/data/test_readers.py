@@ -31,7 +31,7 @@ def without_frames(content: bytes) -> bytes:
 
 
 def utterance(file: Path, samples: int) -> Utterance:
-    return Utterance("84-1-0000", "84", "A", file, samples)
+    return Utterance("84-1-0000", "84", "A", str(file), samples)
 
 
 def test_librispeech_utterances_have_id_speaker_transcript_and_length(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
-from data.packed import open_dataset
+from data.packed import AUDIO_FILE, AUDIO_HEADER_BYTES, open_dataset
 from tests.data.made_up import REPOSITORY, command
+from tests.data.misbehaving import Answer, serving
 
 SPEECH = REPOSITORY.parent / "shared" / "speech"
 pytestmark = pytest.mark.skipif(not SPEECH.is_dir(), reason=f"no real speech in {SPEECH}")
@@ -25,6 +27,32 @@ def test_an4_has_its_published_counts_and_is_recognised_as_the_complete_archive(
     assert len(validation) == 130
     assert sum(len(transcript.split()) for transcript in validation.transcripts) == 773
     assert command("verify_dataset.sh", "--dataset-dir", tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("corpus", ["librispeech", "an4"])
+def test_real_speech_comes_over_http_and_one_changed_sample_is_located(tmp_path: Path, corpus: str) -> None:
+    with serving(SPEECH / corpus) as server:
+        cuts = random.Random(5)
+
+        def behave(path: str, number: int, answer: Answer) -> None:
+            answer.body = answer.body[: cuts.randrange(1 << 20, 1 << 25)]
+
+        server.behave = behave
+        words: list[str | Path] = ["--corpus", corpus, "--mirror", server.address, "--dataset-dir", tmp_path]
+        words += ["--subsets", {"librispeech": "dev-clean,test-clean", "an4": "test"}[corpus]]
+        made = command("download_dataset.sh", *words, "--checksums", SPEECH / corpus / "md5sum.txt")
+    assert made.returncode == 0, made.stderr
+    assert "going on in" in made.stderr
+    subset = open_dataset(tmp_path).split("validation")[0]
+    last = len(subset) - 1
+    changed = int(subset.offsets[last]) + 4321
+    with (tmp_path / subset.name / AUDIO_FILE).open("r+b") as stream:
+        stream.seek(AUDIO_HEADER_BYTES + 2 * changed)
+        stream.write((int(subset.audio[changed]) ^ 1).to_bytes(2, "little", signed=True))
+    run = command("verify_dataset.sh", "--dataset-dir", tmp_path)
+    assert run.returncode == 1
+    assert f"{subset.name}: utterance {subset.ids[last]} has changed" in run.stdout
+    assert command("verify_dataset.sh", "--dataset-dir", tmp_path, "--quick").returncode == 0
 
 
 def test_a_part_of_librispeech_is_prepared_and_marked_as_a_part(tmp_path: Path) -> None:

@@ -5,8 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data.packed import AUDIO_FILE, AUDIO_HEADER_BYTES, INDEX_FILE, PackedDataset, write_dataset
+from data.packed import (
+    AUDIO_FILE,
+    AUDIO_HEADER_BYTES,
+    INDEX_FILE,
+    PackedDataset,
+    content_files,
+    open_dataset,
+    write_dataset,
+)
 from data.prepare import finish_dataset
 from data.verify import find_problems
 from tests.data.made_up import command
@@ -109,6 +119,44 @@ def test_an_absent_data_set_fails_without_a_traceback(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert run.stdout.startswith("WARNING: Dataset Checksum Failed.\nno data set in nowhere")
     assert run.stderr == ""
+
+
+def test_the_quick_check_reads_no_samples_and_says_so(dataset: PackedDataset) -> None:
+    edit_audio(dataset, AUDIO_HEADER_BYTES)
+    run = command("verify_dataset.sh", "--dataset-dir", dataset.path, "--quick")
+    assert run.returncode == 0
+    assert run.stdout.startswith("Quick check passed: ") and "this is not the full check" in run.stdout
+    assert "Dataset Checksum Passed" not in run.stdout
+
+
+@pytest.mark.parametrize("file", [AUDIO_FILE, INDEX_FILE])
+def test_the_quick_check_finds_a_file_of_another_length(dataset: PackedDataset, file: str) -> None:
+    with (dataset.path / "dev-clean" / file).open("ab") as stream:
+        stream.write(b"\r\n")
+    run = command("verify_dataset.sh", "--dataset-dir", dataset.path, "--quick")
+    assert run.returncode == 1
+    assert f"dev-clean/{file}" in run.stdout and "Traceback" not in run.stderr
+
+
+@given(st.data())
+def test_damage_anywhere_is_found(tones: Path, data: st.DataObject) -> None:
+    dataset = replace(open_dataset(tones), corpus="librispeech")  # one of the catalogue, though not that one
+    known = find_problems(dataset)
+    file = tones / data.draw(st.sampled_from(content_files(dataset.subsets)))
+    content = file.read_bytes()
+    position = data.draw(st.integers(0, len(content) - 1))
+    flipped = content[position] ^ 1 << data.draw(st.integers(0, 7))
+    try:
+        file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
+        assert len(find_problems(dataset)) > len(known)
+    finally:
+        file.write_bytes(content)
+
+
+def test_an_archive_that_only_passes_for_the_published_one_fails(dataset: PackedDataset) -> None:
+    summary = {name: replace(subset, official=True) for name, subset in dataset.summary.items()}
+    problems = "\n".join(find_problems(replace(dataset, summary=summary), quick=True))
+    assert "dev-clean passes for the published archive, but its archive had MD5" in problems
 
 
 def test_counts_other_than_the_published_ones_fail_for_a_published_archive(dataset: PackedDataset) -> None:

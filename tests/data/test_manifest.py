@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.audio import any_samples, decode_any
+from data.download import Options, download
+from data.manifest import read_manifest
+from data.packed import TRANSCRIPT_CHARACTERS, DataError, open_dataset
+from data.readers import decode
+from data.verify import find_problems
+from tests.data.made_up import command, flac, sound
+
+HALF_A_SECOND = {"a.wav": "GO ON", "more/b.flac": "it's me"}
+
+
+def encoded(frames: np.ndarray, rate: int, form: str, subtype: str) -> bytes:
+    stream = BytesIO()
+    if subtype == "FLOAT" and frames.dtype == np.int16:
+        frames = frames / 32768
+    soundfile.write(stream, frames, rate, format=form, subtype=subtype)
+    return stream.getvalue()
+
+
+def tone(rate: int, channels: int = 1) -> np.ndarray:
+    """Half a second of 500 Hz: int16 [frames, channels]."""
+    wave = 8000 * np.sin(2 * np.pi * 500 * np.arange(rate // 2) / rate)
+    return np.repeat(wave.astype(np.int16)[:, None], channels, axis=1)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    folder = tmp_path / "speech"
+    (folder / "more").mkdir(parents=True)
+    (folder / "a.wav").write_bytes(encoded(tone(16000), 16000, "WAV", "PCM_16"))
+    (folder / "more" / "b.flac").write_bytes(flac(tone(44100, 2), 44100))
+    lines = "".join(f"{path}\t{transcript}\n" for path, transcript in HALF_A_SECOND.items())
+    (folder / "list.tsv").write_text(lines)
+    return folder / "list.tsv"
+
+
+@pytest.fixture
+def asked(manifest: Path, tmp_path: Path) -> Options:
+    return Options(corpus="manifest", manifest=manifest, dataset_dir=tmp_path / "dataset", jobs=1)
+
+
+def test_the_command_makes_a_data_set_of_ones_own_speech(manifest: Path, tmp_path: Path) -> None:
+    words: list[str | Path] = ["--corpus", "manifest", "--manifest", "speech/list.tsv", "--dataset-dir", "own"]
+    made = command("download_dataset.sh", *words, folder=tmp_path)
+    assert made.returncode == 0, made.stderr
+    made = command("download_dataset.sh", *words, "--subsets", "validation", folder=tmp_path)
+    assert made.returncode == 0, made.stderr
+    dataset = open_dataset(tmp_path / "own")
+    assert dataset.splits == {"train": ["train"], "validation": ["validation"], "test": []}
+    (train,) = dataset.split("train")
+    assert list(train.ids) == ["a.wav", "more/b.flac"] and list(train.speakers) == ["", "more"]
+    assert list(train.transcripts) == ["GO ON", "IT'S ME"]
+    np.testing.assert_array_equal(train.waveform(0), tone(16000)[:, 0])
+    assert np.abs(train.waveform(1)[200:-200] - tone(16000)[200:-200, 0]).max() < 30
+    verified = command("verify_dataset.sh", "--dataset-dir", tmp_path / "own")
+    assert verified.stdout.startswith("Dataset Checksum Passed.")
+
+
+def test_a_rerun_does_nothing_and_another_manifest_is_not_taken_for_the_same(asked: Options, manifest: Path) -> None:
+    first = download(asked)
+    assert download(asked).digest == first.digest
+    assert find_problems(first) == []
+    manifest.write_text("a.wav\tSTOP\n")
+    with pytest.raises(DataError, match=r"holds train from an archive with MD5 .* or the --manifest"):
+        download(asked)
+
+
+def test_a_manifest_makes_one_subset(asked: Options) -> None:
+    with pytest.raises(DataError, match="a manifest makes one subset"):
+        download(replace(asked, subsets="train,test"))
+
+
+def test_byte_order_mark_windows_line_ends_and_empty_lines_are_nothing_special(manifest: Path) -> None:
+    manifest.write_bytes(b"\xef\xbb\xbfa.wav\tGO ON\r\n\r\nmore/b.flac\tON\r\n")
+    assert [utterance.transcript for utterance in read_manifest(manifest, 2)] == ["GO ON", "ON"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"list.tsv holds no utterance"),
+        (b"a.wav GO ON\n", "line 1: not 'path<TAB>transcript': 'a.wav GO ON'"),
+        (b"a.wav\tA\n\tB\n", "line 2: not 'path<TAB>transcript'"),
+        (b"a.wav\tA\na.wav\tB\n", r"line 2: utterance a.wav occurs twice"),
+        (b"a.wav\t \n", r"the transcript of utterance a.wav is empty"),
+        (b"a.wav\tNO 1\n", r"the transcript of utterance a.wav has the character '1'"),
+        (b"a.wav\tA\tB\n", r"the transcript of utterance a.wav has the character '\\t'"),
+        (b"none.wav\tA\n", r"utterance none.wav: .*none.wav is missing or not a file"),
+        (b"more\tA\n", r"utterance more: .*more is missing or not a file"),
+        (b"\xff\tA\n", r"cannot read the manifest"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_named(manifest: Path, content: bytes, message: str) -> None:
+    manifest.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_manifest(manifest, 1)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(), st.text().map(str.encode), st.text("a.wv\t\nG' \r").map(str.encode)))
+def test_any_manifest_is_utterances_or_an_error_of_one_line(manifest: Path, content: bytes) -> None:
+    manifest.write_bytes(content)
+    try:
+        utterances = read_manifest(manifest, 1)
+    except DataError as error:
+        assert "list.tsv" in str(error) and "\n" not in str(error)
+    else:
+        assert utterances
+        assert all(set(utterance.transcript) <= set(TRANSCRIPT_CHARACTERS) for utterance in utterances)
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype", "rate", "channels"),
+    [
+        ("WAV", "PCM_16", 16000, 1),
+        ("WAV", "PCM_U8", 8000, 1),
+        ("WAV", "PCM_24", 48000, 2),
+        ("WAV", "FLOAT", 44100, 2),
+        ("WAV", "ULAW", 8000, 1),
+        ("AIFF", "PCM_16", 22050, 1),
+        ("AU", "PCM_16", 16000, 3),
+        ("NIST", "PCM_16", 16000, 1),
+        ("FLAC", "PCM_16", 16000, 1),
+        ("FLAC", "PCM_24", 96000, 2),
+        ("OGG", "VORBIS", 44100, 2),
+        ("OGG", "OPUS", 48000, 1),
+        ("MP3", "MPEG_LAYER_III", 44100, 2),
+    ],
+)
+def test_every_format_becomes_16_bit_16_khz_mono_of_the_length_measured(
+    tmp_path: Path, form: str, subtype: str, rate: int, channels: int
+) -> None:
+    file = tmp_path / "audio"
+    file.write_bytes(encoded(tone(rate, channels), rate, form, subtype))
+    waveform = decode_any(file)
+    assert waveform.dtype == np.int16
+    assert waveform.shape == (any_samples(file),) and abs(len(waveform) - 8000) <= 1
+    middle = waveform[400:7600].astype(float)
+    assert np.abs(np.fft.rfft(middle)).argmax() * 16000 / len(middle) == pytest.approx(500, abs=5)
+    assert middle.std() == pytest.approx(8000 / np.sqrt(2), rel=0.25)
+    if (subtype, rate, channels) == ("PCM_16", 16000, 1):
+        np.testing.assert_array_equal(waveform, tone(16000)[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.raw", bytes(100), "has no header that tells rate and encoding"),
+        ("a.wav", encoded(sound(0), 16000, "WAV", "PCM_16"), "holds no audio"),
+        ("a.wav", encoded(sound(9000), 16000, "WAV", "PCM_16")[:-5000], r"cut short: it has 13000 of 18000 bytes"),
+        ("a.aiff", encoded(sound(9000), 16000, "AIFF", "PCM_16")[:-5000], "cut short"),
+        ("a.au", encoded(sound(9000), 16000, "AU", "PCM_16")[:-5000], "cut short"),
+        ("a.wav", encoded(np.full((900, 1), np.nan), 16000, "WAV", "FLOAT"), "samples that are not finite"),
+        ("a.wav", encoded(np.zeros((7300, 1)), 2, "WAV", "PCM_16"), "1.0 h long"),
+        ("a.flac", flac(sound(9000))[:-5000], "a.flac"),
+        ("a.txt", b"no audio at all", "a.txt"),
+        ("a.mp3", encoded(tone(44100), 44100, "MP3", "MPEG_LAYER_III")[:100], "a.mp3"),
+    ],
+)
+def test_audio_that_cannot_be_read_whole_is_refused_by_name(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        any_samples(tmp_path / name)
+        decode_any(tmp_path / name)
+
+
+def test_a_file_that_has_changed_since_it_was_measured_is_an_error(manifest: Path) -> None:
+    utterance = read_manifest(manifest, 1)[0]
+    Path(utterance.file).write_bytes(encoded(sound(5000), 16000, "WAV", "PCM_16"))
+    with pytest.raises(DataError, match=r"utterance a.wav: .* has 5000 samples, not 8000 as before"):
+        decode(utterance)
+
+
+@pytest.mark.skipif(shutil.which("sox") is None, reason="sox is not installed")
+def test_what_libsndfile_does_not_know_sox_decodes(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(encoded(tone(16000), 16000, "WAV", "PCM_16"))
+    name = tmp_path / "a [1]*.sox"  # which is no pattern here
+    subprocess.run(["sox", str(tmp_path / "a.wav"), str(name)], check=True)
+    assert any_samples(name) == 8000
+    np.testing.assert_array_equal(decode_any(name), tone(16000)[:, 0])
+
+
+def test_without_sox_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.sox").write_bytes(b".SoX" + bytes(100))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=r"a.sox is in no format that libsndfile reads .* apt-get install sox"):
+        any_samples(tmp_path / "a.sox")
+
+
+def test_utterances_too_short_for_their_transcripts_are_listed_and_kept(
+    asked: Options, manifest: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 8000 samples are 51 frames and so 26 outputs, which 26 labels fit but not 25 with two repeats.
+    manifest.write_text(f"a.wav\t{'AB' * 13}\nmore/b.flac\t{'AB' * 11}AAA\n")
+    assert len(download(asked).subset("train")) == 2
+    told = capsys.readouterr().err
+    assert "train: 1 utterances are too short for CTC" in told and told.rstrip().endswith(": more/b.flac")
