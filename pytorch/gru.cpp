@@ -148,7 +148,7 @@ void in_teams(long directions, long panels, long threads, Work work) {
       work(direction, panels * member / members, panels * (member + 1) / members, [&arrived, members] {
         const long all = (arrived.fetch_add(1) / members + 1) * members;
         for (long spins = 0; arrived.load() < all; spins++)
-          if (spins > 10000) std::this_thread::yield();
+          if (spins > 100000) std::this_thread::yield();
       });
     }
   }
