@@ -227,6 +227,7 @@ def measure(config: Config, arguments: Arguments, device: torch.device) -> dict[
         "fraction_of_peak": step_flops / step / peak,
         "forward_fraction_of_peak": forward_flops / infer / peak,
         "parts": step_parts(ours),
+        "stock_parts": step_parts(stock_layers),
     }
 
 
@@ -262,7 +263,10 @@ def table(row: dict[str, Any]) -> str:
         f"trains {row['audio_seconds_per_second']:.0f} s of speech a second",
         f"{row['achieved_gflops']:.0f} of {row['gemm_peak_gflops']:.0f} GFLOP/s of a large matrix product: "
         f"{row['fraction_of_peak']:.0%}",
-        "by part (ms, profiled): " + ", ".join(f"{name} {value:.0f}" for name, value in row["parts"].items()),
+        *(
+            f"{title} (ms, profiled): " + ", ".join(f"{name} {value:.0f}" for name, value in row[key].items())
+            for title, key in (("by part", "parts"), ("stock layers", "stock_parts"))
+        ),
     ]
     return "\n".join(lines)
 
