@@ -7,7 +7,7 @@ import torch
 from pytorch.config import CONFIGS
 from pytorch.features import FREQUENCY_BINS, Augmentation, LogSpectrogram, change_tempo, draw_augmentation
 
-CONFIG = CONFIGS["an4"]
+CONFIG = CONFIGS["librispeech"]
 
 
 def made_up_batch(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
