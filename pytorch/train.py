@@ -82,6 +82,9 @@ def train(config: Config) -> bool:
     log.start(constants.INIT_START)
     # Only the summary is read before the clock starts: sizes to warm up with, and errors that are better early.
     dataset = open_dataset(config.dataset_dir)
+    for split in ("train", "validation"):
+        if not dataset.splits[split]:
+            raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

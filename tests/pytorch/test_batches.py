@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.packed import open_dataset
+from data.prepare import alignable
 from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch, split_in_order
 from pytorch.config import CONFIGS
 from pytorch.decoder import LABELS
@@ -85,6 +86,14 @@ def test_utterances_too_short_for_their_transcripts_are_found(utterances: Uttera
     assert utterances.alignable().all()
     short = dataclasses.replace(utterances.subsets[0], transcripts=["A" * 200] * 21)
     assert not Utterances([short]).alignable().any()
+
+
+def test_preparation_and_training_agree_on_what_ctc_can_align(utterances: Utterances) -> None:
+    for length in range(1, 70):
+        transcripts = [("AAB" * length)[:length]] * 21
+        changed = Utterances([dataclasses.replace(utterances.subsets[0], transcripts=transcripts)])
+        expected = [alignable(int(samples), transcripts[0]) for samples in changed.samples]
+        assert changed.alignable().tolist() == expected
 
 
 def test_augmentation_never_makes_an_utterance_too_short_for_its_transcript(utterances: Utterances) -> None:

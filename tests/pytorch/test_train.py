@@ -184,6 +184,17 @@ def test_a_missing_data_set_is_an_error_that_says_what_to_run(tmp_path: Path) ->
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.parametrize(("there", "missing"), [("train", "validation"), ("validation", "train")])
+def test_a_data_set_without_a_split_that_a_run_needs_is_an_error_that_names_it(
+    there: str, missing: str, tmp_path: Path
+) -> None:
+    dataset = write_packed_dataset(tmp_path / "partial", {there: 3})
+    run = small_run(dataset, tmp_path / "results")
+    assert run.returncode == 1
+    assert f"no {missing} subset" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_diverging_runs_stop_with_an_error_that_names_utterances(tones: Path, tmp_path: Path) -> None:
     run = small_run(tones, tmp_path, "--weight-decay", "1e30", "--max-epochs", "9")
     assert run.returncode == 1
