@@ -20,8 +20,8 @@ The mathematics is nn.GRU's variant, whose reset gate comes after the recurrent 
 Only the products with h' must go step by step. Those with x and the gradients of both weight matrices are matrix
 products over all N rows, before and after the loop.
 
-Under bfloat16 autocast on a CPU the operands of all products are rounded to bfloat16 (in Python's loop: of those outside
-the loop); states, gates and what the loop adds up stay in float32.
+Under bfloat16 autocast on a CPU the operands of all products are rounded to bfloat16 (those inside Python's loop are
+not); states, gates and what the loop adds up stay in float32.
 
 Axes: N packed rows, D directions, H hidden units, G = 3H gates in the order r, z, n; B batch, T time, I input.
 """
@@ -214,8 +214,9 @@ def _kernel_backward(
 
 def multiplies_bfloat16() -> bool:
     """Whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest torch that pyproject.toml allows
-    return bool(capabilities.get("avx512_bf16", False))
+    if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that pyproject.toml allows
+        return False
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def build_kernel() -> None:
