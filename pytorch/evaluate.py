@@ -307,8 +307,8 @@ def write_pairs(folder: Path, recognised: Sequence[Recognised], summary: dict[st
     }
     for subset in dict.fromkeys(pair.subset for pair in recognised):
         pairs = [pair for pair in recognised if pair.subset == subset]
-        files[f"{subset}.ref.trn"] = "".join(f"{pair.reference} ({pair.id})\n" for pair in pairs)
-        files[f"{subset}.hyp.trn"] = "".join(f"{pair.hypothesis} ({pair.id})\n" for pair in pairs)
+        files[f"{subset}.ref.trn"] = "".join(f"{pair.reference} ({_trn_id(pair)})\n" for pair in pairs)
+        files[f"{subset}.hyp.trn"] = "".join(f"{pair.hypothesis} ({_trn_id(pair)})\n" for pair in pairs)
     try:
         for name, content in files.items():
             partial = folder / f"{name}.partial"
@@ -316,6 +316,11 @@ def write_pairs(folder: Path, recognised: Sequence[Recognised], summary: dict[st
             partial.replace(folder / name)
     except OSError as error:
         raise RunError(f"--output {folder}: cannot be written: {error.strerror}") from error
+
+
+def _trn_id(pair: Recognised) -> str:
+    """An id that begins with the speaker, by which sclite sums up."""
+    return pair.id if pair.id.startswith(f"{pair.speaker}-") else f"{pair.speaker}-{pair.id}"
 
 
 if __name__ == "__main__":
