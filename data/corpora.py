@@ -227,8 +227,10 @@ CORPORA = {
 
 @dataclass(frozen=True)
 class LanguageModels:
-    """Published n-gram language models, one gzipped ARPA file each. Sizes and sums were not known when this was written,
-    so the integrity of a downloaded file is judged by gzip's own sum and by its counts of n-grams (language_model.py).
+    """Published n-gram language models, one gzipped ARPA file each.
+
+    Their sizes and sums were not known when this was written, and none was ever downloaded with it: a file is judged by
+    gzip's own sum and by its counts of n-grams (language_model.py).
     """
 
     title: str

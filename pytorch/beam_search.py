@@ -75,7 +75,9 @@ class LanguageModel:
                 f"--lm needs flashlight-text with KenLM ({error}): install the extra with pip install '.[lm]'"
             ) from None
         self.library = decoder
-        spelled = {word: word.upper() for word in read_words(path) if word not in MARKERS and set(word.upper()) < _KNOWN}
+        spelled = {
+            word: word.upper() for word in read_words(path) if word not in MARKERS and set(word.upper()) < _KNOWN
+        }
         if not spelled:
             raise RunError(f"{path}: not one of its words is spelled with A to Z and apostrophe alone")
         indices = dictionary.Dictionary()

@@ -12,16 +12,16 @@ Prints a table. `--output` names a folder for
     <subset>.ref.trn        references and hypotheses for NIST's sclite: sclite -r ... trn -h ... trn -i rm
     <subset>.hyp.trn
 
-Exit status: 0, or 1 if something went wrong. With torchrun each utterance is recognised by one of the processes, and the
-first one reports.
+Exit status: 0, or 1 if something went wrong. With torchrun each utterance is recognised by one of the processes, and
+the first one reports.
 
 The intervals are those of the bootstrap (M. Bisani and H. Ney, "Bootstrap estimates for confidence intervals in ASR
 performance evaluation", ICASSP 2004): utterances, or whole speakers, are drawn with replacement 10,000 times from a
 generator of a fixed seed, and between the 2.5th and the 97.5th percentile of the drawn sets' rates lies the interval.
 Utterances of one speaker succeed and fail together, so the interval over speakers is the one that speaks about others.
 
-A hypothesis is its words with single spaces between them. The log of a training run counts spaces as they were decoded, so
-its character error rate differs by some tenths; word error rates are the same.
+A hypothesis is its words with single spaces between them. The log of a training run counts spaces as they were decoded,
+so its character error rate differs by some tenths; word error rates are the same.
 """
 
 from __future__ import annotations
@@ -285,12 +285,11 @@ def table(scores: dict[str, Score]) -> str:
     rows = [[*header, "mean WER", "CER", "95% utterances", "95% speakers"]]
     for name, s in scores.items():
         edits = s.word_edits
-        rows.append(
-            [name, str(s.utterances), str(s.speakers), str(s.words), f"{s.wer:.2f}", interval(s.wer_interval)]
-            + [interval(s.wer_interval_over_speakers)]
-            + [str(edits.insertions), str(edits.deletions), str(edits.substitutions), f"{s.mean_utterance_wer:.2f}"]
-            + [f"{s.cer:.2f}", interval(s.cer_interval), interval(s.cer_interval_over_speakers)]
-        )
+        row = [name, str(s.utterances), str(s.speakers), str(s.words)]
+        row += [f"{s.wer:.2f}", interval(s.wer_interval), interval(s.wer_interval_over_speakers)]
+        row += [str(edits.insertions), str(edits.deletions), str(edits.substitutions), f"{s.mean_utterance_wer:.2f}"]
+        row += [f"{s.cer:.2f}", interval(s.cer_interval), interval(s.cer_interval_over_speakers)]
+        rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:

@@ -36,13 +36,19 @@ _VARIABLE_LENGTH = ("MP3", "OGG")  # whose headers need not tell the length exac
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a recording: `waveform`, int16 [S] at 16 kHz, begins at `start` (s); `cut` (s) is where the next piece's
-    part begins, None in the last one. Around both cuts it overlaps its neighbours by CONTEXT_S.
+    """A part of a recording, which overlaps its neighbours by CONTEXT_S on either side of the cuts between them.
+
+    `waveform`, int16 [S] at 16 kHz, begins at `start` (s); `cut` (s) is that to the next piece, None in the last one.
     """
 
     waveform: np.ndarray
     start: float
     cut: float | None
+
+    @property
+    def end(self) -> float:
+        """Where `waveform` ends (s)."""
+        return self.start + len(self.waveform) / SAMPLE_RATE
 
     @property
     def silent(self) -> bool:
@@ -72,6 +78,8 @@ def read_file(path: Path) -> Iterator[np.ndarray]:
 def file_seconds(path: Path) -> float:
     """Length by the header; 0 where it tells none."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return 0.0
         info = soundfile.info(path)
         return info.frames / info.samplerate if info.frames < 1 << 62 else 0.0
     except (*SNDFILE_FAILURES, OSError, ZeroDivisionError):

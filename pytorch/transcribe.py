@@ -5,17 +5,17 @@
     python -m pytorch.transcribe CHECKPOINT recording.flac --lm lm.arpa.gz --alpha 0.5 --beta 1
     arecord -t raw -f S16_LE -r 16000 | python -m pytorch.transcribe CHECKPOINT - --raw-rate 16000 --batch-size 1
 
-Files may have any format that libsndfile or, where it is installed, sox reads, any rate, any number of channels (they are
-mixed) and any length; of folders, all audio files below are taken. `-` is standard input: a file, or with --raw-rate
-headerless little-endian 16-bit mono audio, transcribed as it arrives.
+Files may have any format that libsndfile or, where it is installed, sox reads, any rate, any number of channels (they
+are mixed) and any length; of folders, all audio files below are taken. `-` is standard input: a file, or with
+--raw-rate headerless little-endian 16-bit mono audio, transcribed as it arrives.
 
-Formats: text (a line for each piece between two pauses; behind the file's name and a tab if there are several), json (an
-object a line for each piece, with the times in seconds and the confidences of its words), srt and vtt (captions). Times
-come from the most probable CTC path; a confidence is the geometric mean of the network's probabilities over a word's
-frames (recogniser.py): it orders words, it is no probability of being right.
+Formats: text (a line for each piece between two pauses; behind the file's name and a tab if there are several), json
+(an object a line for each piece, with the times in seconds and the confidences of its words), srt and vtt (captions).
+Times come from the most probable CTC path; a confidence is the geometric mean of the network's probabilities over a
+word's frames (recogniser.py): it orders words, it is no probability of being right.
 
-Exit status: 0; 1 if something went wrong: a file that cannot be read, or not to its end, is named, what was heard of it is
-written, and the others are still done; 2 the command line was not understood; 130 interrupted.
+Exit status: 0; 1 if something went wrong: a file that cannot be read, or not to its end, is named, what was heard of it
+is written, and the others are still done; 2 the command line was not understood; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from data.packed import DataError
 from pytorch.beam_search import Decode, Decoding
 from pytorch.config import RunError
 from pytorch.evaluate import speed
-from pytorch.features import SAMPLE_RATE
 from pytorch.recogniser import Recogniser, Word, align
 from pytorch.recordings import Piece, cut, file_seconds, read_file, read_raw, seam
 
 Format = Literal["text", "json", "srt", "vtt"]
 
 STANDARD_INPUT = "-"
-AUDIO_SUFFIXES = frozenset(
-    ".aif .aifc .aiff .amr .au .caf .flac .gsm .mp3 .nist .oga .ogg .opus .rf64 .snd .sph .w64 .wav".split()
-)
+AUDIO_SUFFIXES = {
+    *(".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".gsm", ".mp3", ".nist", ".oga", ".ogg", ".opus"),
+    *(".rf64", ".snd", ".sph", ".w64", ".wav"),
+}
 SUFFIXES = {"text": ".txt", "json": ".jsonl", "srt": ".srt", "vtt": ".vtt"}
 LONGEST_CAPTION = 84  # characters: two lines of 42
 LONGEST_CAPTION_S = 7.0
@@ -176,9 +176,7 @@ def _standard_input(raw_rate: int | None, copy: Path) -> Recording:
     return Recording(name, Path("stdin"), pieces)
 
 
-def _transcribe_all(
-    options: Options, recordings: Sequence[Recording], recogniser: Recogniser, decode: Decode
-) -> bool:
+def _transcribe_all(options: Options, recordings: Sequence[Recording], recogniser: Recogniser, decode: Decode) -> bool:
     """Reads pieces of all recordings in turn, recognises them in batches, and writes them in the same order."""
     started = time.monotonic()
     failures, heard_seconds = 0, 0.0
@@ -211,13 +209,14 @@ def _transcribe_all(
     ) as bar:
         try:
             for recording in recordings:
+                reached = 0.0
                 for event in _events(recording):
                     pending.append(event)
                     if isinstance(event, Piece):
-                        end = event.start + len(event.waveform) / SAMPLE_RATE if event.cut is None else event.cut
-                        seconds = end - event.start
-                        heard_seconds += seconds
-                        bar.update(seconds)
+                        end = event.end if event.cut is None else event.cut
+                        bar.update(end - reached)
+                        heard_seconds += end - reached
+                        reached = end
                     if sum(isinstance(event, Piece) for event in pending) == options.batch_size:
                         write_pending()
             write_pending()
@@ -250,10 +249,9 @@ def recognise(recogniser: Recogniser, decode: Decode, pieces: Sequence[Piece]) -
             words.append([])
             continue
         emission_TV = next(emissions)
-        end = piece.start + len(piece.waveform) / SAMPLE_RATE
         words.append(
             [
-                Word(word.text, piece.start + word.start, min(end, piece.start + word.end), word.confidence)
+                Word(word.text, piece.start + word.start, min(piece.end, piece.start + word.end), word.confidence)
                 for word in align(decode(emission_TV), emission_TV)
             ]
         )

@@ -30,8 +30,8 @@ from pytorch.evaluate import emissions, select_subsets
 from pytorch.metrics import count_errors
 from pytorch.recogniser import Recogniser, greedy
 
-ALPHAS, BETAS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0), (0.0, 1.0, 2.0, 4.0)
-FINE_ALPHAS, FINE_BETAS = (-0.15, 0.0, 0.15), (-0.5, 0.0, 0.5)  # added to the best pair
+ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.0, 1.0, 2.0, 4.0)
+FINE_ALPHAS, FINE_BETAS = (-0.1, 0.0, 0.1), (-0.5, 0.0, 0.5)  # added to the best pair
 
 Pair = tuple[float, float]  # alpha, beta
 
@@ -94,22 +94,27 @@ def tune(options: Options) -> Pair:
 
     words = sum(len(reference.split()) for reference in references)
     errors_by_pair: dict[Pair, np.ndarray] = {}
-    best = (0.0, 0.0)
-    for grid in (
-        lambda: product(ALPHAS, BETAS),
-        lambda: product([best[0] + step for step in FINE_ALPHAS], [best[1] + step for step in FINE_BETAS]),
-    ):
-        pairs = [pair for pair in grid() if pair[0] >= 0 and pair not in errors_by_pair]
-        for pair in tqdm(pairs, desc="decoding", unit="pair", leave=False, disable=None):
-            errors_by_pair[pair] = errors(BeamSearch(language_model, *pair, options.beam))
-            print(f"alpha {pair[0]:.2f}  beta {pair[1]:5.2f}  WER {100 * errors_by_pair[pair].sum() / words:6.2f}")
-        best = min(errors_by_pair, key=lambda pair: int(errors_by_pair[pair].sum()))
+
+    def search(alphas: Sequence[float], betas: Sequence[float]) -> Pair:
+        """Decodes with every new pair; returns the best one of all."""
+        pairs = [pair for pair in product(alphas, betas) if pair[0] >= 0 and pair not in errors_by_pair]
+        for alpha, beta in tqdm(pairs, desc="decoding", unit="pair", leave=False, disable=None):
+            errors_by_pair[alpha, beta] = errors(BeamSearch(language_model, alpha, beta, options.beam))
+            tqdm.write(f"alpha {alpha:.2f}  beta {beta:5.2f}  WER {rate(errors_by_pair[alpha, beta].sum()):6.2f}")
+        return min(errors_by_pair, key=lambda pair: int(errors_by_pair[pair].sum()))
+
+    def rate(count: int) -> float:
+        return 100 * count / words
+
+    alpha, beta = search(ALPHAS, BETAS)
+    alpha, beta = search([alpha + step for step in FINE_ALPHAS], [beta + step for step in FINE_BETAS])
+    best = alpha, beta
     groups = speaker_of_each(utterances, [index for index, _ in recognised])
     held_out = left_one_out(np.stack(list(errors_by_pair.values())), groups)
-    print(f"greedy decoding:  WER {100 * errors(greedy).sum() / words:.2f}")
-    print(f"best pair:        WER {100 * errors_by_pair[best].sum() / words:.2f}")
-    print(f"left-one-out:     WER {100 * held_out / words:.2f}")
-    print(f"--lm {options.lm} --alpha {best[0]:g} --beta {best[1]:g} --beam {options.beam}")
+    print(f"greedy decoding:  WER {rate(errors(greedy).sum()):.2f}")
+    print(f"best pair:        WER {rate(errors_by_pair[best].sum()):.2f}")
+    print(f"left-one-out:     WER {rate(held_out):.2f}")
+    print(f"--lm {options.lm} --alpha {alpha:g} --beta {beta:g} --beam {options.beam}")
     return best
 
 
