@@ -163,26 +163,36 @@ def _read_by_sox(path: Path, reason: str) -> Iterator[np.ndarray]:
 
 
 def cut(blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
-    """Pieces of a recording, in order, from its blocks of int16 samples."""
+    """Pieces of a recording, in order, from its blocks of int16 samples.
+
+    Raises:
+        DataError: what reading the blocks raised, after the pieces of all that came before.
+    """
     context, longest = int(CONTEXT_S * SAMPLE_RATE), int(LONGEST_S * SAMPLE_RATE)
     held = np.zeros(0, dtype=np.int16)  # from `begin` on, which is `context` before `position`, the last cut
     begin = position = 0
     arrived: list[np.ndarray] = []
     waiting = 0
-    for block in blocks:
-        arrived.append(block)
-        waiting += len(block)
-        if begin + len(held) + waiting <= position + longest + context:
-            continue
-        held, arrived, waiting = np.concatenate([held, *arrived]), [], 0
-        while begin + len(held) > position + longest + context:
-            pause = position + _quietest(held[position - begin : position - begin + longest])
-            yield Piece(held[: pause + context - begin].copy(), begin / SAMPLE_RATE, pause / SAMPLE_RATE)
-            held = held[pause - context - begin :]
-            begin, position = pause - context, pause
+    problem = None
+    try:
+        for block in blocks:
+            arrived.append(block)
+            waiting += len(block)
+            if begin + len(held) + waiting <= position + longest + context:
+                continue
+            held, arrived, waiting = np.concatenate([held, *arrived]), [], 0
+            while begin + len(held) > position + longest + context:
+                pause = position + _quietest(held[position - begin : position - begin + longest])
+                yield Piece(held[: pause + context - begin].copy(), begin / SAMPLE_RATE, pause / SAMPLE_RATE)
+                held = held[pause - context - begin :]
+                begin, position = pause - context, pause
+    except DataError as error:
+        problem = error
     held = np.concatenate([held, *arrived])
     if len(held):
         yield Piece(held, begin / SAMPLE_RATE, None)
+    if problem is not None:
+        raise problem
 
 
 def _quietest(waveform: np.ndarray) -> int:

@@ -239,7 +239,7 @@ def hostile_files(folder: Path) -> list[Path]:
     """100 files that claim to be audio."""
     folder.mkdir()
     places = random.Random(4)
-    noise = np.random.default_rng(4).integers(-9999, 9999, 24000).astype(np.int16)
+    speech = speak(random_words(3, 8), 8)[0]
     made: dict[str, bytes] = {}
 
     def encoded(name: str, frames: np.ndarray, rate: int, **options: str) -> bytes:
@@ -247,7 +247,7 @@ def hostile_files(folder: Path) -> list[Path]:
         made[name] = (folder / name).read_bytes()
         return made[name]
 
-    wholes = {suffix: encoded(f"whole.{suffix}", noise, 16000) for suffix in ("wav", "flac", "ogg", "mp3", "aiff")}
+    wholes = {suffix: encoded(f"whole.{suffix}", speech, 16000) for suffix in ("wav", "flac", "ogg", "mp3", "aiff")}
     for suffix, whole in wholes.items():
         for number in range(7):
             made[f"truncated{number}.{suffix}"] = whole[: places.randrange(len(whole))]
@@ -258,27 +258,27 @@ def hostile_files(folder: Path) -> list[Path]:
         made[f"empty.{suffix}"] = b""
         made[f"text.{suffix}"] = b"This is not audio.\n" * 500
     for rate in (1, 7, 999, 1000, 4001, 96000, 384000, 2**31 - 1):
-        encoded(f"rate{rate}.wav", noise[:2000], rate)
+        encoded(f"rate{rate}.wav", speech[:2000], rate)
     for name, value in (("nan", np.nan), ("infinity", np.inf), ("huge", 1e30)):
-        floats = noise.astype(np.float32) / 32768
+        floats = speech.astype(np.float32) / 32768
         floats[1000] = value
         encoded(f"{name}.wav", floats, 16000, subtype="FLOAT")
     encoded("all_nan.wav", np.full(9000, np.nan), 16000, subtype="DOUBLE")
-    encoded("channels32.wav", np.repeat(noise[:, None], 32, axis=1), 16000)
-    encoded("channels255.w64", np.repeat(noise[:500, None], 255, axis=1), 8000, format="W64")
-    encoded("no_frames.wav", noise[:0], 16000)
-    encoded("one_sample.wav", noise[:1], 16000)
-    encoded("one_sample.flac", noise[:1], 48000)
+    encoded("channels32.wav", np.repeat(speech[:, None], 32, axis=1), 16000)
+    encoded("channels255.w64", np.repeat(speech[:500, None], 255, axis=1), 8000, format="W64")
+    encoded("no_frames.wav", speech[:0], 16000)
+    encoded("one_sample.wav", speech[:1], 16000)
+    encoded("one_sample.flac", speech[:1], 48000)
     encoded("constant.wav", np.full(48000, 1234, dtype=np.int16), 16000)
-    encoded("rate.flac", noise, 655350)
+    encoded("rate.flac", speech, 655350)
     header = wholes["wav"]
     made["absurd_length.wav"] = header[:40] + b"\xff\xff\xff\xff" + header[44:]
     made["absurd_flac.flac"] = (
         wholes["flac"][:18] + (16000 << 44 | 15 << 36 | (1 << 36) - 1).to_bytes(8, "big") + wholes["flac"][26:]
     )
     made["zeros.flac"] = bytes(5000)
-    made["noise.mp3"] = noise.tobytes()
-    made["noise.gsm"] = noise.tobytes()
+    made["noise.mp3"] = speech.tobytes()
+    made["noise.gsm"] = speech.tobytes()
     for name, content in made.items():
         (folder / name).write_bytes(content)
     (folder / "folder.wav").mkdir()
@@ -308,7 +308,8 @@ def test_each_of_a_hundred_hostile_inputs_gives_a_transcript_or_an_error_that_na
         assert all(str(file) in named for file in files if file.name.startswith(kind)), kind
     for name in ("whole.wav", "whole.flac", "whole.ogg", "channels32.wav", "huge.wav"):
         assert str(tmp_path / "hostile" / name) not in named
-    assert str(tmp_path / "hostile" / "whole.wav") in heard
+    for name in ("whole.wav", "whole.flac", "channels32.wav"):
+        assert str(tmp_path / "hostile" / name) in heard
 
 
 def test_four_hours_of_silence_pass_in_little_memory(trained: Trained, tmp_path: Path) -> None:
