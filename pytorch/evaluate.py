@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -207,8 +208,10 @@ def emissions(
 
 
 def speed(audio_seconds: float, seconds: float) -> str:
-    """Real-time factor in words."""
-    return f"real-time factor {seconds / audio_seconds:.4f}, {audio_seconds / seconds:.1f} x real time"
+    """Real-time factor, and the most memory that this process ever held, in words."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+    factor = f"real-time factor {seconds / audio_seconds:.4f}, {audio_seconds / seconds:.1f} x real time"
+    return f"{factor}, {peak / 1024:.0f} MiB of memory at most"
 
 
 def _in_order(subsets: Sequence[Subset], utterances: Utterances, hypotheses: dict[int, str]) -> list[Recognised]:
