@@ -5,7 +5,7 @@
 
 A transcript's score is log p(labels | audio) + alpha * log p(words) + beta * number of words, as in Deep Speech (arXiv
 1412.5567, section 2.2), with natural logarithms. Only words of the language model can be recognised. The search is
-flashlight-text's, which brings KenLM to read the model; it is the extra `lm` (pip install '.[lm]').
+flashlight-text's, which brings KenLM to read the model; it is the extra `lm` (pip install -e '.[lm]').
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class LanguageModel:
             from flashlight.lib.text.decoder.kenlm import KenLM
         except ImportError as error:
             raise RunError(
-                f"--lm needs flashlight-text with KenLM ({error}): install the extra with pip install '.[lm]'"
+                f"--lm needs flashlight-text, which has packages for Python 3.11 and 3.12 ({error}): "
+                "install it with pip install -e '.[lm]'"
             ) from None
         self.library = decoder
         spelled = {

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import hashlib
 import importlib.util
 import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +114,40 @@ def test_a_downloaded_model_is_checked_whole(tmp_path: Path) -> None:
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"lm.arpa.gz"):
             check_arpa(file)
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Iterator[str]:
+    """The address of a server with one intact and one damaged model."""
+    served = tmp_path / "served"
+    served.mkdir()
+    content = gzip.compress(write_arpa(tmp_path / "lm.arpa").read_bytes())
+    (served / "3-gram.arpa.gz").write_bytes(content)
+    (served / "4-gram.arpa.gz").write_bytes(content[:-9])
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(served))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_models_are_downloaded_and_only_intact_ones_are_kept(mirror: str, tmp_path: Path) -> None:
+    def fetched(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        where = ["--mirror", mirror, "--output-dir", str(tmp_path / "models")]
+        return command("data.language_model", "download", "--name", name, *where, *options)
+
+    md5 = hashlib.md5((tmp_path / "served" / "3-gram.arpa.gz").read_bytes()).hexdigest()
+    refused = fetched("3-gram", "--md5", "0" * 32)
+    assert refused.returncode == 1
+    assert "expected 0000" in refused.stderr
+    done = fetched("3-gram", "--md5", md5)
+    assert done.returncode == 0, done.stderr
+    assert f"MD5 {md5}" in done.stderr
+    assert "CAT" in read_words(tmp_path / "models" / "3-gram.arpa.gz")
+    damaged = fetched("4-gram")
+    assert damaged.returncode == 1
+    assert "4-gram.arpa.gz is no intact gzipped ARPA file" in damaged.stderr
+    assert [path.name for path in (tmp_path / "models").glob("*.gz")] == ["3-gram.arpa.gz"]
 
 
 def test_an_unknown_model_is_an_error_that_lists_those_there_are(tmp_path: Path) -> None:
@@ -218,5 +256,5 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path: Path) -> N
         "except RunError as error:\n    print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "pip install '.[lm]'" in run.stdout
+    assert "pip install -e '.[lm]'" in run.stdout
     assert run.stdout.count("\n") == 1
