@@ -225,6 +225,34 @@ CORPORA = {
 }
 
 
+@dataclass(frozen=True)
+class LanguageModels:
+    """Published n-gram language models, one gzipped ARPA file each.
+
+    Their sizes and sums were not known when this was written, and none was ever downloaded with it: a file is judged by
+    gzip's own sum and by its counts of n-grams (language_model.py).
+    """
+
+    title: str
+    licence: str
+    mirrors: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def find(self, name: str, md5: str = "") -> Archive:
+        """The file of the model of this name; DataError lists the names there are."""
+        if name not in self.names:
+            raise DataError(f"unknown language model '{name}'; there are: {', '.join(self.names)}")
+        return Archive(f"{name}.arpa.gz", md5=md5.lower())
+
+
+LANGUAGE_MODELS = LanguageModels(
+    title="n-grams of the books that LibriSpeech's readers did not read",
+    licence="see openslr.org/11",
+    mirrors=_openslr(11),
+    names=("3-gram.pruned.3e-7", "3-gram.pruned.1e-7", "3-gram", "4-gram"),
+)
+
+
 def find_corpus(name: str) -> Corpus:
     """The corpus of this name; DataError lists the names there are."""
     if name not in CORPORA:
