@@ -114,7 +114,9 @@ def test_the_lock_has_what_the_project_wants_except_pytorch_pinned_and_hashed() 
 
 def test_the_base_image_is_pinned_to_a_version_of_pytorch_that_the_project_takes() -> None:
     dockerfile = (SCRIPTS / "Dockerfile").read_text()
-    base = re.search(r"^ARG BASE_IMAGE=docker.io/pytorch/pytorch:([\d.]+)-cuda[\d.]+-cudnn\d+-runtime$", dockerfile, re.M)
+    base = re.search(
+        r"^ARG BASE_IMAGE=docker.io/pytorch/pytorch:([\d.]+)-cuda[\d.]+-cudnn\d+-runtime$", dockerfile, re.M
+    )
     assert base is not None
     assert next(wanted for wanted in DEPENDENCIES if wanted.name == "torch").specifier.contains(base[1])
 

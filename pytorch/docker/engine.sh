@@ -12,7 +12,7 @@ if [ -z "$engine" ]; then
     exit 1
 fi
 if ! facts=$("$engine" info 2>&1); then
-    echo "error: '$engine info' fails: $(echo "$facts" | grep -v '^$' | tail -n 1)" >&2
+    echo "error: '$engine info' fails: $(printf "%s\n" "$facts" | grep -v '^$' | tail -n 1)" >&2
     echo "Is its daemon running, and may you use it (group docker)?" >&2
     exit 1
 fi

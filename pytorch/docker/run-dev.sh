@@ -23,7 +23,7 @@ if ! id=$("$engine" image inspect --format '{{.Id}}' "$image" 2>/dev/null); then
     fail "there is no image $image: sh '$root/pytorch/docker/build-docker.sh' builds it"
 fi
 podman=$("$engine" --version 2>/dev/null | grep -i '^podman' || true)
-rootless=$(echo "$facts" | grep -E '^ *rootless(: true)?$' || true)
+rootless=$(printf "%s\n" "$facts" | grep -E '^ *rootless(: true)?$' || true)
 
 # From here on, "$@" grows to the front.
 if [ $# -eq 0 ]; then
