@@ -44,7 +44,7 @@ cleanup() {
     status=$?
     trap - EXIT
     if [ "$status" -ne 0 ] && [ "$status" -ne 77 ]; then
-        tail -n 20 "$work"/*.log "$work"/*.out 2>/dev/null >&2 || true
+        tail -n 20 "$work"/*.log "$work"/*.out >&2 2>/dev/null || true
     fi
     if [ -n "$daemon" ]; then
         kill "$daemon" 2>/dev/null || true

@@ -82,8 +82,9 @@ else
     set -- --user 0:0 "$@"
 fi
 
+user=$(id -un 2>/dev/null) || user=$(id -u)
 set -- --rm --interactive --ipc host --ulimit stack=67108864 --security-opt label=disable \
-    --env "USER=$(id -un 2>/dev/null || id -u)" --env "DEEPSPEECH2_IMAGE_ID=$id" \
+    --env "USER=$user" --env "DEEPSPEECH2_IMAGE_ID=$id" \
     --env CUDA_VISIBLE_DEVICES --env OMP_NUM_THREADS --env SUBMISSION_ORG "$@"
 if [ -t 0 ] && [ -t 1 ]; then
     exec "$engine" run --tty "$@"
