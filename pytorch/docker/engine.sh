@@ -7,8 +7,8 @@ for candidate in docker podman; do
         engine="$candidate"
     fi
 done
-if [ -z "$engine" ]; then
-    echo "error: neither docker nor podman is installed; on Debian and Ubuntu: apt-get install docker.io" >&2
+if ! command -v "${engine:-docker}" >/dev/null; then
+    echo "error: ${engine:-docker or podman} must be installed; on Debian and Ubuntu: apt-get install docker.io" >&2
     exit 1
 fi
 if ! facts=$("$engine" info 2>&1); then

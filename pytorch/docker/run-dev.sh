@@ -96,5 +96,5 @@ name="deepspeech2-$$"
 exec 3<&0
 "$engine" run --name "$name" --sig-proxy=false "$@" <&3 3<&- &
 client=$!
-trap '"$engine" kill "$name" >/dev/null 2>&1; wait "$client"; exit 130' INT TERM HUP
+trap '"$engine" kill "$name" >/dev/null 2>&1; wait "$client" || true; exit 130' INT TERM HUP
 wait "$client"
