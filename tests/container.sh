@@ -281,7 +281,7 @@ mkdir "$work/environment"
 cat >"$work/environment/Dockerfile" <<END
 FROM $image
 USER 0
-RUN python3 -m pip uninstall --yes --break-system-packages numpy soundfile tyro && \
+RUN userdel deepspeech2 && python3 -m pip uninstall --yes --break-system-packages numpy soundfile tyro && \
     python3 -m venv --without-pip --system-site-packages /opt/venv
 ENV PATH=/opt/venv/bin:\$PATH
 END
