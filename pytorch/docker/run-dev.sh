@@ -32,7 +32,6 @@ fi
 set -- "$id" "$@"
 
 # Mounts. A folder to mount on is made here: the engine would make it too, but root's.
-set -- --mount "type=bind,source=$root,target=/deepspeech2" "$@"
 if [ -n "${RESULTS_DIR:-}" ]; then
     mkdir -p "$RESULTS_DIR" "$root/results" || fail "RESULTS_DIR=$RESULTS_DIR cannot be made"
     results=$(CDPATH='' cd -- "$RESULTS_DIR" && pwd)
@@ -85,7 +84,8 @@ fi
 user=$(id -un 2>/dev/null) || user=$(id -u)
 set -- --rm --interactive --ipc host --ulimit stack=67108864 --security-opt label=disable \
     --env "USER=$user" --env "DEEPSPEECH2_IMAGE_ID=$id" \
-    --env CUDA_VISIBLE_DEVICES --env OMP_NUM_THREADS --env SUBMISSION_ORG "$@"
+    --env CUDA_VISIBLE_DEVICES --env OMP_NUM_THREADS --env SUBMISSION_ORG \
+    --mount "type=bind,source=$root,target=/deepspeech2" "$@"
 if [ -t 0 ] && [ -t 1 ]; then
     exec "$engine" run --tty "$@"
 fi
