@@ -161,12 +161,18 @@ commit=$(git -C "$clone" rev-parse --short=12 HEAD)
 chown -R "$caller:$caller" "$clone" "$work/home" "$work/asked.log" "$work/given.log"
 cd /
 
+small='--max-steps 1 --hidden-size 8 --target-wer 1000'
+
+as_caller() {
+    setpriv --reuid "$caller" --regid "$caller" --clear-groups "$@"
+}
+
 build() {
-    BASE_IMAGE="$1" setpriv --reuid "$caller" --regid "$caller" --clear-groups sh "$clone/pytorch/docker/build-docker.sh"
+    BASE_IMAGE="$1" as_caller sh "$clone/pytorch/docker/build-docker.sh"
 }
 
 run_dev() {
-    setpriv --reuid "$caller" --regid "$caller" --clear-groups sh "$clone/pytorch/docker/run-dev.sh" "$@"
+    as_caller sh "$clone/pytorch/docker/run-dev.sh" "$@"
 }
 
 inspect() {
@@ -178,8 +184,9 @@ build stand-in >"$work/build.out" 2>&1 || check "the image is built" false
 image=$(inspect '{{.Id}}')
 check "tagged with version and commit" [ "$image" = \
     "$("$docker" image inspect --format '{{.Id}}' "deepspeech2-benchmark:$version-$commit")" ]
-check "labelled with version and commit" [ "$version $commit stand-in" = \
-    "$(inspect '{{index .Config.Labels "org.opencontainers.image.version"}} {{index .Config.Labels "org.opencontainers.image.revision"}} {{index .Config.Labels "org.opencontainers.image.base.name"}}')" ]
+for label in "version=$version" "revision=$commit" base.name=stand-in licenses=Apache-2.0; do
+    check "labelled $label" [ "$(inspect "{{index .Config.Labels \"org.opencontainers.image.${label%%=*}\"}}")" = "${label#*=}" ]
+done
 check "what is sent to the builder is small" grep -q 'build context.* [0-9.]*kB' "$work/build.out"
 check "the default user is not root" [ "$(docker run --rm "$image" id -u)" -ne 0 ]
 
@@ -225,13 +232,18 @@ check "it ends with the result, and who had it" \
     sh -c "tail -n 1 '$work/mlperf_ds2.log' | grep -q '^RESULT,DEEPSPEECH2,1,[0-9]*,$caller,'"
 check "it names the image" grep -q "\"container_image\".*\"$image\"" "$work/mlperf_ds2.log"
 check "the recurrent layers run compiled" grep -q '"gru_implementation".*fused kernel' "$work/mlperf_ds2.log"
-check "GPUs were asked for" [ "$(grep -c '^run .*--gpus all .*run\|^run .*--gpus all ' "$work/asked.log")" -eq 2 ]
+check "GPUs were asked for, each time" [ "$(grep -c '^run .*--gpus all' "$work/asked.log")" -eq 2 ]
 check "the script says so" grep -q 'With GPUs: all' "$work/train.out"
-check "limits and shared memory were asked for" \
-    grep -q -e '^run .*--ulimit memlock=-1 .*--ulimit stack=67108864\|^run .*--ulimit stack=67108864 .*--ulimit memlock=-1' \
-    "$work/asked.log"
-check "shared memory is the host's" grep -q '^run .*--ipc host' "$work/given.log"
+for option in '--ulimit memlock=-1' '--ulimit stack=67108864' '--ipc host'; do
+    check "$option was asked for, each time" [ "$(grep -c "^run .*$option" "$work/asked.log")" -eq 2 ]
+done
 check "the checkpoint is in the repository" [ -f "$clone/results/synthetic/checkpoint_best.pt" ]
+
+step "at a terminal, as in README.md"
+printf '%s\n' "sh run_and_time.sh --config synthetic $small --output-dir ../results/small | tee mlperf_ds2.log" exit |
+    as_caller script --quiet --return --command "sh '$clone/pytorch/docker/run-dev.sh'" /dev/null >"$work/terminal.out" 2>&1 ||
+    check "a run at a terminal ends well" false
+check "the log is in pytorch/" grep -q '^RESULT,' "$clone/pytorch/mlperf_ds2.log"
 check "all files are the caller's" [ -z "$(find "$clone" ! -uid "$caller" -print -o ! -gid "$caller" -print)" ]
 
 step "without GPUs; data set and results elsewhere"
@@ -242,16 +254,14 @@ mv "$clone/Synthetic_dataset" "$work/elsewhere"
 chown "$caller:$caller" "$work/results"
 export DATASET_DIR="$work/elsewhere/Synthetic_dataset" RESULTS_DIR="$work/results"
 printf '%s\n' 'touch ../Synthetic_dataset/written && exit 1' \
-    'sh run_and_time.sh --config synthetic --max-steps 1 --hidden-size 8 --target-wer 1000' |
+    "sh run_and_time.sh --config synthetic $small" |
     run_dev >"$work/elsewhere.out" 2>&1 || check "training reads a read-only data set" false
 check "the data set is read-only" grep -q 'Read-only file system' "$work/elsewhere.out"
 check "results are where they were asked for" [ -f "$work/results/synthetic/checkpoint_best.pt" ]
 check "the script says that there is no GPU" grep -q 'Without GPUs' "$work/elsewhere.out"
 check "none was asked for" fails grep -q -e '--gpus' "$work/asked.log"
-check "commands may be arguments, and write where they may" \
-    env DATASET_MODE=rw setpriv --reuid "$caller" --regid "$caller" --clear-groups \
-    sh "$clone/pytorch/docker/run-dev.sh" rm ../Synthetic_dataset/dataset.json
-chown -R "$caller:$caller" "$work/elsewhere"
+export DATASET_MODE=rw
+check "commands may be arguments, and write where they may" run_dev touch ../Synthetic_dataset/written
 
 step "errors"
 for variable in DATASET_DIR=/not/there RESULTS_DIR=/proc/not/there IMAGE=not:there ENGINE=not-there; do
@@ -276,18 +286,21 @@ kill "$script"
 wait "$script" || true
 check "it ends with the script" [ -z "$("$docker" ps --quiet)" ]
 
-step "a base image whose Python is a virtual environment"
+step "a base image whose Python is a virtual environment, and which wants TF32"
 mkdir "$work/environment"
 cat >"$work/environment/Dockerfile" <<END
 FROM $image
 USER 0
 RUN userdel deepspeech2 && python3 -m pip uninstall --yes --break-system-packages numpy soundfile tyro && \
     python3 -m venv --without-pip --system-site-packages /opt/venv
-ENV PATH=/opt/venv/bin:\$PATH
+ENV PATH=/opt/venv/bin:\$PATH TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1
 END
 docker build --tag stand-in:venv "$work/environment" >"$work/build.out" 2>&1
 build stand-in:venv >"$work/build.out" 2>&1 || check "the image is built" false
 check "what was lacking is in the environment" [ /opt/venv = \
     "$(docker run --rm "deepspeech2-benchmark:$version" python3 -c 'import numpy, tyro; print(numpy.__file__[:9])')" ]
+
+check "matrix products are in full precision, whatever the base says" [ highest = \
+    "$(docker run --rm "deepspeech2-benchmark:$version" python3 -c 'import torch; print(torch.get_float32_matmul_precision())')" ]
 
 step "passed: $checks checks"
