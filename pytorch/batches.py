@@ -100,16 +100,34 @@ def split_in_order(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
 
 
-def make_batch(utterances: Utterances, indices: np.ndarray, *, augment: tuple[Config, int] | None = None) -> Batch:
+def split_by_size(samples: np.ndarray, capacity: int) -> list[np.ndarray]:
+    """Consecutive batches of as many utterances as, padded to the longest, have no more than `capacity` samples in all.
+
+    Args:
+        samples: int [N], ascending; an utterance longer than `capacity` is a batch of its own.
+        capacity: in samples.
+    """
+    batches, start = [], 0
+    for end in range(1, len(samples) + 1):
+        if end == len(samples) or (end + 1 - start) * samples[end] > capacity:
+            batches.append(np.arange(start, end))
+            start = end
+    return batches
+
+
+def make_batch(
+    utterances: Utterances, indices: np.ndarray, *, augment: tuple[Config, int] | None = None, pinned: bool = False
+) -> Batch:
     """Read a batch.
 
     Args:
         utterances: where from.
         indices: int [B], positions in `utterances`.
         augment: configuration and epoch to draw augmentation for; None for evaluation.
+        pinned: put the waveforms into page-locked memory, from which a GPU copies without waiting.
     """
     samples_B = utterances.samples[indices]
-    waveforms_BS = torch.zeros(len(indices), int(samples_B.max()), dtype=torch.int16)
+    waveforms_BS = torch.zeros(len(indices), int(samples_B.max()), dtype=torch.int16, pin_memory=pinned)
     for row, index in enumerate(indices):
         waveforms_BS[row, : samples_B[row]] = torch.from_numpy(utterances.waveform(index).copy())
     transcripts = [utterances.transcript(index) for index in indices]

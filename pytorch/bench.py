@@ -4,13 +4,15 @@
     python -m pytorch.bench --config an4 --batch-size 16
     python -m pytorch.bench --hidden-size 256 --batch-size 8 --json
     python -m pytorch.bench --config an4 --sweep                also over threads, batch sizes, widths and durations
+    python -m pytorch.bench --sweep --plot sweep.svg            the same, drawn
 
 Everything is timed in one process, the variants in turn after a warm-up, and medians are compared, so that a machine
 that is busy with other things changes the ratios little. The batch is made up: utterances of 2 to 4 s, 5 labels a
 second.
 
-"Stock" is the same model from torch's own layers: nn.Conv2d, and nn.GRU on packed sequences. The limit is the rate of
-one large matrix product (1024 x 1024 x 1024), measured in the same run; operations are counted on valid frames only.
+"Stock" is the same model from torch's own layers in fp32: nn.Conv2d, and nn.GRU on packed sequences (or, where it says
+so, on padded ones). The limit is the rate of one large matrix product (1024 x 1024 x 1024) of the step's precision,
+measured in the same run; operations are counted on valid frames only, as if every convolution were computed directly.
 """
 
 from __future__ import annotations
@@ -21,22 +23,25 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from data.packed import Subset
 from pytorch import gru
-from pytorch.batches import Batch
-from pytorch.config import CONFIGS, Config, RunError
+from pytorch.batches import Batch, Utterances, make_batch, prefetch
+from pytorch.config import CONFIGS, Config, Precision, RunError
 from pytorch.convolution import Convolution
 from pytorch.decoder import LABELS
 from pytorch.features import FREQUENCY_BINS, SAMPLE_RATE, LogSpectrogram, draw_augmentation, frame_counts
 from pytorch.model import GRU_LAYERS, OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
-from pytorch.train import choose_device, ctc_loss, make_optimizer
+from pytorch.train import choose_device, choose_precision, ctc_loss, make_optimizer, precision_context
 
 PARTS = {  # what the profiler calls an operation -> part of the step
     "convolution": ("convolution", "Convolution"),
@@ -67,8 +72,12 @@ class Arguments:
     """Timed repetitions of each variant; medians are shown."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    precision: Precision = "auto"
+    """auto: bf16 where the device multiplies it natively."""
     sweep: bool = False
     """Also measure over threads, batch sizes, widths and durations."""
+    plot: Path | None = None
+    """Draw the sweep into this file (.svg, .png or .pdf); needs matplotlib."""
     json: bool = False
     """Print one JSON object instead of tables."""
 
@@ -81,6 +90,15 @@ class StockGRU(nn.GRU):
         return PackedSequence(data, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
 
 
+class StockPaddedGRU(nn.GRU):
+    """torch's own layer, on padded sequences: what is behind an utterance's end is computed as well."""
+
+    def forward(self, sequence: PackedSequence) -> PackedSequence:  # type: ignore[override]
+        inputs_TBI, lengths_B = pad_packed_sequence(PackedSequence(sequence.data, sequence.batch_sizes))
+        outputs_TBH = super().forward(inputs_TBI)[0].unflatten(-1, (-1, self.hidden_size)).sum(2)
+        return pack_padded_sequence(outputs_TBH, lengths_B)
+
+
 class StockConvolution(nn.Conv2d):
     """torch's own layer, with the interface of `Convolution`."""
 
@@ -88,11 +106,11 @@ class StockConvolution(nn.Conv2d):
         return super().forward(input.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
 
 
-def stock(model: DeepSpeech2) -> DeepSpeech2:
+def stock(model: DeepSpeech2, layer: type[nn.GRU] = StockGRU) -> DeepSpeech2:
     """The same model with the same weights, from torch's own layers. The modules are converted in place."""
     for module in model.modules():
         if isinstance(module, gru.GRU):
-            module.__class__ = StockGRU  # type: ignore[assignment]
+            module.__class__ = layer  # type: ignore[assignment]
         elif isinstance(module, Convolution):
             module.__class__ = StockConvolution  # type: ignore[assignment]
     return model
@@ -143,19 +161,22 @@ def time_in_turn(variants: Sequence[Callable[[], object]], repetitions: int, dev
 class Workload:
     """A model, its optimizer and a batch, ready to step."""
 
-    def __init__(self, config: Config, batch: Batch, device: torch.device, *, of_stock_layers: bool = False) -> None:
+    def __init__(
+        self, config: Config, batch: Batch, device: torch.device, precision: Precision, stock_gru: type | None = None
+    ) -> None:
         torch.manual_seed(0)
-        self.config, self.batch, self.device = config, batch, device
+        self.config, self.batch, self.device, self.precision = config, batch, device, precision
         self.spectrogram = LogSpectrogram().to(device)
         model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
-        self.model = stock(model) if of_stock_layers else model
+        self.model = stock(model, stock_gru) if stock_gru is not None else model
         self.optimizer = make_optimizer(config, self.model)
 
     def forward(self) -> Tensor:
         """Loss of the batch."""
         batch = self.batch
         features = self.spectrogram(batch.waveforms_BS.to(self.device), batch.samples_B, batch.augmentation)
-        logits_TBV, frames_B = self.model(*features)
+        with precision_context(self.precision, self.device):
+            logits_TBV, frames_B = self.model(*features)
         return ctc_loss(logits_TBV, frames_B, batch.targets.to(self.device), batch.target_lengths_B)
 
     def infer(self) -> None:
@@ -173,10 +194,11 @@ class Workload:
         self.optimizer.step()
 
 
-def gemm_peak(device: torch.device, repetitions: int) -> float:
-    """Operations per second of one large float32 matrix product."""
+def gemm_peak(device: torch.device, precision: Precision, repetitions: int) -> float:
+    """Operations per second of one large matrix product."""
     size = 1024 if device.type == "cpu" else 8192
-    left, right = torch.randn(2, size, size, device=device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     (seconds,) = time_in_turn([lambda: torch.mm(left, right)], repetitions * 4, device)
     return 2 * size**3 / seconds
 
@@ -198,13 +220,45 @@ def step_parts(workload: Workload) -> dict[str, float]:
     return milliseconds
 
 
+def data_wait(workload: Workload, steps: int) -> float:
+    """Part of the time of some steps that is spent waiting for their batches, made in the background as in a run."""
+    batch = workload.batch
+    samples = batch.samples_B.numpy()
+    audio = np.concatenate([row[:length] for row, length in zip(batch.waveforms_BS.numpy(), samples, strict=True)])
+    count = len(samples)
+    transcripts = ["A" * int(length) for length in batch.target_lengths_B]
+    offsets = np.cumsum(samples) - samples
+    utterances = Utterances([Subset("noise", audio, offsets, samples, [""] * count, [""] * count, transcripts)])
+    augment, pinned = (workload.config, 1), workload.device.type == "cuda"
+    batches = prefetch(
+        [np.arange(count)] * (steps + 1), partial(make_batch, utterances, augment=augment, pinned=pinned)
+    )
+    next(batches)
+    workload.step()  # time for the reader to get ahead, as it has in all steps of an epoch but the first
+    waiting, started = 0.0, time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        workload.batch = next(batches)
+        waiting += time.perf_counter() - asked
+        workload.step()
+        if pinned:
+            torch.cuda.synchronize()
+    workload.batch = batch
+    return waiting / (time.perf_counter() - started)
+
+
 def measure(config: Config, arguments: Arguments, device: torch.device) -> dict[str, Any]:
     """One row: this configuration's step against stock layers and against the machine's limit."""
     batch = made_up_batch(config, config.batch_size, arguments.shortest_seconds, arguments.longest_seconds)
-    ours, stock_layers = Workload(config, batch, device), Workload(config, batch, device, of_stock_layers=True)
-    variants = [ours.step, stock_layers.step, ours.infer, stock_layers.infer]
-    step, stock_step, infer, stock_infer = time_in_turn(variants, arguments.repetitions, device)
-    peak = gemm_peak(device, arguments.repetitions)
+    precision = choose_precision(arguments.precision, device)
+    ours, ours_fp32 = Workload(config, batch, device, precision), Workload(config, batch, device, "fp32")
+    packed, padded = (Workload(config, batch, device, "fp32", layer) for layer in (StockGRU, StockPaddedGRU))
+    variants = [ours.step, packed.step, padded.step, ours.infer, packed.infer]
+    variants += [ours_fp32.step, ours_fp32.infer] if precision != "fp32" else []
+    seconds = time_in_turn(variants, arguments.repetitions, device)
+    step, stock_step, padded_step, infer, stock_infer = seconds[:5]
+    fp32_step, fp32_infer = seconds[5:] or (step, infer)
+    peak = gemm_peak(device, precision, arguments.repetitions)
     forward_flops, step_flops = training_flops(config, batch.samples_B)
     audio_seconds = float(batch.samples_B.sum()) / SAMPLE_RATE
     return {
@@ -212,43 +266,47 @@ def measure(config: Config, arguments: Arguments, device: torch.device) -> dict[
         "hidden_size": config.hidden_size,
         "conv_channels": config.conv_channels,
         "batch_size": config.batch_size,
-        "precision": "fp32",
+        "precision": precision,
         "threads": torch.get_num_threads(),
         "recurrent_layers": "cuDNN" if device.type == "cuda" else gru.kernel_status(),
         "step_ms": 1000 * step,
         "stock_packed_step_ms": 1000 * stock_step,
+        "stock_padded_step_ms": 1000 * padded_step,
         "speedup": stock_step / step,
-        "fp32_speedup": stock_step / step,
+        "fp32_speedup": stock_step / fp32_step,
+        "padded_speedup": padded_step / step,
         "forward_ms": 1000 * infer,
         "forward_speedup": stock_infer / infer,
+        "fp32_forward_speedup": stock_infer / fp32_infer,
         "audio_seconds_per_second": audio_seconds / step,
         "gemm_peak_gflops": peak / 1e9,
         "achieved_gflops": step_flops / step / 1e9,
         "fraction_of_peak": step_flops / step / peak,
         "forward_fraction_of_peak": forward_flops / infer / peak,
+        "data_wait_fraction": data_wait(ours, arguments.repetitions),
         "parts": step_parts(ours),
-        "stock_parts": step_parts(stock_layers),
+        "stock_parts": step_parts(packed),
     }
 
 
 def sweep(config: Config, arguments: Arguments, device: torch.device) -> list[dict[str, Any]]:
-    """Rows over threads, batch sizes, hidden sizes and durations, one changed at a time."""
+    """Rows over threads, batch sizes, hidden sizes and durations, one changed at a time: what, and its value."""
     rows = []
     threads = torch.get_num_threads()
     if device.type == "cpu":
         for count in sorted({1, 2, 4, 8, 16, 32, threads} & set(range(1, threads + 1))):
             torch.set_num_threads(count)
-            rows.append(measure(config, arguments, device) | {"swept": f"{count} threads"})
+            rows.append(measure(config, arguments, device) | {"swept": "threads", "value": count})
         torch.set_num_threads(threads)
-    for batch_size in (1, 4, 16, 32):
-        changed = replace(config, batch_size=batch_size)
-        rows.append(measure(changed, arguments, device) | {"swept": f"batch of {batch_size}"})
-    for hidden_size in (96, 192, 256, 512, 800):
-        changed = replace(config, hidden_size=hidden_size)
-        rows.append(measure(changed, arguments, device) | {"swept": f"{hidden_size} units"})
-    for longest in (8.0, 16.0):
+    for count in (1, 4, 8, 16, 32):
+        changed = replace(config, batch_size=count)
+        rows.append(measure(changed, arguments, device) | {"swept": "utterances in a batch", "value": count})
+    for count in (96, 192, 256, 512, 800):
+        changed = replace(config, hidden_size=count)
+        rows.append(measure(changed, arguments, device) | {"swept": "hidden size", "value": count})
+    for longest in (4.0, 8.0, 16.0):
         longer = replace(arguments, shortest_seconds=longest / 2, longest_seconds=longest)
-        rows.append(measure(config, longer, device) | {"swept": f"{longest / 2:g} to {longest:g} s"})
+        rows.append(measure(config, longer, device) | {"swept": "seconds of the longest utterance", "value": longest})
     return rows
 
 
@@ -258,8 +316,10 @@ def table(row: dict[str, Any]) -> str:
         f"configuration {row['config']}: 5 x {row['hidden_size']}, {row['conv_channels']} channels, "
         f"batch {row['batch_size']}, {row['precision']}, {row['threads']} threads, {row['recurrent_layers']}",
         f"training step    {row['step_ms']:9.1f} ms   stock layers {row['stock_packed_step_ms']:9.1f} ms   "
-        f"{row['speedup']:.2f} x as fast",
+        f"{row['speedup']:.2f} x as fast ({row['fp32_speedup']:.2f} x in fp32; {row['padded_speedup']:.2f} x padded "
+        f"ones)",
         f"forward only     {row['forward_ms']:9.1f} ms   {row['forward_speedup']:.2f} x as fast as stock layers",
+        f"waits for data   {row['data_wait_fraction']:9.1%}",
         f"trains {row['audio_seconds_per_second']:.0f} s of speech a second",
         f"{row['achieved_gflops']:.0f} of {row['gemm_peak_gflops']:.0f} GFLOP/s of a large matrix product: "
         f"{row['fraction_of_peak']:.0%}",
@@ -271,10 +331,40 @@ def table(row: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw how a step's time grows with each thing that was swept, ours and stock, into a file.
+
+    Raises:
+        RunError: matplotlib is missing, or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RunError("--plot needs matplotlib: pip install matplotlib") from error
+    swept = list(dict.fromkeys(row["swept"] for row in rows))
+    figure = Figure(figsize=(4 * len(swept), 3.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(swept), squeeze=False)[0], swept, strict=True):
+        points = sorted((row["value"], row) for row in rows if row["swept"] == name)
+        values = [value for value, _ in points]
+        for key, label, marker in (("stock_packed_step_ms", "stock layers", "s"), ("step_ms", "this model", "o")):
+            axes.loglog(values, [row[key] for _, row in points], marker=marker, label=label)
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+        axes.minorticks_off()
+        axes.set_xlabel(name)
+        axes.set_ylabel("training step (ms)")
+        axes.legend()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"--plot {path}: {error}") from error
+
+
 def main() -> int:
     """Run the command line; returns the exit status."""
     arguments = tyro.cli(Arguments, prog="python -m pytorch.bench", description=__doc__)
     try:
+        if arguments.plot is not None and not arguments.sweep:
+            raise RunError("--plot draws a sweep: give --sweep as well")
         if arguments.config not in CONFIGS:
             raise RunError(f"--config {arguments.config}: unknown; one of {', '.join(CONFIGS)}")
         config = CONFIGS[arguments.config]
@@ -286,6 +376,8 @@ def main() -> int:
         device = choose_device(arguments.device)
         row = measure(config, arguments, device)
         rows = sweep(config, arguments, device) if arguments.sweep else []
+        if arguments.plot is not None:
+            draw(rows, arguments.plot)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -295,8 +387,8 @@ def main() -> int:
     print(table(row))
     for swept in rows:
         print(
-            f"{swept['swept']:>16}: {swept['step_ms']:9.1f} ms a step, {swept['speedup']:.2f} x stock, "
-            f"{swept['audio_seconds_per_second']:6.0f} s of speech a second, "
+            f"{swept['swept']:>32} {swept['value']:5g}: {swept['step_ms']:9.1f} ms a step, "
+            f"{swept['speedup']:.2f} x stock, {swept['audio_seconds_per_second']:6.0f} s of speech a second, "
             f"{swept['fraction_of_peak']:.0%} of the limit"
         )
     return 0

@@ -38,6 +38,7 @@ class Progress:
     wer: float | None = None  # percent, of the last evaluation
     best_wer: float | None = None  # percent
     elapsed_seconds: float = 0.0  # on the clock, before this process
+    evaluation_seconds: float = 0.0  # of those, spent in evaluations
     resumed: bool = False
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 Optimizer = Literal["adamw", "sgd"]
 Schedule = Literal["cosine", "anneal"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class RunError(Exception):
@@ -73,6 +74,9 @@ class Config:
     """Go on from checkpoint_last.pt in the output folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: the GPU if there is one."""
+    precision: Precision = "auto"
+    """Of the operands of matrix products and convolutions (sums, states, loss, batch norms and optimizer are always
+    fp32); auto: bf16 where the device multiplies it natively. fp32 means TF32 on GPUs that have it."""
     seed: int = _field(1, NON_NEGATIVE_INTEGER)
     """Decides initial weights, data order and augmentation; a new one for every run."""
     target_wer: float = _field(23.0, NON_NEGATIVE)

@@ -4,13 +4,15 @@
     outputs_BTFC = conv(features_BTFC)
 
 Parameters and state_dict are those of torch.nn.Conv2d on [B, C, F, T], and so are the results. On a GPU cuDNN computes
-them. On a CPU two forms of the same sums are faster than oneDNN's direct convolution (figures in BENCHMARKS.md):
+them. On a CPU other forms of the same sums are faster than oneDNN's direct convolution (figures in BENCHMARKS.md):
 
 - One input channel: a matrix product. The input is unfolded along time only, so that the window of an output frequency
   is one contiguous run; a few neighbouring outputs share a slightly longer run, whose weights form a band (Toeplitz)
   matrix. The unfolded input is 11 times the input, not 451 times as with the usual im2col.
-- More channels: oneDNN, channels last for outputs and gradients of inputs, channels first for gradients of weights,
-  whichever of the two is fast.
+- More channels: a product of Fourier transforms, of tiles of a few frames so that a tile's padding stays small. The
+  transforms are matrix products too.
+
+On a CPU both stay in float32 under autocast: the second one's rounding errors would be those of its largest bins.
 
 Axes: B batch, T time, F frequency, C channels; N = B x T rows.
 """
@@ -44,7 +46,7 @@ class Convolution(nn.Conv2d):
             return super().forward(input.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
         if self.in_channels == 1:
             return _UnfoldedConvolution.apply(input.squeeze(3), self.weight, self.stride)
-        return _ChannelsLastConvolution.apply(input, self.weight, self.stride, self.padding)
+        return _FourierConvolution.apply(input, self.weight, self.stride[0])[:, :: self.stride[1]]
 
 
 class _UnfoldedConvolution(torch.autograd.Function):
@@ -109,41 +111,146 @@ def _band(weight: Tensor, count: int, stride: int) -> Tensor:
     return band.view(width * kernel_time, count * channels)
 
 
-class _ChannelsLastConvolution(torch.autograd.Function):
-    """oneDNN's convolution, in the memory layout that is fast for each of its three products.
+class _FourierConvolution(torch.autograd.Function):
+    """Several input channels, stride 1 along time: products of Fourier transforms of overlapping tiles.
 
-    To oneDNN, [B, T, F, C] is a channels-last image of height T and width F: hence the transposed kernels.
+    As many neighbouring frequencies as the stride become one row j of so many times the channels. Then the stride is 1,
+    a kernel of 21 frequencies has 11 rows q, and, without the padding,
+
+        output[t, j] = sum over k, q of weight[k, q] @ input[t + k, j + q]
+
+    Along time the output is cut into tiles of up to twice the kernel's frames, each computed from the frames of the
+    input that it needs (overlap-save). The transform along rows spans the whole axis. With exp(-2 pi i (u t + v j)) for
+    the bin of rates (u, v), taken at (t, j) for the input, at -(k, q) for the weight and at -(t, j) for the output,
+
+        output = real part of outputs^T (inputs(input) @ weights(weight)^T)
+
+    where inputs, weights and outputs are the three transforms. This is linear in the output's bins and in either
+    factor, so each gradient has the same form: a product of the bins of the other two, and a transposed transform.
+
+    Every bin is one complex matrix product over the channels, with a row for each tile. With 32 channels that and the
+    transforms take a tenth of the multiplications of the direct form.
     """
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(  # type: ignore[no-untyped-def, override]
-        ctx, input_BTFC: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]
-    ) -> Tensor:
-        ctx.save_for_backward(input_BTFC, weight)
-        ctx.stride, ctx.padding = stride, padding
-        output_BCTF = nn.functional.conv2d(_as_BCTF(input_BTFC), _transposed(weight), None, stride[::-1], padding[::-1])
-        return output_BCTF.permute(0, 2, 3, 1).contiguous()
+    def forward(ctx, input_BTFC: Tensor, weight: Tensor, stride: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        weight_CTFI = weight.permute(0, 3, 2, 1)  # its output channels are to the transform what a batch is
+        inputs, weights, outputs = ctx.transforms = _transforms(input_BTFC, weight_CTFI, stride)
+        input_bins, weight_bins = inputs(input_BTFC), weights(weight_CTFI)
+        ctx.save_for_backward(input_bins, weight_bins)
+        return outputs.transposed(torch.bmm(input_bins, weight_bins.mT))
 
     @staticmethod
     @custom_bwd(device_type="cpu")
-    def backward(ctx, d_output_BTFC: Tensor) -> tuple[Tensor | None, Tensor, None, None]:  # type: ignore[no-untyped-def, override]
-        input_BTFC, weight = ctx.saved_tensors
-        gradient = torch.ops.aten.convolution_backward
-        rest = (1, 1), False, (0, 0), 1  # dilation, transposed, output padding, groups
-        d_input_BTFC = None
-        if ctx.needs_input_grad[0]:
-            operands = _as_BCTF(d_output_BTFC), _as_BCTF(input_BTFC), _transposed(weight), None
-            d_input_BCTF = gradient(*operands, ctx.stride[::-1], ctx.padding[::-1], *rest, (True, False, False))[0]
-            d_input_BTFC = d_input_BCTF.permute(0, 2, 3, 1)
-        operands = *(x_BTFC.permute(0, 3, 2, 1).contiguous() for x_BTFC in (d_output_BTFC, input_BTFC)), weight, None
-        d_weight = gradient(*operands, ctx.stride, ctx.padding, *rest, (False, True, False))[1]
-        return d_input_BTFC, d_weight, None, None
+    def backward(ctx, d_output_BTFC: Tensor) -> tuple[Tensor | None, Tensor, None]:  # type: ignore[no-untyped-def, override]
+        inputs, weights, outputs = ctx.transforms
+        input_bins, weight_bins = ctx.saved_tensors
+        d_bins = outputs(d_output_BTFC)
+        d_weight_CTFI = weights.transposed(torch.bmm(d_bins.mT, input_bins))
+        d_input_BTFC = inputs.transposed(torch.bmm(d_bins, weight_bins)) if ctx.needs_input_grad[0] else None
+        return d_input_BTFC, d_weight_CTFI.permute(0, 3, 2, 1), None
 
 
-def _as_BCTF(x_BTFC: Tensor) -> Tensor:
-    return x_BTFC.contiguous().permute(0, 3, 1, 2)
+class _Transform:
+    """Fourier bins [bins, B x tiles, phases x C], complex, of a real x [B, T, F, C]; and the transposed map.
+
+    Both axes are products with matrices of cosines and sines. For so few points these take no longer than fast
+    transforms, and they leave the channels innermost, as the bins' products need them.
+
+    Args:
+        shape: of x.
+        time_waves: complex, [rates, frames of a tile].
+        row_waves: complex, [rates, rows].
+        phases: neighbouring frequencies of one row.
+        padding: zeros before the first frame, and before the first frequency.
+        tiles: of each utterance.
+        step: frames from a tile's start to the next one's.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        time_waves: Tensor,
+        row_waves: Tensor,
+        *,
+        phases: int = 1,
+        padding: tuple[int, int] = (0, 0),
+        tiles: int = 1,
+        step: int,
+    ) -> None:
+        self.shape, self.phases, self.padding, self.tiles, self.step = shape, phases, padding, tiles, step
+        self.frames, self.rows = time_waves.shape[1], row_waves.shape[1]
+        self.blocks = -(-self.frames // step)  # steps that a tile spans
+        # Along rows from real to (real, imaginary), along time from (real, imaginary) of each frame to that of bins.
+        self.of_rows = torch.cat((row_waves.real, row_waves.imag))
+        of_real, of_imaginary = (torch.cat((x.real, x.imag)) for x in (time_waves, 1j * time_waves))
+        self.of_frames = torch.stack((of_real, of_imaginary), 2).flatten(1)
+        # The real part of (real, imaginary)^T bins: the imaginary part of the bins comes in negated.
+        self.of_bins = torch.cat((self.of_frames[: len(time_waves)], -self.of_frames[len(time_waves) :])).t()
+
+    def __call__(self, x_BTFC: Tensor) -> Tensor:
+        tiles_tjrc = self._cut(x_BTFC)
+        x = torch.bmm(self.of_rows.expand(self.frames, -1, -1), tiles_tjrc.flatten(2))
+        real, imaginary = torch.mm(self.of_frames, x.view(2 * self.frames, -1)).view(2, -1, *tiles_tjrc.shape[2:])
+        return torch.complex(real, imaginary)
+
+    def transposed(self, bins: Tensor) -> Tensor:
+        """The real part of the transposed map."""
+        x = torch.mm(self.of_bins, torch.cat((bins.real, bins.imag)).view(len(self.of_frames), -1))
+        x = torch.bmm(self.of_rows.t().expand(self.frames, -1, -1), x.view(self.frames, len(self.of_rows), -1))
+        return self._join(x)
+
+    def _cut(self, x_BTFC: Tensor) -> Tensor:
+        """Tiles [frames, rows, B x tiles, phases x C] of x and zeros around it."""
+        batch, time, frequencies, channels = self.shape
+        before, below = self.padding
+        after = (self.tiles + self.blocks - 1) * self.step - before - time
+        above = self.rows * self.phases - below - frequencies
+        x = nn.functional.pad(x_BTFC, (0, 0, below, above, before, after))
+        x = x.view(batch, -1, self.step, self.rows, self.phases * channels)
+        blocks = [x[:, i : i + self.tiles, : self.frames - i * self.step] for i in range(self.blocks)]
+        return torch.cat([block.permute(2, 3, 0, 1, 4) for block in blocks]).flatten(2, 3)
+
+    def _join(self, tiles: Tensor) -> Tensor:
+        """The transpose of cutting: the sum of the tiles, each in its place."""
+        batch, time, frequencies, channels = self.shape
+        before, below = self.padding
+        x = tiles.new_zeros(batch, self.tiles + self.blocks - 1, self.step, self.rows, self.phases * channels)
+        blocks = tiles.view(self.frames, self.rows, batch, self.tiles, -1).split(self.step)
+        for i, block in enumerate(blocks):
+            x[:, i : i + self.tiles, : len(block)] += block.permute(2, 3, 0, 1, 4)
+        x_BTFC = x.view(batch, -1, self.rows * self.phases, channels)
+        return x_BTFC[:, before : before + time, below : below + frequencies].contiguous()
 
 
-def _transposed(weight: Tensor) -> Tensor:
-    return weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+def _transforms(input_BTFC: Tensor, weight_CTFI: Tensor, stride: int) -> tuple[_Transform, _Transform, _Transform]:
+    """The transforms of input, weight and output."""
+    batch, time, frequencies, _ = input_BTFC.shape
+    channels, kernel_time, kernel_frequency, _ = weight_CTFI.shape
+    tiles = -(-time // (2 * kernel_time))
+    step = -(-time // tiles)
+    frames = step + kernel_time - 1
+    # Of the padding below the frequencies, whole rows need no zeros: instead, the weight's rows start so much earlier.
+    skipped, below = divmod(kernel_frequency // 2, stride)
+    rows, kernel_rows, output_rows = (-(-n // stride) for n in (below + frequencies, kernel_frequency, frequencies))
+    # So many that nothing wraps around. At half-integer rates two real rows give one complex bin, and none is real.
+    row_bins = -(-max(skipped + rows, output_rows + kernel_rows - 1 - skipped) // 2)
+
+    def waves(times: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        time_turns = torch.outer(torch.arange(frames), times).double() / frames
+        row_turns = torch.outer(torch.arange(row_bins) + 0.5, rows).double() / (2 * row_bins)
+        scale = (row_bins * frames) ** (-1 / 6)  # of either axis; every product is of three transforms
+        time_waves, row_waves = (scale * torch.exp(-2j * torch.pi * turns) for turns in (time_turns, row_turns))
+        dtype = weight_CTFI.dtype.to_complex()
+        return time_waves.to(dtype), row_waves.to(dtype)
+
+    of_input = waves(torch.arange(frames), torch.arange(rows))
+    of_weight = waves(-torch.arange(kernel_time), skipped - torch.arange(kernel_rows))
+    of_output = waves(-torch.arange(step), -torch.arange(output_rows))
+    padding = kernel_time // 2, below
+    return (
+        _Transform(input_BTFC.shape, *of_input, phases=stride, padding=padding, tiles=tiles, step=step),
+        _Transform(weight_CTFI.shape, *of_weight, phases=stride, step=kernel_time),
+        _Transform((batch, time, output_rows, channels), *of_output, tiles=tiles, step=step),
+    )

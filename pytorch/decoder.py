@@ -37,9 +37,13 @@ def decode_greedily(logits_TBV: Tensor, frames_B: Tensor) -> list[str]:
         logits_TBV: any monotonic function of the label probabilities.
         frames_B: valid frames of each utterance; what lies beyond is not looked at.
     """
-    best_BT = logits_TBV.argmax(dim=2).T.cpu()
+    return spell(logits_TBV.argmax(dim=2).cpu(), frames_B)
+
+
+def spell(best_TB: Tensor, frames_B: Tensor) -> list[str]:
+    """Transcripts of the label index of each frame [T, B]: repeats merged, blanks removed."""
     transcripts = []
-    for best_T, frames in zip(best_BT, frames_B.tolist(), strict=True):
+    for best_T, frames in zip(best_TB.T, frames_B.tolist(), strict=True):
         merged = torch.unique_consecutive(best_T[:frames])
         transcripts.append("".join(LABELS[index] for index in merged.tolist() if index != BLANK))
     return transcripts

@@ -20,6 +20,9 @@ The mathematics is nn.GRU's variant, whose reset gate comes after the recurrent 
 Only the products with h' must go step by step. Those with x and the gradients of both weight matrices are matrix
 products over all N rows, before and after the loop.
 
+Under bfloat16 autocast on a CPU the operands of all products are rounded to bfloat16 (those inside Python's loop are
+not); states, gates and what the loop adds up stay in float32.
+
 Axes: N packed rows, D directions, H hidden units, G = 3H gates in the order r, z, n; B batch, T time, I input.
 """
 
@@ -56,7 +59,8 @@ class GRU(nn.GRU):
         if sequence.data.device.type == "cpu":
             weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
             keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
-            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, *weights)
+            rounded = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, rounded, *weights)
         else:
             outputs_NH = super().forward(sequence)[0].data.unflatten(-1, (-1, self.hidden_size)).sum(1)
         return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
@@ -67,16 +71,26 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, keep: bool, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, keep: bool, rounded: bool, *weights: Tensor
+    ) -> Tensor:
         weights_ih, weights_hh, biases_ih, biases_hh = (weights[kind::4] for kind in range(4))
         rz = 2 * weights_hh[0].shape[1]
         gates_DNG = inputs_NI.new_empty(len(weights_hh), len(inputs_NI), len(weights_hh[0]))
+        inputs_NI = _operand(inputs_NI, rounded)
         for gates_NG, weight_ih, bias_ih, bias_hh in zip(gates_DNG, weights_ih, biases_ih, biases_hh, strict=True):
             bias = torch.cat([bias_ih[:rz] + bias_hh[:rz], bias_ih[rz:]])
-            torch.addmm(bias, inputs_NI, weight_ih.t(), out=gates_NG)
-        run = _kernel_forward if _has_kernel(inputs_NI.dtype) else _loop_forward
-        states_DNH, *kept = run(gates_DNG, weights_hh, [bias_hh[rz:] for bias_hh in biases_hh], batch_sizes, keep)
+            if rounded:
+                gates_NG.copy_(torch.mm(inputs_NI, _operand(weight_ih, rounded).t())).add_(bias)
+            else:
+                torch.addmm(bias, inputs_NI, weight_ih.t(), out=gates_NG)
+        biases_n = [bias_hh[rz:] for bias_hh in biases_hh]
+        if _has_kernel(gates_DNG.dtype):
+            states_DNH, *kept = _kernel_forward(gates_DNG, weights_hh, biases_n, batch_sizes, keep, rounded)
+        else:
+            states_DNH, *kept = _loop_forward(gates_DNG, weights_hh, biases_n, batch_sizes)
         if keep:
+            ctx.rounded = rounded
             ctx.save_for_backward(inputs_NI, batch_sizes, gates_DNG, *kept, *weights)
         return functools.reduce(torch.add, states_DNH)
 
@@ -86,28 +100,37 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, d_outputs_NH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inputs_NI, batch_sizes, gates_DNG, previous_DNH, q_DNH, *weights = ctx.saved_tensors
         weights_ih, weights_hh = weights[0::4], weights[1::4]
-        rz = 2 * q_DNH.shape[2]
-        run = _kernel_backward if _has_kernel(inputs_NI.dtype) else _loop_backward
-        d_outputs_NH = d_outputs_NH.contiguous()
-        d_gates_DNG, d_q_DNH = run(d_outputs_NH, gates_DNG, previous_DNH, q_DNH, weights_hh, batch_sizes)
+        rz, dtype = 2 * q_DNH.shape[2], q_DNH.dtype
+        saved = d_outputs_NH.contiguous(), gates_DNG, previous_DNH, q_DNH, weights_hh, batch_sizes
+        d_gates_DNG, d_q_DNH = _kernel_backward(*saved, ctx.rounded) if _has_kernel(dtype) else _loop_backward(*saved)
+        d_bias_DG, d_bias_n_DH = d_gates_DNG.sum(1), d_q_DNH.sum(1)
+        d_gates_DNG, d_q_DNH, previous_DNH = (_operand(x, ctx.rounded) for x in (d_gates_DNG, d_q_DNH, previous_DNH))
         d_weights: list[Tensor | None] = []
-        for d_gates_NG, d_q_NH, previous_NH in zip(d_gates_DNG, d_q_DNH, previous_DNH, strict=True):
-            d_weight_hh = torch.empty_like(weights_hh[0])
+        for direction in range(len(d_gates_DNG)):
+            d_gates_NG, d_q_NH, previous_NH = d_gates_DNG[direction], d_q_DNH[direction], previous_DNH[direction]
+            d_weight_hh = d_gates_NG.new_empty(weights_hh[direction].shape)
             torch.mm(d_gates_NG[:, :rz].t(), previous_NH, out=d_weight_hh[:rz])
             torch.mm(d_q_NH.t(), previous_NH, out=d_weight_hh[rz:])
-            d_bias_ih = d_gates_NG.sum(0)
-            d_bias_hh = torch.cat([d_bias_ih[:rz], d_q_NH.sum(0)])
-            d_weights += [torch.mm(d_gates_NG.t(), inputs_NI), d_weight_hh, d_bias_ih, d_bias_hh]
+            d_weight_ih = torch.mm(d_gates_NG.t(), inputs_NI)
+            d_bias_hh = torch.cat([d_bias_DG[direction, :rz], d_bias_n_DH[direction]])
+            d_weights += [d_weight_ih.to(dtype), d_weight_hh.to(dtype), d_bias_DG[direction], d_bias_hh]
         d_inputs_NI = None
         if ctx.needs_input_grad[0]:
-            d_inputs_NI = torch.mm(d_gates_DNG[0], weights_ih[0])
+            d_inputs_NI = torch.mm(d_gates_DNG[0], _operand(weights_ih[0], ctx.rounded)).to(dtype)
             for d_gates_NG, weight_ih in zip(d_gates_DNG[1:], weights_ih[1:], strict=True):
-                d_inputs_NI.addmm_(d_gates_NG, weight_ih)
-        return d_inputs_NI, None, None, *d_weights
+                if ctx.rounded:
+                    d_inputs_NI.add_(torch.mm(d_gates_NG, _operand(weight_ih, ctx.rounded)))
+                else:
+                    d_inputs_NI.addmm_(d_gates_NG, weight_ih)
+        return d_inputs_NI, None, None, None, *d_weights
+
+
+def _operand(x: Tensor, rounded: bool) -> Tensor:
+    return x.bfloat16() if rounded else x
 
 
 def _loop_forward(
-    gates_DNG: Tensor, weights_hh: Sequence[Tensor], biases_n: Sequence[Tensor], batch_sizes: Tensor, keep: bool
+    gates_DNG: Tensor, weights_hh: Sequence[Tensor], biases_n: Sequence[Tensor], batch_sizes: Tensor
 ) -> tuple[Tensor, ...]:
     """Run the recurrence. gates_DNG: the products with x before, r, z, n after. Returns h, h', q [D, N, H]."""
     hidden, sizes = weights_hh[0].shape[1], batch_sizes.tolist()
@@ -158,13 +181,18 @@ def _loop_backward(
 
 
 def _kernel_forward(
-    gates_DNG: Tensor, weights_hh: Sequence[Tensor], biases_n: Sequence[Tensor], batch_sizes: Tensor, keep: bool
+    gates_DNG: Tensor,
+    weights_hh: Sequence[Tensor],
+    biases_n: Sequence[Tensor],
+    batch_sizes: Tensor,
+    keep: bool,
+    rounded: bool,
 ) -> tuple[Tensor, ...]:
     """As _loop_forward, except that the gates are written, and h' and q returned, only if they are to be kept."""
     states_DNH = gates_DNG.new_empty(*gates_DNG.shape[:2], weights_hh[0].shape[1])
     kept = [torch.empty_like(states_DNH), torch.empty_like(states_DNH)] if keep else []
     written = [tensor.data_ptr() for tensor in (gates_DNG, states_DNH, *kept)] + ([] if keep else [None, None])
-    _call("gru_forward", states_DNH, batch_sizes, [weights_hh, biases_n], written)
+    _call("gru_forward", rounded, states_DNH, batch_sizes, [weights_hh, biases_n], written)
     return states_DNH, *kept
 
 
@@ -175,12 +203,20 @@ def _kernel_backward(
     q_DNH: Tensor,
     weights_hh: Sequence[Tensor],
     batch_sizes: Tensor,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor]:
     """As _loop_backward."""
     d_gates_DNG, d_q_DNH = torch.empty_like(gates_DNG), torch.empty_like(q_DNH)
     tensors = (d_outputs_NH, gates_DNG, previous_DNH, q_DNH, d_gates_DNG, d_q_DNH)
-    _call("gru_backward", q_DNH, batch_sizes, [weights_hh], [tensor.data_ptr() for tensor in tensors])
+    _call("gru_backward", rounded, q_DNH, batch_sizes, [weights_hh], [tensor.data_ptr() for tensor in tensors])
     return d_gates_DNG, d_q_DNH
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that pyproject.toml allows
+        return False
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def build_kernel() -> None:
@@ -204,6 +240,7 @@ def _load_kernel() -> ctypes.CDLL | str:
         flags = ["-mavx2", "-mfma"]
     elif capability == "AVX512":
         flags = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+        flags += ["-mavx512bf16"] * multiplies_bfloat16()
     else:
         return f"no kernel for this CPU ({platform.machine()}, {capability}): it needs AVX2"
     flags = ["-std=c++17", "-O3", *flags, "-fopenmp", "-fPIC", "-shared"]
@@ -235,6 +272,7 @@ def _has_kernel(dtype: torch.dtype) -> bool:
 
 def _call(
     name: str,
+    rounded: bool,
     like_DNH: Tensor,
     batch_sizes: Tensor,
     by_direction: Sequence[Sequence[Tensor]],
@@ -244,7 +282,7 @@ def _call(
     directions, _, hidden = like_DNH.shape
     by_direction = [[tensor.contiguous() for tensor in tensors] for tensors in by_direction]
     arrays = [(ctypes.c_void_p * directions)(*(tensor.data_ptr() for tensor in tensors)) for tensors in by_direction]
-    sizes = [ctypes.c_long(size) for size in (directions, hidden, len(batch_sizes))]
+    sizes = [ctypes.c_bool(rounded), *(ctypes.c_long(size) for size in (directions, hidden, len(batch_sizes)))]
     pointers = [ctypes.c_void_p(pointer) for pointer in (batch_sizes.data_ptr(), *data)]
     threads = ctypes.c_long(torch.get_num_threads())
     getattr(_load_kernel(), name)(*sizes, pointers[0], *arrays, *pointers[1:], threads)

@@ -15,7 +15,8 @@ import getpass
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,15 +32,16 @@ from tqdm import tqdm
 
 from data.packed import DataError, PackedDataset, open_dataset
 from pytorch import checkpoint, gru, mlperf
-from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch, split_in_order
+from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch, split_by_size
 from pytorch.checkpoint import Progress
-from pytorch.config import Config, RunError, parse_config
-from pytorch.decoder import BLANK, decode_greedily
+from pytorch.config import Config, Precision, RunError, parse_config
+from pytorch.decoder import BLANK, spell
 from pytorch.features import LogSpectrogram
 from pytorch.metrics import ErrorCounts, count_errors
 from pytorch.model import DeepSpeech2
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
+UNREAD_STEPS = {"cpu": 0, "cuda": 4}  # whose losses are still to be read, so that a GPU never waits for the CPU
 
 
 @dataclass
@@ -90,6 +92,7 @@ def train(config: Config) -> bool:
     except OSError as error:
         raise RunError(f"--output-dir {config.output_dir}: cannot be made: {error.strerror}") from error
     device = choose_device(config.device)
+    config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     log.event(constants.CACHE_CLEAR, mlperf.clear_cache(dataset.path))
     mlperf.log_submission(log, config, dataset, device)
 
@@ -154,8 +157,28 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def choose_precision(name: Precision, device: torch.device) -> Precision:
+    """fp32 or bf16; `auto` is bf16 where the device multiplies it natively. Allows TF32 on a GPU."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = gru.multiplies_bfloat16()
+    if name == "bf16" and not native:
+        print("--precision bf16: this device has no bf16 arithmetic; the run will be slow", file=sys.stderr)
+    return name if name != "auto" else "bf16" if native else "fp32"
+
+
+def precision_context(precision: Precision, device: torch.device) -> torch.autocast:
+    """Inside it the model computes in that precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The configuration's optimizer; its learning rate is set before each step by `learning_rate`."""
+    """The configuration's optimizer; its learning rate is set before each step by `learning_rate`.
+
+    The fused implementations leave everything as it is in a step whose `found_inf` is not zero.
+    """
     if config.optimizer == "sgd":
         return torch.optim.SGD(
             model.parameters(),
@@ -163,9 +186,11 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
             momentum=config.beta1,
             nesterov=config.beta1 > 0,
             weight_decay=config.weight_decay,
+            fused=True,
         )
+    betas = config.beta1, config.beta2
     return torch.optim.AdamW(
-        model.parameters(), config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay
+        model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
     )
 
 
@@ -194,10 +219,14 @@ def ctc_loss(logits_TBV: Tensor, frames_B: Tensor, targets: Tensor, target_lengt
     return total / len(frames_B)
 
 
-def forward_loss(model: DeepSpeech2, spectrogram: LogSpectrogram, batch: Batch, device: torch.device) -> Tensor:
+def forward_loss(
+    model: DeepSpeech2, spectrogram: LogSpectrogram, batch: Batch, precision: Precision, device: torch.device
+) -> Tensor:
     """Loss of a batch, augmented if the batch says so."""
     waveforms = batch.waveforms_BS.to(device, non_blocking=True)
-    logits_TBV, frames_B = model(*spectrogram(waveforms, batch.samples_B, batch.augmentation))
+    features = spectrogram(waveforms, batch.samples_B, batch.augmentation)
+    with precision_context(precision, device):
+        logits_TBV, frames_B = model(*features)
     return ctc_loss(logits_TBV, frames_B, batch.targets.to(device, non_blocking=True), batch.target_lengths_B)
 
 
@@ -225,7 +254,7 @@ def warm_up(
         None,
     )
     try:
-        forward_loss(model, spectrogram, batch, device).backward()
+        forward_loss(model, spectrogram, batch, config.precision, device).backward()
         optimizer.step()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise RunError(
@@ -264,16 +293,20 @@ def _train_to_target(run: Run, dataset: PackedDataset, progress: Progress, clock
         )
         training_seconds = time.monotonic() - epoch_started
 
+        evaluation_started = time.monotonic()
         log.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: epoch})
-        errors = evaluate(run, validation)
+        errors = evaluate(run, validation, config.batch_size * _longest_training_utterance(dataset))
         total = sum(errors.values(), ErrorCounts())
         _log_accuracy(log, errors, total, epoch)
-        log.end(constants.EVAL_STOP, metadata={constants.EPOCH_NUM: epoch})
+        progress.evaluation_seconds += time.monotonic() - evaluation_started
+        fraction = progress.evaluation_seconds / clock.seconds()
+        log.end(constants.EVAL_STOP, metadata={constants.EPOCH_NUM: epoch, "evaluation_fraction_of_run": fraction})
         reached = total.wer <= config.target_wer
         each = ", ".join(f"{name} {counts.wer:.2f}" for name, counts in errors.items())
         tqdm.write(
             f"epoch {epoch:3d}  loss {loss:8.3f}  WER {total.wer:6.2f} ({each})  CER {total.cer:6.2f}  "
-            f"train {training_seconds:.0f} s (waited for data {waiting:.1%})  clock {clock.seconds():.0f} s",
+            f"train {training_seconds:.0f} s (waited for data {waiting:.1%})  clock {clock.seconds():.0f} s "
+            f"(evaluation {fraction:.0%})",
             file=sys.stderr,
         )
         if finished:
@@ -304,75 +337,130 @@ def _train_epoch(
     """
     config = run.config
     plan = plan_epoch(utterances, included, config.batch_size, config.seed, progress.epoch)
-    make = partial(make_batch, utterances, augment=(config, progress.epoch))
+    make = partial(make_batch, utterances, augment=(config, progress.epoch), pinned=run.device.type == "cuda")
     batches = prefetch(plan[progress.step_in_epoch :], make)
     losses: list[float] = []
+    unread: deque[tuple[int, float, Batch, Callable[[], Tensor]]] = deque()
     started, waiting = time.monotonic(), 0.0
     run.model.train()
+
+    def read(most_unread: int) -> None:
+        while len(unread) > most_unread:
+            step, rate, batch, result = unread.popleft()
+            loss, norm = result().tolist()
+            ids = [utterances.id(index) for index in batch.indices]
+            if _account(run, progress, step, rate, loss, norm, ids):
+                losses.append(loss)
+                bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
+
     with _progress_bar(f"epoch {progress.epoch}", len(plan), progress.step_in_epoch) as bar:
         while progress.step_in_epoch < len(plan) and (config.max_steps is None or progress.step < config.max_steps):
             asked = time.monotonic()
             batch = next(batches)
             waiting += time.monotonic() - asked
             rate = learning_rate(config, progress.step, len(plan))
-            loss = _step(run, batch, rate)
+            result = _step(run, batch, rate)
             progress.step += 1
             progress.step_in_epoch += 1
-            if loss is None:
-                progress.skipped_steps += 1
-                progress.skipped_in_a_row += 1
-                ids = [utterances.id(index) for index in batch.indices]
-                run.log.event("skipped_step", progress.step, metadata={"reason": "not finite", "utterances": ids})
-                if progress.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-                    raise RunError(
-                        f"step {progress.step}: loss or gradient was not finite "
-                        f"{progress.skipped_in_a_row} times in a row, last with the utterances {', '.join(ids)}; "
-                        "try a lower --learning-rate"
-                    )
-            else:
-                progress.skipped_in_a_row = 0
-                losses.append(loss)
-                run.log.event("train_loss", loss, metadata={"step_num": progress.step, "learning_rate": rate})
-                bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
+            unread.append((progress.step, rate, batch, result))
+            read(UNREAD_STEPS[run.device.type])
             bar.update()
+        read(0)
     batches.close()  # type: ignore[attr-defined]  # stops the reader when max_steps ended the epoch early
     elapsed = time.monotonic() - started
     mean_loss = sum(losses) / len(losses) if losses else math.nan
     return progress.step_in_epoch == len(plan), mean_loss, waiting / elapsed if elapsed else 0.0
 
 
-def _step(run: Run, batch: Batch, rate: float) -> float | None:
-    """One optimizer step. Returns the loss, or None if it or its gradient was not finite: then nothing was changed."""
+def _step(run: Run, batch: Batch, rate: float) -> Callable[[], Tensor]:
+    """One optimizer step, which changes nothing if its loss or gradient is not finite.
+
+    Returns:
+        What waits for the step and gives loss and gradient norm [2].
+    """
     run.optimizer.zero_grad(set_to_none=True)
-    loss = forward_loss(run.model, run.spectrogram, batch, run.device)
+    loss = forward_loss(run.model, run.spectrogram, batch, run.config.precision, run.device)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.gradient_clip_norm)
-    loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
-    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-        return None
+    result = torch.stack([loss.detach(), norm])
     for group in run.optimizer.param_groups:
         group["lr"] = rate
+    run.optimizer.found_inf = (~result.isfinite().all()).float()  # type: ignore[attr-defined]
     run.optimizer.step()
-    return loss_value
+    return read_later(result)
+
+
+def read_later(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the CPU. What is returned waits for that copy, not for what was started after it."""
+    if tensor.device.type == "cpu":
+        return lambda: tensor
+    copy = tensor.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return read
+
+
+def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, norm: float, ids: list[str]) -> bool:
+    """Log a step that is done. Returns whether its loss and gradient were finite.
+
+    Raises:
+        RunError: too many steps in a row were not.
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        progress.skipped_in_a_row = 0
+        run.log.event("train_loss", loss, metadata={"step_num": step, "learning_rate": rate, "gradient_norm": norm})
+        return True
+    progress.skipped_steps += 1
+    progress.skipped_in_a_row += 1
+    run.log.event("skipped_step", step, metadata={"reason": "not finite", "utterances": ids})
+    if progress.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+        raise RunError(
+            f"step {step}: loss or gradient was not finite {progress.skipped_in_a_row} times in a row, last with the "
+            f"utterances {', '.join(ids)}; try a lower --learning-rate"
+        )
+    return False
 
 
 @torch.no_grad()
-def evaluate(run: Run, utterances: Utterances) -> dict[str, ErrorCounts]:
+def evaluate(run: Run, utterances: Utterances, capacity: int) -> dict[str, ErrorCounts]:
     """Errors of greedy decoding, by subset, over **every** utterance.
+
+    Args:
+        run: the model and where it is.
+        utterances: what to evaluate.
+        capacity: samples of a batch, padding included. The largest training batch is known to fit into memory, together
+            with its gradients.
 
     Raises:
         RunError: not every utterance was counted.
     """
     run.model.eval()
-    plan = split_in_order(np.arange(len(utterances)), run.config.batch_size)
+    plan = split_by_size(utterances.samples, capacity)
     errors = {subset.name: ErrorCounts() for subset in utterances.subsets}
+
+    def count(batch: Batch, best_TB: Callable[[], Tensor], frames_B: Tensor) -> None:
+        hypotheses = spell(best_TB(), frames_B)
+        for index, reference, hypothesis in zip(batch.indices, batch.transcripts, hypotheses, strict=True):
+            errors[utterances.subsets[utterances.subset_of[index]].name] += count_errors([reference], [hypothesis])
+
+    started: tuple[Batch, Callable[[], Tensor], Tensor] | None = None  # decoded while the device works on the next one
     with _progress_bar("evaluation", len(plan), 0) as bar:
-        for batch in prefetch(plan, partial(make_batch, utterances)):
+        for batch in prefetch(plan, partial(make_batch, utterances, pinned=run.device.type == "cuda")):
             features = run.spectrogram(batch.waveforms_BS.to(run.device, non_blocking=True), batch.samples_B)
-            hypotheses = decode_greedily(*run.model(*features))
-            for index, reference, hypothesis in zip(batch.indices, batch.transcripts, hypotheses, strict=True):
-                errors[utterances.subsets[utterances.subset_of[index]].name] += count_errors([reference], [hypothesis])
+            with precision_context(run.config.precision, run.device):
+                logits_TBV, frames_B = run.model(*features)
+            best_TB = read_later(logits_TBV.argmax(dim=2))
+            if started is not None:
+                count(*started)
+            started = batch, best_TB, frames_B
             bar.update()
+    if started is not None:
+        count(*started)
     counted = sum(counts.utterances for counts in errors.values())
     if counted != len(utterances):
         raise RunError(f"evaluation counted {counted} of {len(utterances)} utterances")

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data.packed import open_dataset
 from data.prepare import alignable
-from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch, split_in_order
+from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch, split_by_size, split_in_order
 from pytorch.config import CONFIGS
 from pytorch.decoder import LABELS
 
@@ -105,6 +107,15 @@ def test_augmentation_never_makes_an_utterance_too_short_for_its_transcript(utte
     for tempo, samples, transcript in zip(drawn.tempo, utterances.samples, tight.transcripts, strict=True):
         new_frames = int((samples // 160) / tempo) + 1
         assert (new_frames - 1) // 2 + 1 >= len(transcript)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40).map(sorted), st.integers(1, 200))
+def test_batches_by_size_hold_every_utterance_once_and_as_many_as_fit(samples: list[int], capacity: int) -> None:
+    batches = [batch.tolist() for batch in split_by_size(np.array(samples), capacity)]
+    assert list(chain(*batches)) == list(range(len(samples)))
+    for batch, following in zip(batches, [*batches[1:], []], strict=True):
+        assert len(batch) == 1 or len(batch) * samples[batch[-1]] <= capacity
+        assert not following or (len(batch) + 1) * samples[following[0]] > capacity
 
 
 def test_prefetching_keeps_the_order_and_passes_errors_on(utterances: Utterances) -> None:

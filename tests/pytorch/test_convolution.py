@@ -9,6 +9,8 @@ SHAPES = [  # in, out, kernel, stride, frequencies
     (1, 5, (7, 3), (1, 1), 10),
     (4, 4, (21, 11), (2, 1), 81),
     (3, 8, (5, 3), (2, 1), 12),
+    (2, 3, (7, 5), (3, 2), 11),
+    (2, 1, (1, 1), (1, 1), 1),
 ]
 
 
@@ -40,3 +42,23 @@ def test_output_is_contiguous_with_time_first_and_channels_last() -> None:
     output = Convolution(1, 4, (41, 11), (2, 2))(torch.randn(2, 9, 161, 1))
     assert output.shape == (2, 5, 81, 4)
     assert output.is_contiguous()
+
+
+@pytest.mark.parametrize("time", [1, 8])
+def test_gradients_with_several_input_channels_are_those_of_finite_differences(time: int) -> None:
+    torch.manual_seed(0)
+    convolution = Convolution(2, 3, (5, 3), (2, 1)).double()
+    x_BTFC = torch.randn(2, time, 7, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x_BTFC, weight: torch.func.functional_call(convolution, {"weight": weight}, x_BTFC),
+        (x_BTFC, convolution.weight.detach().requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("padding", [1, 13, 60])
+def test_padding_changes_no_output(padding: int) -> None:
+    torch.manual_seed(0)
+    convolution = Convolution(4, 4, (21, 11), (2, 1))
+    x_BTFC = torch.randn(2, 50, 81, 4)
+    padded_BTFC = nn.functional.pad(x_BTFC, (0, 0, 0, 0, 0, padding))
+    torch.testing.assert_close(convolution(padded_BTFC)[:, :50], convolution(x_BTFC), rtol=1e-5, atol=1e-5)

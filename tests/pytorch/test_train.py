@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytorch import checkpoint
+from pytorch import checkpoint, gru, train
 from pytorch.config import CONFIGS
 from pytorch.train import learning_rate
 from tests.conftest import ROOT, write_packed_dataset
@@ -78,6 +78,44 @@ def test_progress_goes_to_standard_error_with_the_wer_of_each_subset(
     run, _ = reached
     assert "epoch   1" in run.stderr
     assert "tones-validation" in run.stderr
+
+
+def test_losses_that_are_read_late_are_the_same(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logged = []
+    for unread in (0, 4):
+        monkeypatch.setitem(train.UNREAD_STEPS, "cpu", unread)
+        arguments = [*SMALL, "--dataset-dir", str(tones), "--output-dir", str(tmp_path), "--max-epochs", "2"]
+        assert train.main(arguments) == 1
+        output = "\n".join(caplog.messages)
+        caplog.clear()
+        steps = [event["metadata"]["step_num"] for event in events(output) if event["key"] == "train_loss"]
+        assert steps == list(range(1, 13))
+        logged.append(values(output, "train_loss"))
+    assert logged[0] == logged[1]
+
+
+def test_bfloat16_trains_as_float32_does_but_for_rounding(tones: Path, tmp_path: Path) -> None:
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        run = small_run(tones, tmp_path / precision, "--precision", precision, "--max-steps", "6")
+        configured = next(event for event in events(run.stdout) if event["key"] == "configuration")
+        assert configured["metadata"]["precision"] == precision
+        losses[precision] = values(run.stdout, "train_loss")
+        assert len(losses[precision]) == 6
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    if not gru.multiplies_bfloat16():
+        assert "--precision bf16: this device has no bf16 arithmetic" in run.stderr
+
+
+def test_the_log_says_how_much_of_the_run_was_evaluation(
+    reached: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    run, _ = reached
+    (stop,) = [event for event in events(run.stdout) if event["key"] == "eval_stop"]
+    assert 0 < stop["metadata"]["evaluation_fraction_of_run"] < 1
 
 
 def test_checkpoints_of_the_best_and_the_last_epoch_load_as_plain_weights(
