@@ -187,7 +187,7 @@ check "tagged with version and commit" [ "$image" = \
 for label in "version=$version" "revision=$commit" base.name=stand-in licenses=Apache-2.0; do
     check "labelled $label" [ "$(inspect "{{index .Config.Labels \"org.opencontainers.image.${label%%=*}\"}}")" = "${label#*=}" ]
 done
-check "what is sent to the builder is small" grep -q 'build context.* [0-9.]*kB' "$work/build.out"
+check "what is sent to the builder is small" grep -q 'context.* [0-9.]*kB' "$work/build.out"
 check "the default user is not root" [ "$(docker run --rm "$image" id -u)" -ne 0 ]
 
 freeze() { # freeze <image>: what is installed, normalised
