@@ -150,7 +150,7 @@ def unpack(archive: Path, folder: Path) -> None:
             gzip.GzipFile(fileobj=compressed) as stream,
             tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as tar,
         ):
-            # Python 3.11.2, Debian 12's, has no filters. What they refuse is refused below; newer ones warn without one.
+            # Python 3.11.2, Debian 12's, has no filters. What they refuse is refused below; newer ones warn.
             tar.extraction_filter = getattr(tarfile, "data_filter", None)
             for member in tar:
                 if not (member.isfile() or member.isdir()):
