@@ -10,13 +10,21 @@ from importlib.util import find_spec
 sys.exit(not all(map(find_spec, ("torchaudio", "soundfile", "espeakng_loader", "tyro", "urllib3", "mlperf_logging"))))'
 
 # use_environment run|test: the environment in .venv, made or updated where needed. To run, python3 will do where there
-# is no .venv and it has the dependencies already, as in a container.
+# is no .venv and it has the dependencies already. In our container it is always the image's python3.
 use_environment() {
     extra=''
     if [ "$1" != run ]; then
         extra="[$1]"
     fi
     base="${PYTHON:-python3}"
+    if [ -n "${DEEPSPEECH2_CONTAINER:-}" ]; then # set by the image; a .venv in the mounted repository is the host's
+        python="$base"
+        if [ "$1" != run ]; then
+            echo "error: the image has what a run needs, not the extra '$1'. Do this outside of the container." >&2
+            return 1
+        fi
+        return 0
+    fi
     python="$root/.venv/bin/python"
     stamp="$root/.venv/installed-$1"
     if [ -x "$python" ] && cmp -s "$root/pyproject.toml" "$stamp"; then

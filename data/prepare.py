@@ -150,6 +150,8 @@ def unpack(archive: Path, folder: Path) -> None:
             gzip.GzipFile(fileobj=compressed) as stream,
             tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as tar,
         ):
+            # Python 3.11.2, Debian 12's, has no filters. What they refuse is refused below; newer ones warn.
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)
             for member in tar:
                 if not (member.isfile() or member.isdir()):
                     raise DataError(f"{archive}: refused member '{member.name}': neither a file nor a folder")
@@ -158,7 +160,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 room -= member.size
                 if room < 0:
                     raise DataError(f"{archive}: refused member '{member.name}': too large for so small an archive")
-                tar.extract(member, folder, set_attrs=False, filter="data")
+                tar.extract(member, folder, set_attrs=False)
                 tar.members.clear()  # type: ignore[attr-defined]  # or it would remember every member
                 bar.update(compressed.tell() - bar.n)
             # The gzip checksum stands at the end, beyond the last member.

@@ -43,6 +43,8 @@ def log_submission(log: mllog.mllog.MLLogger, config: Config, dataset: PackedDat
         dataset.digest,
         metadata={"corpus": dataset.corpus, "official_archives": dataset.official, "synthetic": dataset.synthetic},
     )
+    if image := os.environ.get("DEEPSPEECH2_IMAGE_ID"):  # set by docker/run-dev.sh
+        log.event("container_image", image)
 
 
 def clear_cache(folder: Path) -> bool:
