@@ -18,7 +18,7 @@ import torch
 from pytorch.config import Config, RunError
 from pytorch.decoder import LABELS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BEST = "checkpoint_best.pt"
 LAST = "checkpoint_last.pt"
 
@@ -47,10 +47,11 @@ def save(
     config: Config,
     dataset_digest: str,
     progress: Progress,
+    evaluated: torch.nn.Module,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write a checkpoint atomically.
+    """Write a checkpoint atomically: the model that was evaluated as "model", the one in training as "trained_model".
 
     Raises:
         RunError: it cannot be written, such as on a full disk. What was at `path` before is untouched.
@@ -61,7 +62,8 @@ def save(
         "config": config.plain(),
         "dataset_digest": dataset_digest,
         "progress": dataclasses.asdict(progress),
-        "model": model.state_dict(),
+        "model": evaluated.state_dict(),
+        "trained_model": model.state_dict(),  # takes no space where it is the same
         "optimizer": optimizer.state_dict(),
     }
     partial = path.with_name(path.name + ".partial")

@@ -117,6 +117,8 @@ class Config:
     """Decoupled weight decay of AdamW; L2 penalty of sgd."""
     gradient_clip_norm: float = _field(100.0, POSITIVE)
     """Largest norm of the gradient."""
+    averaging_decay: float = _field(0.0, FRACTION)
+    """Decay per step of the exponential moving average of the weights, which is what is evaluated; 0: no average."""
 
     # --- augmentation of training utterances
     tempo_min: float = _field(0.85, TEMPO)

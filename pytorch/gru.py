@@ -126,7 +126,10 @@ class _Layer(torch.autograd.Function):
 
 
 def _operand(x: Tensor, rounded: bool) -> Tensor:
-    return x.bfloat16() if rounded else x
+    """x, or x rounded to bfloat16; kept as float32 where the CPU, and so torch, is slow at products of bfloat16."""
+    if not rounded:
+        return x
+    return x.bfloat16() if multiplies_bfloat16() else x.bfloat16().to(x.dtype)
 
 
 def _loop_forward(
@@ -212,6 +215,7 @@ def _kernel_backward(
     return d_gates_DNG, d_q_DNH
 
 
+@functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
     if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that pyproject.toml allows

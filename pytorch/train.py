@@ -28,6 +28,7 @@ import torch
 from mlperf_logging import mllog
 from mlperf_logging.mllog import constants
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data.packed import DataError, PackedDataset, open_dataset
@@ -52,8 +53,14 @@ class Run:
     device: torch.device
     spectrogram: LogSpectrogram
     model: DeepSpeech2
+    averaged: AveragedModel | None  # exponential moving average of the model's weights and batch-norm statistics
     optimizer: torch.optim.Optimizer
     log: mllog.mllog.MLLogger
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """What is evaluated and kept: the average if there is one."""
+        return self.model if self.averaged is None else self.averaged.module
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,7 +110,10 @@ def train(config: Config) -> bool:
         gru.build_kernel()
     log.event("gru_implementation", "cuDNN" if device.type == "cuda" else gru.kernel_status())
     warm_up(config, spectrogram, model, device, _longest_training_utterance(dataset))
-    run = Run(config, device, spectrogram, model, make_optimizer(config, model), log)
+    averaged = None
+    if config.averaging_decay > 0:
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.averaging_decay), use_buffers=True)
+    run = Run(config, device, spectrogram, model, averaged, make_optimizer(config, model), log)
     progress = Progress()
     if config.resume:
         progress = _resume(run, dataset)
@@ -165,7 +175,7 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
     else:
         native = gru.multiplies_bfloat16()
     if name == "bf16" and not native:
-        print("--precision bf16: this device has no bf16 arithmetic; the run will be slow", file=sys.stderr)
+        print("--precision bf16: this device has no bf16 arithmetic, so fp32 would be faster", file=sys.stderr)
     return name if name != "auto" else "bf16" if native else "fp32"
 
 
@@ -323,7 +333,8 @@ def _train_to_target(run: Run, dataset: PackedDataset, progress: Progress, clock
 def _save(run: Run, dataset: PackedDataset, progress: Progress) -> None:
     names = [checkpoint.LAST] + [checkpoint.BEST] * (progress.wer == progress.best_wer)
     for name in names:
-        checkpoint.save(run.config.output_dir / name, run.config, dataset.digest, progress, run.model, run.optimizer)
+        models = run.evaluated, run.model
+        checkpoint.save(run.config.output_dir / name, run.config, dataset.digest, progress, *models, run.optimizer)
 
 
 def _train_epoch(
@@ -387,6 +398,8 @@ def _step(run: Run, batch: Batch, rate: float) -> Callable[[], Tensor]:
         group["lr"] = rate
     run.optimizer.found_inf = (~result.isfinite().all()).float()  # type: ignore[attr-defined]
     run.optimizer.step()
+    if run.averaged is not None:
+        run.averaged.update_parameters(run.model)
     return read_later(result)
 
 
@@ -439,7 +452,7 @@ def evaluate(run: Run, utterances: Utterances, capacity: int) -> dict[str, Error
     Raises:
         RunError: not every utterance was counted.
     """
-    run.model.eval()
+    run.evaluated.eval()
     plan = split_by_size(utterances.samples, capacity)
     errors = {subset.name: ErrorCounts() for subset in utterances.subsets}
 
@@ -453,7 +466,7 @@ def evaluate(run: Run, utterances: Utterances, capacity: int) -> dict[str, Error
         for batch in prefetch(plan, partial(make_batch, utterances, pinned=run.device.type == "cuda")):
             features = run.spectrogram(batch.waveforms_BS.to(run.device, non_blocking=True), batch.samples_B)
             with precision_context(run.config.precision, run.device):
-                logits_TBV, frames_B = run.model(*features)
+                logits_TBV, frames_B = run.evaluated(*features)
             best_TB = read_later(logits_TBV.argmax(dim=2))
             if started is not None:
                 count(*started)
@@ -488,9 +501,12 @@ def _resume(run: Run, dataset: PackedDataset) -> Progress:
     path = run.config.output_dir / checkpoint.LAST
     content = checkpoint.load(path)
     checkpoint.check_resumable(path, content, run.config, dataset.digest)
-    run.model.load_state_dict(content["model"])
-    run.optimizer.load_state_dict(content["optimizer"])
     progress = Progress(**{**content["progress"], "resumed": True})
+    run.model.load_state_dict(content["trained_model"])
+    if run.averaged is not None:
+        run.averaged.module.load_state_dict(content["model"])
+        run.averaged.n_averaged.fill_(progress.step)  # not zero, at which it would start with the model's weights
+    run.optimizer.load_state_dict(content["optimizer"])
     run.log.event("resumed", True, metadata=dataclasses.asdict(progress))
     print(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.", file=sys.stderr)
     return progress

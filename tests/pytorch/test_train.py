@@ -161,18 +161,32 @@ def test_two_runs_with_one_seed_have_the_same_losses_and_another_seed_has_others
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tones: Path, tmp_path: Path) -> None:
-    whole = small_run(tones, tmp_path / "whole", "--max-epochs", "2", "--target-wer", "0")
-    first = small_run(tones, tmp_path / "parts", "--max-steps", "4", "--target-wer", "0")  # in the middle of epoch 1
-    second = small_run(tones, tmp_path / "parts", "--max-epochs", "2", "--target-wer", "0", "--resume")
+@pytest.mark.parametrize("decay", ["0", "0.9"])
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tones: Path, tmp_path: Path, decay: str) -> None:
+    options = ["--target-wer", "0", "--averaging-decay", decay]
+    whole = small_run(tones, tmp_path / "whole", "--max-epochs", "2", *options)
+    first = small_run(tones, tmp_path / "parts", "--max-steps", "4", *options)  # in the middle of epoch 1
+    second = small_run(tones, tmp_path / "parts", "--max-epochs", "2", *options, "--resume")
     assert "Resuming" in second.stderr
     assert values(second.stdout, "resumed") == [True]
     parts = values(first.stdout, "train_loss") + values(second.stdout, "train_loss")
     assert parts == values(whole.stdout, "train_loss")
-    left, right = (
-        torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=True)["model"] for name in ("whole", "parts")
-    )
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    left, right = (checkpoint.load(tmp_path / name / "checkpoint_last.pt") for name in ("whole", "parts"))
+    for kind in ("model", "trained_model"):
+        assert all(torch.equal(left[kind][name], right[kind][name]) for name in left[kind])
+
+
+def test_the_evaluated_weights_are_the_moving_average_of_the_trained_ones(tones: Path, tmp_path: Path) -> None:
+    contents = []
+    for steps in ("1", "2"):
+        output = tmp_path / steps
+        small_run(tones, output, "--averaging-decay", "0.75", "--max-steps", steps, "--target-wer", "0")
+        contents.append(checkpoint.load(output / "checkpoint_last.pt"))
+    first, second = (content["trained_model"] for content in contents)
+    for name in ("grus.0.weight_hh_l0", "norm1.running_mean", "classifier.weight"):
+        assert not torch.equal(first[name], second[name])
+        torch.testing.assert_close(contents[0]["model"][name], first[name], rtol=0, atol=0)
+        torch.testing.assert_close(contents[1]["model"][name], 0.75 * first[name] + 0.25 * second[name])
 
 
 def test_resuming_another_configuration_is_refused_with_the_difference(tones: Path, tmp_path: Path) -> None:
