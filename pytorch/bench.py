@@ -43,7 +43,7 @@ from pytorch.features import FREQUENCY_BINS, SAMPLE_RATE, LogSpectrogram, draw_a
 from pytorch.model import GRU_LAYERS, OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.train import choose_device, choose_precision, ctc_loss, make_optimizer, precision_context
 
-PARTS = {  # what the profiler calls an operation -> part of the step
+PARTS = {  # part of the step -> what the profiler calls its operations
     "convolution": ("convolution", "Convolution"),
     "recurrent loop": ("_Layer", "gru", "_cudnn_rnn"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::addmm_"),
@@ -213,11 +213,25 @@ def step_parts(workload: Workload) -> dict[str, float]:
         if workload.device.type == "cuda":
             torch.cuda.synchronize()
     milliseconds = dict.fromkeys([*PARTS, "the rest"], 0.0)
-    for event in profile.key_averages():
+    for event in profile.events():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a GPU's time is that of the operation that started it
         own = event.self_cpu_time_total if workload.device.type == "cpu" else event.self_device_time_total
-        part = next((part for part, names in PARTS.items() if any(name in event.key for name in names)), "the rest")
-        milliseconds[part] += own / 1000
+        milliseconds[_part(event)] += own / 1000
     return milliseconds
+
+
+def _part(event: Any) -> str:
+    """The part of the innermost of this operation and those around it that is in PARTS, but all of a convolution's."""
+    part, inside = "the rest", event
+    while inside is not None:
+        found = next((part for part, names in PARTS.items() if any(name in inside.name for name in names)), None)
+        if found == "convolution":
+            return found
+        if part == "the rest" and found is not None:
+            part = found
+        inside = inside.cpu_parent
+    return part
 
 
 def data_wait(workload: Workload, steps: int) -> float:
