@@ -137,8 +137,8 @@ def fetch(
 ) -> tuple[str, str]:
     """Downloads an archive from the first mirror that has it; returns its MD5 and SHA-256.
 
-    `target` appears when its MD5 has been found right; a size of 0 or an empty MD5 is one that is not known. `progress`
-    is told the bytes that are added, or, where it must start again, lost. DataError says what each mirror did wrong.
+    `target` appears when its MD5 has been found right; a size of 0 is one that is not known. `progress` is told the
+    bytes that are added, or, where it must start again, lost. DataError says what each mirror did wrong.
     """
     stop = stop or threading.Event()
     reasons = []
@@ -175,7 +175,7 @@ def _matches(partial: Partial, wanted: Archive, address: str, stop: threading.Ev
     for last in (False, True):
         _complete(partial, wanted, address, stop)
         found, size, pieced = partial.md5.hexdigest(), partial.size, partial.resumed
-        if wanted.md5 in ("", found):
+        if found == wanted.md5:
             return True
         partial.restart(Source())
         if last or not pieced:

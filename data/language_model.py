@@ -54,11 +54,11 @@ class Estimate:
 class Download:
     """Download one of the language models of LibriSpeech (openslr.org/11)."""
 
-    name: Annotated[str, tyro.conf.arg(help=f"which one: {', '.join(LANGUAGE_MODELS.names)}")]
+    name: Annotated[str, tyro.conf.arg(help=f"which one: {', '.join(LANGUAGE_MODELS.md5s)}")]
     mirror: str = ""
     """comma-separated addresses, tried in this order; empty: those of OpenSLR"""
     md5: str = ""
-    """MD5 that the file must have; empty: any, as none is published"""
+    """MD5 that the file must have, instead of the published file's"""
     output_dir: Path = REPOSITORY / "language_models"
     """folder for the file"""
 

@@ -144,7 +144,10 @@ def test_models_are_downloaded_and_only_intact_ones_are_kept(mirror: str, tmp_pa
     assert done.returncode == 0, done.stderr
     assert f"MD5 {md5}" in done.stderr
     assert "CAT" in read_words(tmp_path / "models" / "3-gram.arpa.gz")
-    damaged = fetched("4-gram")
+    other = fetched("4-gram")
+    assert other.returncode == 1
+    assert "expected 6abdcd5b055bd482e4f9defe91d40408" in other.stderr
+    damaged = fetched("4-gram", "--md5", hashlib.md5((tmp_path / "served" / "4-gram.arpa.gz").read_bytes()).hexdigest())
     assert damaged.returncode == 1
     assert "4-gram.arpa.gz is no intact gzipped ARPA file" in damaged.stderr
     assert [path.name for path in (tmp_path / "models").glob("*.gz")] == ["3-gram.arpa.gz"]
