@@ -118,7 +118,7 @@ class Config:
     gradient_clip_norm: float = _field(100.0, POSITIVE)
     """Largest norm of the gradient."""
     averaging_decay: float = _field(0.0, FRACTION)
-    """Decay per step of the exponential moving average of the weights, which is what is evaluated; 0: no average."""
+    """Decay per step, in the end, of the moving average of the weights, which is what is evaluated; 0: no average."""
 
     # --- augmentation of training utterances
     tempo_min: float = _field(0.85, TEMPO)
@@ -203,7 +203,7 @@ CONFIGS: dict[str, Config] = {
         hidden_size=160,
         conv_channels=8,
         batch_size=8,
-        learning_rate=1.4e-3,
+        learning_rate=1.6e-3,
         schedule_epochs=8,
         max_epochs=20,
         warmup_steps=100,

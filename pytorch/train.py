@@ -112,7 +112,7 @@ def train(config: Config) -> bool:
     warm_up(config, spectrogram, model, device, _longest_training_utterance(dataset))
     averaged = None
     if config.averaging_decay > 0:
-        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.averaging_decay), use_buffers=True)
+        averaged = AveragedModel(model, use_buffers=True)
     run = Run(config, device, spectrogram, model, averaged, make_optimizer(config, model), log)
     progress = Progress()
     if config.resume:
@@ -399,6 +399,9 @@ def _step(run: Run, batch: Batch, rate: float) -> Callable[[], Tensor]:
     run.optimizer.found_inf = (~result.isfinite().all()).float()  # type: ignore[attr-defined]
     run.optimizer.step()
     if run.averaged is not None:
+        steps = int(run.averaged.n_averaged)
+        decay = min(run.config.averaging_decay, (1 + steps) / (10 + steps))  # the first steps are soon forgotten
+        run.averaged.multi_avg_fn = get_ema_multi_avg_fn(decay)
         run.averaged.update_parameters(run.model)
     return read_later(result)
 
