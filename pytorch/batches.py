@@ -127,9 +127,12 @@ def make_batch(
         pinned: put the waveforms into page-locked memory, from which a GPU copies without waiting.
     """
     samples_B = utterances.samples[indices]
-    waveforms_BS = torch.zeros(len(indices), int(samples_B.max()), dtype=torch.int16, pin_memory=pinned)
+    # NumPy, since a torch operation on this much in the reader's thread would start a second pool of OpenMP threads;
+    # with more threads than cores, the pools' threads sleep at every barrier instead of spinning.
+    waveforms = np.zeros((len(indices), int(samples_B.max())), dtype=np.int16)
     for row, index in enumerate(indices):
-        waveforms_BS[row, : samples_B[row]] = torch.from_numpy(utterances.waveform(index).copy())
+        waveforms[row, : samples_B[row]] = utterances.waveform(index)
+    waveforms_BS = torch.from_numpy(waveforms)
     transcripts = [utterances.transcript(index) for index in indices]
     encoded = [encode(transcript) for transcript in transcripts]
     augmentation = None
@@ -139,7 +142,7 @@ def make_batch(
         augmentation = draw_augmentation(config, seeds, _tempo_limits(samples_B, transcripts))
     return Batch(
         indices,
-        waveforms_BS,
+        waveforms_BS.pin_memory() if pinned else waveforms_BS,
         torch.from_numpy(samples_B),
         torch.tensor([label for labels in encoded for label in labels], dtype=torch.int64),
         torch.tensor([len(labels) for labels in encoded], dtype=torch.int64),
