@@ -46,6 +46,7 @@ NON_NEGATIVE_INTEGER = Rule("any integer >= 0", lambda value: value >= 0)
 POSITIVE = Rule("any number in (0, 1e30]", lambda value: 0 < value <= 1e30)  # float32 holds what steps make of it
 NON_NEGATIVE = Rule("any number in [0, 1e30]", lambda value: 0 <= value <= 1e30)
 FRACTION = Rule("any number in [0, 1)", lambda value: 0 <= value < 1)
+PROBABILITY = Rule("any number in [0, 1]", lambda value: 0 <= value <= 1)
 TEMPO = Rule("any number in [0.5, 2], minimum <= maximum", lambda value: 0.5 <= value <= 2)
 DECIBELS = Rule("any number in [-60, 60], minimum <= maximum", lambda value: -60 <= value <= 60)
 FREQUENCY_MASK = Rule("any integer in [0, 161]", lambda value: 0 <= value <= 161)
@@ -129,6 +130,12 @@ class Config:
     """Lowest gain."""
     gain_max_db: float = _field(8.0, DECIBELS)
     """Highest gain."""
+    noise_probability: float = _field(0.0, PROBABILITY)
+    """Part of the utterances that white noise is added to."""
+    noise_min_snr_db: float = _field(10.0, DECIBELS)
+    """Lowest ratio of the utterance's power to the noise's."""
+    noise_max_snr_db: float = _field(30.0, DECIBELS)
+    """Highest ratio of the utterance's power to the noise's."""
     frequency_masks: int = _field(2, NON_NEGATIVE_INTEGER)
     """SpecAugment: masks along frequency."""
     frequency_mask_bins: int = _field(27, FREQUENCY_MASK)
@@ -143,7 +150,8 @@ class Config:
             rule, value = field.metadata.get("rule"), getattr(self, field.name)
             if rule is not None and value is not None and not rule.holds(value):
                 raise RunError(f"--{field.name.replace('_', '-')} is {value}; it must be {rule.words}")
-        for low, high in (("tempo_min", "tempo_max"), ("gain_min_db", "gain_max_db")):
+        ranges = ("tempo_min", "tempo_max"), ("gain_min_db", "gain_max_db"), ("noise_min_snr_db", "noise_max_snr_db")
+        for low, high in ranges:
             if getattr(self, low) > getattr(self, high):
                 raise RunError(
                     f"--{low.replace('_', '-')} {getattr(self, low)} is above "

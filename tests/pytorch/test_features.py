@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pytorch.config import CONFIGS
-from pytorch.features import FREQUENCY_BINS, Augmentation, LogSpectrogram, change_tempo, draw_augmentation
+from pytorch.features import FREQUENCY_BINS, Augmentation, LogSpectrogram, add_noise, change_tempo, draw_augmentation
 from tests.conftest import SPEECH
 
 CONFIG = CONFIGS["librispeech"]
@@ -20,6 +20,12 @@ def made_up_batch(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     for waveform, length in zip(waveforms, lengths, strict=True):
         waveform[length:] = 0
     return waveforms, torch.tensor(lengths)
+
+
+def nothing_drawn(count: int, **drawn: np.ndarray) -> Augmentation:
+    """What leaves the features as they are, but for what is given."""
+    masks, ones, zeros = np.zeros((count, 0, 2)), np.ones(count), np.zeros(count)
+    return dataclasses.replace(Augmentation(ones, ones, masks, masks, zeros, zeros.astype(np.int64)), **drawn)
 
 
 def test_features_are_the_normalised_log1p_magnitude_of_torch_stft() -> None:
@@ -99,11 +105,10 @@ def test_tempo_never_exceeds_what_the_transcript_allows() -> None:
 
 def test_masks_hide_what_was_drawn_and_nothing_else() -> None:
     waveforms, samples = made_up_batch([16000, 16000])
-    nothing = np.zeros((2, 1, 2))
-    frequency, time = nothing.copy(), nothing.copy()
+    frequency, time = np.zeros((2, 1, 2)), np.zeros((2, 1, 2))
     frequency[0, 0], time[1, 0] = (10, 5), (0.5, 0.1)
-    plain, _ = LogSpectrogram()(waveforms, samples, Augmentation(np.ones(2), np.ones(2), nothing, nothing))
-    masked, _ = LogSpectrogram()(waveforms, samples, Augmentation(np.ones(2), np.ones(2), frequency, time))
+    plain, _ = LogSpectrogram()(waveforms, samples, nothing_drawn(2))
+    masked, _ = LogSpectrogram()(waveforms, samples, nothing_drawn(2, frequency_masks=frequency, time_masks=time))
     hidden = torch.zeros_like(plain, dtype=torch.bool)
     hidden[0, 10:15] = True
     hidden[1, :, 50:60] = True  # of 101 frames
@@ -114,11 +119,43 @@ def test_masks_hide_what_was_drawn_and_nothing_else() -> None:
 @pytest.mark.parametrize("gain", [0.5, 2.0])
 def test_gain_scales_the_magnitude_before_the_logarithm(gain: float) -> None:
     waveforms, samples = made_up_batch([4000])
-    nothing = np.zeros((1, 1, 2))
-    drawn = Augmentation(np.ones(1), np.array([gain]), nothing, nothing)
-    louder, _ = LogSpectrogram()(waveforms, samples, drawn)
+    louder, _ = LogSpectrogram()(waveforms, samples, nothing_drawn(1, gain=np.array([gain])))
     expected, _ = LogSpectrogram()((waveforms.float() * gain).to(torch.int16), samples)
     torch.testing.assert_close(louder, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_noise_is_white_and_as_loud_as_asked_for() -> None:
+    samples = torch.tensor([80000, 40000])
+    waveforms = torch.sin(torch.arange(80000) / 9.0).repeat(2, 1)
+    waveforms[1, 40000:] = 0
+    drawn = nothing_drawn(2, noise=10 ** (-np.array([10.0, 20.0]) / 20), noise_seed=np.array([5, 2**62]))
+    noise = add_noise(waveforms, samples, drawn) - waveforms
+    assert not noise[1, 40000:].any()
+    for row, (length, decibels) in enumerate([(80000, 10), (40000, 20)]):
+        valid = noise[row, :length]
+        ratio = waveforms[row, :length].square().mean() / valid.square().mean()
+        assert abs(10 * torch.log10(ratio) - decibels) < 0.1
+        assert abs(valid.mean()) < 4 * valid.std() / length**0.5
+        power = torch.fft.rfft(valid).abs().square()[1:]
+        bands = torch.stack([band.mean() for band in power.tensor_split(20)])
+        assert (bands / bands.mean() - 1).abs().max() < 0.15
+    both = noise[:, :40000]
+    assert abs(torch.corrcoef(both)[0, 1]) < 0.02
+
+
+def test_noise_of_an_utterance_does_not_depend_on_its_batch_and_comes_as_often_as_asked_for() -> None:
+    waveforms, samples = made_up_batch([3000, 16000])
+    noisy = dataclasses.replace(CONFIG, noise_probability=1.0)
+    seeds, limits = np.array([[1, 2, 3], [1, 2, 4]]), np.full(2, np.inf)
+    together, frames = LogSpectrogram()(waveforms, samples, draw_augmentation(noisy, seeds, limits))
+    alone, _ = LogSpectrogram()(waveforms[:1, :3000], samples[:1], draw_augmentation(noisy, seeds[:1], limits[:1]))
+    torch.testing.assert_close(alone[0], together[0, :, : frames[0]], rtol=1e-4, atol=1e-4)
+    clean, _ = LogSpectrogram()(waveforms, samples, draw_augmentation(CONFIG, seeds, limits))
+    assert not torch.equal(clean, together)
+    seeds = np.arange(400)[:, None]
+    often = draw_augmentation(dataclasses.replace(CONFIG, noise_probability=0.25), seeds, np.full(400, np.inf))
+    assert 60 < np.count_nonzero(often.noise) < 140
+    assert np.array_equal(often.tempo, draw_augmentation(CONFIG, seeds, np.full(400, np.inf)).tempo)
 
 
 @pytest.mark.skipif(shutil.which("sox") is None, reason="sox is not installed")
@@ -130,8 +167,7 @@ def test_tempo_gives_nearly_the_features_that_sox_gives(tempo: float) -> None:
         files = [archive.extractfile(member) for member in members]
         waveforms = [np.frombuffer(file.read(), ">i2").astype(np.int16) for file in files if file is not None]
     assert len(waveforms) >= 5
-    nothing = np.zeros((1, 0, 2))
-    drawn = Augmentation(np.array([tempo]), np.ones(1), nothing, nothing)
+    drawn = nothing_drawn(1, tempo=np.array([tempo]))
     raw = ["-t", "raw", "-r", "16000", "-e", "signed", "-b", "16", "-c", "1", "-"]
     for waveform in waveforms:
         command = ["sox", *raw, "-t", "raw", "-", "tempo", "-s", str(tempo)]
