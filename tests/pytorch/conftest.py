@@ -19,5 +19,5 @@ class Trained:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("speaking")
-    dataset = write_spoken_dataset(folder / "spoken", {"train": 160, "validation": 24})
+    dataset = write_spoken_dataset(folder / "spoken", {"train": 240, "validation": 96})
     return Trained(train(dataset, folder / "results"), dataset)

@@ -14,6 +14,7 @@ from tests.conftest import ROOT, WORDS
 RATE = 16000
 TRAINING = ["--config", "synthetic", "--hidden-size", "40", "--conv-channels", "4", "--batch-size", "8"]
 TRAINING += ["--learning-rate", "3e-3", "--warmup-steps", "20", "--schedule-epochs", "20", "--max-epochs", "40"]
+TRAINING += ["--averaging-decay", "0.9"]
 TRAINING += [
     "--frequency-masks",
     "0",

@@ -77,7 +77,8 @@ def test_tempo_one_changes_nothing() -> None:
 
 
 def draw(seeds: list[list[int]], limit: float = np.inf) -> Augmentation:
-    return draw_augmentation(CONFIG, np.array(seeds), np.full(len(seeds), limit))
+    noisy = dataclasses.replace(CONFIG, noise_probability=1.0)
+    return draw_augmentation(noisy, np.array(seeds), np.full(len(seeds), limit))
 
 
 def test_augmentation_is_a_function_of_each_utterances_seed_alone() -> None:
