@@ -36,12 +36,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from data.packed import Subset
 from pytorch import gru
 from pytorch.batches import Batch, Utterances, make_batch, prefetch
+from pytorch.command import exit_status
 from pytorch.config import CONFIGS, Config, Precision, RunError
 from pytorch.convolution import Convolution
 from pytorch.decoder import LABELS
-from pytorch.features import FREQUENCY_BINS, SAMPLE_RATE, LogSpectrogram, draw_augmentation, frame_counts
+from pytorch.devices import choose_device, choose_precision
+from pytorch.features import FREQUENCY_BINS, SAMPLE_RATE, draw_augmentation, frame_counts
+from pytorch.learner import Learner
 from pytorch.model import GRU_LAYERS, OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
-from pytorch.train import choose_device, choose_precision, ctc_loss, make_optimizer, precision_context
 
 PARTS = {  # part of the step -> what the profiler calls its operations
     "convolution": ("convolution", "Convolution"),
@@ -159,39 +161,27 @@ def time_in_turn(variants: Sequence[Callable[[], object]], repetitions: int, dev
 
 
 class Workload:
-    """A model, its optimizer and a batch, ready to step."""
+    """A model in training and a batch, ready to step."""
 
     def __init__(
         self, config: Config, batch: Batch, device: torch.device, precision: Precision, stock_gru: type | None = None
     ) -> None:
         torch.manual_seed(0)
-        self.config, self.batch, self.device, self.precision = config, batch, device, precision
-        self.spectrogram = LogSpectrogram().to(device)
-        model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
-        self.model = stock(model, stock_gru) if stock_gru is not None else model
-        self.optimizer = make_optimizer(config, self.model)
-
-    def forward(self) -> Tensor:
-        """Loss of the batch."""
-        batch = self.batch
-        features = self.spectrogram(batch.waveforms_BS.to(self.device), batch.samples_B, batch.augmentation)
-        with precision_context(self.precision, self.device):
-            logits_TBV, frames_B = self.model(*features)
-        return ctc_loss(logits_TBV, frames_B, batch.targets.to(self.device), batch.target_lengths_B)
+        self.learner = Learner.make(replace(config, precision=precision, averaging_decay=0.0), device)
+        self.batch = batch
+        if stock_gru is not None:
+            stock(self.learner.model, stock_gru)
 
     def infer(self) -> None:
-        """Forward only."""
+        """Forward only, with the loss."""
         with torch.inference_mode():
-            self.model.eval()
-            self.forward()
-            self.model.train()
+            self.learner.model.eval()
+            self.learner.loss(self.batch)
+            self.learner.model.train()
 
     def step(self) -> None:
         """A whole training step."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.forward().backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
-        self.optimizer.step()
+        self.learner.step(self.batch, self.learner.config.learning_rate)
 
 
 def gemm_peak(device: torch.device, precision: Precision, repetitions: int) -> float:
@@ -206,17 +196,17 @@ def gemm_peak(device: torch.device, precision: Precision, repetitions: int) -> f
 def step_parts(workload: Workload) -> dict[str, float]:
     """Milliseconds of a step by part, from the profiler: own time of the operations, grouped."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if workload.device.type == "cuda":
+    if workload.learner.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         workload.step()
-        if workload.device.type == "cuda":
+        if workload.learner.device.type == "cuda":
             torch.cuda.synchronize()
     milliseconds = dict.fromkeys([*PARTS, "the rest"], 0.0)
     for event in profile.events():
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue  # a GPU's time is that of the operation that started it
-        own = event.self_cpu_time_total if workload.device.type == "cpu" else event.self_device_time_total
+        own = event.self_cpu_time_total if workload.learner.device.type == "cpu" else event.self_device_time_total
         milliseconds[_part(event)] += own / 1000
     return milliseconds
 
@@ -243,7 +233,7 @@ def data_wait(workload: Workload, steps: int) -> float:
     transcripts = ["A" * int(length) for length in batch.target_lengths_B]
     offsets = np.cumsum(samples) - samples
     utterances = Utterances([Subset("noise", audio, offsets, samples, [""] * count, [""] * count, transcripts)])
-    augment, pinned = (workload.config, 1), workload.device.type == "cuda"
+    augment, pinned = (workload.learner.config, 1), workload.learner.device.type == "cuda"
     batches = prefetch(
         [np.arange(count)] * (steps + 1), partial(make_batch, utterances, augment=augment, pinned=pinned)
     )
@@ -376,28 +366,33 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     """Run the command line; returns the exit status."""
     arguments = tyro.cli(Arguments, prog="python -m pytorch.bench", description=__doc__)
-    try:
-        if arguments.plot is not None and not arguments.sweep:
-            raise RunError("--plot draws a sweep: give --sweep as well")
-        if arguments.config not in CONFIGS:
-            raise RunError(f"--config {arguments.config}: unknown; one of {', '.join(CONFIGS)}")
-        config = CONFIGS[arguments.config]
-        config = replace(
-            config,
-            hidden_size=arguments.hidden_size or config.hidden_size,
-            batch_size=arguments.batch_size or config.batch_size,
-        )
-        device = choose_device(arguments.device)
-        row = measure(config, arguments, device)
-        rows = sweep(config, arguments, device) if arguments.sweep else []
-        if arguments.plot is not None:
-            draw(rows, arguments.plot)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return exit_status(lambda: benchmark(arguments))
+
+
+def benchmark(arguments: Arguments) -> None:
+    """Measure and print what was asked for.
+
+    Raises:
+        RunError: there is no such configuration or device, or the plot cannot be drawn.
+    """
+    if arguments.plot is not None and not arguments.sweep:
+        raise RunError("--plot draws a sweep: give --sweep as well")
+    if arguments.config not in CONFIGS:
+        raise RunError(f"--config {arguments.config}: unknown; one of {', '.join(CONFIGS)}")
+    config = CONFIGS[arguments.config]
+    config = replace(
+        config,
+        hidden_size=arguments.hidden_size or config.hidden_size,
+        batch_size=arguments.batch_size or config.batch_size,
+    )
+    device = choose_device(arguments.device)
+    row = measure(config, arguments, device)
+    rows = sweep(config, arguments, device) if arguments.sweep else []
+    if arguments.plot is not None:
+        draw(rows, arguments.plot)
     if arguments.json:
         print(json.dumps(row | {"sweep": rows} if rows else row, indent=2))
-        return 0
+        return
     print(table(row))
     for swept in rows:
         print(
@@ -405,7 +400,6 @@ def main() -> int:
             f"{swept['speedup']:.2f} x stock, {swept['audio_seconds_per_second']:6.0f} s of speech a second, "
             f"{swept['fraction_of_peak']:.0%} of the limit"
         )
-    return 0
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from tqdm import tqdm
 from data.packed import DataError, PackedDataset, Subset, open_dataset
 from pytorch.batches import Utterances, split_in_order
 from pytorch.beam_search import Decoding
+from pytorch.command import exit_status
 from pytorch.config import RunError
 from pytorch.features import SAMPLE_RATE
 from pytorch.metrics import ErrorCounts, count_errors
@@ -117,15 +118,7 @@ class Score:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m pytorch.evaluate", description=__doc__)
-    try:
-        evaluate(options)
-    except (RunError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: evaluate(options))
 
 
 def evaluate(options: Options) -> dict[str, Score] | None:

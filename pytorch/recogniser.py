@@ -26,9 +26,9 @@ from torchaudio.functional import forced_align
 from pytorch import checkpoint, gru
 from pytorch.config import RunError
 from pytorch.decoder import BLANK, decode_greedily, encode
+from pytorch.devices import choose_device
 from pytorch.features import HOP_LENGTH, SAMPLE_RATE, LogSpectrogram
 from pytorch.model import TIME_STRIDE, DeepSpeech2
-from pytorch.train import choose_device
 
 FRAME_SECONDS = TIME_STRIDE * HOP_LENGTH / SAMPLE_RATE  # 0.02 s; output frame t is centred on t times that
 

@@ -27,19 +27,19 @@ import numpy as np
 import torch
 from mlperf_logging import mllog
 from mlperf_logging.mllog import constants
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 from tqdm import tqdm
 
-from data.packed import DataError, PackedDataset, open_dataset
+from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, gru, mlperf
 from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch, split_by_size
 from pytorch.checkpoint import Progress
-from pytorch.config import Config, Precision, RunError, parse_config
-from pytorch.decoder import BLANK, spell
-from pytorch.features import LogSpectrogram
+from pytorch.command import exit_status
+from pytorch.config import Config, RunError, parse_config
+from pytorch.decoder import spell
+from pytorch.devices import choose_device, choose_precision, read_later
+from pytorch.learner import Learner, learning_rate
 from pytorch.metrics import ErrorCounts, count_errors
-from pytorch.model import DeepSpeech2
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
 UNREAD_STEPS = {"cpu": 0, "cuda": 4}  # whose losses are still to be read, so that a GPU never waits for the CPU
@@ -49,35 +49,29 @@ UNREAD_STEPS = {"cpu": 0, "cuda": 4}  # whose losses are still to be read, so th
 class Run:
     """What a run works with."""
 
-    config: Config
-    device: torch.device
-    spectrogram: LogSpectrogram
-    model: DeepSpeech2
-    averaged: AveragedModel | None  # exponential moving average of the model's weights and batch-norm statistics
-    optimizer: torch.optim.Optimizer
+    learner: Learner
+    dataset: PackedDataset
     log: mllog.mllog.MLLogger
 
     @property
-    def evaluated(self) -> nn.Module:
-        """What is evaluated and kept: the average if there is one."""
-        return self.model if self.averaged is None else self.averaged.module
+    def config(self) -> Config:
+        """The run's configuration, its precision chosen."""
+        return self.learner.config
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
-    try:
-        config = parse_config(
-            sys.argv[1:] if arguments is None else arguments,
-            program="python -m pytorch.train",
-            description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target.",
+
+    def work() -> bool:
+        return train(
+            parse_config(
+                sys.argv[1:] if arguments is None else arguments,
+                program="python -m pytorch.train",
+                description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target.",
+            )
         )
-        return 0 if train(config) else 1
-    except (RunError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last finished epoch", file=sys.stderr)
-        return 130
+
+    return exit_status(work, interrupted="interrupted; --resume goes on from the last finished epoch")
 
 
 def train(config: Config) -> bool:
@@ -104,19 +98,11 @@ def train(config: Config) -> bool:
     mlperf.log_submission(log, config, dataset, device)
 
     torch.manual_seed(config.seed)
-    spectrogram = LogSpectrogram().to(device)
-    model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
-    if device.type == "cpu":
-        gru.build_kernel()
+    learner = Learner.make(config, device)
     log.event("gru_implementation", "cuDNN" if device.type == "cuda" else gru.kernel_status())
-    warm_up(config, spectrogram, model, device, _longest_training_utterance(dataset))
-    averaged = None
-    if config.averaging_decay > 0:
-        averaged = AveragedModel(model, use_buffers=True)
-    run = Run(config, device, spectrogram, model, averaged, make_optimizer(config, model), log)
-    progress = Progress()
-    if config.resume:
-        progress = _resume(run, dataset)
+    learner.warm_up(_longest_training_utterance(dataset))
+    run = Run(learner, dataset, log)
+    progress = _resume(run) if config.resume else Progress()
     log.end(constants.INIT_STOP)
 
     started_at = datetime.now()
@@ -124,12 +110,12 @@ def train(config: Config) -> bool:
     clock = _Clock(progress.elapsed_seconds)
     reached = False
     try:
-        reached = _train_to_target(run, dataset, progress, clock)
+        reached = _train_to_target(run, progress, clock)
     finally:
         seconds = clock.seconds()
         log.end(constants.RUN_STOP, metadata={"status": constants.SUCCESS if reached else constants.ABORTED})
     try:
-        _save(run, dataset, progress)  # off the clock, and no reason to lose the result
+        _save(run, progress)  # off the clock, and no reason to lose the result
     finally:
         if reached:
             resumed = " (resumed: no uninterrupted benchmark result)" if progress.resumed else ""
@@ -154,134 +140,13 @@ class _Clock:
         return time.monotonic() - self._start
 
 
-def choose_device(name: str) -> torch.device:
-    """Device of that name; `auto` is the GPU if there is one.
-
-    Raises:
-        RunError: a GPU was asked for and there is none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu or auto")
-    return torch.device(name)
-
-
-def choose_precision(name: Precision, device: torch.device) -> Precision:
-    """fp32 or bf16; `auto` is bf16 where the device multiplies it natively. Allows TF32 on a GPU."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = gru.multiplies_bfloat16()
-    if name == "bf16" and not native:
-        print("--precision bf16: this device has no bf16 arithmetic, so fp32 would be faster", file=sys.stderr)
-    return name if name != "auto" else "bf16" if native else "fp32"
-
-
-def precision_context(precision: Precision, device: torch.device) -> torch.autocast:
-    """Inside it the model computes in that precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
-def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The configuration's optimizer; its learning rate is set before each step by `learning_rate`.
-
-    The fused implementations leave everything as it is in a step whose `found_inf` is not zero.
-    """
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(),
-            config.learning_rate,
-            momentum=config.beta1,
-            nesterov=config.beta1 > 0,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-    betas = config.beta1, config.beta2
-    return torch.optim.AdamW(
-        model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
-    )
-
-
-def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step.
-
-    Args:
-        config: schedule and its values.
-        step: of the run, from 0.
-        steps_per_epoch: in the whole epoch.
-    """
-    rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-    if config.schedule == "anneal":
-        fall = config.learning_rate_anneal ** -(step // steps_per_epoch)
-    else:
-        way = min(1.0, step / (config.schedule_epochs * steps_per_epoch))
-        end = config.final_learning_rate_fraction
-        fall = end + (1 - end) * 0.5 * (1 + math.cos(math.pi * way))
-    return config.learning_rate * rise * fall
-
-
-def ctc_loss(logits_TBV: Tensor, frames_B: Tensor, targets: Tensor, target_lengths_B: Tensor) -> Tensor:
-    """CTC loss in float32: mean over utterances of the negative log-likelihood (nats) of each transcript."""
-    log_probabilities = logits_TBV.float().log_softmax(2)
-    total = nn.functional.ctc_loss(log_probabilities, targets, frames_B, target_lengths_B, blank=BLANK, reduction="sum")
-    return total / len(frames_B)
-
-
-def forward_loss(
-    model: DeepSpeech2, spectrogram: LogSpectrogram, batch: Batch, precision: Precision, device: torch.device
-) -> Tensor:
-    """Loss of a batch, augmented if the batch says so."""
-    waveforms = batch.waveforms_BS.to(device, non_blocking=True)
-    features = spectrogram(waveforms, batch.samples_B, batch.augmentation)
-    with precision_context(precision, device):
-        logits_TBV, frames_B = model(*features)
-    return ctc_loss(logits_TBV, frames_B, batch.targets.to(device, non_blocking=True), batch.target_lengths_B)
-
-
-def warm_up(
-    config: Config, spectrogram: LogSpectrogram, model: DeepSpeech2, device: torch.device, longest_samples: int
-) -> None:
-    """One whole training step on made-up data as large as the largest batch, then everything as it was.
-
-    Kernels are built and chosen, and memory is known to suffice, before the clock starts.
-
-    Raises:
-        RunError: the largest batch does not fit into memory.
-    """
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    optimizer = make_optimizer(config, model)
-    count, samples = config.batch_size, int(longest_samples / min(1.0, config.tempo_min))
-    noise = torch.randint(-1000, 1000, (count, samples), dtype=torch.int16)
-    batch = Batch(
-        np.arange(count),
-        noise,
-        torch.full((count,), samples),
-        torch.full((count,), 1),
-        torch.full((count,), 1),
-        ["'"] * count,
-        None,
-    )
-    try:
-        forward_loss(model, spectrogram, batch, config.precision, device).backward()
-        optimizer.step()
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise RunError(
-            f"a batch of {count} utterances of {samples / 16000:.0f} s does not fit into memory; "
-            f"use a smaller --batch-size than {count}"
-        ) from error
-    model.zero_grad(set_to_none=True)
-    model.load_state_dict(before)
-
-
 def _longest_training_utterance(dataset: PackedDataset) -> int:
     return max(dataset.summary[name].longest_samples for name in dataset.splits["train"])
 
 
-def _train_to_target(run: Run, dataset: PackedDataset, progress: Progress, clock: _Clock) -> bool:
+def _train_to_target(run: Run, progress: Progress, clock: _Clock) -> bool:
     """The part on the clock."""
-    config, log = run.config, run.log
+    config, dataset, log = run.config, run.dataset, run.log
     utterances = Utterances(dataset.split("train"))
     validation = Utterances(dataset.split("validation"))
     alignable = utterances.alignable()
@@ -305,7 +170,7 @@ def _train_to_target(run: Run, dataset: PackedDataset, progress: Progress, clock
 
         evaluation_started = time.monotonic()
         log.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: epoch})
-        errors = evaluate(run, validation, config.batch_size * _longest_training_utterance(dataset))
+        errors = evaluate(run.learner, validation, config.batch_size * _longest_training_utterance(dataset))
         total = sum(errors.values(), ErrorCounts())
         _log_accuracy(log, errors, total, epoch)
         progress.evaluation_seconds += time.monotonic() - evaluation_started
@@ -326,15 +191,22 @@ def _train_to_target(run: Run, dataset: PackedDataset, progress: Progress, clock
         progress.elapsed_seconds = clock.seconds()
         if reached or not finished or epoch == config.max_epochs:
             return reached
-        _save(run, dataset, progress)
+        _save(run, progress)
     raise RunError(f"--max-epochs {config.max_epochs}: all of them are done already; give a larger number to go on")
 
 
-def _save(run: Run, dataset: PackedDataset, progress: Progress) -> None:
-    names = [checkpoint.LAST] + [checkpoint.BEST] * (progress.wer == progress.best_wer)
-    for name in names:
-        models = run.evaluated, run.model
-        checkpoint.save(run.config.output_dir / name, run.config, dataset.digest, progress, *models, run.optimizer)
+def _save(run: Run, progress: Progress) -> None:
+    learner = run.learner
+    for name in [checkpoint.LAST] + [checkpoint.BEST] * (progress.wer == progress.best_wer):
+        checkpoint.save(
+            run.config.output_dir / name,
+            run.config,
+            run.dataset.digest,
+            progress,
+            learner.evaluated,
+            learner.model,
+            learner.optimizer,
+        )
 
 
 def _train_epoch(
@@ -348,12 +220,12 @@ def _train_epoch(
     """
     config = run.config
     plan = plan_epoch(utterances, included, config.batch_size, config.seed, progress.epoch)
-    make = partial(make_batch, utterances, augment=(config, progress.epoch), pinned=run.device.type == "cuda")
+    make = partial(make_batch, utterances, augment=(config, progress.epoch), pinned=run.learner.device.type == "cuda")
     batches = prefetch(plan[progress.step_in_epoch :], make)
     losses: list[float] = []
     unread: deque[tuple[int, float, Batch, Callable[[], Tensor]]] = deque()
     started, waiting = time.monotonic(), 0.0
-    run.model.train()
+    run.learner.model.train()
 
     def read(most_unread: int) -> None:
         while len(unread) > most_unread:
@@ -370,55 +242,17 @@ def _train_epoch(
             batch = next(batches)
             waiting += time.monotonic() - asked
             rate = learning_rate(config, progress.step, len(plan))
-            result = _step(run, batch, rate)
+            result = run.learner.step(batch, rate)
             progress.step += 1
             progress.step_in_epoch += 1
             unread.append((progress.step, rate, batch, result))
-            read(UNREAD_STEPS[run.device.type])
+            read(UNREAD_STEPS[run.learner.device.type])
             bar.update()
         read(0)
     batches.close()  # type: ignore[attr-defined]  # stops the reader when max_steps ended the epoch early
     elapsed = time.monotonic() - started
     mean_loss = sum(losses) / len(losses) if losses else math.nan
     return progress.step_in_epoch == len(plan), mean_loss, waiting / elapsed if elapsed else 0.0
-
-
-def _step(run: Run, batch: Batch, rate: float) -> Callable[[], Tensor]:
-    """One optimizer step, which changes nothing if its loss or gradient is not finite.
-
-    Returns:
-        What waits for the step and gives loss and gradient norm [2].
-    """
-    run.optimizer.zero_grad(set_to_none=True)
-    loss = forward_loss(run.model, run.spectrogram, batch, run.config.precision, run.device)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), run.config.gradient_clip_norm)
-    result = torch.stack([loss.detach(), norm])
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.optimizer.found_inf = (~result.isfinite().all()).float()  # type: ignore[attr-defined]
-    run.optimizer.step()
-    if run.averaged is not None:
-        steps = int(run.averaged.n_averaged)
-        decay = min(run.config.averaging_decay, (1 + steps) / (10 + steps))  # the first steps are soon forgotten
-        run.averaged.multi_avg_fn = get_ema_multi_avg_fn(decay)
-        run.averaged.update_parameters(run.model)
-    return read_later(result)
-
-
-def read_later(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the CPU. What is returned waits for that copy, not for what was started after it."""
-    if tensor.device.type == "cpu":
-        return lambda: tensor
-    copy = tensor.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> Tensor:
-        copied.synchronize()
-        return copy
-
-    return read
 
 
 def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, norm: float, ids: list[str]) -> bool:
@@ -443,11 +277,11 @@ def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, 
 
 
 @torch.no_grad()
-def evaluate(run: Run, utterances: Utterances, capacity: int) -> dict[str, ErrorCounts]:
+def evaluate(learner: Learner, utterances: Utterances, capacity: int) -> dict[str, ErrorCounts]:
     """Errors of greedy decoding, by subset, over **every** utterance.
 
     Args:
-        run: the model and where it is.
+        learner: the model and where it is.
         utterances: what to evaluate.
         capacity: samples of a batch, padding included. The largest training batch is known to fit into memory, together
             with its gradients.
@@ -455,7 +289,7 @@ def evaluate(run: Run, utterances: Utterances, capacity: int) -> dict[str, Error
     Raises:
         RunError: not every utterance was counted.
     """
-    run.evaluated.eval()
+    learner.evaluated.eval()
     plan = split_by_size(utterances.samples, capacity)
     errors = {subset.name: ErrorCounts() for subset in utterances.subsets}
 
@@ -466,10 +300,8 @@ def evaluate(run: Run, utterances: Utterances, capacity: int) -> dict[str, Error
 
     started: tuple[Batch, Callable[[], Tensor], Tensor] | None = None  # decoded while the device works on the next one
     with _progress_bar("evaluation", len(plan), 0) as bar:
-        for batch in prefetch(plan, partial(make_batch, utterances, pinned=run.device.type == "cuda")):
-            features = run.spectrogram(batch.waveforms_BS.to(run.device, non_blocking=True), batch.samples_B)
-            with precision_context(run.config.precision, run.device):
-                logits_TBV, frames_B = run.evaluated(*features)
+        for batch in prefetch(plan, partial(make_batch, utterances, pinned=learner.device.type == "cuda")):
+            logits_TBV, frames_B = learner.logits(learner.evaluated, batch)
             best_TB = read_later(logits_TBV.argmax(dim=2))
             if started is not None:
                 count(*started)
@@ -500,16 +332,16 @@ def _log_accuracy(log: mllog.mllog.MLLogger, errors: dict[str, ErrorCounts], tot
         )
 
 
-def _resume(run: Run, dataset: PackedDataset) -> Progress:
-    path = run.config.output_dir / checkpoint.LAST
+def _resume(run: Run) -> Progress:
+    learner, path = run.learner, run.config.output_dir / checkpoint.LAST
     content = checkpoint.load(path)
-    checkpoint.check_resumable(path, content, run.config, dataset.digest)
+    checkpoint.check_resumable(path, content, run.config, run.dataset.digest)
     progress = Progress(**{**content["progress"], "resumed": True})
-    run.model.load_state_dict(content["trained_model"])
-    if run.averaged is not None:
-        run.averaged.module.load_state_dict(content["model"])
-        run.averaged.n_averaged.fill_(progress.step)  # not zero, at which it would start with the model's weights
-    run.optimizer.load_state_dict(content["optimizer"])
+    learner.model.load_state_dict(content["trained_model"])
+    if learner.averaged is not None:
+        learner.averaged.module.load_state_dict(content["model"])
+        learner.averaged.n_averaged.fill_(progress.step)  # not zero, at which it would start with the model's weights
+    learner.optimizer.load_state_dict(content["optimizer"])
     run.log.event("resumed", True, metadata=dataclasses.asdict(progress))
     print(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.", file=sys.stderr)
     return progress

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from data.packed import DataError
 from pytorch.beam_search import Decode, Decoding
+from pytorch.command import exit_status
 from pytorch.config import RunError
 from pytorch.evaluate import speed
 from pytorch.recogniser import Recogniser, Word, align
@@ -96,19 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m pytorch.transcribe", description=__doc__)
     try:
-        return 0 if transcribe(options) else 1
-    except (RunError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return exit_status(lambda: transcribe(options))
     except BrokenPipeError:  # such as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:  # such as a disk that is full
         print(f"error: transcripts cannot be written: {error.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return 1
 
 
 def transcribe(options: Options) -> bool:

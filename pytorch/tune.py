@@ -22,9 +22,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from data.packed import DataError, open_dataset
+from data.packed import open_dataset
 from pytorch.batches import Utterances
 from pytorch.beam_search import BeamSearch, LanguageModel
+from pytorch.command import exit_status
 from pytorch.config import RunError
 from pytorch.evaluate import emissions, select_subsets
 from pytorch.metrics import count_errors
@@ -59,15 +60,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m pytorch.tune", description=__doc__)
-    try:
-        tune(options)
-    except (RunError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: tune(options))
 
 
 def tune(options: Options) -> Pair:

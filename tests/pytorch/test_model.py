@@ -5,8 +5,8 @@ from torch import nn
 from pytorch.config import CONFIGS
 from pytorch.decoder import decode_greedily
 from pytorch.features import FREQUENCY_BINS
+from pytorch.learner import ctc_loss
 from pytorch.model import DeepSpeech2, output_frames
-from pytorch.train import ctc_loss
 
 FRAMES = torch.tensor([61, 100, 33, 100, 7])
 

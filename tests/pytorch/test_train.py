@@ -10,7 +10,7 @@ import torch
 
 from pytorch import checkpoint, gru, train
 from pytorch.config import CONFIGS
-from pytorch.train import learning_rate
+from pytorch.learner import learning_rate
 from tests.conftest import ROOT, write_packed_dataset
 
 SMALL = ["--config", "synthetic", "--hidden-size", "16", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
