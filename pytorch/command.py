@@ -1,9 +1,11 @@
-"""What the commands have in common: how they end."""
+"""What the commands have in common: how they end, and how they show that they go on."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+
+from tqdm import tqdm
 
 from data.packed import DataError
 from pytorch.config import RunError
@@ -22,3 +24,8 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+
+
+def progress_bar(title: str, total: int, initial: int = 0) -> tqdm:
+    """Progress with time left on standard error, gone when done; silent where that is no terminal."""
+    return tqdm(total=total, initial=initial, desc=title, leave=False, disable=None, unit="batch")

@@ -16,12 +16,10 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,14 +30,14 @@ from tqdm import tqdm
 
 from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, gru, mlperf
-from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch, split_by_size
+from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch
 from pytorch.checkpoint import Progress
-from pytorch.command import exit_status
+from pytorch.command import exit_status, progress_bar
 from pytorch.config import Config, RunError, parse_config
-from pytorch.decoder import spell
-from pytorch.devices import choose_device, choose_precision, read_later
+from pytorch.devices import choose_device, choose_precision
+from pytorch.features import SAMPLE_RATE
 from pytorch.learner import Learner, learning_rate
-from pytorch.metrics import ErrorCounts, count_errors
+from pytorch.validation import Evaluation, evaluate
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
 UNREAD_STEPS = {"cpu": 0, "cuda": 4}  # whose losses are still to be read, so that a GPU never waits for the CPU
@@ -94,8 +92,9 @@ def train(config: Config) -> bool:
         raise RunError(f"--output-dir {config.output_dir}: cannot be made: {error.strerror}") from error
     device = choose_device(config.device)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
-    log.event(constants.CACHE_CLEAR, mlperf.clear_cache(dataset.path))
-    mlperf.log_submission(log, config, dataset, device)
+    cache = mlperf.clear_cache(dataset.path)
+    log.event(constants.CACHE_CLEAR, cache.pop("cleared"), metadata=cache)
+    mlperf.log_submission(log, config, dataset, device, 1)
 
     torch.manual_seed(config.seed)
     learner = Learner.make(config, device)
@@ -110,10 +109,11 @@ def train(config: Config) -> bool:
     clock = _Clock(progress.elapsed_seconds)
     reached = False
     try:
-        reached = _train_to_target(run, progress, clock)
+        reached, evaluation = _train_to_target(run, progress, clock)
     finally:
         seconds = clock.seconds()
         log.end(constants.RUN_STOP, metadata={"status": constants.SUCCESS if reached else constants.ABORTED})
+    evaluation.log_transcripts(log)
     try:
         _save(run, progress)  # off the clock, and no reason to lose the result
     finally:
@@ -144,8 +144,8 @@ def _longest_training_utterance(dataset: PackedDataset) -> int:
     return max(dataset.summary[name].longest_samples for name in dataset.splits["train"])
 
 
-def _train_to_target(run: Run, progress: Progress, clock: _Clock) -> bool:
-    """The part on the clock."""
+def _train_to_target(run: Run, progress: Progress, clock: _Clock) -> tuple[bool, Evaluation]:
+    """The part on the clock. Returns whether the target was reached, and the last evaluation."""
     config, dataset, log = run.config, run.dataset, run.log
     utterances = Utterances(dataset.split("train"))
     validation = Utterances(dataset.split("validation"))
@@ -158,45 +158,42 @@ def _train_to_target(run: Run, progress: Progress, clock: _Clock) -> bool:
     if len(included) == 0:
         raise RunError(f"{dataset.path}: no training utterance is long enough for its transcript")
 
+    capacity = config.batch_size * _longest_training_utterance(dataset)
     for epoch in range(progress.epoch, config.max_epochs + 1):
-        epoch_started = time.monotonic()
         log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: epoch})
-        finished, loss, waiting = _train_epoch(run, utterances, included, progress)
-        log.end(
-            constants.EPOCH_STOP,
-            metadata={constants.EPOCH_NUM: epoch, "loss": loss, "data_wait_fraction": waiting, "step": progress.step},
-        )
-        training_seconds = time.monotonic() - epoch_started
+        trained = _train_epoch(run, utterances, included, progress)
+        metadata = {constants.EPOCH_NUM: epoch, "step": progress.step, **dataclasses.asdict(trained)}
+        log.end(constants.EPOCH_STOP, metadata=metadata)
 
         evaluation_started = time.monotonic()
         log.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: epoch})
-        errors = evaluate(run.learner, validation, config.batch_size * _longest_training_utterance(dataset))
-        total = sum(errors.values(), ErrorCounts())
-        _log_accuracy(log, errors, total, epoch)
+        evaluation = evaluate(run.learner, validation, capacity)
+        evaluation.log_errors(log, epoch)
+        total = evaluation.total
         progress.evaluation_seconds += time.monotonic() - evaluation_started
         fraction = progress.evaluation_seconds / clock.seconds()
         log.end(constants.EVAL_STOP, metadata={constants.EPOCH_NUM: epoch, "evaluation_fraction_of_run": fraction})
         reached = total.wer <= config.target_wer
-        each = ", ".join(f"{name} {counts.wer:.2f}" for name, counts in errors.items())
+        each = ", ".join(f"{name} {counts.wer:.2f}" for name, counts in evaluation.by_subset().items())
         tqdm.write(
-            f"epoch {epoch:3d}  loss {loss:8.3f}  WER {total.wer:6.2f} ({each})  CER {total.cer:6.2f}  "
-            f"train {training_seconds:.0f} s (waited for data {waiting:.1%})  clock {clock.seconds():.0f} s "
-            f"(evaluation {fraction:.0%})",
+            f"epoch {epoch:3d}  loss {trained.loss:8.3f}  WER {total.wer:6.2f} ({each})  CER {total.cer:6.2f}  "
+            f"train {trained.seconds:.0f} s (waited for data {trained.data_wait_fraction:.1%})  "
+            f"clock {clock.seconds():.0f} s (evaluation {fraction:.0%})",
             file=sys.stderr,
         )
-        if finished:
+        if trained.finished:
             progress.epoch, progress.step_in_epoch = epoch + 1, 0
         progress.wer = total.wer
         progress.best_wer = min(total.wer, progress.best_wer if progress.best_wer is not None else math.inf)
         progress.elapsed_seconds = clock.seconds()
-        if reached or not finished or epoch == config.max_epochs:
-            return reached
+        if reached or not trained.finished or epoch == config.max_epochs:
+            return reached, evaluation
         _save(run, progress)
     raise RunError(f"--max-epochs {config.max_epochs}: all of them are done already; give a larger number to go on")
 
 
 def _save(run: Run, progress: Progress) -> None:
-    learner = run.learner
+    learner, started = run.learner, time.monotonic()
     for name in [checkpoint.LAST] + [checkpoint.BEST] * (progress.wer == progress.best_wer):
         checkpoint.save(
             run.config.output_dir / name,
@@ -207,24 +204,31 @@ def _save(run: Run, progress: Progress) -> None:
             learner.model,
             learner.optimizer,
         )
+    run.log.event("checkpoint", time.monotonic() - started, metadata={"step_num": progress.step})
 
 
-def _train_epoch(
-    run: Run, utterances: Utterances, included: np.ndarray, progress: Progress
-) -> tuple[bool, float, float]:
-    """The rest of the epoch under way.
+@dataclass(frozen=True)
+class Trained:
+    """What an epoch, or the rest of one, came to."""
 
-    Returns:
-        Whether the epoch was finished (max_steps may end it), mean loss of its steps here, fraction of its time spent
-        waiting for data.
-    """
+    finished: bool  # whether to its end: max_steps may come before
+    loss: float  # mean over its steps
+    seconds: float
+    utterances_per_second: float
+    audio_seconds_per_second: float  # of speech as it is in the corpus, before augmentation
+    data_wait_fraction: float  # of the time
+    skipped_steps: int  # of the run so far
+
+
+def _train_epoch(run: Run, utterances: Utterances, included: np.ndarray, progress: Progress) -> Trained:
+    """The rest of the epoch under way."""
     config = run.config
     plan = plan_epoch(utterances, included, config.batch_size, config.seed, progress.epoch)
     make = partial(make_batch, utterances, augment=(config, progress.epoch), pinned=run.learner.device.type == "cuda")
     batches = prefetch(plan[progress.step_in_epoch :], make)
     losses: list[float] = []
     unread: deque[tuple[int, float, Batch, Callable[[], Tensor]]] = deque()
-    started, waiting = time.monotonic(), 0.0
+    started, waiting, done, samples = time.monotonic(), 0.0, 0, 0
     run.learner.model.train()
 
     def read(most_unread: int) -> None:
@@ -236,13 +240,14 @@ def _train_epoch(
                 losses.append(loss)
                 bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
 
-    with _progress_bar(f"epoch {progress.epoch}", len(plan), progress.step_in_epoch) as bar:
+    with progress_bar(f"epoch {progress.epoch}", len(plan), progress.step_in_epoch) as bar:
         while progress.step_in_epoch < len(plan) and (config.max_steps is None or progress.step < config.max_steps):
             asked = time.monotonic()
             batch = next(batches)
             waiting += time.monotonic() - asked
             rate = learning_rate(config, progress.step, len(plan))
             result = run.learner.step(batch, rate)
+            done, samples = done + len(batch), samples + int(batch.samples_B.sum())
             progress.step += 1
             progress.step_in_epoch += 1
             unread.append((progress.step, rate, batch, result))
@@ -250,9 +255,16 @@ def _train_epoch(
             bar.update()
         read(0)
     batches.close()  # type: ignore[attr-defined]  # stops the reader when max_steps ended the epoch early
-    elapsed = time.monotonic() - started
-    mean_loss = sum(losses) / len(losses) if losses else math.nan
-    return progress.step_in_epoch == len(plan), mean_loss, waiting / elapsed if elapsed else 0.0
+    seconds = time.monotonic() - started
+    return Trained(
+        finished=progress.step_in_epoch == len(plan),
+        loss=sum(losses) / len(losses) if losses else math.nan,
+        seconds=seconds,
+        utterances_per_second=done / seconds,
+        audio_seconds_per_second=samples / SAMPLE_RATE / seconds,
+        data_wait_fraction=waiting / seconds,
+        skipped_steps=progress.skipped_steps,
+    )
 
 
 def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, norm: float, ids: list[str]) -> bool:
@@ -276,62 +288,6 @@ def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, 
     return False
 
 
-@torch.no_grad()
-def evaluate(learner: Learner, utterances: Utterances, capacity: int) -> dict[str, ErrorCounts]:
-    """Errors of greedy decoding, by subset, over **every** utterance.
-
-    Args:
-        learner: the model and where it is.
-        utterances: what to evaluate.
-        capacity: samples of a batch, padding included. The largest training batch is known to fit into memory, together
-            with its gradients.
-
-    Raises:
-        RunError: not every utterance was counted.
-    """
-    learner.evaluated.eval()
-    plan = split_by_size(utterances.samples, capacity)
-    errors = {subset.name: ErrorCounts() for subset in utterances.subsets}
-
-    def count(batch: Batch, best_TB: Callable[[], Tensor], frames_B: Tensor) -> None:
-        hypotheses = spell(best_TB(), frames_B)
-        for index, reference, hypothesis in zip(batch.indices, batch.transcripts, hypotheses, strict=True):
-            errors[utterances.subsets[utterances.subset_of[index]].name] += count_errors([reference], [hypothesis])
-
-    started: tuple[Batch, Callable[[], Tensor], Tensor] | None = None  # decoded while the device works on the next one
-    with _progress_bar("evaluation", len(plan), 0) as bar:
-        for batch in prefetch(plan, partial(make_batch, utterances, pinned=learner.device.type == "cuda")):
-            logits_TBV, frames_B = learner.logits(learner.evaluated, batch)
-            best_TB = read_later(logits_TBV.argmax(dim=2))
-            if started is not None:
-                count(*started)
-            started = batch, best_TB, frames_B
-            bar.update()
-    if started is not None:
-        count(*started)
-    counted = sum(counts.utterances for counts in errors.values())
-    if counted != len(utterances):
-        raise RunError(f"evaluation counted {counted} of {len(utterances)} utterances")
-    return errors
-
-
-def _log_accuracy(log: mllog.mllog.MLLogger, errors: dict[str, ErrorCounts], total: ErrorCounts, epoch: int) -> None:
-    detail: dict[str, Any] = {constants.EPOCH_NUM: epoch, "utterances": total.utterances, "words": total.words}
-    log.event(constants.EVAL_ACCURACY, total.wer, metadata=detail)
-    for name, counts in [("all", total), *errors.items()]:
-        log.event(
-            "validation_errors",
-            name,
-            metadata={
-                constants.EPOCH_NUM: epoch,
-                "wer": counts.wer,
-                "cer": counts.cer,
-                "mean_utterance_wer": counts.mean_utterance_wer,
-                **dataclasses.asdict(counts),
-            },
-        )
-
-
 def _resume(run: Run) -> Progress:
     learner, path = run.learner, run.config.output_dir / checkpoint.LAST
     content = checkpoint.load(path)
@@ -345,13 +301,6 @@ def _resume(run: Run) -> Progress:
     run.log.event("resumed", True, metadata=dataclasses.asdict(progress))
     print(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.", file=sys.stderr)
     return progress
-
-
-@contextmanager
-def _progress_bar(title: str, total: int, initial: int) -> Iterator[tqdm]:
-    """Progress with time left on standard error, gone when done; silent where that is no terminal."""
-    with tqdm(total=total, initial=initial, desc=title, leave=False, disable=None, unit="batch") as bar:
-        yield bar
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""Evaluation of a run: greedy decoding of every validation utterance, counted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from mlperf_logging import mllog
+from mlperf_logging.mllog import constants
+from torch import Tensor
+
+from pytorch.batches import Batch, Utterances, make_batch, prefetch, split_by_size
+from pytorch.command import progress_bar
+from pytorch.config import RunError
+from pytorch.decoder import spell
+from pytorch.devices import read_later
+from pytorch.learner import Learner
+from pytorch.metrics import ErrorCounts, count_errors
+
+SHOWN = 10  # utterances whose transcripts a log holds
+
+
+class Recognised(NamedTuple):
+    """A validation utterance, as it was understood."""
+
+    id: str
+    subset: str
+    reference: str
+    hypothesis: str
+    errors: ErrorCounts
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every validation utterance, in order of length."""
+
+    recognised: list[Recognised]
+
+    @property
+    def total(self) -> ErrorCounts:
+        """Errors of all utterances."""
+        return sum((each.errors for each in self.recognised), ErrorCounts())
+
+    def by_subset(self) -> dict[str, ErrorCounts]:
+        """Errors by subset."""
+        errors: dict[str, ErrorCounts] = {}
+        for each in self.recognised:
+            errors[each.subset] = errors.get(each.subset, ErrorCounts()) + each.errors
+        return errors
+
+    def log_errors(self, log: mllog.mllog.MLLogger, epoch: int) -> None:
+        """Log the corpus WER, and all rates of each subset."""
+        total = self.total
+        detail: dict[str, Any] = {constants.EPOCH_NUM: epoch, "utterances": total.utterances, "words": total.words}
+        log.event(constants.EVAL_ACCURACY, total.wer, metadata=detail)
+        for name, counts in [("all", total), *self.by_subset().items()]:
+            rates = {"wer": counts.wer, "cer": counts.cer, "mean_utterance_wer": counts.mean_utterance_wer}
+            metadata = {constants.EPOCH_NUM: epoch, **rates, **dataclasses.asdict(counts)}
+            log.event("validation_errors", name, metadata=metadata)
+
+    def log_transcripts(self, log: mllog.mllog.MLLogger) -> None:
+        """Log some utterances from the worst to the best, evenly spaced by WER: what the figure looks like."""
+        ranked = sorted(self.recognised, key=lambda each: (-each.errors.wer, each.id))
+        positions = np.unique(np.linspace(0, len(ranked) - 1, SHOWN).round().astype(int))
+        for position in positions.tolist():
+            each = ranked[position]
+            metadata = {"subset": each.subset, "reference": each.reference, "hypothesis": each.hypothesis}
+            log.event("transcript", each.id, metadata={**metadata, "wer": each.errors.wer})
+
+
+@torch.no_grad()
+def evaluate(learner: Learner, utterances: Utterances, capacity: int) -> Evaluation:
+    """Recognise **every** utterance by greedy decoding.
+
+    Args:
+        learner: the model and where it is.
+        utterances: what to evaluate.
+        capacity: samples of a batch, padding included. The largest training batch is known to fit into memory, together
+            with its gradients.
+
+    Raises:
+        RunError: not every utterance was counted.
+    """
+    learner.evaluated.eval()
+    plan = split_by_size(utterances.samples, capacity)
+    recognised: dict[int, Recognised] = {}
+
+    def decode(batch: Batch, best_TB: Callable[[], Tensor], frames_B: Tensor) -> None:
+        hypotheses = spell(best_TB(), frames_B)
+        for index, reference, hypothesis in zip(batch.indices.tolist(), batch.transcripts, hypotheses, strict=True):
+            subset = utterances.subsets[utterances.subset_of[index]].name
+            errors = count_errors([reference], [hypothesis])
+            recognised[index] = Recognised(utterances.id(index), subset, reference, hypothesis, errors)
+
+    started: tuple[Batch, Callable[[], Tensor], Tensor] | None = None  # decoded while the device works on the next one
+    with progress_bar("evaluation", len(plan)) as bar:
+        for batch in prefetch(plan, partial(make_batch, utterances, pinned=learner.device.type == "cuda")):
+            logits_TBV, frames_B = learner.logits(learner.evaluated, batch)
+            best_TB = read_later(logits_TBV.argmax(dim=2))
+            if started is not None:
+                decode(*started)
+            started = batch, best_TB, frames_B
+            bar.update()
+    if started is not None:
+        decode(*started)
+    if len(recognised) != len(utterances):
+        raise RunError(f"evaluation counted {len(recognised)} of {len(utterances)} utterances")
+    return Evaluation([recognised[index] for index in range(len(utterances))])
