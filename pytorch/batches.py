@@ -82,22 +82,29 @@ def plan_epoch(
     Args:
         utterances: sorted by length.
         included: int [M], ascending positions in `utterances`.
-        batch_size: global batch size; the batch that gets the rest is smaller.
+        batch_size: global batch size, see `split_evenly`.
         seed: the run's seed.
         epoch: from 1; the first is in order of length.
     """
     if epoch == 1:
-        return split_in_order(included, batch_size)
+        return split_evenly(included, batch_size)
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     jitter = random.uniform(1 - LENGTH_JITTER / 2, 1 + LENGTH_JITTER / 2, len(included))
     order = included[np.argsort(utterances.samples[included] * jitter, kind="stable")]
-    batches = split_in_order(order, batch_size)
+    batches = split_evenly(order, batch_size)
     return [batches[position] for position in random.permutation(len(batches))]
 
 
-def split_in_order(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Consecutive batches; the last one may be smaller."""
-    return [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+def split_evenly(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Consecutive batches, as few as possible, none of more than `batch_size`; their sizes differ by one at most."""
+    return np.array_split(indices, -(-len(indices) // batch_size))
+
+
+def deal(utterances: Utterances, indices: np.ndarray, parts: int) -> list[np.ndarray]:
+    """A batch in parts of like size and like total length: by length, dealt forth and back (1 2 3 3 2 1 1 2 ...)."""
+    longest_first = indices[np.argsort(-utterances.samples[indices], kind="stable")]
+    order = np.resize(np.concatenate([np.arange(parts), np.arange(parts)[::-1]]), len(indices))
+    return [longest_first[order == part] for part in range(parts)]
 
 
 def split_by_size(samples: np.ndarray, capacity: int) -> list[np.ndarray]:

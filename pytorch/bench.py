@@ -181,7 +181,7 @@ class Workload:
 
     def step(self) -> None:
         """A whole training step."""
-        self.learner.step(self.batch, self.learner.config.learning_rate)
+        self.learner.step([self.batch], len(self.batch), self.learner.config.learning_rate)
 
 
 def gemm_peak(device: torch.device, precision: Precision, repetitions: int) -> float:

@@ -1,15 +1,23 @@
 """Checkpoints: what a run needs to go on, and a trained model to be used.
 
-A checkpoint is a dictionary of plain values and tensors, read with `weights_only=True`. It is written beside its final
-path, flushed to disk and renamed, so a file at the final path is always whole.
+A checkpoint is a dictionary of plain values and tensors, read with `weights_only=True`, that holds the SHA-256 digest
+of its own content. It is written beside its final path, flushed to disk and renamed, so a file at the final path is
+whole; one that was damaged there is found out, and the one before it is used. A run keeps three:
+
+    checkpoint_last.pt      the newest
+    checkpoint_previous.pt  the one before it
+    checkpoint_best.pt      of the evaluation with the lowest WER
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import os
 import pickle
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +26,24 @@ import torch
 from pytorch.config import Config, RunError
 from pytorch.decoder import LABELS
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BEST = "checkpoint_best.pt"
 LAST = "checkpoint_last.pt"
+PREVIOUS = "checkpoint_previous.pt"
 
 # What a resumed run may change: where it runs and when it ends, not what it computes.
-_FREE_ON_RESUME = {"dataset_dir", "output_dir", "resume", "device", "target_wer", "max_epochs", "max_steps"}
+_FREE_ON_RESUME = {
+    "dataset_dir",
+    "output_dir",
+    "resume",
+    "resume_with_changes",
+    "checkpoint_minutes",
+    "collective_timeout_seconds",
+    "device",
+    "target_wer",
+    "max_epochs",
+    "max_steps",
+}
 
 
 @dataclasses.dataclass
@@ -32,6 +52,8 @@ class Progress:
 
     epoch: int = 1  # the epoch under way, from 1
     step_in_epoch: int = 0  # steps of it that are done
+    losses_in_epoch: int = 0  # of them, steps with a finite loss
+    sum_of_losses_in_epoch: float = 0.0
     step: int = 0  # steps of the run that are done, skipped ones included
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
@@ -43,18 +65,25 @@ class Progress:
 
 
 def save(
-    path: Path,
+    folder: Path,
     config: Config,
     dataset_digest: str,
     progress: Progress,
     evaluated: torch.nn.Module,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
+    *,
+    best: bool,
 ) -> None:
-    """Write a checkpoint atomically: the model that was evaluated as "model", the one in training as "trained_model".
+    """Write the newest checkpoint: the model that is evaluated as "model", the one in training as "trained_model".
+
+    Args:
+        folder: of the run's checkpoints; the newest one there becomes the one before.
+        config, dataset_digest, progress, evaluated, model, optimizer: its content.
+        best: whether it is the best one as well.
 
     Raises:
-        RunError: it cannot be written, such as on a full disk. What was at `path` before is untouched.
+        RunError: it cannot be written, such as on a full disk. What was there before is untouched.
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -62,21 +91,63 @@ def save(
         "config": config.plain(),
         "dataset_digest": dataset_digest,
         "progress": dataclasses.asdict(progress),
+        "random_state": torch.get_rng_state(),
         "model": evaluated.state_dict(),
         "trained_model": model.state_dict(),  # takes no space where it is the same
         "optimizer": optimizer.state_dict(),
     }
+    content["digest"] = _digest(content)
+    path = folder / LAST
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            _put(path, folder / PREVIOUS)
         partial.rename(path)
+        if best:
+            _put(path, folder / BEST)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink()
         raise RunError(f"{path}: the checkpoint could not be written: {error}") from error
+
+
+def _put(path: Path, second: Path) -> None:
+    """Make a file known by a second path too, replacing what is there; a copy where there are no hard links."""
+    partial = second.with_name(second.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        partial.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+    partial.rename(second)
+
+
+def _digest(content: Any) -> str:
+    """SHA-256 of plain values and tensors: of all keys, types, shapes and bytes, in order."""
+    digest = hashlib.sha256()
+
+    def add(thing: Any) -> None:
+        if isinstance(thing, dict):
+            for key, value in thing.items():
+                digest.update(f"{key!r}:".encode())
+                add(value)
+        elif isinstance(thing, (list, tuple)):
+            for value in thing:
+                add(value)
+        elif isinstance(thing, torch.Tensor):
+            digest.update(f"{thing.dtype}{tuple(thing.shape)}".encode())
+            digest.update(thing.detach().cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(thing).encode())
+
+    add(content)
+    return digest.hexdigest()
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -96,7 +167,26 @@ def load(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: checkpoint format {version}; this version reads format {FORMAT_VERSION}")
     if content["labels"] != LABELS:
         raise RunError(f"{path}: its labels are {content['labels']!r}, expected {LABELS!r}")
+    if content.pop("digest") != _digest(content):
+        raise RunError(f"{path}: damaged: its content does not have the digest that it was written with")
     return content
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of a run that is whole, and where it is; says so if it is not the last one written.
+
+    Raises:
+        RunError: there is none, or none that is whole.
+    """
+    path = folder / LAST
+    try:
+        return path, load(path)
+    except RunError as error:
+        previous = folder / PREVIOUS
+        if not previous.exists():
+            raise
+        print(f"{error}; going on from the one before, {previous.name}", file=sys.stderr)
+        return previous, load(previous)
 
 
 def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset_digest: str) -> None:
@@ -112,5 +202,12 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
     ]
     if content["dataset_digest"] != dataset_digest:
         differences.append(f"data set {content['dataset_digest'][:12]} there, {dataset_digest[:12]} now")
-    if differences:
-        raise RunError(f"{path}: cannot be resumed with this configuration: {'; '.join(differences)}")
+    if not differences:
+        return
+    if config.resume_with_changes:
+        print(f"{path}: resumed with changes: {'; '.join(differences)}", file=sys.stderr)
+        return
+    raise RunError(
+        f"{path}: cannot be resumed with this configuration: {'; '.join(differences)}. If that is what you want: "
+        "--resume-with-changes"
+    )

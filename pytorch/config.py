@@ -70,9 +70,15 @@ class Config:
     dataset_dir: Path = ROOT / "LibriSpeech_dataset"
     """Packed data set, as download_dataset.sh makes it."""
     output_dir: Path = ROOT / "results" / "librispeech"
-    """Folder for checkpoint_best.pt and checkpoint_last.pt."""
+    """Folder for checkpoint_best.pt, checkpoint_last.pt and checkpoint_previous.pt."""
     resume: bool = False
-    """Go on from checkpoint_last.pt in the output folder."""
+    """Go on from the newest checkpoint in the output folder."""
+    resume_with_changes: bool = False
+    """Resume even where configuration or data set differ from those of the checkpoint."""
+    checkpoint_minutes: float = _field(30.0, POSITIVE)
+    """Longest time between checkpoints, which there are after each epoch in any case."""
+    collective_timeout_seconds: float = _field(600.0, POSITIVE)
+    """How long processes wait for each other before one is taken for lost."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: the GPU if there is one."""
     precision: Precision = "auto"
@@ -95,7 +101,9 @@ class Config:
 
     # --- optimisation
     batch_size: int = _field(128, POSITIVE_INTEGER)
-    """Global batch size, in utterances."""
+    """Global batch size, in utterances: those of one optimizer step, on all devices."""
+    gradient_accumulation_steps: int = _field(1, POSITIVE_INTEGER)
+    """Parts that each device's share of the batch is computed in, one after another."""
     optimizer: Optimizer = _field("adamw", OPTIMIZER)
     """adamw, or sgd with Nesterov momentum."""
     learning_rate: float = _field(1e-3, POSITIVE)

@@ -12,8 +12,8 @@ from pytorch import gru
 from pytorch.config import Precision, RunError
 
 
-def choose_device(name: str) -> torch.device:
-    """Device of that name; `auto` is the GPU if there is one.
+def choose_device(name: str, number: int = 0) -> torch.device:
+    """Device of that name; `auto` is the GPU of that number if there is one.
 
     Raises:
         RunError: a GPU was asked for and there is none.
@@ -22,7 +22,7 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu or auto")
-    return torch.device(name)
+    return torch.device(name, number) if name == "cuda" else torch.device(name)
 
 
 def choose_precision(name: Precision, device: torch.device) -> Precision:

@@ -44,7 +44,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.packed import DataError, PackedDataset, Subset, open_dataset
-from pytorch.batches import Utterances, split_in_order
+from pytorch.batches import Utterances, split_evenly
 from pytorch.beam_search import Decoding
 from pytorch.command import exit_status
 from pytorch.config import RunError
@@ -194,7 +194,7 @@ def emissions(
     recogniser: Recogniser, utterances: Utterances, batch_size: int, rank: int = 0, processes: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
     """Position and log probabilities [T, V] of every utterance that this one of the processes has to recognise."""
-    plan = split_in_order(np.arange(len(utterances)), batch_size)[rank::processes]
+    plan = split_evenly(np.arange(len(utterances)), batch_size)[rank::processes]
     for indices in tqdm(plan, desc="recognising", unit="batch", leave=False, disable=None if rank == 0 else True):
         waveforms = [utterances.waveform(index) for index in indices.tolist()]
         yield from zip(indices.tolist(), recogniser.emissions(waveforms), strict=True)

@@ -12,8 +12,9 @@ Axes: B batch, T time (frames), F frequency, C channels, N valid frames of all u
 works on the N valid frames alone, kept as the rows of a packed sequence, so every batch norm is sequence-wise and no
 statistic sees padding.
 
-Weights are initialised as PyTorch does: convolutions and linear layer U(-1/sqrt(fan_in), 1/sqrt(fan_in)), GRU
-U(-1/sqrt(H), 1/sqrt(H)), batch norm scale 1 and shift 0.
+Weights are initialised as PyTorch does: convolutions and linear layer U(-1/sqrt(fan_in), 1/sqrt(fan_in)), those of the
+GRUs' inputs U(-1/sqrt(H), 1/sqrt(H)), batch norm scale 1 and shift 0. But the GRUs' recurrent weights are orthogonal,
+gate by gate (Saxe et al., arXiv 1312.6120), and their biases zero: BENCHMARKS.md says what that gains.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from pytorch.batch_norm import BatchNorm
 from pytorch.convolution import Convolution
 from pytorch.decoder import LABELS
 from pytorch.gru import GRU
@@ -49,12 +51,18 @@ class DeepSpeech2(nn.Module):
     def __init__(self, conv_channels: int = 32, hidden_size: int = 800) -> None:
         super().__init__()
         self.conv1 = Convolution(1, conv_channels, kernel=(41, 11), stride=(2, TIME_STRIDE))
-        self.norm1 = nn.BatchNorm1d(conv_channels)
+        self.norm1 = BatchNorm(conv_channels)
         self.conv2 = Convolution(conv_channels, conv_channels, kernel=(21, 11), stride=(2, 1))
-        self.norm2 = nn.BatchNorm1d(conv_channels)
+        self.norm2 = BatchNorm(conv_channels)
         sizes = [OUTPUT_FREQUENCIES * conv_channels] + [hidden_size] * (GRU_LAYERS - 1)
         self.grus = nn.ModuleList(GRU(size, hidden_size) for size in sizes)
-        self.norms = nn.ModuleList(nn.BatchNorm1d(hidden_size) for _ in sizes)
+        for name, parameter in self.grus.named_parameters():
+            if "weight_hh" in name:
+                for gate in parameter.detach().chunk(3):
+                    nn.init.orthogonal_(gate)
+            elif "bias" in name:
+                nn.init.zeros_(parameter)
+        self.norms = nn.ModuleList(BatchNorm(hidden_size) for _ in sizes)
         self.classifier = nn.Linear(hidden_size, len(LABELS), bias=False)
 
     def forward(self, features_BFT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:

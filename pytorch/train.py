@@ -5,7 +5,11 @@
     python -m pytorch.train --config an4 --resume
 
 Prints the MLPerf log on standard output and progress on standard error. Exit status: 0 the target was reached, 1 it was
-not or something went wrong, 2 the command line was not understood, 130 interrupted.
+not or something went wrong, 2 the command line was not understood, 130 interrupted, 75 told to end by SIGTERM or
+SIGUSR1: then the step under way was finished and saved, and --resume goes on from there; 74 lost another process.
+
+Started by torchrun, it is one of several processes (see ranks.py) that take the same steps together: each computes a
+part of every batch.
 """
 
 from __future__ import annotations
@@ -13,34 +17,48 @@ from __future__ import annotations
 import dataclasses
 import getpass
 import math
+import os
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from mlperf_logging import mllog
 from mlperf_logging.mllog import constants
 from torch import Tensor
-from tqdm import tqdm
 
 from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, gru, mlperf
-from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch
+from pytorch.batches import Utterances, deal, make_batch, plan_epoch, prefetch
 from pytorch.checkpoint import Progress
-from pytorch.command import exit_status, progress_bar
+from pytorch.command import LOST, Preempted, exit_status, progress_bar
 from pytorch.config import Config, RunError, parse_config
 from pytorch.devices import choose_device, choose_precision
 from pytorch.features import SAMPLE_RATE
 from pytorch.learner import Learner, learning_rate
+from pytorch.ranks import Ranks, is_about_contact, leave, seconds_waited
 from pytorch.validation import Evaluation, evaluate
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
+STATUS_FILE = "DEEPSPEECH2_STATUS_FILE"  # where launch.py wants to find the exit status
 UNREAD_STEPS = {"cpu": 0, "cuda": 4}  # whose losses are still to be read, so that a GPU never waits for the CPU
+
+
+class Clock:
+    """Seconds since it was made, plus those of the run before it was resumed."""
+
+    def __init__(self, before: float = 0.0) -> None:
+        self._start = time.monotonic() - before
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
 
 
 @dataclass
@@ -50,6 +68,13 @@ class Run:
     learner: Learner
     dataset: PackedDataset
     log: mllog.mllog.MLLogger
+    clock: Clock = field(default_factory=Clock)
+    saved_at: float = field(default_factory=time.monotonic)  # time.monotonic() of the newest checkpoint
+    stop_asked: bool = False  # by a signal, of this process
+
+    def ask_to_stop(self, *_: object) -> None:
+        """Handle a signal: the step under way goes on."""
+        self.stop_asked = True
 
     @property
     def config(self) -> Config:
@@ -69,7 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
             )
         )
 
-    return exit_status(work, interrupted="interrupted; --resume goes on from the last finished epoch")
+    status = exit_status(work, interrupted="interrupted; --resume goes on from the last checkpoint")
+    leave()
+    if STATUS_FILE in os.environ and status != LOST:
+        Path(os.environ[STATUS_FILE]).write_text(str(status))
+        return 0
+    return status
 
 
 def train(config: Config) -> bool:
@@ -78,75 +108,89 @@ def train(config: Config) -> bool:
     Raises:
         RunError: the run cannot start or go on.
         DataError: the data set is absent or damaged.
+        Preempted: the process was told to end.
     """
+    run, progress = _prepare(config)
+    ranks, log = run.learner.ranks, run.log
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, run.ask_to_stop)
+    started_at = datetime.now()
+    log.start(constants.RUN_START)
+    run.clock = Clock(progress.elapsed_seconds)
+    reached = False
+    try:
+        reached, evaluation = _train_to_target(run, progress)
+    except RuntimeError as error:
+        if ranks.size > 1 and is_about_contact(error):
+            raise ranks.lost(error) from error
+        raise
+    finally:
+        seconds = run.clock.seconds()
+        log.end(constants.RUN_STOP, metadata={"status": constants.SUCCESS if reached else constants.ABORTED})
+    evaluation.log_transcripts(log)
+    try:
+        _save(run, progress, best=progress.wer == progress.best_wer)  # off the clock, and no reason to lose the result
+    finally:
+        if reached:
+            _print_result(run, progress, seconds, started_at)
+        else:
+            ranks.say(f"The target WER of {config.target_wer:g} was not reached; best: {progress.best_wer:.2f}.")
+    ranks.gather(None)  # none leaves while another is still busy
+    return reached
+
+
+def _prepare(config: Config) -> tuple[Run, Progress]:
+    """All that may be done before the clock starts: only the summary of the data is read."""
     log = mlperf.get_logger()
     log.start(constants.INIT_START)
-    # Only the summary is read before the clock starts: sizes to warm up with, and errors that are better early.
+    ranks = Ranks.start(choose_device(config.device).type, config.collective_timeout_seconds)
+    device = choose_device(config.device, ranks.local_rank)
     dataset = open_dataset(config.dataset_dir)
     for split in ("train", "validation"):
         if not dataset.splits[split]:
             raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
+    parts = ranks.size * config.gradient_accumulation_steps
+    if config.batch_size < parts:
+        raise RunError(
+            f"--batch-size {config.batch_size}: cannot be divided into {parts} parts (devices x accumulation)"
+        )
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--output-dir {config.output_dir}: cannot be made: {error.strerror}") from error
-    device = choose_device(config.device)
     config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
-    cache = mlperf.clear_cache(dataset.path)
-    log.event(constants.CACHE_CLEAR, cache.pop("cleared"), metadata=cache)
-    mlperf.log_submission(log, config, dataset, device, 1)
+    if ranks.local_rank == 0:
+        cache = mlperf.clear_cache(dataset.path)
+        log.event(constants.CACHE_CLEAR, cache.pop("cleared"), metadata=cache)
+    mlperf.log_submission(log, config, dataset, device, ranks.size)
 
     torch.manual_seed(config.seed)
-    learner = Learner.make(config, device)
+    learner = Learner.make(config, device, ranks)
     log.event("gru_implementation", "cuDNN" if device.type == "cuda" else gru.kernel_status())
     learner.warm_up(_longest_training_utterance(dataset))
     run = Run(learner, dataset, log)
-    progress = _resume(run) if config.resume else Progress()
+    progress = _resume(run) or Progress()
+    if not progress.resumed:
+        _save(run, progress, best=False)  # what was there is of another run; and the disk is known to do
     log.end(constants.INIT_STOP)
-
-    started_at = datetime.now()
-    log.start(constants.RUN_START)
-    clock = _Clock(progress.elapsed_seconds)
-    reached = False
-    try:
-        reached, evaluation = _train_to_target(run, progress, clock)
-    finally:
-        seconds = clock.seconds()
-        log.end(constants.RUN_STOP, metadata={"status": constants.SUCCESS if reached else constants.ABORTED})
-    evaluation.log_transcripts(log)
-    try:
-        _save(run, progress)  # off the clock, and no reason to lose the result
-    finally:
-        if reached:
-            resumed = " (resumed: no uninterrupted benchmark result)" if progress.resumed else ""
-            print(f"Target WER of {config.target_wer:g} reached in {seconds:.0f} s{resumed}.", file=sys.stderr)
-            when = f"{started_at:%Y-%m-%d %I:%M:%S %p}"
-            print(f"RESULT,DEEPSPEECH2,{config.seed},{seconds:.0f},{getpass.getuser()},{when}", flush=True)
-        else:
-            print(
-                f"The target WER of {config.target_wer:g} was not reached; best: {progress.best_wer:.2f}.",
-                file=sys.stderr,
-            )
-    return reached
+    return run, progress
 
 
-class _Clock:
-    """Seconds since it was made, plus those of the run before it was resumed."""
-
-    def __init__(self, before: float) -> None:
-        self._start = time.monotonic() - before
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
+def _print_result(run: Run, progress: Progress, seconds: float, started_at: datetime) -> None:
+    target, resumed = run.config.target_wer, " (resumed: no uninterrupted benchmark result)" if progress.resumed else ""
+    run.learner.ranks.say(f"Target WER of {target:g} reached in {seconds:.0f} s{resumed}.")
+    if run.learner.ranks.first:
+        kind, when = "RESUMED" if progress.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
+        print(f"{kind},DEEPSPEECH2,{run.config.seed},{seconds:.0f},{getpass.getuser()},{when}", flush=True)
 
 
 def _longest_training_utterance(dataset: PackedDataset) -> int:
     return max(dataset.summary[name].longest_samples for name in dataset.splits["train"])
 
 
-def _train_to_target(run: Run, progress: Progress, clock: _Clock) -> tuple[bool, Evaluation]:
+def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
     """The part on the clock. Returns whether the target was reached, and the last evaluation."""
-    config, dataset, log = run.config, run.dataset, run.log
+    config, dataset, log, clock = run.config, run.dataset, run.log, run.clock
     utterances = Utterances(dataset.split("train"))
     validation = Utterances(dataset.split("validation"))
     alignable = utterances.alignable()
@@ -155,8 +199,12 @@ def _train_to_target(run: Run, progress: Progress, clock: _Clock) -> tuple[bool,
     log.event(constants.EVAL_SAMPLES, len(validation))
     left_out = [utterances.id(index) for index in np.flatnonzero(~alignable).tolist()]
     log.event("train_samples_left_out", len(left_out), metadata={"reason": "too short for CTC", "ids": left_out})
-    if len(included) == 0:
-        raise RunError(f"{dataset.path}: no training utterance is long enough for its transcript")
+    fewest = run.learner.ranks.size * config.gradient_accumulation_steps
+    if len(included) < fewest:
+        raise RunError(
+            f"{dataset.path}: {len(included)} training utterances are long enough for their transcripts, and {fewest} "
+            "are needed"
+        )
 
     capacity = config.batch_size * _longest_training_utterance(dataset)
     for epoch in range(progress.epoch, config.max_epochs + 1):
@@ -175,36 +223,31 @@ def _train_to_target(run: Run, progress: Progress, clock: _Clock) -> tuple[bool,
         log.end(constants.EVAL_STOP, metadata={constants.EPOCH_NUM: epoch, "evaluation_fraction_of_run": fraction})
         reached = total.wer <= config.target_wer
         each = ", ".join(f"{name} {counts.wer:.2f}" for name, counts in evaluation.by_subset().items())
-        tqdm.write(
+        run.learner.ranks.say(
             f"epoch {epoch:3d}  loss {trained.loss:8.3f}  WER {total.wer:6.2f} ({each})  CER {total.cer:6.2f}  "
             f"train {trained.seconds:.0f} s (waited for data {trained.data_wait_fraction:.1%})  "
-            f"clock {clock.seconds():.0f} s (evaluation {fraction:.0%})",
-            file=sys.stderr,
+            f"clock {clock.seconds():.0f} s (evaluation {fraction:.0%})"
         )
         if trained.finished:
             progress.epoch, progress.step_in_epoch = epoch + 1, 0
+            progress.losses_in_epoch, progress.sum_of_losses_in_epoch = 0, 0.0
         progress.wer = total.wer
         progress.best_wer = min(total.wer, progress.best_wer if progress.best_wer is not None else math.inf)
-        progress.elapsed_seconds = clock.seconds()
         if reached or not trained.finished or epoch == config.max_epochs:
             return reached, evaluation
-        _save(run, progress)
+        _save(run, progress, best=total.wer == progress.best_wer)
     raise RunError(f"--max-epochs {config.max_epochs}: all of them are done already; give a larger number to go on")
 
 
-def _save(run: Run, progress: Progress) -> None:
+def _save(run: Run, progress: Progress, *, best: bool) -> None:
     learner, started = run.learner, time.monotonic()
-    for name in [checkpoint.LAST] + [checkpoint.BEST] * (progress.wer == progress.best_wer):
-        checkpoint.save(
-            run.config.output_dir / name,
-            run.config,
-            run.dataset.digest,
-            progress,
-            learner.evaluated,
-            learner.model,
-            learner.optimizer,
-        )
-    run.log.event("checkpoint", time.monotonic() - started, metadata={"step_num": progress.step})
+    progress.elapsed_seconds = run.clock.seconds()
+    if learner.ranks.first:
+        models = learner.evaluated, learner.model
+        folder, digest = run.config.output_dir, run.dataset.digest
+        checkpoint.save(folder, run.config, digest, progress, *models, learner.optimizer, best=best)
+        run.log.event("checkpoint", time.monotonic() - started, metadata={"step_num": progress.step})
+    run.saved_at = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -216,53 +259,77 @@ class Trained:
     seconds: float
     utterances_per_second: float
     audio_seconds_per_second: float  # of speech as it is in the corpus, before augmentation
-    data_wait_fraction: float  # of the time
+    data_wait_fraction: float  # of the time, in the process that waited most
+    rank_wait_fractions: list[float]  # of the time, that each process waited for the others (not measured on GPUs)
     skipped_steps: int  # of the run so far
 
 
 def _train_epoch(run: Run, utterances: Utterances, included: np.ndarray, progress: Progress) -> Trained:
-    """The rest of the epoch under way."""
-    config = run.config
+    """The rest of the epoch under way.
+
+    Raises:
+        RunError: see `_account`.
+        Preempted: the process was told to end.
+    """
+    config, learner, ranks = run.config, run.learner, run.learner.ranks
     plan = plan_epoch(utterances, included, config.batch_size, config.seed, progress.epoch)
-    make = partial(make_batch, utterances, augment=(config, progress.epoch), pinned=run.learner.device.type == "cuda")
-    batches = prefetch(plan[progress.step_in_epoch :], make)
-    losses: list[float] = []
-    unread: deque[tuple[int, float, Batch, Callable[[], Tensor]]] = deque()
-    started, waiting, done, samples = time.monotonic(), 0.0, 0, 0
-    run.learner.model.train()
+    parts = config.gradient_accumulation_steps
+    mine = [
+        share
+        for indices in plan[progress.step_in_epoch :]
+        for share in deal(utterances, indices, parts * ranks.size)[ranks.rank :: ranks.size]
+    ]
+    make = partial(make_batch, utterances, augment=(config, progress.epoch), pinned=learner.device.type == "cuda")
+    batches = prefetch(mine, make)
+    unread: deque[tuple[int, float, np.ndarray, Callable[[], Tensor]]] = deque()
+    started, waiting, waited, done, samples = time.monotonic(), 0.0, seconds_waited(), 0, 0
+    learner.model.train()
+    stop = save = False
 
     def read(most_unread: int) -> None:
+        nonlocal stop, save
         while len(unread) > most_unread:
-            step, rate, batch, result = unread.popleft()
-            loss, norm = result().tolist()
-            ids = [utterances.id(index) for index in batch.indices]
-            if _account(run, progress, step, rate, loss, norm, ids):
-                losses.append(loss)
+            step, rate, indices, result = unread.popleft()
+            loss, norm, asked_to_stop, asked_to_save = result().tolist()
+            stop, save = stop or asked_to_stop > 0, save or asked_to_save > 0
+            if _account(run, progress, step, rate, loss, norm, [utterances.id(index) for index in indices]):
+                progress.losses_in_epoch += 1
+                progress.sum_of_losses_in_epoch += loss
                 bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
 
-    with progress_bar(f"epoch {progress.epoch}", len(plan), progress.step_in_epoch) as bar:
+    with progress_bar(f"epoch {progress.epoch}", len(plan), progress.step_in_epoch, shown=ranks.first) as bar:
         while progress.step_in_epoch < len(plan) and (config.max_steps is None or progress.step < config.max_steps):
             asked = time.monotonic()
-            batch = next(batches)
+            shares = [next(batches) for _ in range(parts)]
             waiting += time.monotonic() - asked
+            indices = plan[progress.step_in_epoch]
             rate = learning_rate(config, progress.step, len(plan))
-            result = run.learner.step(batch, rate)
-            done, samples = done + len(batch), samples + int(batch.samples_B.sum())
+            due = ranks.first and time.monotonic() - run.saved_at > 60 * config.checkpoint_minutes
+            result = learner.step(shares, len(indices), rate, (run.stop_asked, due))
+            done, samples = done + len(indices), samples + int(utterances.samples[indices].sum())
             progress.step += 1
             progress.step_in_epoch += 1
-            unread.append((progress.step, rate, batch, result))
-            read(UNREAD_STEPS[run.learner.device.type])
+            unread.append((progress.step, rate, indices, result))
+            read(UNREAD_STEPS[learner.device.type])
             bar.update()
+            if stop or save:
+                read(0)
+                _save(run, progress, best=False)
+                save = False
+            if stop:
+                ranks.say(f"Told to end: step {progress.step} is done and saved; --resume goes on from there.")
+                raise Preempted
         read(0)
     batches.close()  # type: ignore[attr-defined]  # stops the reader when max_steps ended the epoch early
     seconds = time.monotonic() - started
     return Trained(
         finished=progress.step_in_epoch == len(plan),
-        loss=sum(losses) / len(losses) if losses else math.nan,
+        loss=progress.sum_of_losses_in_epoch / progress.losses_in_epoch if progress.losses_in_epoch else math.nan,
         seconds=seconds,
         utterances_per_second=done / seconds,
         audio_seconds_per_second=samples / SAMPLE_RATE / seconds,
-        data_wait_fraction=waiting / seconds,
+        data_wait_fraction=max(ranks.gather(waiting)) / seconds,
+        rank_wait_fractions=[(each - waited) / seconds for each in ranks.gather(seconds_waited())],
         skipped_steps=progress.skipped_steps,
     )
 
@@ -288,18 +355,36 @@ def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, 
     return False
 
 
-def _resume(run: Run) -> Progress:
-    learner, path = run.learner, run.config.output_dir / checkpoint.LAST
-    content = checkpoint.load(path)
-    checkpoint.check_resumable(path, content, run.config, run.dataset.digest)
+def _resume(run: Run) -> Progress | None:
+    """Go on from a checkpoint, if that was asked for or torchrun has started the processes again.
+
+    Processes of several machines may find different checkpoints, or none: the newest that one of them has is used.
+    """
+    learner, config, ranks = run.learner, run.config, run.learner.ranks
+    if not (config.resume or max(ranks.gather(ranks.restarts))):
+        return None
+    path, content, trouble = config.output_dir / checkpoint.LAST, None, None
+    if ranks.local_rank == 0:
+        try:
+            path, content = checkpoint.load_newest(config.output_dir)
+        except RunError as error:
+            trouble = error
+    steps = ranks.gather(content["progress"]["step"] if content is not None else -1)
+    newest = steps.index(max(steps))
+    if steps[newest] < 0:
+        raise trouble or RunError(f"{path}: there is no such checkpoint")
+    content = ranks.send(content, newest)
+    assert content is not None
+    checkpoint.check_resumable(path, content, config, run.dataset.digest)
     progress = Progress(**{**content["progress"], "resumed": True})
+    torch.set_rng_state(content["random_state"])
     learner.model.load_state_dict(content["trained_model"])
     if learner.averaged is not None:
         learner.averaged.module.load_state_dict(content["model"])
         learner.averaged.n_averaged.fill_(progress.step)  # not zero, at which it would start with the model's weights
     learner.optimizer.load_state_dict(content["optimizer"])
     run.log.event("resumed", True, metadata=dataclasses.asdict(progress))
-    print(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.", file=sys.stderr)
+    ranks.say(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.")
     return progress
 
 

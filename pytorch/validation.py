@@ -75,7 +75,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(learner: Learner, utterances: Utterances, capacity: int) -> Evaluation:
-    """Recognise **every** utterance by greedy decoding.
+    """Recognise **every** utterance by greedy decoding, each in one of the processes; all get what all found.
 
     Args:
         learner: the model and where it is.
@@ -84,10 +84,11 @@ def evaluate(learner: Learner, utterances: Utterances, capacity: int) -> Evaluat
             with its gradients.
 
     Raises:
-        RunError: not every utterance was counted.
+        RunError: not every utterance was counted exactly once.
     """
     learner.evaluated.eval()
-    plan = split_by_size(utterances.samples, capacity)
+    ranks, plan = learner.ranks, split_by_size(utterances.samples, capacity)
+    make = partial(make_batch, utterances, pinned=learner.device.type == "cuda")
     recognised: dict[int, Recognised] = {}
 
     def decode(batch: Batch, best_TB: Callable[[], Tensor], frames_B: Tensor) -> None:
@@ -98,16 +99,19 @@ def evaluate(learner: Learner, utterances: Utterances, capacity: int) -> Evaluat
             recognised[index] = Recognised(utterances.id(index), subset, reference, hypothesis, errors)
 
     started: tuple[Batch, Callable[[], Tensor], Tensor] | None = None  # decoded while the device works on the next one
-    with progress_bar("evaluation", len(plan)) as bar:
-        for batch in prefetch(plan, partial(make_batch, utterances, pinned=learner.device.type == "cuda")):
+    with progress_bar("evaluation", len(plan), shown=ranks.first) as bar:
+        for batch in prefetch(plan[ranks.rank :: ranks.size], make):
             logits_TBV, frames_B = learner.logits(learner.evaluated, batch)
             best_TB = read_later(logits_TBV.argmax(dim=2))
             if started is not None:
                 decode(*started)
             started = batch, best_TB, frames_B
-            bar.update()
+            bar.update(ranks.size)
     if started is not None:
         decode(*started)
-    if len(recognised) != len(utterances):
-        raise RunError(f"evaluation counted {len(recognised)} of {len(utterances)} utterances")
-    return Evaluation([recognised[index] for index in range(len(utterances))])
+    everything = [item for part in ranks.gather(list(recognised.items())) for item in part]
+    if sorted(index for index, _ in everything) != list(range(len(utterances))):
+        raise RunError(
+            f"evaluation counted {len(everything)} utterances, which are not the {len(utterances)} there are"
+        )
+    return Evaluation([each for _, each in sorted(everything)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import shutil
@@ -23,7 +24,9 @@ STATUSES = (constants.ONPREM, constants.CLOUD, "preview", constants.RESEARCH)
 
 
 def get_logger() -> mllog.mllog.MLLogger:
-    """Logger to standard output, with file names relative to the repository."""
+    """Logger to standard output, with file names relative to the repository; silent in all processes but the first."""
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun's
+        return mllog.mllog.MLLogger(logging.Logger("silent", logging.CRITICAL))
     mllog.config(root_dir=str(ROOT))
     return mllog.get_mllogger()
 
@@ -44,7 +47,7 @@ def log_submission(
     log.event(constants.SUBMISSION_PLATFORM, os.environ.get("SUBMISSION_PLATFORM") or _platform(machine))
     log.event(constants.SEED, config.seed)
     log.event(constants.GLOBAL_BATCH_SIZE, config.batch_size)
-    log.event(constants.GRADIENT_ACCUMULATION_STEPS, 1)
+    log.event(constants.GRADIENT_ACCUMULATION_STEPS, config.gradient_accumulation_steps)
     log.event(constants.OPT_NAME, config.optimizer)
     log.event(constants.OPT_BASE_LR, config.learning_rate)
     log.event(constants.OPT_LR_WARMUP_STEPS, config.warmup_steps)

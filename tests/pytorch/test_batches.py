@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.packed import open_dataset
 from data.prepare import alignable
-from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch, split_by_size, split_in_order
+from pytorch.batches import Batch, Utterances, make_batch, plan_epoch, prefetch, split_by_size, split_evenly
 from pytorch.config import CONFIGS
 from pytorch.decoder import LABELS
 
@@ -119,7 +119,7 @@ def test_batches_by_size_hold_every_utterance_once_and_as_many_as_fit(samples: l
 
 
 def test_prefetching_keeps_the_order_and_passes_errors_on(utterances: Utterances) -> None:
-    plan = split_in_order(np.arange(21), 2)
+    plan = split_evenly(np.arange(21), 2)
     assert [batch.indices.tolist() for batch in prefetch(plan, lambda i: make_batch(utterances, i))] == [
         indices.tolist() for indices in plan
     ]

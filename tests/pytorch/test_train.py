@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pytorch import checkpoint, gru, train
-from pytorch.config import CONFIGS
+from pytorch.config import CONFIGS, RunError
 from pytorch.learner import learning_rate
 from tests.conftest import ROOT, write_packed_dataset
 
@@ -126,7 +126,7 @@ def test_checkpoints_of_the_best_and_the_last_epoch_load_as_plain_weights(
         content = torch.load(output / name, weights_only=True)
         assert content["format_version"] == checkpoint.FORMAT_VERSION
         assert content["progress"]["epoch"] == 2
-    assert sorted(path.name for path in output.iterdir()) == ["checkpoint_best.pt", "checkpoint_last.pt"]
+    assert sorted(path.stem for path in output.iterdir()) == [f"checkpoint_{n}" for n in ("best", "last", "previous")]
 
 
 def test_a_run_that_misses_the_target_ends_with_status_one_and_without_a_result(tones: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_run_that_misses_the_target_ends_with_status_one_and_without_a_result(
     assert run.returncode == 1
     assert "RESULT" not in run.stdout
     assert "not reached" in run.stderr
-    assert events(run.stdout)[-1]["metadata"]["status"] == "aborted"
+    assert [e["metadata"]["status"] for e in events(run.stdout) if e["key"] == "run_stop"] == ["aborted"]
     epochs = [event["metadata"]["epoch_num"] for event in events(run.stdout) if event["key"] == "eval_accuracy"]
     assert epochs == [1, 2]
 
@@ -217,17 +217,35 @@ def test_an_output_folder_that_cannot_be_made_is_an_error_before_training(tones:
     assert "Traceback" not in run.stderr
 
 
-def test_a_checkpoint_that_cannot_be_written_costs_neither_the_result_nor_the_one_before(
+def test_a_checkpoint_that_cannot_be_written_is_found_out_before_training_and_costs_not_the_one_before(
     tones: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "checkpoint_last.pt").write_bytes(b"before")
     (tmp_path / "checkpoint_last.pt.partial").mkdir()  # stands in for a full disk
-    run = small_run(tones, tmp_path, "--target-wer", "1000")
+    run = small_run(tones, tmp_path)
     assert run.returncode == 1
     assert "could not be written" in run.stderr
-    assert run.stdout.splitlines()[-1].startswith("RESULT,")
+    assert not values(run.stdout, "run_start")
     assert (tmp_path / "checkpoint_last.pt").read_bytes() == b"before"
     assert "Traceback" not in run.stderr
+
+
+def test_a_disk_that_is_full_at_the_end_does_not_cost_the_result(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saves = []
+
+    def save(*arguments: Any, **options: Any) -> None:
+        saves.append(options)
+        if len(saves) == 2:
+            raise RunError("checkpoint_last.pt: the checkpoint could not be written: no space left")
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    arguments = [*SMALL, "--dataset-dir", str(tones), "--output-dir", str(tmp_path), "--target-wer", "1000"]
+    assert train.main(arguments) == 1
+    output, errors = capsys.readouterr()
+    assert output.splitlines()[-1].startswith("RESULT,")
+    assert "no space left" in errors
 
 
 def test_a_missing_data_set_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:

@@ -1,0 +1,375 @@
+"""Runs of several processes, by the command that a user types; torch.distributed with gloo on this machine."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing import spawn  # type: ignore[attr-defined]
+
+from pytorch import checkpoint
+from pytorch.batch_norm import BatchNorm
+from pytorch.batches import Utterances, deal
+from pytorch.command import PREEMPTED
+from pytorch.config import RunError
+from pytorch.ranks import Ranks
+from tests.conftest import ROOT, write_packed_dataset
+from tests.pytorch.test_train import SMALL, events, values
+
+STEPS = 20
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def start(processes: int, dataset: Path, output: Path, *arguments: Any, **environment: str) -> subprocess.Popen[str]:
+    """run_and_time.sh in so many processes of one thread, in a process group of its own."""
+    command = [
+        "sh",
+        str(ROOT / "pytorch" / "run_and_time.sh"),
+        *SMALL,
+        "--dataset-dir",
+        dataset,
+        "--output-dir",
+        output,
+    ]
+    given = {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **environment}
+    pipe = subprocess.PIPE
+    everything = os.environ | given
+    return subprocess.Popen(
+        [*map(str, command), *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, env=everything, process_group=0
+    )
+
+
+def finish(run: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    output, errors = run.communicate(timeout=300)
+    return subprocess.CompletedProcess(run.args, run.returncode, output, errors)
+
+
+def run_in(processes: int, dataset: Path, output: Path, *arguments: Any, **environment: str) -> Any:
+    return finish(start(processes, dataset, output, *arguments, **environment))
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """42 training and 7 validation utterances: with batches of 8 and of 4 processes, shares are uneven everywhere."""
+    return write_packed_dataset(tmp_path_factory.mktemp("uneven"), {"train": 43, "validation": 7})
+
+
+@pytest.fixture(scope="module")
+def by_processes(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    """The same run in 1, 2 and 4 processes."""
+    options = ["--batch-size", "7", "--max-steps", STEPS, "--target-wer", "0"]
+    return {processes: run_in(processes, uneven, tmp_path_factory.mktemp("run"), *options) for processes in (1, 2, 4)}
+
+
+def test_losses_are_the_same_in_any_number_of_processes(by_processes: dict[int, Any]) -> None:
+    losses = {processes: values(run.stdout, "train_loss") for processes, run in by_processes.items()}
+    assert len(losses[1]) == STEPS, by_processes[1].stderr
+    for processes in (2, 4):
+        assert losses[processes] == pytest.approx(losses[1], rel=1e-4), by_processes[processes].stderr
+
+
+def test_evaluation_counts_every_utterance_once_in_any_number_of_processes(by_processes: dict[int, Any]) -> None:
+    for processes, run in by_processes.items():
+        counted = [event["metadata"]["utterances"] for event in events(run.stdout) if event["key"] == "eval_accuracy"]
+        assert set(counted) == {7}, processes
+        assert values(run.stdout, "number_of_ranks") == [processes]
+    rates = [values(run.stdout, "eval_accuracy") for run in by_processes.values()]
+    assert rates[0] == rates[1] == rates[2]
+
+
+def test_one_process_logs_and_the_end_is_orderly_for_torchrun(by_processes: dict[int, Any]) -> None:
+    for run in by_processes.values():
+        assert run.returncode == 1  # the target was not reached
+        assert len(values(run.stdout, "run_stop")) == 1
+        assert "Traceback" not in run.stderr
+        assert run.stderr.count("was not reached") == 1
+
+
+def test_the_wait_for_other_processes_is_logged_for_each(by_processes: dict[int, Any]) -> None:
+    for processes, run in by_processes.items():
+        for event in events(run.stdout):
+            if event["key"] == "epoch_stop":
+                fractions = event["metadata"]["rank_wait_fractions"]
+                assert len(fractions) == processes
+                assert all(0 <= fraction < 1 for fraction in fractions)
+                assert (sum(fractions) > 0) == (processes > 1)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch_but_for_batch_norm(uneven: Path, tmp_path: Path) -> None:
+    options = ["--batch-size", "8", "--max-steps", 12, "--target-wer", "0"]
+    whole = values(run_in(1, uneven, tmp_path / "1", *options).stdout, "train_loss")
+    for processes, parts in ((1, 2), (2, 2)):
+        run = run_in(
+            processes, uneven, tmp_path / f"{processes}{parts}", *options, "--gradient-accumulation-steps", parts
+        )
+        assert values(run.stdout, "gradient_accumulation_steps") == [parts]
+        assert values(run.stdout, "train_loss") == pytest.approx(whole, rel=0.05), run.stderr
+
+
+def test_a_batch_with_fewer_utterances_than_processes_is_refused(uneven: Path, tmp_path: Path) -> None:
+    run = run_in(2, uneven, tmp_path, "--batch-size", "3", "--gradient-accumulation-steps", "2")
+    assert run.returncode == 1
+    assert "--batch-size 3: cannot be divided into 4 parts" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_a_batch_is_dealt_into_parts_of_like_length(parts: int, uneven: Path) -> None:
+    from data.packed import open_dataset
+
+    utterances = Utterances(open_dataset(uneven).split("train"))
+    indices = np.array([40, 3, 17, 22, 9, 31, 5, 12, 28, 36])
+    shares = deal(utterances, indices, parts)
+    assert sorted(np.concatenate(shares).tolist()) == sorted(indices.tolist())
+    sizes = [len(share) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    lengths = [int(utterances.samples[share].sum()) for share in shares if len(share) == max(sizes)]
+    assert max(lengths) - min(lengths) <= int(utterances.samples[indices].max())
+
+
+def _normalise_in_parts(rank: int, port: int, folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK="0")
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"
+    assert Ranks.start("cpu", 60).size == 2
+    content = torch.load(folder / "input.pt", weights_only=True)
+    rows_NC = content["rows"][slice(0, 5) if rank == 0 else slice(5, None)].requires_grad_()
+    norm = BatchNorm(rows_NC.shape[1])
+    norm.load_state_dict(content["norm"])
+    output_NC = norm(rows_NC)
+    (output_NC * content["weights"][slice(0, 5) if rank == 0 else slice(5, None)]).sum().backward()
+    assert norm.weight.grad is not None and norm.bias.grad is not None
+    found = {"output": output_NC.detach(), "rows": rows_NC.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+    torch.save(found | {"norm": norm.state_dict()}, folder / f"{rank}.pt")
+
+
+def test_batch_norm_over_two_processes_is_that_of_one_with_all_rows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rows_NC = torch.randn(17, 6) * 3 + 5
+    weights_NC, norm = torch.randn(17, 6), nn.BatchNorm1d(6)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(6) + 0.5)
+        norm.bias.copy_(torch.randn(6))
+    state = {name: value.clone() for name, value in norm.state_dict().items()}
+    torch.save({"rows": rows_NC, "weights": weights_NC, "norm": state}, tmp_path / "input.pt")
+    spawn(_normalise_in_parts, (free_port(), tmp_path), 2)
+    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+    rows_NC.requires_grad_()
+    output_NC = norm(rows_NC)
+    (output_NC * weights_NC).sum().backward()
+    assert norm.weight.grad is not None and norm.bias.grad is not None and rows_NC.grad is not None
+    torch.testing.assert_close(torch.cat([part["output"] for part in parts]), output_NC.detach())
+    torch.testing.assert_close(torch.cat([part["rows"] for part in parts]), rows_NC.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts[0]["weight"] + parts[1]["weight"], norm.weight.grad)
+    torch.testing.assert_close(parts[0]["bias"] + parts[1]["bias"], norm.bias.grad)
+    for part in parts:
+        torch.testing.assert_close(part["norm"], dict(norm.state_dict()))
+
+
+def test_a_number_that_goes_wrong_in_one_process_makes_all_skip_the_step(uneven: Path, tmp_path: Path) -> None:
+    """Process 1 makes its loss of step 3, its fourth after the warm-up's, infinite; the run goes on."""
+    sabotage = tmp_path / "sitecustomize.py"
+    sabotage.write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK') == '1' and '-m' in sys.orig_argv and 'pytorch.train' in sys.orig_argv:\n"
+        "    from pytorch import learner\n"
+        "    proper, calls = learner.ctc_loss, []\n"
+        "    def broken(*arguments):\n"
+        "        calls.append(1)\n"
+        "        return proper(*arguments) * (float('inf') if len(calls) == 4 else 1)\n"
+        "    learner.ctc_loss = broken\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    run = run_in(2, uneven, tmp_path / "run", "--max-steps", 6, "--target-wer", "0", PYTHONPATH=path)
+    assert values(run.stdout, "skipped_step") == [3], run.stderr
+    steps = [event["metadata"]["step_num"] for event in events(run.stdout) if event["key"] == "train_loss"]
+    assert steps == [1, 2, 4, 5, 6]
+    content = checkpoint.load(tmp_path / "run" / checkpoint.LAST)
+    assert all(bool(value.isfinite().all()) for value in content["model"].values())
+
+
+def _wait_for(run: subprocess.Popen[str], key: str, count: int) -> None:
+    """Read the run's log until an event has come so many times."""
+    assert run.stdout is not None
+    while count:
+        line = run.stdout.readline()
+        assert line, run.communicate()[1]
+        count -= f'"key": "{key}"' in line
+
+
+def _workers(run: subprocess.Popen[str]) -> list[int]:
+    """Process ids of the workers of a run of several processes, in the order in which they were started."""
+    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    processes = [line.split(None, 2) for line in listed.splitlines()]
+    return sorted(int(pid) for pid, parent, line in processes if int(parent) == run.pid and "pytorch.train" in line)
+
+
+def _seconds(output: str) -> float:
+    """Time of the run by its log, including what came before it was resumed."""
+    stamps = {event["key"]: event["time_ms"] for event in events(output)}
+    return float(stamps["run_stop"] - stamps["run_start"]) / 1000
+
+
+@pytest.mark.parametrize("whose", ["launcher", "worker"])
+def test_a_run_told_to_end_saves_after_its_step_and_says_so_by_its_exit_status(
+    whose: str, uneven: Path, tmp_path: Path
+) -> None:
+    run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "200")
+    _wait_for(run, "train_loss", 8)
+    os.kill(run.pid if whose == "launcher" else _workers(run)[1], signal.SIGTERM)
+    ended = finish(run)
+    assert ended.returncode == PREEMPTED, ended.stderr
+    assert "--resume goes on from there" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    last = events(ended.stdout)[-1]
+    assert (last["key"], last["metadata"]["status"]) == ("run_stop", "aborted")
+    done = checkpoint.load(tmp_path / checkpoint.LAST)["progress"]["step"]
+    resumed = run_in(2, uneven, tmp_path, "--target-wer", "0", "--max-steps", done + 2, "--resume")
+    steps = [event["metadata"]["step_num"] for event in events(resumed.stdout) if event["key"] == "train_loss"]
+    assert steps == [done + 1, done + 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_single_process_told_to_end_saves_in_the_middle_of_the_epoch(
+    number: signal.Signals, uneven: Path, tmp_path: Path
+) -> None:
+    whole = run_in(1, uneven, tmp_path / "whole", "--target-wer", "0", "--max-epochs", "3")
+    run = start(1, uneven, tmp_path / "parts", "--target-wer", "0", "--max-epochs", "3")
+    _wait_for(run, "train_loss", 14)
+    os.kill(run.pid, number)
+    first = finish(run)
+    assert first.returncode == PREEMPTED, first.stderr
+    second = run_in(1, uneven, tmp_path / "parts", "--target-wer", "0", "--max-epochs", "3", "--resume")
+    rest = values(second.stdout, "train_loss")
+    assert rest == values(whole.stdout, "train_loss")[-len(rest) :]
+    losses = [event["metadata"]["loss"] for event in events(whole.stdout) if event["key"] == "epoch_stop"]
+    assert [e["metadata"]["loss"] for e in events(second.stdout) if e["key"] == "epoch_stop"] == losses[-2:]
+    left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "parts"))
+    assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
+    assert right["progress"]["elapsed_seconds"] > _seconds(second.stdout)
+
+
+def test_a_resumed_run_never_ends_with_the_line_of_a_result(uneven: Path, tmp_path: Path) -> None:
+    run_in(1, uneven, tmp_path, "--target-wer", "0", "--max-steps", "2")
+    run = run_in(1, uneven, tmp_path, "--target-wer", "1000", "--resume")
+    assert run.returncode == 0, run.stderr
+    assert values(run.stdout, "resumed") == [True]
+    assert run.stdout.splitlines()[-1].startswith("RESUMED,DEEPSPEECH2,")
+    assert "RESULT" not in run.stdout
+
+
+def test_a_damaged_newest_checkpoint_is_found_out_and_the_one_before_is_used(uneven: Path, tmp_path: Path) -> None:
+    options = ["--target-wer", "0", "--max-epochs", "3"]
+    whole = run_in(1, uneven, tmp_path / "whole", *options)
+    run_in(1, uneven, tmp_path / "parts", "--target-wer", "0", "--max-epochs", "2")
+    newest = tmp_path / "parts" / checkpoint.LAST
+    content = bytearray(newest.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    newest.unlink()  # the file may have other names
+    newest.write_bytes(content)
+    second = run_in(1, uneven, tmp_path / "parts", *options, "--resume")
+    assert "going on from the one before, checkpoint_previous.pt" in second.stderr
+    rest = values(second.stdout, "train_loss")
+    assert len(rest) > 11
+    assert rest == values(whole.stdout, "train_loss")[-len(rest) :]
+
+
+def test_a_checkpoint_whose_content_was_changed_is_refused(uneven: Path, tmp_path: Path) -> None:
+    run_in(1, uneven, tmp_path, "--target-wer", "0", "--max-steps", "1")
+    content = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
+    content["model"]["classifier.weight"][0, 0] += 1
+    torch.save(content, tmp_path / "changed.pt")
+    with pytest.raises(RunError, match="does not have the digest"):
+        checkpoint.load(tmp_path / "changed.pt")
+
+
+def test_changes_on_resuming_are_allowed_where_they_are_wanted(uneven: Path, tmp_path: Path) -> None:
+    run_in(1, uneven, tmp_path, "--target-wer", "0", "--max-steps", "2")
+    options = ["--target-wer", "0", "--max-steps", "3", "--resume", "--learning-rate", "0.5"]
+    refused = run_in(1, uneven, tmp_path, *options)
+    assert refused.returncode == 1
+    assert "learning-rate 0.0016 there, 0.5 now" in refused.stderr
+    allowed = run_in(1, uneven, tmp_path, *options, "--resume-with-changes")
+    assert len(values(allowed.stdout, "train_loss")) == 1
+    assert "resumed with changes: learning-rate 0.0016 there, 0.5 now" in allowed.stderr
+
+
+def test_checkpoints_come_by_time_as_well(uneven: Path, tmp_path: Path) -> None:
+    options = ["--target-wer", "0", "--max-steps", "6", "--checkpoint-minutes", "1e-9"]
+    for processes in (1, 2):
+        run = run_in(processes, uneven, tmp_path / str(processes), *options)
+        steps = [event["metadata"]["step_num"] for event in events(run.stdout) if event["key"] == "checkpoint"]
+        assert steps == [0, 1, 2, 3, 4, 5, 6, 6], run.stderr
+
+
+def test_a_lost_worker_is_named_and_the_run_starts_again_from_the_last_checkpoint(uneven: Path, tmp_path: Path) -> None:
+    options = ["--target-wer", "0", "--max-epochs", "6", "--checkpoint-minutes", "1e-9"]
+    whole = run_in(2, uneven, tmp_path / "whole", *options)
+    run = start(2, uneven, tmp_path / "lost", *options, MAX_RESTARTS="1")
+    _wait_for(run, "train_loss", 10)
+    os.kill(_workers(run)[1], signal.SIGKILL)
+    again = finish(run)
+    assert again.returncode == 1, again.stderr  # the target is out of reach
+    assert values(again.stdout, "resumed") == [True], again.stderr
+    assert values(again.stdout, "train_loss")[-10:] == values(whole.stdout, "train_loss")[-10:]
+    left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "lost"))
+    assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
+
+
+def test_a_worker_that_hangs_is_named(uneven: Path, tmp_path: Path) -> None:
+    options = ["--target-wer", "0", "--max-epochs", "200", "--collective-timeout-seconds", "8"]
+    run = start(2, uneven, tmp_path, *options)
+    _wait_for(run, "train_loss", 5)
+    os.kill(_workers(run)[1], signal.SIGSTOP)
+    stopped = finish(run)
+    assert stopped.returncode not in (0, PREEMPTED)
+    assert "lost contact; ranks that hang or are gone: 1" in stopped.stderr
+
+
+def _killed_at_random(processes: int, dataset: Path, output: Path, moments: int, options: list[str]) -> None:
+    """Start a run, kill all of it at a random moment, resume it; so often; then let it end."""
+    random_moment = random.Random(processes)
+    for number in range(moments):
+        resume = ["--resume"] if (output / checkpoint.LAST).exists() else []
+        run = start(processes, dataset, output, *options, *resume)
+        _wait_for(run, "init_stop", 1)
+        time.sleep(random_moment.uniform(0, 1.5))
+        os.killpg(run.pid, signal.SIGKILL)
+        for worker in _workers(run):
+            os.kill(worker, signal.SIGKILL)
+        run.communicate()
+        left = sorted(path.name for path in output.glob("*.pt"))
+        assert checkpoint.LAST in left, number
+        for name in left:
+            checkpoint.load(output / name)  # whole, or it is refused
+    ended = run_in(processes, dataset, output, *options, "--resume")
+    assert ended.returncode == 1, ended.stderr
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_runs_killed_at_random_moments_end_with_the_weights_of_an_undisturbed_one(
+    processes: int, uneven: Path, tmp_path: Path
+) -> None:
+    moments = int(os.environ.get("KILLS", "4"))
+    options = ["--target-wer", "0", "--max-epochs", str(4 * moments), "--checkpoint-minutes", "0.002"]
+    run_in(processes, uneven, tmp_path / "undisturbed", *options)
+    _killed_at_random(processes, uneven, tmp_path / "killed", moments, options)
+    left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("undisturbed", "killed"))
+    assert left["progress"]["step"] == right["progress"]["step"]
+    for kind in ("model", "trained_model"):
+        assert all(torch.equal(left[kind][name], right[kind][name]) for name in left[kind])
