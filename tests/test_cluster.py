@@ -1,0 +1,248 @@
+"""The job files for Slurm and Kubernetes: linted, checked against the schemas, and run with stand-ins."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
+from tests.conftest import ROOT
+from tests.test_container import write_program
+
+SLURM = ROOT / "pytorch" / "cluster" / "slurm.sh"
+KUBERNETES = ROOT / "pytorch" / "cluster" / "kubernetes.yaml"
+CLAIM, JOB_SET = yaml.safe_load_all(KUBERNETES.read_text())
+JOB = JOB_SET["spec"]["replicatedJobs"][0]["template"]
+POD = JOB["spec"]["template"]["spec"]
+(CONTAINER,) = POD["containers"]
+PREEMPTED = 75
+
+# Stands in for run_and_time.sh: says what it was asked for, and ends with a status of choice.
+RUN = """
+printf '%s\\n' "$@"
+for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT; do eval "echo $name=\\$$name"; done
+exit "${STATUS:-0}"
+"""
+
+
+def tool(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A folder that looks like the repository, with a stand-in for the run."""
+    (tmp_path / "repository" / "pytorch").mkdir(parents=True)
+    write_program(tmp_path / "repository" / "pytorch" / "run_and_time.sh", RUN)
+    (tmp_path / "repository" / "environment.sh").write_text('use_environment() { echo "environment: $1"; }\n')
+    return tmp_path / "repository"
+
+
+def sbatch(
+    repository: Path, *options: str, **variables: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
+    """Run the batch script as Slurm would on two nodes; its result, and what the run on each node printed."""
+    programs = repository.parent / "programs"
+    programs.mkdir(exist_ok=True)
+    write_program(
+        programs / "scontrol",
+        f'case "$1" in show) printf "node7\\nnode9\\n" ;; requeue) echo "$2" >>"{repository.parent}/requeued" ;; esac',
+    )
+    write_program(
+        programs / "srun",
+        """
+status=0
+while :; do
+    case "$1" in
+    --output=*) output=${1#--output=} ;;
+    --error=*) error=${1#--error=} ;;
+    --*) ;;
+    *) break ;;
+    esac
+    shift
+done
+for node in 0 1; do
+    (export SLURM_NODEID=$node; "$@") >>"$(echo "$output" | sed "s/%n/$node/")" \\
+        2>>"$(echo "$error" | sed "s/%n/$node/")" || status=$?
+done
+exit $status""",
+    )
+    slurm = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(repository),
+        "SLURM_JOB_ID": "412345",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[7,9]",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+    unset = ("DATASET_DIR", "RESULTS_DIR", "NPROC_PER_NODE", "MAX_RESTARTS")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        ["sh", SLURM, *options], env={**environment, **slurm, **variables}, capture_output=True, text=True, cwd="/"
+    )
+    logs = sorted(repository.glob("results/slurm-412345/mlperf_ds2_node*.log"))
+    return done, {log.name: log.read_text() for log in logs}
+
+
+def test_the_batch_script_passes_shellcheck() -> None:
+    done = subprocess.run([tool("shellcheck"), SLURM, "environment.sh"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_directive_of_the_batch_script_stands_before_its_first_command() -> None:
+    lines = SLURM.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    directives = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert directives
+    assert max(directives) < first
+
+
+def test_slurm_starts_one_run_a_node_with_its_number_and_the_first_nodes_address(repository: Path) -> None:
+    done, logs = sbatch(repository, "--config", "an4")
+    assert done.returncode == 0, done.stderr
+    assert "environment: run" in done.stdout
+    output = repository / "results" / "slurm-412345"
+    for node in (0, 1):
+        assert logs[f"mlperf_ds2_node{node}.log"].splitlines() == [
+            *("--config", "an4", "--output-dir", str(output)),
+            *("NNODES=2", f"NODE_RANK={node}", "NPROC_PER_NODE=8", "MASTER_ADDR=node7", "MASTER_PORT=22345"),
+        ]
+
+
+def test_a_preempted_job_is_queued_again_and_goes_on_from_its_checkpoint(repository: Path) -> None:
+    done, logs = sbatch(repository, STATUS=str(PREEMPTED))
+    assert done.returncode == PREEMPTED
+    assert (repository.parent / "requeued").read_text() == "412345\n"
+    assert "--resume" not in logs["mlperf_ds2_node0.log"]
+    (repository / "results" / "slurm-412345" / "checkpoint_last.pt").touch()
+    done, logs = sbatch(repository)
+    assert done.returncode == 0
+    assert logs["mlperf_ds2_node0.log"].count("--resume\n") == 1
+    assert (repository.parent / "requeued").read_text() == "412345\n"
+
+
+def test_a_job_preempted_before_its_first_checkpoint_starts_from_the_beginning(repository: Path) -> None:
+    sbatch(repository, STATUS=str(PREEMPTED))
+    _, logs = sbatch(repository)
+    assert "--resume" not in logs["mlperf_ds2_node0.log"]
+
+
+def test_a_job_that_failed_is_not_queued_again(repository: Path) -> None:
+    done, _ = sbatch(repository, STATUS="1")
+    assert done.returncode == 1
+    assert not (repository.parent / "requeued").exists()
+
+
+def test_data_and_results_may_be_elsewhere(repository: Path) -> None:
+    elsewhere = repository.parent / "with a space"
+    done, _ = sbatch(repository, DATASET_DIR="/data/LibriSpeech_dataset", RESULTS_DIR=str(elsewhere))
+    assert done.returncode == 0, done.stderr
+    asked = (elsewhere / "slurm-412345" / "mlperf_ds2_node0.log").read_text().splitlines()
+    assert asked[asked.index("--dataset-dir") + 1] == "/data/LibriSpeech_dataset"
+    assert asked[asked.index("--output-dir") + 1] == str(elsewhere / "slurm-412345")
+
+
+def test_a_job_submitted_from_another_folder_says_so(tmp_path: Path) -> None:
+    done, _ = sbatch(tmp_path)
+    assert done.returncode == 2
+    assert "is not the repository" in done.stderr
+
+
+def test_the_manifest_passes_yamllint() -> None:
+    done = subprocess.run(
+        [
+            tool("yamllint"),
+            "--strict",
+            "--config-data",
+            "{extends: default, rules: {line-length: {max: 120}}}",
+            KUBERNETES,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_claim_and_job_obey_the_schemas_of_kubernetes() -> None:
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "deepspeech2-node-0"}, **JOB}
+    for document in (CLAIM, job):
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_schemas_of_kubernetes_refuse_a_field_that_does_not_exist() -> None:
+    job: dict[str, Any] = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "deepspeech2-node-0"}, **JOB}
+    misspelt = {**job, "spec": {**job["spec"], "backofLimit": 0}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(misspelt, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_job_set_obeys_kubeflows_model_of_it() -> None:
+    parsed = JobsetV1alpha2JobSet.from_dict(JOB_SET)
+    assert parsed is not None
+    assert parsed.to_dict() == JOB_SET  # a field that the model does not have would be gone
+
+
+def test_numbers_of_nodes_and_gpus_agree_in_the_manifest() -> None:
+    given = {variable["name"]: variable.get("value") for variable in CONTAINER["env"]}
+    assert JOB["spec"]["parallelism"] == JOB["spec"]["completions"] == int(given["NNODES"])
+    gpus = {CONTAINER["resources"][kind]["nvidia.com/gpu"] for kind in ("requests", "limits")}
+    assert gpus == {given["NPROC_PER_NODE"]}
+    assert CONTAINER["ports"][0]["containerPort"] == int(given["MASTER_PORT"])
+    name, job = JOB_SET["metadata"]["name"], JOB_SET["spec"]["replicatedJobs"][0]["name"]
+    assert given["MASTER_ADDR"] == f"{name}-{job}-0-0.{name}"
+    assert POD["volumes"][0]["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
+
+
+def test_a_preempted_pod_restarts_all_pods_without_limit_and_other_failures_with_one() -> None:
+    rules = JOB["spec"]["podFailurePolicy"]["rules"]
+    assert {rule["action"] for rule in rules} == {"FailJob"}
+    assert rules[0]["onExitCodes"]["values"] == [PREEMPTED]
+    assert rules[1]["onPodConditions"][0]["type"] == "DisruptionTarget"
+    (rule,) = JOB_SET["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert JOB_SET["spec"]["failurePolicy"]["maxRestarts"] > 0
+    assert JOB["spec"]["backoffLimit"] == 0
+    assert POD["restartPolicy"] == "Never"  # Kubernetes demands it of a podFailurePolicy
+
+
+def test_a_pod_resumes_only_if_its_job_set_left_a_checkpoint(repository: Path) -> None:
+    output = repository / "results" / "jobset-1-2-3"
+
+    def start() -> list[str]:
+        done = subprocess.run(
+            [*CONTAINER["command"], *CONTAINER["args"]],
+            env={**os.environ, "JOBSET_UID": "1-2-3", "NODE_RANK": "1", "STATUS": str(PREEMPTED)},
+            cwd=repository / "pytorch",
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == PREEMPTED, done.stderr
+        log = output / "mlperf_ds2_node1.log"
+        lines = log.read_text().splitlines()
+        log.unlink()
+        return lines[: next(number for number, line in enumerate(lines) if line.startswith("NNODES"))]
+
+    options = CONTAINER["args"]
+    assert start() == [*options, "--output-dir", "../results/jobset-1-2-3"]
+    (output / "checkpoint_best.pt").touch()
+    assert start() == [*options, "--resume", "--output-dir", "../results/jobset-1-2-3"]
+
+
+def test_the_script_of_the_pod_passes_shellcheck() -> None:
+    script = CONTAINER["command"][2]
+    done = subprocess.run([tool("shellcheck"), "--shell=sh", "-"], input=script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_lines_to_change_are_marked() -> None:
+    assert len(re.findall("--->", SLURM.read_text())) >= 3
+    for line in KUBERNETES.read_text().splitlines():
+        if re.search(r"image:|storageClassName:|parallelism:|completions:|args:", line) and not line.startswith("#"):
+            assert "--->" in line, line
