@@ -53,8 +53,8 @@ FREQUENCY_MASK = Rule("any integer in [0, 161]", lambda value: 0 <= value <= 161
 OPTIMIZER, SCHEDULE = _one_of(Optimizer), _one_of(Schedule)
 
 
-def _field(default: Any, rule: Rule) -> Any:
-    return dataclasses.field(default=default, metadata={"rule": rule})
+def _field(default: Any, rule: Rule, *, tunable: bool = True) -> Any:
+    return dataclasses.field(default=default, metadata={"rule": rule, "tunable": tunable})
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Config:
     """Go on from the newest checkpoint in the output folder."""
     resume_with_changes: bool = False
     """Resume even where configuration or data set differ from those of the checkpoint."""
-    checkpoint_minutes: float = _field(30.0, POSITIVE)
+    checkpoint_minutes: float = _field(30.0, POSITIVE, tunable=False)
     """Longest time between checkpoints, which there are after each epoch in any case."""
-    collective_timeout_seconds: float = _field(600.0, POSITIVE)
+    collective_timeout_seconds: float = _field(600.0, POSITIVE, tunable=False)
     """How long processes wait for each other before one is taken for lost."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: the GPU if there is one."""
@@ -300,9 +300,9 @@ def hyperparameter_table() -> str:
         "|" + "---|" * (len(names) + 3),
     ]
     for field in dataclasses.fields(Config):
-        rule = field.metadata.get("rule")
-        if rule is None:
+        if not field.metadata.get("tunable"):
             continue
+        rule = field.metadata["rule"]
         values = [getattr(config, field.name) for config in (*CONFIGS.values(), reference)]
         shown = " | ".join("none" if value is None else f"{value}" for value in values)
         rows.append(f"| `--{field.name.replace('_', '-')}` | {rule.words} | {shown} |")

@@ -84,7 +84,8 @@ fi
 user=$(id -un 2>/dev/null) || user=$(id -u)
 set -- --rm --interactive --ipc host --ulimit stack=67108864 --security-opt label=disable \
     --env "USER=$user" --env "DEEPSPEECH2_IMAGE_ID=$id" \
-    --env CUDA_VISIBLE_DEVICES --env OMP_NUM_THREADS --env SUBMISSION_ORG \
+    --env CUDA_VISIBLE_DEVICES --env OMP_NUM_THREADS --env NPROC_PER_NODE --env MAX_RESTARTS \
+    --env SUBMISSION_ORG --env SUBMISSION_DIVISION --env SUBMISSION_STATUS --env SUBMISSION_PLATFORM \
     --mount "type=bind,source=$root,target=/deepspeech2" "$@"
 if [ -t 0 ] && [ -t 1 ]; then
     exec "$engine" run --tty "$@"
