@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         *("--rdzv-endpoint", f"{os.environ.get('MASTER_ADDR', 'localhost')}:{given['MASTER_PORT']}"),
         *("--rdzv-conf", f"is_host={given['NODE_RANK'] == 0}"),
     ]
+    # A machine that joins again could else wait forever for an address that machine 0 has told in the first round only.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
         os.environ[train.STATUS_FILE] = str(status_file)

@@ -68,11 +68,13 @@ wait_for_steps() {
     done
 }
 
-# end_of PID: exit status of a node
-end_of() {
-    status=0
-    wait "$1" || status=$?
-    echo "$status"
+# both_end: waits for the nodes and puts their exit statuses into `ended`
+both_end() {
+    ended=0
+    wait "$first" || ended=$?
+    other=0
+    wait "$second" || other=$?
+    ended="$ended $other"
 }
 
 echo "== undisturbed"
@@ -80,7 +82,8 @@ node 0 undisturbed "$@"
 first=$!
 node 1 undisturbed "$@"
 second=$!
-undisturbed="$(end_of "$first") $(end_of "$second")"
+both_end
+undisturbed="$ended"
 tail -n 2 "$work/undisturbed-0.err"
 
 echo "== disturbed"
@@ -98,7 +101,7 @@ ip netns pids "$name-1" | xargs kill -9
 sleep 5
 node 1 disturbed --checkpoint-minutes 0.02 "$@"
 second=$!
-disturbed="$(end_of "$first") $(end_of "$second")"
+both_end
 tail -n 2 "$work/disturbed-0.err"
 
 failed=0
@@ -113,7 +116,7 @@ check() {
         failed=1
     fi
 }
-check "both nodes end alike in both runs ($undisturbed)" [ "$undisturbed" = "$disturbed" ]
+check "both nodes end alike in both runs ($undisturbed)" [ "$undisturbed" = "$ended" ]
 check "the nodes name who is lost" grep -q "ranks that hang or are gone: 1" "$work/disturbed-0.err"
 check "the run went on from a checkpoint" grep -q '"key": "resumed"' "$work/disturbed-0.log"
 check "a run that was disturbed has no line of a result" sh -c "! grep -q '^RESULT,' '$work/disturbed-0.log'"
