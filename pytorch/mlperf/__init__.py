@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -135,17 +136,26 @@ def clear_cache(folder: Path) -> dict[str, Any]:
     if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
         return {"cleared": False, "reason": "this operating system offers no way to do so"}
     for path in sorted(folder.rglob("*.npy")):
-        descriptor = os.open(path, os.O_RDONLY)
         try:
+            if not _drop(path):
+                return {"cleared": False, "reason": f"{path.name} is still cached: another process may be using it"}
+        except OSError as error:
+            return {"cleared": False, "reason": f"{path.name}: {error.strerror}"}
+    return {"cleared": True}
+
+
+def _drop(path: Path) -> bool:
+    """Drop a file from the page cache; whether it is gone. A page that is just being written goes a moment later."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for _ in range(10):
             os.fsync(descriptor)  # what is not yet on the disk is not dropped
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             try:
                 os.preadv(descriptor, [bytearray(1)], 0, os.RWF_NOWAIT)
-                return {"cleared": False, "reason": f"{path.name} is still cached: another process may be using it"}
             except BlockingIOError:
-                pass  # it would have to come from the disk
-        except OSError as error:
-            return {"cleared": False, "reason": f"{path.name}: {error.strerror}"}
-        finally:
-            os.close(descriptor)
-    return {"cleared": True}
+                return True  # it would have to come from the disk
+            time.sleep(0.1)
+        return False
+    finally:
+        os.close(descriptor)
