@@ -1,0 +1,69 @@
+"""A logged configuration: read back by the rules of the command line, and compared with others."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from mlperf_logging.mllog import constants
+
+from pytorch.config import Config, RunError
+from pytorch.mlperf.events import CALLER
+from pytorch.mlperf.logs import RunLog
+
+# What may differ between runs of one series: the seed, where files lie (the data set's digest says what was in it), and
+# what bears on runs that break off.
+FREE = ("seed", "dataset_dir", "output_dir", "resume", "resume_with_changes", "collective_timeout_seconds")
+HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(Config) if field.metadata.get("tunable"))
+
+
+def read_configuration(plain: dict[str, Any]) -> Config:
+    """The Config of which these are the plain values. Fields that are no hyperparameters may be absent in older logs.
+
+    Raises:
+        RunError: a hyperparameter is missing; a field is unknown, of the wrong type, or against its rule.
+    """
+    kinds = typing.get_type_hints(Config)
+    names = [field.name for field in dataclasses.fields(Config)]
+    if missing := [name for name in ("config", "recipe", "precision", *HYPERPARAMETERS) if name not in plain]:
+        raise RunError(f"it lacks {', '.join(missing)}")
+    if unknown := [name for name in plain if name not in names]:
+        raise RunError(f"it has the unknown {', '.join(unknown)}")
+    for name, value in plain.items():
+        if not _is_a(value, kinds[name]):
+            raise RunError(f"{name} has the wrong type or an unknown value: {value!r}")
+    values: dict[str, Any] = {name: Path(value) if kinds[name] is Path else value for name, value in plain.items()}
+    return Config(**values)
+
+
+def configuration_problem(plain: dict[str, Any]) -> str:
+    """What is wrong with an event's metadata; empty where nothing is. For the rules files."""
+    try:
+        read_configuration({name: value for name, value in plain.items() if name not in CALLER})
+    except RunError as error:
+        return str(error)
+    return ""
+
+
+def differences(logs: Sequence[RunLog]) -> dict[str, list[Any]]:
+    """What is not the same in all runs of a series, each with its values: the seed, paths and the commit apart."""
+    names = {name: None for log in logs for name in log.configuration if name not in FREE}
+    values: dict[str, list[Any]] = {name: [log.configuration.get(name) for log in logs] for name in names}
+    values["data set"] = [log.dataset and log.dataset.digest for log in logs]
+    for key in (constants.SUBMISSION_PLATFORM, constants.SUBMISSION_DIVISION, "number_of_ranks"):
+        values[key] = [log.value(key) for log in logs]
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, each) for each in typing.get_args(kind))
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is (str if kind is Path else kind)
