@@ -70,8 +70,9 @@ def write_spoken_dataset(folder: Path, counts: dict[str, int]) -> Path:
 
 
 def train(dataset: Path, output: Path) -> Path:
-    """Trains until hardly an error is left: some tens of seconds. Returns the checkpoint."""
+    """Trains until hardly an error is left: some tens of seconds. Returns the checkpoint, with the log beside it."""
     command = [sys.executable, "-m", "pytorch.train", *TRAINING, "--dataset-dir", str(dataset)]
     run = subprocess.run([*command, "--output-dir", str(output)], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
+    (output / "mlperf_ds2.log").write_text(run.stdout)
     return output / "checkpoint_best.pt"
