@@ -36,7 +36,7 @@ from torch import Tensor
 
 from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, gru, mlperf
-from pytorch.batches import Utterances, deal, make_batch, plan_epoch, prefetch
+from pytorch.batches import Utterances, deal, make_batch, plan_epoch, prefetch, split_evenly
 from pytorch.checkpoint import Progress
 from pytorch.command import LOST, Preempted, exit_status, progress_bar
 from pytorch.config import Config, RunError, parse_config
@@ -90,7 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
             parse_config(
                 sys.argv[1:] if arguments is None else arguments,
                 program="python -m pytorch.train",
-                description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target.",
+                description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target. "
+                "(run_and_time.sh --runs N [--system NAME] trains N times, with seeds of their own, and scores.)",
             )
         )
 
@@ -199,11 +200,12 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
     log.event(constants.EVAL_SAMPLES, len(validation))
     left_out = [utterances.id(index) for index in np.flatnonzero(~alignable).tolist()]
     log.event("train_samples_left_out", len(left_out), metadata={"reason": "too short for CTC", "ids": left_out})
-    fewest = run.learner.ranks.size * config.gradient_accumulation_steps
-    if len(included) < fewest:
+    parts = run.learner.ranks.size * config.gradient_accumulation_steps
+    smallest = min(map(len, split_evenly(included, config.batch_size))) if len(included) else 0
+    if smallest < parts:
         raise RunError(
-            f"{dataset.path}: {len(included)} training utterances are long enough for their transcripts, and {fewest} "
-            "are needed"
+            f"{len(included)} training utterances in batches of at most {config.batch_size} leave one of {smallest}, "
+            f"which cannot be divided into {parts} parts (devices x accumulation)"
         )
 
     capacity = config.batch_size * _longest_training_utterance(dataset)

@@ -87,6 +87,12 @@ def test_files_are_the_callers_whatever_rights_the_engine_has(asked: Path) -> No
     assert "memlock=-1" not in arguments
 
 
+def test_the_commit_is_told_to_the_image_which_has_no_git(asked: Path) -> None:
+    (told,) = [argument for argument in run_dev(asked) if argument.startswith("DEEPSPEECH2_COMMIT=")]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert told.removesuffix("-dirty") == f"DEEPSPEECH2_COMMIT={head}"
+
+
 def test_a_terminal_is_passed_on_only_if_there_is_one(asked: Path) -> None:
     assert "--tty" not in run_dev(asked)
     outside, inside = pty.openpty()

@@ -17,7 +17,7 @@ def test_two_hosts_train_as_one_through_a_pulled_cable_and_a_lost_node(tmp_path:
         dataset = write_packed_dataset(tmp_path / "tones", {"train": 64, "validation": 8})
         small = ["--hidden-size", "16", "--conv-channels", "2"]
         options = ["--config", "synthetic", *small, "--target-wer", "0", "--max-epochs", "12"]
-    command = ["sh", ROOT / "tests" / "two_hosts.sh", dataset, *options]
+    command = ["sh", str(ROOT / "tests" / "two_hosts.sh"), str(dataset), *options]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     print(run.stdout, run.stderr)
     if run.returncode == 77:

@@ -19,6 +19,7 @@ command -v ip >/dev/null || skip "no 'ip': apt-get install iproute2"
 [ "$(id -u)" = 0 ] || skip "only root can make network namespaces"
 work=$(mktemp -d)
 name="ds2-$$"
+# shellcheck disable=SC2329 # called by trap
 cleanup() {
     for node in 0 1; do
         ip netns pids "$name-$node" 2>/dev/null | xargs -r kill -9 2>/dev/null || true

@@ -81,9 +81,15 @@ else
     set -- --user 0:0 "$@"
 fi
 
+# The log names the commit, for which the image would need git.
+commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) || commit=''
+if [ -n "$commit" ] && [ -n "$(git -C "$root" status --porcelain)" ]; then
+    commit="$commit-dirty"
+fi
+
 user=$(id -un 2>/dev/null) || user=$(id -u)
 set -- --rm --interactive --ipc host --ulimit stack=67108864 --security-opt label=disable \
-    --env "USER=$user" --env "DEEPSPEECH2_IMAGE_ID=$id" \
+    --env "USER=$user" --env "DEEPSPEECH2_IMAGE_ID=$id" --env "DEEPSPEECH2_COMMIT=$commit" \
     --env CUDA_VISIBLE_DEVICES --env OMP_NUM_THREADS --env NPROC_PER_NODE --env MAX_RESTARTS \
     --env SUBMISSION_ORG --env SUBMISSION_DIVISION --env SUBMISSION_STATUS --env SUBMISSION_PLATFORM \
     --mount "type=bind,source=$root,target=/deepspeech2" "$@"

@@ -115,6 +115,8 @@ def _platform(machine: dict[str, Any]) -> str:
 
 def git_state() -> tuple[str, bool | None]:
     """Commit of this repository, and whether files differ from it; "unknown" and None without git or its folder."""
+    if told := os.environ.get("DEEPSPEECH2_COMMIT"):  # by docker/run-dev.sh: an image needs no git
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
     if shutil.which("git") is None:
         return "unknown", None
     git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]

@@ -127,6 +127,13 @@ def test_a_batch_with_fewer_utterances_than_processes_is_refused(uneven: Path, t
     assert "Traceback" not in run.stderr
 
 
+def test_a_smallest_batch_with_fewer_utterances_than_parts_is_refused(tones: Path, tmp_path: Path) -> None:
+    run = run_in(2, tones, tmp_path, "--batch-size", "4", "--gradient-accumulation-steps", "2")  # 21 = 3 x 4 + 3 x 3
+    assert run.returncode == 1
+    assert "leave one of 3, which cannot be divided into 4 parts" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 def test_a_batch_is_dealt_into_parts_of_like_length(parts: int, uneven: Path) -> None:
     from data.packed import open_dataset
