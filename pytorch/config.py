@@ -198,10 +198,10 @@ CONFIGS: dict[str, Config] = {
     "an4": _named(
         "an4",
         "AN4_dataset",
-        hidden_size=192,
-        conv_channels=16,
+        hidden_size=160,
+        conv_channels=8,
         batch_size=8,
-        schedule_epochs=20,
+        schedule_epochs=30,
         max_epochs=40,
         warmup_steps=200,
         averaging_decay=0.99,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,16 +19,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pytorch.command import LostProcess
-from pytorch.config import RunError
 
 Anything = TypeVar("Anything")
 
 
 class _Talk:
-    """What `add_up` uses: a group of its own, whose small messages need not queue behind gradients."""
+    """What this module keeps of the processes' talk."""
 
-    group: Any = None
-    seconds: float = 0.0
+    store: dist.Store | None = None  # what all of them can write to
+    group: Any = None  # of `add_up`: one of its own, so that small messages do not queue behind gradients
+    seconds: float = 0.0  # waited for in `add_up`
 
 
 _talk = _Talk()
@@ -40,7 +42,6 @@ class Ranks:
     size: int = 1
     local_rank: int = 0  # on this machine
     restarts: int = 0  # of torchrun's workers, after one of them was lost
-    store: dist.Store | None = None  # what all of them can write to
 
     @classmethod
     def start(cls, device_type: str, timeout_seconds: float) -> Ranks:
@@ -51,7 +52,7 @@ class Ranks:
             timeout_seconds: how long to wait for another process before it is taken for lost.
 
         Raises:
-            RunError: the others did not come.
+            LostProcess: the others did not come.
         """
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
@@ -60,11 +61,12 @@ class Ranks:
         try:
             store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+            _talk.store = store
             _talk.group = dist.new_group(timeout=timeout)
         except RuntimeError as error:
-            raise RunError(f"the processes of this run did not find each other: {_first_line(error)}") from error
+            raise LostProcess(f"the processes of this run did not find each other: {_first_line(error)}") from error
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        return cls(rank, size, int(os.environ["LOCAL_RANK"]), restarts, store)
+        return cls(rank, size, int(os.environ["LOCAL_RANK"]), restarts)
 
     @property
     def first(self) -> bool:
@@ -92,21 +94,6 @@ class Ranks:
         dist.broadcast_object_list(box, src=source)
         return box[0]
 
-    def lost(self, error: Exception, patience: float = 5.0) -> LostProcess:
-        """What to say after a failed exchange: those that do not report one too within some seconds are named."""
-        missing = "unknown, since the process that keeps the list is lost as well"
-        if self.store is not None:
-            try:
-                self.store.set(f"failed/{self.restarts}/{self.rank}", "")
-                time.sleep(patience)
-                keys = {rank: f"failed/{self.restarts}/{rank}" for rank in range(self.size)}
-                missing = ", ".join(str(rank) for rank, key in keys.items() if not self.store.check([key]))
-            except RuntimeError:
-                pass
-        return LostProcess(
-            f"rank {self.rank}: lost contact; ranks that hang or are gone: {missing} ({_first_line(error)})"
-        )
-
 
 def leave() -> None:
     """Leave the other processes."""
@@ -133,9 +120,30 @@ def seconds_waited() -> float:
     return _talk.seconds
 
 
-def is_about_contact(error: RuntimeError) -> bool:
-    """Whether an error comes from an exchange between processes."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Turn the failure of an exchange into a LostProcess: those that do not report one too within some seconds."""
+    try:
+        yield
+    except RuntimeError as error:
+        about_contact = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
+        if not (together() and about_contact):
+            raise
+        missing = "unknown, since the process that keeps the list is one of them"
+        with suppress(RuntimeError):
+            missing = ", ".join(map(str, _silent_ranks()))
+        text = f"rank {dist.get_rank()}: lost contact; ranks that hang or are gone: {missing} ({_first_line(error)})"
+        raise LostProcess(text) from error
+
+
+def _silent_ranks(patience: float = 5.0) -> list[int]:
+    store, attempt = _talk.store, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if store is None:
+        raise RuntimeError("no store")
+    keys = [f"failed/{attempt}/{rank}" for rank in range(dist.get_world_size())]
+    store.set(keys[dist.get_rank()], "")
+    time.sleep(patience)
+    return [rank for rank, key in enumerate(keys) if not store.check([key])]
 
 
 def _first_line(error: Exception) -> str:

@@ -32,7 +32,7 @@ from pytorch.model import GRU_LAYERS, OUTPUT_FREQUENCIES, DeepSpeech2, output_fr
 Dealing = Literal["round robin", "blocks", "at random"]
 
 CONFIG = CONFIGS["librispeech"]
-BYTES = 4  # of a gradient, and of a batch norm's sums
+BYTES = 4  # of a gradient, and of the sums of a batch norm's backward pass
 EPOCHS_AT_256 = 5.0  # to WER 23, AlgoPerf's recipe (README, section 5)
 LARGE_HOURS = 60_000.0
 
@@ -160,8 +160,8 @@ def all_reduce_seconds(machine: Machine, size: float, ranks: int) -> float:
 
 
 def norm_bytes(channels: int) -> tuple[int, int]:
-    """Bytes of a synchronised batch norm's messages: sums, squares and count forward; two sums backward."""
-    return BYTES * (2 * channels + 1), BYTES * 2 * channels
+    """Bytes of a synchronised batch norm's messages: sums, squares and count (float64) forward; two sums backward."""
+    return 8 * (2 * channels + 1), BYTES * 2 * channels
 
 
 # --- a step
@@ -244,9 +244,9 @@ def predict_step(machine: Machine, frames_SUR: np.ndarray, own_group: bool = Tru
     # only the last pass sends gradients, so in the others norms queue behind nothing
     forward, undisturbed = norm_seconds(machine, ranks)
     norms += passes * forward + (passes - 1) * undisturbed
-    # AdamW reads weight, gradient and two moments and writes all but the gradient; loss and flags are two messages
+    # AdamW reads weight, gradient and two moments and writes all but the gradient; loss and flags are one message
     optimizer = 7 * BYTES * parameter_count() / machine.memory_bandwidth
-    other = optimizer + 2 * all_reduce_seconds(machine, 4 * BYTES, ranks)
+    other = optimizer + all_reduce_seconds(machine, 24, ranks)
     compute = float(seconds_SR.mean())
     return Step(compute, float(seconds_SR.max(1).mean()) - compute, norms, gradients, other)
 

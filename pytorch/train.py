@@ -43,7 +43,7 @@ from pytorch.config import Config, RunError, parse_config
 from pytorch.devices import choose_device, choose_precision
 from pytorch.features import SAMPLE_RATE
 from pytorch.learner import Learner, learning_rate
-from pytorch.ranks import Ranks, is_about_contact, leave, seconds_waited
+from pytorch.ranks import Ranks, leave, naming_lost_processes, seconds_waited
 from pytorch.validation import Evaluation, evaluate
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
@@ -86,14 +86,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
 
     def work() -> bool:
-        return train(
-            parse_config(
-                sys.argv[1:] if arguments is None else arguments,
-                program="python -m pytorch.train",
-                description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target. "
-                "(run_and_time.sh --runs N [--system NAME] trains N times, with seeds of their own, and scores.)",
-            )
+        config = parse_config(
+            sys.argv[1:] if arguments is None else arguments,
+            program="python -m pytorch.train",
+            description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target. "
+            "(run_and_time.sh --runs N [--system NAME] trains N times, with seeds of their own, and scores.)",
         )
+        with naming_lost_processes():
+            return train(config)
 
     status = exit_status(work, interrupted="interrupted; --resume goes on from the last checkpoint")
     leave()
@@ -110,23 +110,21 @@ def train(config: Config) -> bool:
         RunError: the run cannot start or go on.
         DataError: the data set is absent or damaged.
         Preempted: the process was told to end.
+        RuntimeError: another process was lost.
     """
     run, progress = _prepare(config)
     ranks, log = run.learner.ranks, run.log
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, run.ask_to_stop)
+    handlers = {number: signal.signal(number, run.ask_to_stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     started_at = datetime.now()
     log.start(constants.RUN_START)
     run.clock = Clock(progress.elapsed_seconds)
     reached = False
     try:
         reached, evaluation = _train_to_target(run, progress)
-    except RuntimeError as error:
-        if ranks.size > 1 and is_about_contact(error):
-            raise ranks.lost(error) from error
-        raise
     finally:
         seconds = run.clock.seconds()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         log.end(constants.RUN_STOP, metadata={"status": constants.SUCCESS if reached else constants.ABORTED})
     evaluation.log_transcripts(log)
     try:

@@ -280,7 +280,7 @@ def test_help_names_configurations_and_defaults() -> None:
     assert run.returncode == 0
     assert "librispeech-100" in run.stdout
     assert "--hidden-size INT" in run.stdout
-    assert "default: 192" in run.stdout
+    assert "default: 160" in run.stdout
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
