@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -289,6 +290,24 @@ def test_run_and_time_writes_the_report_beside_a_log_that_stays_pure(tones: Path
     assert (folder / "last_run.log").read_text().splitlines() == events
     assert f"Report: {folder / 'report.html'}" in run.stderr
     assert "was not reached" in (folder / "report.html").read_text()
+
+
+def test_a_run_that_cannot_start_leaves_no_report(tmp_path: Path) -> None:
+    command: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh", "--dataset-dir", tmp_path]
+    run = subprocess.run([*command, "--output-dir", tmp_path / "results"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.count("error: ") == 1
+    assert not (tmp_path / "results" / "report.html").exists()
+
+
+def test_of_several_processes_the_first_ones_log_is_reported(tones: Path, tmp_path: Path) -> None:
+    small = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--max-steps", "2", "--device", "cpu"]
+    command: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh", "--dataset-dir", tones, *small]
+    environment = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29517"}
+    run = subprocess.run([*command, "--output-dir", tmp_path], capture_output=True, text=True, env=environment)
+    assert run.returncode == 1, run.stderr
+    assert (tmp_path / "last_run.log").read_text().splitlines() == [line for line in run.stdout.splitlines() if line]
+    assert "was not reached" in (tmp_path / "report.html").read_text()
 
 
 def test_a_timed_run_imports_nothing_of_the_report() -> None:
