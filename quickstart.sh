@@ -27,5 +27,5 @@ if ! sh "$root/pytorch/run_and_time.sh" --config synthetic "$@" >"$log.partial";
 fi
 mv "$log.partial" "$log"
 tail -n 1 "$log"
-echo "Log: $log    Checkpoint: $results/checkpoint_best.pt"
+echo "Log: $log    Checkpoint: $results/checkpoint_best.pt    Report: $results/report.html"
 echo "This corpus is synthetic: its time shows that everything works and is no benchmark result. For one, see README.md."

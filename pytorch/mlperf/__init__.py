@@ -21,6 +21,7 @@ from pytorch.config import ROOT, Config, RunError
 
 BENCHMARK = "deepspeech2"
 DIVISIONS = (constants.CLOSED, constants.OPEN)
+LOG_COPY = "DEEPSPEECH2_LOG_COPY"  # names a file for the events, beside standard output: run_and_time.py's
 STATUSES = (constants.ONPREM, constants.CLOUD, "preview", constants.RESEARCH)
 
 
@@ -29,6 +30,8 @@ def get_logger() -> mllog.mllog.MLLogger:
     if int(os.environ.get("RANK", "0")) > 0:  # torchrun's
         return mllog.mllog.MLLogger(logging.Logger("silent", logging.CRITICAL))
     mllog.config(root_dir=str(ROOT))
+    if LOG_COPY in os.environ:
+        mllog.config(filename=os.environ.pop(LOG_COPY))
     return mllog.get_mllogger()
 
 

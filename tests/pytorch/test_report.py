@@ -1,0 +1,316 @@
+"""The report, as text; tests/pytorch/test_report_in_a_browser.py looks at it as a person does."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytorch.config import RunError
+from pytorch.report import page
+from pytorch.report.__main__ import Options, main, report
+from pytorch.report.charts import POINTS, charts, duration
+from pytorch.report.points import running_mean, thin
+from pytorch.report.runs import read_runs
+from pytorch.report.tables import parts
+from pytorch.report.transcripts import align
+from tests.conftest import ROOT
+from tests.pytorch.made_up_logs import SAID, SUBSETS, made_up_log
+
+MEASURED = sorted((ROOT / "results" / "measured").glob("*.log"))
+
+
+def written(path: Path, *logs: Path) -> str:
+    report(Options(logs, path / "report.html"))
+    return (path / "report.html").read_text()
+
+
+def figures(html: str) -> dict:
+    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', html)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_the_page_shows_what_is_in_the_log(tmp_path: Path) -> None:
+    html = written(tmp_path, made_up_log().write(tmp_path / "run.log"))
+    for text in ("15.00 %", "target 23", "target reached", "a processor", "dev-clean", "dev-other", "0123456789ab"):
+        assert text in html, text
+    assert "Before you quote these figures" not in html
+    drawn = {chart["id"]: chart for chart in figures(html)["charts"]}
+    assert list(drawn) == ["wer-time", "wer-epoch", "loss", "rate", "norm", "throughput", "wait"]
+    lines = {line["subset"]: line["points"] for line in drawn["wer-epoch"]["series"]}
+    assert list(lines) == ["all", *SUBSETS]
+    assert lines["all"] == [[1, 55], [2, 35], [3, 15]]
+    assert drawn["wer-time"]["series"][0]["points"][0] == [24, 55]  # 40 steps of 0.5 s, evaluated in 4 s
+    assert drawn["wer-time"]["targets"] == [23]
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path: Path) -> None:
+    html = written(tmp_path, made_up_log().write(tmp_path / "run.log"))
+    assert not re.search(r'(src|href)\s*=\s*"|@import|url\(', html.replace(page._script(page.CHART_JS), ""))
+    assert "default-src &#39;none&#39;" in html
+    assert len(html) < 500_000
+
+
+def test_whatever_a_log_holds_is_text(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    log = made_up_log(said=[(evil, f"'\"{evil}")] * 3, config={evil: evil})
+    html = written(tmp_path, log.write(tmp_path / "run<b>.log"))
+    assert evil not in html
+    assert "<img" not in html
+    assert "run<b>" not in html
+    assert html.count("<script") == 3  # figures, library, the page's own
+    assert figures(html)["runs"][0]["label"] == "run<b>"
+
+
+def test_runs_are_shown_side_by_side_with_what_differs(tmp_path: Path) -> None:
+    logs = [
+        made_up_log(seed=seed, config={"batch_size": 8 * seed}).write(tmp_path / f"seed{seed}.log") for seed in (1, 2)
+    ]
+    html = written(tmp_path, *logs)
+    differing = html[html.index("Where the runs differ") :].partition("</table>")[0]
+    assert re.findall(r'<th scope="row">(.*?)</th>', differing) == ["seed", "batch size"]
+    assert len(figures(html)["runs"]) == 2
+
+
+def test_runs_of_the_same_file_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    paths = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        paths.append(made_up_log().write(tmp_path / name / "mlperf_ds2.log"))
+    assert [run.label for run in read_runs(paths)] == ["one/mlperf_ds2", "two/mlperf_ds2"]
+    with pytest.raises(RunError, match="named 2 times"):
+        read_runs([paths[0], tmp_path / "two" / ".." / "one" / "mlperf_ds2.log"])
+
+
+@pytest.mark.parametrize(
+    ("made", "warning"),
+    [
+        ({"reached": False}, "The target WER of 23 was not reached; the best was 30.00."),
+        ({"resumed": 100.0}, "The run was resumed after 100 s"),
+        ({"dirty": True}, "uncommitted changes"),
+        ({"cleared": False}, "the page cache was not cleared (audio.npy is still cached)"),
+        ({"synthetic": True}, "The corpus is synthetic"),
+        ({"official": False}, "The archives were not the official ones"),
+        ({"config": {"target_wer": 50.0}}, "The target was a WER of 50, not 23"),
+    ],
+)
+def test_the_page_warns_of_what_is_no_plain_result(made: dict, warning: str, tmp_path: Path) -> None:
+    html = written(tmp_path, made_up_log(**made).write(tmp_path / "run.log"))
+    assert warning in html
+    assert "Before you quote these figures" in html
+
+
+def test_a_resumed_runs_time_adds_up(tmp_path: Path) -> None:
+    path = made_up_log(resumed=100.0).write(tmp_path / "run.log")
+    (run,) = read_runs([path])
+    assert run.seconds_to_target == 100 + 3 * 24 + 2 * 0.5
+    assert figures(written(tmp_path, path))["charts"][0]["series"][0]["points"][0][0] == 100 + 24
+
+
+def test_the_parts_of_a_runs_time_add_up_to_all_of_it(tmp_path: Path) -> None:
+    (run,) = read_runs([made_up_log().write(tmp_path / "run.log")])
+    spent = parts(run)
+    assert dataclasses.astuple(spent) == pytest.approx((2, 3 * 20, 3 * 4, 2 * 0.5, 0))  # the last save is off the clock
+    assert spent.total - spent.init == pytest.approx(run.log.seconds)
+
+
+def test_checkpoints_within_an_epoch_are_no_training(tmp_path: Path) -> None:
+    log = made_up_log(epochs=1)
+    text = "\n".join(log.lines)
+    step = next(line for line in log.lines if '"step_num": 20,' in line)
+    saved = step.replace("train_loss", "checkpoint").replace('"value": 10.0', '"value": 0.25')
+    (tmp_path / "run.log").write_text(text.replace(step, f"{step}\n{saved}"))
+    (run,) = read_runs([tmp_path / "run.log"])
+    assert dataclasses.astuple(parts(run)) == pytest.approx((2, 20 - 0.25, 4, 0.25, 0))
+
+
+def test_of_a_run_whose_processes_were_started_again_the_last_start_is_shown(tmp_path: Path) -> None:
+    log, again = made_up_log(reached=False), made_up_log(resumed=50.0)
+    again.write(tmp_path / "alone.log")
+    log.lines += again.lines
+    runs = read_runs([log.write(tmp_path / "run.log"), tmp_path / "alone.log"])
+    assert runs[0].seconds_to_target == runs[1].seconds_to_target == 50 + 73
+
+
+@pytest.mark.parametrize("log", MEASURED, ids=lambda path: path.stem)
+def test_logs_older_than_some_event_are_shown_as_far_as_they_go(log: Path, tmp_path: Path) -> None:
+    html = written(tmp_path, log)
+    assert "Not in the log: environment, commit," in html
+    assert "target reached" in html
+    assert {"wer-time", "loss"} <= {chart["id"] for chart in figures(html)["charts"]}
+
+
+def test_a_log_that_ends_anywhere_is_shown_or_refused_with_its_line(tmp_path: Path) -> None:
+    text = "\n".join(made_up_log(epochs=2, steps=3).lines)
+    path = tmp_path / "run.log"
+    page_of_it = tmp_path / "report.html"
+    refused = 0
+    for end in [*range(1, len(text), 97), len(text)]:
+        path.write_text(text[:end])
+        page_of_it.unlink(missing_ok=True)
+        try:
+            html = written(tmp_path, path)
+        except RunError as error:
+            refused += 1
+            assert str(error).startswith(str(path)), error
+            assert not page_of_it.exists()
+        else:
+            assert "</html>" in html
+            assert ("The log ends before the run did" in html) is ("run_stop" not in text[:end])
+    assert refused > 20
+
+
+def test_a_value_of_another_type_is_refused_with_its_line(tmp_path: Path) -> None:
+    """Every value of every event, one at a time: the page is written, or the error names file and line."""
+    lines = made_up_log(epochs=1, steps=1, said=SAID[:1]).lines
+    path = tmp_path / "run.log"
+    refused = 0
+    for number, line in enumerate(lines):
+        known = json.loads(line.removeprefix(":::MLLOG "))
+        places = [("value",), *(("metadata", name) for name in known["metadata"])]
+        for place in places:
+            for wrong in (None, "text", [1], math.nan):
+                damaged = json.loads(json.dumps(known))
+                (damaged if len(place) == 1 else damaged["metadata"])[place[-1]] = wrong
+                path.write_text("\n".join([*lines[:number], ":::MLLOG " + json.dumps(damaged), *lines[number + 1 :]]))
+                try:
+                    page.render(read_runs([path]))
+                except RunError as error:
+                    refused += 1
+                    assert str(error).startswith(f"{path}:{number + 1}: "), error
+    assert refused > 100
+
+
+def test_garbage_is_an_error_of_one_line_and_leaves_the_page_that_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    garbage = tmp_path / "garbage.log"
+    existing = tmp_path / "report.html"
+    existing.write_text("earlier")
+    for content in (b"", b"hello\n", random.Random(0).randbytes(1000), b':::MLLOG {"key": 1}\n', b":::MLLOG [1]\n"):
+        garbage.write_bytes(content)
+        assert main([str(garbage), "-o", str(existing)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {garbage}") and error.count("\n") == 1
+    assert main(["-o", str(existing)]) == 1
+    assert main([str(tmp_path / "not-there.log"), "-o", str(existing)]) == 1
+    good = made_up_log().write(tmp_path / "run.log")
+    assert main([str(good), "-o", str(tmp_path / "no-such-folder" / "report.html")]) == 1
+    assert existing.read_text() == "earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["garbage.log", "report.html", "run.log"]
+
+
+def test_a_long_runs_page_stays_small_and_says_so(tmp_path: Path) -> None:
+    long, short = made_up_log(steps=34_000), made_up_log(seed=2, steps=1000)
+    html = written(tmp_path, long.write(tmp_path / "long.log"), short.write(tmp_path / "short.log"))
+    assert len(html) < 1_500_000
+    for chart in figures(html)["charts"]:
+        for faint in (True, False):
+            assert sum(len(line["points"]) for line in chart["series"] if line["faint"] is faint) <= POINTS
+    assert "Of up to 102,000 steps at most 1,000 points are drawn" in html
+
+
+def test_thinning_keeps_the_peaks() -> None:
+    points = [(float(step), math.sin(step)) for step in range(10_000)]
+    points[4321] = (4321.0, 99.0)
+    points[8765] = (8765.0, -99.0)
+    thinned = thin(points, 200)
+    assert len(thinned) <= 200
+    assert {points[4321], points[8765]} <= set(thinned)
+    assert thinned == sorted(thinned)
+    assert thin(points[:200], 200) == points[:200]
+
+
+def test_the_running_mean_of_a_constant_is_it() -> None:
+    points = [(float(step), 7.0) for step in range(100)]
+    assert running_mean(points) == points
+    assert running_mean([]) == []
+
+
+def test_steps_without_a_loss_are_left_out_of_the_curve(tmp_path: Path) -> None:
+    log = made_up_log(epochs=1, steps=3)
+    log.event("skipped_step", 4, reason="not finite", utterances=[])
+    log.event("train_loss", math.nan, step_num=5)
+    runs = read_runs([log.write(tmp_path / "run.log")])
+    (loss,) = (chart for chart in charts(runs) if chart.id == "loss")
+    assert [x for x, _ in loss.series[0].points] == [1, 2, 3]
+    assert "1 steps were skipped" in page.render(runs)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "expected"),
+    [
+        ("A B C", "A X C", "A=A B~X C=C"),
+        ("A B C", "A C", "A=A B- C=C"),
+        ("A C", "A B C", "A=A +B C=C"),
+        ("A B C D", "X Y", None),
+        ("A", "", "A-"),
+        ("A B", "A B", "A=A B=B"),
+    ],
+)
+def test_words_are_aligned_with_their_errors(reference: str, hypothesis: str, expected: str | None) -> None:
+    words = list(align(reference.split(), hypothesis.split()))
+    forms = {"equal": "{1}={2}", "substituted": "{1}~{2}", "deleted": "{1}-", "inserted": "+{2}"}
+    if expected is not None:
+        assert " ".join(forms[word.kind].format(*word) for word in words) == expected
+    assert " ".join(word.reference for word in words if word.reference) == reference
+    assert " ".join(word.hypothesis for word in words if word.hypothesis) == hypothesis
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(3.25, "3.2 s"), (126.4, "126 s"), (1601, "26 min 41 s"), (344_806, "95 h 46 min")]
+)
+def test_durations_are_said_as_people_do(seconds: float, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_the_library_is_the_published_one() -> None:
+    """dist/chart.umd.min.js of npm's chart.js 4.6.1."""
+    digest = hashlib.sha256((page.FOLDER / page.CHART_JS).read_bytes()).hexdigest()
+    assert digest == "87364cc2b2a76a6684929e7d6b80b18a897794db38400caff1fcf1791c6925d2"
+
+
+def test_run_and_time_writes_the_report_beside_a_log_that_stays_pure(tones: Path, tmp_path: Path) -> None:
+    small = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--max-steps", "3", "--device", "cpu"]
+    script = ROOT / "pytorch" / "run_and_time.sh"
+    command: list[str | Path] = ["sh", script, "--config", "synthetic", "--dataset-dir", tones, *small]
+    folder = tmp_path / "results"
+    run = subprocess.run([*command, "--output-dir", folder], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1, run.stderr  # three steps do not reach the target
+    events = [line for line in run.stdout.splitlines() if line]
+    assert all(line.startswith(":::MLLOG ") for line in events)
+    assert (folder / "last_run.log").read_text().splitlines() == events
+    assert f"Report: {folder / 'report.html'}" in run.stderr
+    assert "was not reached" in (folder / "report.html").read_text()
+
+
+def test_a_run_that_cannot_start_leaves_no_report(tmp_path: Path) -> None:
+    command: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh", "--dataset-dir", tmp_path]
+    run = subprocess.run([*command, "--output-dir", tmp_path / "results"], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.count("error: ") == 1
+    assert not (tmp_path / "results" / "report.html").exists()
+
+
+def test_of_several_processes_the_first_ones_log_is_reported(tones: Path, tmp_path: Path) -> None:
+    small = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--max-steps", "2", "--device", "cpu"]
+    command: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh", "--dataset-dir", tones, *small]
+    environment = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29517"}
+    run = subprocess.run([*command, "--output-dir", tmp_path], capture_output=True, text=True, env=environment)
+    assert run.returncode == 1, run.stderr
+    assert (tmp_path / "last_run.log").read_text().splitlines() == [line for line in run.stdout.splitlines() if line]
+    assert "was not reached" in (tmp_path / "report.html").read_text()
+
+
+def test_a_timed_run_imports_nothing_of_the_report() -> None:
+    code = "import sys, pytorch.run_and_time; print([name for name in sys.modules if 'pytorch.report' in name])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == "[]\n", run.stderr
