@@ -37,6 +37,7 @@ _FREE_ON_RESUME = {
     "output_dir",
     "resume",
     "resume_with_changes",
+    "tensorboard",
     "checkpoint_minutes",
     "collective_timeout_seconds",
     "device",

@@ -75,6 +75,8 @@ class Config:
     """Go on from the newest checkpoint in the output folder."""
     resume_with_changes: bool = False
     """Resume even where configuration or data set differ from those of the checkpoint."""
+    tensorboard: Path | None = None
+    """Folder to write curves for TensorBoard into while the run goes on."""
     checkpoint_minutes: float = _field(30.0, POSITIVE, tunable=False)
     """Longest time between checkpoints, which there are after each epoch in any case."""
     collective_timeout_seconds: float = _field(600.0, POSITIVE, tunable=False)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Scalars:
     """Writes what it is told into a folder, or nothing where none was asked for. All curves are over steps."""
 
-    def __init__(self, folder: Path | None, done: int = 0) -> None:
+    def __init__(self, folder: Path | None = None, done: int = 0) -> None:
         """Open a folder, in which earlier runs may have written.
 
         Args:

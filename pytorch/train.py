@@ -44,6 +44,7 @@ from pytorch.devices import choose_device, choose_precision
 from pytorch.features import SAMPLE_RATE
 from pytorch.learner import Learner, learning_rate
 from pytorch.ranks import Ranks, leave, naming_lost_processes, seconds_waited
+from pytorch.tensorboard import Scalars
 from pytorch.validation import Evaluation, evaluate
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
@@ -68,6 +69,7 @@ class Run:
     learner: Learner
     dataset: PackedDataset
     log: mllog.mllog.MLLogger
+    scalars: Scalars = field(default_factory=Scalars)
     clock: Clock = field(default_factory=Clock)
     saved_at: float = field(default_factory=time.monotonic)  # time.monotonic() of the newest checkpoint
     stop_asked: bool = False  # by a signal, of this process
@@ -123,6 +125,7 @@ def train(config: Config) -> bool:
         reached, evaluation = _train_to_target(run, progress)
     finally:
         seconds = run.clock.seconds()
+        run.scalars.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         log.end(constants.RUN_STOP, metadata={"status": constants.SUCCESS if reached else constants.ABORTED})
@@ -169,6 +172,7 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
     learner.warm_up(_longest_training_utterance(dataset))
     run = Run(learner, dataset, log)
     progress = _resume(run) or Progress()
+    run.scalars = Scalars(config.tensorboard if ranks.first else None, progress.step)
     if not progress.resumed:
         _save(run, progress, best=False)  # what was there is of another run; and the disk is known to do
     log.end(constants.INIT_STOP)
@@ -221,6 +225,8 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
         progress.evaluation_seconds += time.monotonic() - evaluation_started
         fraction = progress.evaluation_seconds / clock.seconds()
         log.end(constants.EVAL_STOP, metadata={constants.EPOCH_NUM: epoch, "evaluation_fraction_of_run": fraction})
+        wers = {name: counts.wer for name, counts in {"all": total, **evaluation.by_subset()}.items()}
+        run.scalars.epoch(progress.step, wers, trained.utterances_per_second, trained.data_wait_fraction)
         reached = total.wer <= config.target_wer
         each = ", ".join(f"{name} {counts.wer:.2f}" for name, counts in evaluation.by_subset().items())
         run.learner.ranks.say(
@@ -343,6 +349,7 @@ def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, 
     if math.isfinite(loss) and math.isfinite(norm):
         progress.skipped_in_a_row = 0
         run.log.event("train_loss", loss, metadata={"step_num": step, "learning_rate": rate, "gradient_norm": norm})
+        run.scalars.step(step, loss, rate, norm)
         return True
     progress.skipped_steps += 1
     progress.skipped_in_a_row += 1
@@ -371,6 +378,8 @@ def _resume(run: Run) -> Progress | None:
             trouble = error
     steps = ranks.gather(content["progress"]["step"] if content is not None else -1)
     newest = steps.index(max(steps))
+    if steps[newest] < 0 and not config.resume and not (config.output_dir / checkpoint.LAST).exists():
+        return None  # a process was lost before the first checkpoint
     if steps[newest] < 0:
         raise trouble or RunError(f"{path}: there is no such checkpoint")
     content = ranks.send(content, newest)

@@ -17,7 +17,10 @@ from pytorch.mlperf.logs import RunLog
 
 # What may differ between runs of one series: the seed, where files lie (the data set's digest says what was in it), and
 # what bears on runs that break off.
-FREE = ("seed", "dataset_dir", "output_dir", "resume", "resume_with_changes", "collective_timeout_seconds")
+FREE = (
+    *("seed", "dataset_dir", "output_dir", "resume", "resume_with_changes"),
+    *("tensorboard", "checkpoint_minutes", "collective_timeout_seconds"),
+)
 HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(Config) if field.metadata.get("tunable"))
 
 
