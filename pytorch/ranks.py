@@ -6,7 +6,9 @@ which one it is; `gloo` carries what CPUs say to each other, `nccl` what GPUs do
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -56,6 +58,7 @@ class Ranks:
         """
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
+        _end_with_parent()
         timeout = timedelta(seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         try:
@@ -93,6 +96,12 @@ class Ranks:
         box = [thing]
         dist.broadcast_object_list(box, src=source)
         return box[0]
+
+
+def _end_with_parent() -> None:
+    """On Linux, be killed with torchrun: orphans would go on beside the processes that take their place."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def leave() -> None:

@@ -44,7 +44,7 @@ def test_the_first_epoch_is_in_order_of_length(utterances: Utterances) -> None:
 def test_every_epoch_has_every_utterance_once(utterances: Utterances, number: int) -> None:
     batches = epoch(utterances, number)
     assert sorted(chain(*batches)) == list(range(21))
-    assert sorted(map(len, batches)) == [1, 4, 4, 4, 4, 4]
+    assert sorted(map(len, batches)) == [3, 3, 3, 4, 4, 4]
 
 
 def test_later_epochs_are_shuffled_by_seed_and_epoch_alone(utterances: Utterances) -> None:
