@@ -132,6 +132,8 @@ class Config:
     """Decay per step, in the end, of the moving average of the weights, which is what is evaluated; 0: no average."""
 
     # --- augmentation of training utterances
+    augmentation_start_epoch: int = _field(1, POSITIVE_INTEGER)
+    """First epoch with augmentation; those before it take the utterances as they are."""
     tempo_min: float = _field(0.85, TEMPO)
     """Slowest tempo."""
     tempo_max: float = _field(1.15, TEMPO)

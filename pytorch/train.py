@@ -285,7 +285,8 @@ def _train_epoch(run: Run, utterances: Utterances, included: np.ndarray, progres
         for indices in plan[progress.step_in_epoch :]
         for share in deal(utterances, indices, parts * ranks.size)[ranks.rank :: ranks.size]
     ]
-    make = partial(make_batch, utterances, augment=(config, progress.epoch), pinned=learner.device.type == "cuda")
+    augment = (config, progress.epoch) if progress.epoch >= config.augmentation_start_epoch else None
+    make = partial(make_batch, utterances, augment=augment, pinned=learner.device.type == "cuda")
     batches = prefetch(mine, make)
     unread: deque[tuple[int, float, np.ndarray, Callable[[], Tensor]]] = deque()
     started, waiting, waited, done, samples = time.monotonic(), 0.0, seconds_waited(), 0, 0
