@@ -29,9 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     log = _keep_log(arguments)
     status = launch.main(arguments)
     text = log.read_text(encoding="utf-8") if log is not None and log.exists() else ""
-    if (
-        log is not None and f'"{constants.RUN_START}"' not in text
-    ):  # the run could not start, or logs on another machine
+    if log is not None and f'"{constants.RUN_START}"' not in text:  # it could not start, or logs on another machine
         log.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             log.parent.rmdir()  # if there is nothing else
