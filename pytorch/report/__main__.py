@@ -21,8 +21,9 @@ import tyro
 from data.packed import replace_durably
 from pytorch.command import exit_status
 from pytorch.config import RunError
+from pytorch.mlperf.score import FEWEST_RUNS, score
 from pytorch.report.page import render
-from pytorch.report.runs import read_runs
+from pytorch.report.runs import Run, read_runs
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def report(options: Options) -> None:
     """
     if not options.logs:
         raise RunError("no log is named: python -m pytorch.report LOG... -o report.html")
-    page = render(read_runs(options.logs))
+    runs = read_runs(options.logs)
+    page = render(runs, _score(runs))
     partial = options.output.with_name(options.output.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -60,6 +62,19 @@ def report(options: Options) -> None:
     except OSError as error:
         raise RunError(f"--output {options.output}: cannot be written: {error.strerror}") from error
     print(f"Report: {options.output}")
+
+
+def _score(runs: Sequence[Run]) -> str | None:
+    """What to say about the score of runs that are enough for one, or about why they have none."""
+    if len(runs) < FEWEST_RUNS:
+        return None
+    try:
+        found = score([run.log.path for run in runs])
+    except RunError as error:
+        return f"No MLPerf score: {error}."
+    if found.seconds is None:
+        return f"No MLPerf score: {len(found.unreached)} runs did not reach the target."
+    return f"MLPerf score: {found.seconds:.1f} s, the mean without the fastest and the slowest of {len(runs)} runs."
 
 
 if __name__ == "__main__":

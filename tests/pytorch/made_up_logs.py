@@ -1,11 +1,12 @@
-"""Logs of runs that never were, for tests of what reads logs."""
+"""Logs of runs that never were, with all that the report shows."""
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
+import dataclasses
 from typing import Any
+
+from pytorch.config import CONFIGS
+from tests.pytorch.forged import Forged, made_up
 
 SUBSETS = ("dev-clean", "dev-other")
 SAID = [
@@ -18,25 +19,14 @@ SAID = [
 ]
 
 
-class Log:
-    """Lines of a log, one second after the other."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.milliseconds = 1_700_000_000_000
-
-    def event(self, key: str, value: Any = None, seconds: float = 0.0, **metadata: Any) -> None:
-        """Add an event, some seconds after the one before."""
-        self.milliseconds += round(1000 * seconds)
-        kind = {"t": "INTERVAL_START", "p": "INTERVAL_END"}.get(key[-1], "POINT_IN_TIME")
-        metadata = {"file": "pytorch/train.py", "lineno": 1, **metadata}
-        known = {"namespace": "", "time_ms": self.milliseconds, "event_type": kind, "key": key, "value": value}
-        self.lines.append(":::MLLOG " + json.dumps({**known, "metadata": metadata}))
-
-    def write(self, path: Path) -> Path:
-        """The file."""
-        path.write_text("\n".join(self.lines) + "\n")
-        return path
+def add(log: Forged, after: str, key: str, value: Any, number: int = 0, seconds: float = 0.0, **metadata: Any) -> None:
+    """Put an event behind one of a log's events, and move what follows by so many seconds."""
+    position = log.positions(after)[number]
+    before = log.events[position]
+    for event in log.events[position + 1 :]:
+        event["time_ms"] += round(1000 * seconds)
+    added = {"key": key, "value": value, "metadata": metadata, "time_ms": before["time_ms"] + round(1000 * seconds)}
+    log.events.insert(position + 1, {**before, **added})
 
 
 def made_up_log(
@@ -52,59 +42,30 @@ def made_up_log(
     resumed: float | None = None,
     official: bool = True,
     synthetic: bool = False,
-) -> Log:
-    """A run of so many epochs of so many steps each, on two validation subsets."""
-    log = Log()
-    log.event("init_start")
-    why: dict[str, Any] = {} if cleared else {"reason": "audio.npy is still cached"}
-    log.event("cache_clear", cleared, **why)
-    for key, value in {
-        "benchmark": "deepspeech2",
-        "org": "reference",
-        "division": "open",
-        "status": "research",
-    }.items():
-        log.event(f"submission_{key}", value)
-    log.event("submission_platform", "2 cores of a processor")
-    log.event("seed", seed)
-    log.event("global_batch_size", 8)
-    configuration = {"seed": seed, "target_wer": 23.0, "learning_rate": 0.001, "max_steps": None, **(config or {})}
-    log.event("configuration", "librispeech", config="librispeech", **configuration)
-    log.event("dataset", "f" * 64, corpus="librispeech", official_archives=official, synthetic=synthetic)
-    log.event("environment", "a processor", processor="a processor", cores=2, torch="2.14.1")
-    log.event("git_commit", "0123456789abcdef", uncommitted_changes=dirty)
+) -> Forged:
+    """A run of so many epochs of so many steps each: 20 s of training, 10 s of evaluation, 0.5 s for a checkpoint."""
+    wers = [(15 if reached else 30) + 60 * (1 - epoch / epochs) for epoch in range(1, epochs + 1)]
+    log = made_up(
+        dataclasses.replace(CONFIGS["librispeech"], seed=seed, batch_size=8),
+        wers=wers,
+        train_samples=8 * steps,
+        validation=dict.fromkeys(SUBSETS, 100),
+        seconds_of_epoch=20.0,
+    )
+    log.edit("configuration", **(config or {}))
+    log.edit("dataset", official_archives=official, synthetic=synthetic)
+    log.edit("git_commit", ("0123456789abcdef" * 3)[:40], uncommitted_changes=dirty)
+    if not cleared:
+        log.edit("cache_clear", False, reason="audio.npy is still cached")
     if resumed is not None:
-        log.event("resumed", True, elapsed_seconds=resumed)
-    log.event("checkpoint", 0.5, 0.5, step_num=0)
-    log.event("init_stop", seconds=1.5)
-    log.event("run_start")
-    step = 0
-    for epoch in range(1, epochs + 1):
-        log.event("epoch_start", epoch_num=epoch)
-        for _ in range(steps):
-            step += 1
-            rate, norm = 0.001 / step, 100 + 50 * math.sin(step)
-            log.event("train_loss", 200 / step, 0.5, step_num=step, learning_rate=rate, gradient_norm=norm)
-        speed = {"utterances_per_second": 16.0 + epoch, "audio_seconds_per_second": 100.0, "data_wait_fraction": 0.01}
-        log.event("epoch_stop", epoch_num=epoch, step=step, finished=True, loss=150 / epoch, seconds=0.0, **speed)
-        log.event("eval_start", epoch_num=epoch)
-        wer = (15.0 if reached else 30.0) + 60 * (1 - epoch / epochs)
-        log.event("eval_accuracy", wer, 4, epoch_num=epoch, utterances=20, words=200)
-        for number, name in enumerate(("all", *SUBSETS)):
-            errors: dict[str, Any] = {
-                "utterances": 10,
-                "word_errors": round(wer) + number,
-                "words": 100,
-                "character_errors": 20,
-            }
-            errors |= {"characters": 500, "sum_of_utterance_wers": 3.0}
-            log.event("validation_errors", name, epoch_num=epoch, **errors)
-        log.event("eval_stop", epoch_num=epoch)
-        if epoch < epochs:
-            log.event("checkpoint", 0.5, 0.5, step_num=step)
-    log.event("run_stop", status="success" if reached else "aborted")
-    for number, (reference, hypothesis) in enumerate(said):
-        words: dict[str, Any] = {"reference": reference, "hypothesis": hypothesis}
-        log.event("transcript", f"84-{number:04d}", subset=SUBSETS[number % 2], **words, wer=50.0)
-    log.event("checkpoint", 0.5, 0.5, step_num=step)
+        add(log, "git_commit", "resumed", True, elapsed_seconds=resumed)
+    add(log, "git_commit", "checkpoint", 0.5, step_num=0)  # before the clock starts
+    for number in range(epochs):
+        other = log.events[log.positions("validation_errors")[3 * number + 2]]["metadata"]
+        other["word_errors"] += 20  # of 1000
+        if number < epochs - 1:
+            add(log, "eval_stop", "checkpoint", 0.5, number, 0.5, step_num=steps * (number + 1))
+    for number, (reference, hypothesis) in reversed(list(enumerate(said))):
+        words = {"reference": reference, "hypothesis": hypothesis, "wer": 50.0}
+        add(log, "run_stop", "transcript", f"84-{number:04d}", subset=SUBSETS[number % 2], **words)
     return log

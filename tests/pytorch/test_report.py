@@ -4,11 +4,8 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +19,8 @@ from pytorch.report.runs import read_runs
 from pytorch.report.tables import parts
 from pytorch.report.transcripts import align
 from tests.conftest import ROOT
-from tests.pytorch.made_up_logs import SAID, SUBSETS, made_up_log
+from tests.pytorch.made_up_logs import SAID, SUBSETS, add, made_up_log
+from tests.pytorch.test_mlperf_score import series
 
 MEASURED = sorted((ROOT / "results" / "measured").glob("*.log"))
 
@@ -40,7 +38,7 @@ def figures(html: str) -> dict:
 
 def test_the_page_shows_what_is_in_the_log(tmp_path: Path) -> None:
     html = written(tmp_path, made_up_log().write(tmp_path / "run.log"))
-    for text in ("15.00 %", "target 23", "target reached", "a processor", "dev-clean", "dev-other", "0123456789ab"):
+    for text in ("15.00 %", "target 23", "target reached", "made up", "dev-clean", "dev-other", "0123456789ab"):
         assert text in html, text
     assert "Before you quote these figures" not in html
     drawn = {chart["id"]: chart for chart in figures(html)["charts"]}
@@ -48,7 +46,7 @@ def test_the_page_shows_what_is_in_the_log(tmp_path: Path) -> None:
     lines = {line["subset"]: line["points"] for line in drawn["wer-epoch"]["series"]}
     assert list(lines) == ["all", *SUBSETS]
     assert lines["all"] == [[1, 55], [2, 35], [3, 15]]
-    assert drawn["wer-time"]["series"][0]["points"][0] == [24, 55]  # 40 steps of 0.5 s, evaluated in 4 s
+    assert drawn["wer-time"]["series"][0]["points"][0] == [30, 55]  # trained in 20 s, evaluated in 10 s
     assert drawn["wer-time"]["targets"] == [23]
 
 
@@ -111,33 +109,32 @@ def test_the_page_warns_of_what_is_no_plain_result(made: dict, warning: str, tmp
 def test_a_resumed_runs_time_adds_up(tmp_path: Path) -> None:
     path = made_up_log(resumed=100.0).write(tmp_path / "run.log")
     (run,) = read_runs([path])
-    assert run.seconds_to_target == 100 + 3 * 24 + 2 * 0.5
-    assert figures(written(tmp_path, path))["charts"][0]["series"][0]["points"][0][0] == 100 + 24
+    assert run.seconds_to_target == 100 + 3 * 30 + 2 * 0.5
+    assert figures(written(tmp_path, path))["charts"][0]["series"][0]["points"][0][0] == 100 + 30
 
 
 def test_the_parts_of_a_runs_time_add_up_to_all_of_it(tmp_path: Path) -> None:
     (run,) = read_runs([made_up_log().write(tmp_path / "run.log")])
     spent = parts(run)
-    assert dataclasses.astuple(spent) == pytest.approx((2, 3 * 20, 3 * 4, 2 * 0.5, 0))  # the last save is off the clock
+    assert dataclasses.astuple(spent) == pytest.approx(
+        (60, 3 * 20, 3 * 10, 2 * 0.5, 0)
+    )  # the last save is off the clock
     assert spent.total - spent.init == pytest.approx(run.log.seconds)
 
 
 def test_checkpoints_within_an_epoch_are_no_training(tmp_path: Path) -> None:
     log = made_up_log(epochs=1)
-    text = "\n".join(log.lines)
-    step = next(line for line in log.lines if '"step_num": 20,' in line)
-    saved = step.replace("train_loss", "checkpoint").replace('"value": 10.0', '"value": 0.25')
-    (tmp_path / "run.log").write_text(text.replace(step, f"{step}\n{saved}"))
-    (run,) = read_runs([tmp_path / "run.log"])
-    assert dataclasses.astuple(parts(run)) == pytest.approx((2, 20 - 0.25, 4, 0.25, 0))
+    add(log, "train_loss", "checkpoint", 0.25, number=20, step_num=20)
+    (run,) = read_runs([log.write(tmp_path / "run.log")])
+    assert dataclasses.astuple(parts(run)) == pytest.approx((60, 20 - 0.25, 10, 0.25, 0))
 
 
 def test_of_a_run_whose_processes_were_started_again_the_last_start_is_shown(tmp_path: Path) -> None:
     log, again = made_up_log(reached=False), made_up_log(resumed=50.0)
     again.write(tmp_path / "alone.log")
-    log.lines += again.lines
+    log.events += again.events
     runs = read_runs([log.write(tmp_path / "run.log"), tmp_path / "alone.log"])
-    assert runs[0].seconds_to_target == runs[1].seconds_to_target == 50 + 73
+    assert runs[0].seconds_to_target == runs[1].seconds_to_target == 50 + 91
 
 
 @pytest.mark.parametrize("log", MEASURED, ids=lambda path: path.stem)
@@ -148,8 +145,17 @@ def test_logs_older_than_some_event_are_shown_as_far_as_they_go(log: Path, tmp_p
     assert {"wer-time", "loss"} <= {chart["id"] for chart in figures(html)["charts"]}
 
 
+def test_the_score_of_enough_runs_is_that_of_the_rules_or_says_why_there_is_none(tmp_path: Path) -> None:
+    paths = series(tmp_path / "series", epochs=[2, 3, 7])  # of 110 s each
+    assert "MLPerf score" not in written(tmp_path, *paths[:2])
+    assert "MLPerf score: 330.0 s, the mean without the fastest and the slowest of 3 runs." in written(tmp_path, *paths)
+    assert "No MLPerf score: " in written(tmp_path, *paths[:2], made_up_log(seed=2).write(tmp_path / "other.log"))
+    missed = series(tmp_path / "missed", epochs=[2, 2, 2], unreached=2)
+    assert "No MLPerf score: 2 runs did not reach the target." in written(tmp_path, *missed)
+
+
 def test_a_log_that_ends_anywhere_is_shown_or_refused_with_its_line(tmp_path: Path) -> None:
-    text = "\n".join(made_up_log(epochs=2, steps=3).lines)
+    text = made_up_log(epochs=2, steps=3).text().rstrip("\n")
     path = tmp_path / "run.log"
     page_of_it = tmp_path / "report.html"
     refused = 0
@@ -170,22 +176,21 @@ def test_a_log_that_ends_anywhere_is_shown_or_refused_with_its_line(tmp_path: Pa
 
 def test_a_value_of_another_type_is_refused_with_its_line(tmp_path: Path) -> None:
     """Every value of every event, one at a time: the page is written, or the error names file and line."""
-    lines = made_up_log(epochs=1, steps=1, said=SAID[:1]).lines
+    log = made_up_log(epochs=1, steps=1, said=SAID[:1])
     path = tmp_path / "run.log"
     refused = 0
-    for number, line in enumerate(lines):
-        known = json.loads(line.removeprefix(":::MLLOG "))
-        places = [("value",), *(("metadata", name) for name in known["metadata"])]
-        for place in places:
-            for wrong in (None, "text", [1], math.nan):
-                damaged = json.loads(json.dumps(known))
-                (damaged if len(place) == 1 else damaged["metadata"])[place[-1]] = wrong
-                path.write_text("\n".join([*lines[:number], ":::MLLOG " + json.dumps(damaged), *lines[number + 1 :]]))
-                try:
-                    page.render(read_runs([path]))
-                except RunError as error:
-                    refused += 1
-                    assert str(error).startswith(f"{path}:{number + 1}: "), error
+    for number, event in enumerate(log.events):
+        for held in (event, event["metadata"]):
+            for name in ["value"] if held is event else list(held):
+                for wrong in (None, "text", [1], math.nan):
+                    right, held[name] = held[name], wrong
+                    log.write(path)
+                    held[name] = right
+                    try:
+                        page.render(read_runs([path]))
+                    except RunError as error:
+                        refused += 1
+                        assert str(error).startswith(f"{path}:{number + 1}: "), error
     assert refused > 100
 
 
@@ -237,8 +242,8 @@ def test_the_running_mean_of_a_constant_is_it() -> None:
 
 def test_steps_without_a_loss_are_left_out_of_the_curve(tmp_path: Path) -> None:
     log = made_up_log(epochs=1, steps=3)
-    log.event("skipped_step", 4, reason="not finite", utterances=[])
-    log.event("train_loss", math.nan, step_num=5)
+    add(log, "train_loss", "skipped_step", 4, number=2, reason="not finite", utterances=[])
+    add(log, "skipped_step", "train_loss", math.nan, step_num=5)
     runs = read_runs([log.write(tmp_path / "run.log")])
     (loss,) = (chart for chart in charts(runs) if chart.id == "loss")
     assert [x for x, _ in loss.series[0].points] == [1, 2, 3]
@@ -276,41 +281,3 @@ def test_the_library_is_the_published_one() -> None:
     """dist/chart.umd.min.js of npm's chart.js 4.6.1."""
     digest = hashlib.sha256((page.FOLDER / page.CHART_JS).read_bytes()).hexdigest()
     assert digest == "87364cc2b2a76a6684929e7d6b80b18a897794db38400caff1fcf1791c6925d2"
-
-
-def test_run_and_time_writes_the_report_beside_a_log_that_stays_pure(tones: Path, tmp_path: Path) -> None:
-    small = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--max-steps", "3", "--device", "cpu"]
-    script = ROOT / "pytorch" / "run_and_time.sh"
-    command: list[str | Path] = ["sh", script, "--config", "synthetic", "--dataset-dir", tones, *small]
-    folder = tmp_path / "results"
-    run = subprocess.run([*command, "--output-dir", folder], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 1, run.stderr  # three steps do not reach the target
-    events = [line for line in run.stdout.splitlines() if line]
-    assert all(line.startswith(":::MLLOG ") for line in events)
-    assert (folder / "last_run.log").read_text().splitlines() == events
-    assert f"Report: {folder / 'report.html'}" in run.stderr
-    assert "was not reached" in (folder / "report.html").read_text()
-
-
-def test_a_run_that_cannot_start_leaves_no_report(tmp_path: Path) -> None:
-    command: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh", "--dataset-dir", tmp_path]
-    run = subprocess.run([*command, "--output-dir", tmp_path / "results"], capture_output=True, text=True)
-    assert run.returncode == 1
-    assert run.stderr.count("error: ") == 1
-    assert not (tmp_path / "results" / "report.html").exists()
-
-
-def test_of_several_processes_the_first_ones_log_is_reported(tones: Path, tmp_path: Path) -> None:
-    small = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--max-steps", "2", "--device", "cpu"]
-    command: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh", "--dataset-dir", tones, *small]
-    environment = {**os.environ, "NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29517"}
-    run = subprocess.run([*command, "--output-dir", tmp_path], capture_output=True, text=True, env=environment)
-    assert run.returncode == 1, run.stderr
-    assert (tmp_path / "last_run.log").read_text().splitlines() == [line for line in run.stdout.splitlines() if line]
-    assert "was not reached" in (tmp_path / "report.html").read_text()
-
-
-def test_a_timed_run_imports_nothing_of_the_report() -> None:
-    code = "import sys, pytorch.run_and_time; print([name for name in sys.modules if 'pytorch.report' in name])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.stdout == "[]\n", run.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,9 @@ class Watched:
         return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
 
 
+Opener = Callable[..., Watched]
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
@@ -96,14 +99,23 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {title: folder / f"{title}.html" for title in logs}
 
 
-def open_page(browser: Any, path: Path, width: int = 1280, **options: Any) -> Watched:
-    context = browser.new_context(viewport={"width": width, "height": 900}, offline=True, **options)
-    return Watched(context.new_page(), path)
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Opener]:
+    """Opens a file in a window of its own, so wide, with Playwright's other options; closed after the test."""
+    contexts = []
+
+    def opened(path: Path, width: int = 1280, **options: Any) -> Watched:
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, offline=True, **options))
+        return Watched(contexts[-1].new_page(), path)
+
+    yield opened
+    for context in contexts:
+        context.close()
 
 
 @pytest.mark.parametrize("title", [*SHOWN, "measured runs"])
-def test_every_chart_is_drawn_and_nothing_goes_wrong(title: str, browser: Any, reports: dict[str, Path]) -> None:
-    shown = open_page(browser, reports[title])
+def test_every_chart_is_drawn_and_nothing_goes_wrong(title: str, open_page: Opener, reports: dict[str, Path]) -> None:
+    shown = open_page(reports[title])
     canvases = shown.page.locator("canvas")
     assert len(shown.charts()) == canvases.count() >= 5
     for number in range(canvases.count()):
@@ -113,17 +125,17 @@ def test_every_chart_is_drawn_and_nothing_goes_wrong(title: str, browser: Any, r
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("title", ["one run", "ten runs", "measured runs"])
-def test_the_page_is_accessible(title: str, scheme: str, browser: Any, reports: dict[str, Path]) -> None:
+def test_the_page_is_accessible(title: str, scheme: str, open_page: Opener, reports: dict[str, Path]) -> None:
     """By axe's rules: contrast, names, order of headings, language, tables, keyboard."""
-    shown = open_page(browser, reports[title], color_scheme=scheme)
+    shown = open_page(reports[title], color_scheme=scheme)
     for details in shown.page.locator("details").all():
         details.evaluate("(element) => (element.open = true)")
     found = axe.Axe().run(shown.page).response["violations"]
     assert [(rule["id"], [node["html"] for node in rule["nodes"]][:3]) for rule in found] == []
 
 
-def test_runs_are_hidden_and_shown_by_keyboard(browser: Any, reports: dict[str, Path]) -> None:
-    shown = open_page(browser, reports["three runs"])
+def test_runs_are_hidden_and_shown_by_keyboard(open_page: Opener, reports: dict[str, Path]) -> None:
+    shown = open_page(reports["three runs"])
     rows = shown.page.locator("#scores ~ .card tbody tr:visible")
     assert (rows.count(), len(shown.lines("wer-time")), len(shown.lines("loss"))) == (3, 3, 6)
     box = shown.page.get_by_role("checkbox", name="three runs 1")
@@ -141,8 +153,8 @@ def test_runs_are_hidden_and_shown_by_keyboard(browser: Any, reports: dict[str, 
     assert shown.wrong == []
 
 
-def test_the_subset_is_chosen(browser: Any, reports: dict[str, Path]) -> None:
-    shown = open_page(browser, reports["one run"])
+def test_the_subset_is_chosen(open_page: Opener, reports: dict[str, Path]) -> None:
+    shown = open_page(reports["one run"])
     select, said = shown.page.get_by_label("Validation set"), shown.page.locator(".transcripts li:visible")
     assert (shown.lines("wer-epoch"), said.count()) == (["one run 0"], len(SAID))
     select.select_option("dev-other")
@@ -154,8 +166,8 @@ def test_the_subset_is_chosen(browser: Any, reports: dict[str, Path]) -> None:
     assert shown.wrong == []
 
 
-def test_errors_differ_in_more_than_colour(browser: Any, reports: dict[str, Path]) -> None:
-    shown = open_page(browser, reports["one run"])
+def test_errors_differ_in_more_than_colour(open_page: Opener, reports: dict[str, Path]) -> None:
+    shown = open_page(reports["one run"])
     drawn = {
         kind: shown.page.locator(f".transcripts .{kind}").first.evaluate(
             """(word) => [...word.children].map((part) => getComputedStyle(part)).map(
@@ -171,11 +183,11 @@ def test_errors_differ_in_more_than_colour(browser: Any, reports: dict[str, Path
 
 
 def test_the_charts_follow_the_screen_and_paper_is_light(
-    browser: Any, reports: dict[str, Path], tmp_path: Path
+    open_page: Opener, reports: dict[str, Path], tmp_path: Path
 ) -> None:
     ink = "Chart.getChart('loss').options.scales.x.title.color"
     back = "getComputedStyle(document.body).backgroundColor"
-    shown = open_page(browser, reports["three runs"])
+    shown = open_page(reports["three runs"])
     light = shown.page.evaluate(f"[{ink}, {back}]")
     shown.page.emulate_media(color_scheme="dark")
     shown.page.wait_for_function(f"{ink} !== '{light[0]}'")
@@ -192,28 +204,28 @@ def test_the_charts_follow_the_screen_and_paper_is_light(
 @pytest.mark.parametrize("width", [320, 390, 768])
 @pytest.mark.parametrize("title", [*SHOWN, "measured runs"])
 def test_a_narrow_screen_needs_no_scrolling_sideways(
-    title: str, width: int, browser: Any, reports: dict[str, Path]
+    title: str, width: int, open_page: Opener, reports: dict[str, Path]
 ) -> None:
-    shown = open_page(browser, reports[title], width)
+    shown = open_page(reports[title], width)
     for details in shown.page.locator("details").all():
         details.evaluate("(element) => (element.open = true)")
     assert shown.overflow() == 0
     assert all(canvas.bounding_box()["width"] <= width for canvas in shown.page.locator("canvas").all())
 
 
-def test_what_a_log_says_is_never_run(browser: Any, tmp_path: Path) -> None:
+def test_what_a_log_says_is_never_run(open_page: Opener, tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     log = made_up_log(said=[(evil, f"\"'{evil}")] * 3, config={evil: evil}).write(
         tmp_path / "<img src=x onerror=alert(3)>.log"
     )
     (tmp_path / "report.html").write_text(render(read_runs([log])))
-    shown = open_page(browser, tmp_path / "report.html")
+    shown = open_page(tmp_path / "report.html")
     assert evil in shown.page.locator("body").inner_text()
     assert shown.wrong == []
 
 
-def test_without_scripts_the_figures_are_in_tables(browser: Any, reports: dict[str, Path]) -> None:
-    shown = open_page(browser, reports["three runs"], java_script_enabled=False)
+def test_without_scripts_the_figures_are_in_tables(open_page: Opener, reports: dict[str, Path]) -> None:
+    shown = open_page(reports["three runs"], java_script_enabled=False)
     assert "The charts need JavaScript" in shown.page.locator("main").inner_text()
     shown.page.get_by_text("Figures of: Word error rate by epoch").click()
     assert shown.page.get_by_role("region", name="Figures: Word error rate by epoch").locator("tbody tr").count() == 9
