@@ -66,6 +66,6 @@ def made_up_log(
         if number < epochs - 1:
             add(log, "eval_stop", "checkpoint", 0.5, number, 0.5, step_num=steps * (number + 1))
     for number, (reference, hypothesis) in reversed(list(enumerate(said))):
-        words = {"reference": reference, "hypothesis": hypothesis, "wer": 50.0}
+        words: dict[str, Any] = {"reference": reference, "hypothesis": hypothesis, "wer": 50.0}
         add(log, "run_stop", "transcript", f"84-{number:04d}", subset=SUBSETS[number % 2], **words)
     return log
