@@ -9,7 +9,6 @@ for it.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -31,8 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
     text = log.read_text(encoding="utf-8") if log is not None and log.exists() else ""
     if log is not None and f'"{constants.RUN_START}"' not in text:  # it could not start, or logs on another machine
         log.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            log.parent.rmdir()  # if there is nothing else
     elif log is not None and status in (0, 1):
         command = [sys.executable, "-m", "pytorch.report", str(log), "--output", str(log.with_name(REPORT))]
         subprocess.run(command, stdout=sys.stderr)  # if it fails, the run has not

@@ -22,12 +22,12 @@ def test_run_and_time_writes_the_report_beside_a_log_that_stays_pure(tones: Path
     assert "was not reached" in (folder / "report.html").read_text()
 
 
-def test_a_run_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
+def test_a_run_that_cannot_start_leaves_neither_log_nor_report(tmp_path: Path) -> None:
     command: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh", "--dataset-dir", tmp_path]
     run = subprocess.run([*command, "--output-dir", tmp_path / "results"], capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stderr.count("error: ") == 1
-    assert not (tmp_path / "results").exists()
+    assert not list((tmp_path / "results").iterdir())
 
 
 def test_of_several_processes_the_first_ones_log_is_reported(tones: Path, tmp_path: Path) -> None:
