@@ -30,6 +30,7 @@ from pytorch.mlperf.logs import RunLog
 from pytorch.mlperf.score import FEWEST_RUNS, report, same_series, score_of
 from pytorch.mlperf.system import describe_system, system_name
 from pytorch.mlperf.tree import Tree
+from pytorch.run_and_time import REPORT
 
 SCRIPT = ROOT / "pytorch" / "run_and_time.sh"
 Outcome = Literal["kept", "ended", "failed"]
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str]) -> bool:
     results = [path for number in range(options.runs) if (path := tree.result(number)).exists()]
     for path in failed:
         print(f"This run failed; the same command does it again: {path}")
-    return _conclude(results) and not failed
+    return _conclude(results, config.output_dir / REPORT) and not failed
 
 
 def _check_kept(tree: Tree, config: Config, count: int) -> None:
@@ -159,10 +160,16 @@ def _say(outcome: Outcome, path: Path) -> str:
     return f"{how}{' (done before)' if outcome == 'kept' else ''}; its log is {path}"
 
 
-def _conclude(results: list[Path]) -> bool:
-    """Print the score. Returns whether there is one; of runs too few for a score, whether all reached the target."""
+def _conclude(results: list[Path], page: Path) -> bool:
+    """Print the score, and write a page about all runs.
+
+    Returns:
+        Whether there is a score; of runs too few for one, whether all reached the target.
+    """
     if not results:
         return False
     found = score_of(same_series(sound(results)))
     print(report(found))
+    command = [sys.executable, "-m", "pytorch.report", *map(str, results), "--output", str(page)]
+    subprocess.run(command)  # if it fails, the runs have not
     return found.seconds is not None or (len(results) < FEWEST_RUNS and not found.unreached)
