@@ -297,11 +297,14 @@ def deal(frames_SB: np.ndarray, ranks: int, how: Dealing = "round robin") -> np.
 
 @functools.cache
 def epoch_frames(batch_size: int, epoch: int = 2) -> np.ndarray:
-    """Output frames [S, B] of an epoch's batches as `plan_epoch` makes them; the last, smaller one is left out."""
+    """Output frames [S, B] of an epoch's batches as `plan_epoch` makes them; 0 where one is a little smaller."""
     utterances = published_utterances("train")
     batches = plan_epoch(utterances, np.arange(len(utterances)), batch_size, 1, epoch)
-    indices_SB = np.stack([batch for batch in batches if len(batch) == batch_size])
-    return output_frames(frame_counts(torch.from_numpy(utterances.samples[indices_SB]))).numpy()
+    frames_N = output_frames(frame_counts(torch.from_numpy(utterances.samples))).numpy()
+    frames_SB = np.zeros((len(batches), max(map(len, batches))), frames_N.dtype)
+    for frames_B, batch in zip(frames_SB, batches, strict=True):
+        frames_B[: len(batch)] = frames_N[batch]
+    return frames_SB
 
 
 def waiting_fraction(machine: Machine, frames_SUR: np.ndarray) -> float:

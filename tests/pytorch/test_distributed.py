@@ -5,6 +5,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from pytorch.batches import Utterances, deal
 from pytorch.command import PREEMPTED
 from pytorch.config import RunError
 from pytorch.ranks import Ranks
-from tests.conftest import ROOT, write_packed_dataset
-from tests.pytorch.test_train import SMALL, events, values
+from tests.conftest import write_packed_dataset
+from tests.pytorch.test_train import ENVIRONMENT, SMALL, events, values
 
 STEPS = 20
 
@@ -35,19 +36,11 @@ def free_port() -> int:
 
 
 def start(processes: int, dataset: Path, output: Path, *arguments: Any, **environment: str) -> subprocess.Popen[str]:
-    """run_and_time.sh in so many processes of one thread, in a process group of its own."""
-    command = [
-        "sh",
-        str(ROOT / "pytorch" / "run_and_time.sh"),
-        *SMALL,
-        "--dataset-dir",
-        dataset,
-        "--output-dir",
-        output,
-    ]
+    """The run in so many processes of one thread, in a process group of its own."""
+    command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", dataset, "--output-dir", output]
     given = {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **environment}
     pipe = subprocess.PIPE
-    everything = os.environ | given
+    everything = ENVIRONMENT | given
     return subprocess.Popen(
         [*map(str, command), *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, env=everything, process_group=0
     )
@@ -375,7 +368,7 @@ def test_runs_killed_at_random_moments_end_with_the_weights_of_an_undisturbed_on
     processes: int, uneven: Path, tmp_path: Path
 ) -> None:
     """In training, evaluation or while a checkpoint is written; KILLS sets how often."""
-    moments = int(os.environ.get("KILLS", "3"))
+    moments = int(os.environ.get("KILLS", "2"))
     options = ["--target-wer", "0", "--max-epochs", str(4 * moments), "--checkpoint-minutes", "0.002"]
     run_in(processes, uneven, tmp_path / "undisturbed", *options)
     _killed_at_random(processes, uneven, tmp_path / "killed", moments, options)

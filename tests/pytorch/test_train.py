@@ -1,7 +1,9 @@
 """The timed run, by the command that a user types, on a tiny data set of tones."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from pytorch.config import CONFIGS, RunError
 from pytorch.learner import learning_rate
 from tests.conftest import ROOT, write_packed_dataset
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = ["--config", "synthetic", "--hidden-size", "16", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
 
 
 def run_and_time(*arguments: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = ["sh", str(ROOT / "pytorch" / "run_and_time.sh"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
+    command = [sys.executable, "-m", "pytorch.launch", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, env=ENVIRONMENT)
 
 
 def small_run(dataset: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -68,7 +68,9 @@ def test_words_have_the_times_at_which_they_were_spoken_and_confidences(long: li
     words = [word for piece in long for word in piece["words"]]
     assert len(words) == len(times)
     middles = np.array([(word["start"] + word["end"]) / 2 for word in words])
-    assert np.abs(middles - np.mean(times, axis=1)).max() < 0.25
+    errors = np.abs(middles - np.mean(times, axis=1))
+    assert np.median(errors) < 0.15
+    assert errors.max() < 0.5
     assert all(0 < word["confidence"] <= 1 for word in words)
     assert all(piece["text"] == " ".join(word["word"] for word in piece["words"]) for piece in long)
 
