@@ -169,14 +169,17 @@ def _step_charts(runs: Sequence[Run]) -> Iterator[Chart]:
     thinned = "" if steps <= limit else f" Of up to {steps:,} steps at most {limit:,} points are drawn, "
     extremes = thinned and thinned + "the lowest and the highest of each stretch."
 
-    losses = {run.number: values(run, lambda step: step.loss) for run in runs}
+    def with_running_mean(of: Callable[[Step], float | None]) -> list[Series]:
+        points = {run.number: values(run, of) for run in runs}
+        faint = [Series(number, thin(them, limit), faint=True) for number, them in points.items()]
+        return faint + [Series(number, thin(running_mean(them), limit)) for number, them in points.items()]
+
     yield _of_steps(
         runs,
         id="loss",
         title="Training loss",
         y="CTC loss",
-        series=[Series(number, thin(points, limit), faint=True) for number, points in losses.items()]
-        + [Series(number, thin(running_mean(points), limit)) for number, points in losses.items()],
+        series=with_running_mean(lambda step: step.loss),
         note="Each step's mean over its batch, faint; the line is the mean of the steps around." + extremes,
         column="mean loss",
         of_epoch=lambda epoch, of: _mean([step.loss for step in of]) if epoch.loss is None else epoch.loss,
@@ -191,14 +194,12 @@ def _step_charts(runs: Sequence[Run]) -> Iterator[Chart]:
         column="at its end",
         of_epoch=lambda epoch, of: of[-1].learning_rate if of else None,
     )
-    norms = {run.number: values(run, lambda step: step.gradient_norm) for run in runs}
     yield _of_steps(
         runs,
         id="norm",
         title="Gradient norm",
         y="gradient norm, before clipping",
-        series=[Series(number, thin(points, limit), faint=True) for number, points in norms.items()]
-        + [Series(number, thin(running_mean(points), limit)) for number, points in norms.items()],
+        series=with_running_mean(lambda step: step.gradient_norm),
         note="Of each step, faint; the line is the mean of the steps around. Logarithmic." + extremes,
         column="median",
         of_epoch=lambda epoch, of: _median([step.gradient_norm for step in of]),

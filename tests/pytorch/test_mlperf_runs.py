@@ -17,7 +17,7 @@ from pytorch.mlperf.logs import RunLog
 from pytorch.mlperf.system import describe_system, system_name
 from pytorch.mlperf.tree import Tree
 from tests.conftest import ROOT
-from tests.pytorch.test_train import SMALL, run_and_time
+from tests.pytorch.test_train import ENVIRONMENT, SMALL
 
 
 def runs(dataset: Path, tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -32,7 +32,8 @@ def runs(dataset: Path, tree: Path, *arguments: str) -> subprocess.CompletedProc
         "--output-dir",
         tree / "checkpoints",
     ]
-    return run_and_time(*fixed, *arguments)
+    command = ["sh", ROOT / "pytorch" / "run_and_time.sh", *fixed, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=ENVIRONMENT)
 
 
 def stamps(folder: Path) -> dict[str, int]:
