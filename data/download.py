@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -28,7 +29,7 @@ from data.archives import Supply, check_space, read_checksums
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
 from data.manifest import read_manifest
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, DataError, PackedDataset, locked, read_dataset
-from data.prepare import CheckedArchive, available_cores, finish_dataset, prepare_archive, prepare_subset
+from data.prepare import UNPACKED, CheckedArchive, available_cores, finish_dataset, prepare_archive, prepare_subset
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def _download_archives(path: Path, corpus: Corpus, subsets: Sequence[CorpusSubse
         missing = [
             subset for subset in subsets if not _is_prepared(dataset, subset.name, expected[subset.archive.file].md5)
         ]
+        shutil.rmtree(path / UNPACKED, ignore_errors=True)  # left by a run that was killed while it removed this
         if not missing and dataset.digest:
             return _report(dataset, "is complete already")
         supply = Supply(path / "archives", corpus, options.mirror, options.keep_archives, options.jobs)

@@ -46,6 +46,7 @@ from data.packed import (
 )
 from data.readers import Utterance, decode, read_utterances
 
+UNPACKED = "unpacked"  # folder in the data set's for the files of one archive, while its subsets are made
 UTTERANCES_PER_TASK = 16
 FRAME_STEP_SAMPLES = 160
 # Speech in FLAC or 16-bit samples hardly shrinks by gzip; what grows this much on unpacking is no speech.
@@ -79,7 +80,7 @@ def prepare_archive(
     dataset: PackedDataset, corpus: Corpus, archive: CheckedArchive, subsets: Sequence[CorpusSubset], jobs: int
 ) -> PackedDataset:
     """Adds the subsets that lie in one archive to a data set, which is unfinished then; returns its new state."""
-    with temporary_folder(dataset.path / "unpacked") as unpacked:
+    with temporary_folder(dataset.path / UNPACKED) as unpacked:
         unpack(archive.file, unpacked)
         for subset in subsets:
             utterances = read_utterances(unpacked, corpus.layout, subset)

@@ -84,8 +84,18 @@ def test_a_preparation_killed_twenty_times_has_the_same_digest(options: Options,
             shutil.rmtree(dataset_dir)
     finished = download(replace(options, dataset_dir=dataset_dir))
     assert finished.digest == undisturbed
+    shutil.rmtree(dataset_dir / "archives", ignore_errors=True)  # of a kill just before the last was removed
     assert files_below(dataset_dir) == files_below(tmp_path / "undisturbed")
     assert find_problems(finished) == []
+
+
+def test_files_left_by_a_run_that_was_killed_at_its_very_end_are_removed_by_the_next(options: Options) -> None:
+    before = files_below(download(options).path)
+    assert options.dataset_dir is not None
+    left = options.dataset_dir / "unpacked" / "LibriSpeech" / "dev-clean" / "84"
+    left.mkdir(parents=True)
+    (left / "84-1-0000.flac").write_bytes(b"fLaC")
+    assert files_below(download(options).path) == before
 
 
 def test_decoding_processes_end_when_their_parent_is_killed(options: Options, mirror: Path, tmp_path: Path) -> None:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from data.download import Options, download
-from tests.conftest import ROOT, WORDS
+from tests.conftest import WORDS
+from tests.processes import run_module_for_text
 
 RATE = 16000
 TRAINING = ["--config", "synthetic", "--hidden-size", "40", "--conv-channels", "4", "--batch-size", "8"]
 TRAINING += ["--learning-rate", "3e-3", "--warmup-steps", "20", "--schedule-epochs", "20", "--max-epochs", "40"]
 TRAINING += ["--averaging-decay", "0.9"]
-TRAINING += [
-    "--frequency-masks",
-    "0",
-    "--time-masks",
-    "0",
-    "--tempo-min",
-    "1",
-    "--tempo-max",
-    "1",
-    "--target-wer",
-    "0.5",
-]
+TRAINING += ["--frequency-masks", "0", "--time-masks", "0", "--tempo-min", "1", "--tempo-max", "1"]
+TRAINING += ["--target-wer", "0.5"]
 
 
 def speak(words: list[str], seed: int, longest_pause: float = 0.45) -> tuple[np.ndarray, list[tuple[float, float]]]:
@@ -71,8 +60,7 @@ def write_spoken_dataset(folder: Path, counts: dict[str, int]) -> Path:
 
 def train(dataset: Path, output: Path) -> Path:
     """Trains until hardly an error is left: some tens of seconds. Returns the checkpoint, with the log beside it."""
-    command = [sys.executable, "-m", "pytorch.train", *TRAINING, "--dataset-dir", str(dataset)]
-    run = subprocess.run([*command, "--output-dir", str(output)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    run = run_module_for_text("pytorch.train", *TRAINING, "--dataset-dir", dataset, "--output-dir", output, timeout=600)
     assert run.returncode == 0, run.stderr
     (output / "mlperf_ds2.log").write_text(run.stdout)
     return output / "checkpoint_best.pt"

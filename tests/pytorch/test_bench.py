@@ -1,8 +1,6 @@
 import copy
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from pytorch import gru
 from pytorch.bench import StockPaddedGRU, Workload, draw, made_up_batch, stock, training_flops
 from pytorch.config import CONFIGS, RunError
-from tests.conftest import ROOT
+from tests.processes import run_module_for_text
 
 CONFIG = dataclasses.replace(CONFIGS["synthetic"], hidden_size=16, conv_channels=2)
 CPU = torch.device("cpu")
@@ -19,8 +17,7 @@ CPU = torch.device("cpu")
 
 def test_the_benchmark_prints_one_json_object_with_the_figures_that_scripts_read() -> None:
     options = ["--config", "synthetic", "--hidden-size", "16", "--batch-size", "2", "--repetitions", "1", "--json"]
-    command = [sys.executable, "-m", "pytorch.bench", *options, "--device", "cpu"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = run_module_for_text("pytorch.bench", *options, "--device", "cpu")
     assert run.returncode == 0, run.stderr
     figures = json.loads(run.stdout)
     numbers = ["step_ms", "stock_packed_step_ms", "speedup", "forward_speedup", "fp32_speedup", "gemm_peak_gflops"]
@@ -46,14 +43,12 @@ def test_a_sweep_is_drawn_into_a_file(tmp_path: Path) -> None:
 
 
 def test_a_plot_without_a_sweep_is_an_error_of_one_line() -> None:
-    command = [sys.executable, "-m", "pytorch.bench", "--plot", "sweep.svg"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = run_module_for_text("pytorch.bench", "--plot", "sweep.svg")
     assert (run.returncode, run.stderr) == (1, "error: --plot draws a sweep: give --sweep as well\n")
 
 
 def test_an_unknown_configuration_is_an_error_of_one_line() -> None:
-    command = [sys.executable, "-m", "pytorch.bench", "--config", "nonsense"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    run = run_module_for_text("pytorch.bench", "--config", "nonsense")
     assert run.returncode == 1
     assert run.stderr.startswith("error: --config nonsense")
 

@@ -23,6 +23,7 @@ from pytorch.command import PREEMPTED
 from pytorch.config import RunError
 from pytorch.ranks import Ranks
 from tests.conftest import write_packed_dataset
+from tests.processes import run_module_for_text
 from tests.pytorch.test_train import ENVIRONMENT, SMALL, events, values
 
 STEPS = 20
@@ -35,12 +36,16 @@ def free_port() -> int:
         return port
 
 
+def in_processes(processes: int) -> dict[str, str]:
+    given = {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    return ENVIRONMENT | given
+
+
 def start(processes: int, dataset: Path, output: Path, *arguments: Any, **environment: str) -> subprocess.Popen[str]:
     """The run in so many processes of one thread, in a process group of its own."""
     command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", dataset, "--output-dir", output]
-    given = {"NPROC_PER_NODE": str(processes), "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", **environment}
     pipe = subprocess.PIPE
-    everything = ENVIRONMENT | given
+    everything = in_processes(processes) | environment
     return subprocess.Popen(
         [*map(str, command), *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, env=everything, process_group=0
     )
@@ -52,7 +57,9 @@ def finish(run: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
 
 
 def run_in(processes: int, dataset: Path, output: Path, *arguments: Any, **environment: str) -> Any:
-    return finish(start(processes, dataset, output, *arguments, **environment))
+    """The run, waited for; what torchrun starts are processes of their own, as always."""
+    command = [*SMALL, "--dataset-dir", dataset, "--output-dir", output, *arguments]
+    return run_module_for_text("pytorch.launch", *command, environment=in_processes(processes) | environment)
 
 
 @pytest.fixture(scope="module")

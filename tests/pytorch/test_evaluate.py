@@ -14,13 +14,13 @@ import pytest
 from pytorch import evaluate
 from pytorch.evaluate import Edits, Recognised, bootstrap_intervals, count_edits, score
 from tests.conftest import ROOT
+from tests.processes import run_module_for_text
 from tests.pytorch.conftest import Trained
 from tests.pytorch.test_train import small_run
 
 
-def command(*arguments: str | Path, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, *(launcher or ("-m",)), "pytorch.evaluate", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_module_for_text("pytorch.evaluate", *arguments)
 
 
 def summary(folder: Path) -> dict[str, dict[str, object]]:
@@ -95,10 +95,10 @@ def test_two_processes_report_the_same_as_one_and_recognise_each_utterance_once(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), "-m")
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m"]
     subsets = "tones-train,tones-validation"
     options: list[str | Path] = ["--dataset-dir", tones, "--split", subsets, "--batch-size", "3", "--output", tmp_path]
-    run = command(checkpoint, *options, launcher=launcher)
+    run = run_module_for_text(*torchrun, "pytorch.evaluate", checkpoint, *options)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("real-time factor") == 1
     assert pairs(tmp_path) == pairs(evaluated)

@@ -29,6 +29,7 @@ from pytorch.decoder import BLANK, LABELS, encode
 from pytorch.recogniser import align, greedy
 from pytorch.tune import left_one_out
 from tests.conftest import ROOT
+from tests.processes import run_module_for_text
 from tests.pytorch.conftest import Trained
 
 needs_flashlight = pytest.mark.skipif(
@@ -39,8 +40,7 @@ SENTENCES = st.lists(st.lists(st.sampled_from("ABCD"), max_size=5).map(" ".join)
 
 
 def command(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    return run_module_for_text(module, *arguments)
 
 
 def write_arpa(path: Path, transcripts: Sequence[str] = TRANSCRIPTS, order: int = 3) -> Path:

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from pytorch import checkpoint, gru, train
 from pytorch.config import CONFIGS, RunError
 from pytorch.learner import learning_rate
 from tests.conftest import ROOT, write_packed_dataset
+from tests.processes import run_module_for_text
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = ["--config", "synthetic", "--hidden-size", "16", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
 
 
-def run_and_time(*arguments: str | Path, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytorch.launch", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300, env=ENVIRONMENT)
+def run_and_time(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return run_module_for_text("pytorch.launch", *arguments, folder=folder, environment=ENVIRONMENT)
 
 
 def small_run(dataset: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

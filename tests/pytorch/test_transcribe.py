@@ -24,6 +24,7 @@ from pytorch.recogniser import Word
 from pytorch.recordings import CONTEXT_S, LONGEST_S, SHORTEST_S, Piece, cut, read_file, seam
 from pytorch.transcribe import captions, main
 from tests.conftest import ROOT, SPEECH
+from tests.processes import run_module
 from tests.pytorch.conftest import Trained
 from tests.pytorch.speaking import RATE, random_words, speak
 
@@ -31,8 +32,7 @@ LONG = random_words(150, 5)
 
 
 def command(*arguments: str | Path, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    line = [sys.executable, "-m", "pytorch.transcribe", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, cwd=ROOT, timeout=300, input=given)
+    return run_module("pytorch.transcribe", *arguments, given=given)
 
 
 @pytest.fixture(scope="module")
