@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data.corpora import find_corpus
 from tests.conftest import ROOT, SPEECH
 from tests.pytorch.test_train import events, values
 
@@ -36,6 +37,7 @@ def test_quickstart_synthesises_verifies_trains_and_says_where_everything_is(che
     run = sh(checkout, "quickstart.sh", "--max-steps", "2", "--target-wer", "1000")
     assert run.returncode == 0, run.stderr
     assert "Dataset Checksum Passed." in run.stdout
+    assert find_corpus("synthetic").reference_digest in run.stdout  # made anew, it is the same to the last sample
     log = checkout / "results" / "synthetic" / "mlperf_ds2.log"
     assert str(log) in run.stdout
     assert "no benchmark result" in run.stdout

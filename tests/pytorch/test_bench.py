@@ -17,6 +17,7 @@ CPU = torch.device("cpu")
 
 def test_the_benchmark_prints_one_json_object_with_the_figures_that_scripts_read() -> None:
     options = ["--config", "synthetic", "--hidden-size", "16", "--batch-size", "2", "--repetitions", "1", "--json"]
+    options += ["--shortest-seconds", "0.5", "--longest-seconds", "1"]
     run = run_module_for_text("pytorch.bench", *options, "--device", "cpu")
     assert run.returncode == 0, run.stderr
     figures = json.loads(run.stdout)
