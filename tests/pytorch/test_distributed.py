@@ -2,11 +2,13 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -367,17 +369,33 @@ def test_a_worker_that_hangs_is_named(uneven: Path, tmp_path: Path) -> None:
     assert "lost contact; ranks that hang or are gone: 1" in stopped.stderr
 
 
-def _killed_at_random(processes: int, dataset: Path, output: Path, moments: int, options: list[str]) -> None:
-    """Start a run, kill all of it at a random moment, resume it; so often; then let it end."""
-    random_moment = random.Random(processes)
+def _killed(processes: int, dataset: Path, output: Path, moments: int, options: list[str]) -> Counter[str]:
+    """Start a run, kill all of it, resume it; so often; then let it end.
+
+    In turn in an evaluation, while a checkpoint is written, and at a random moment. Returns how often it was in which.
+    """
+    random_moment, seen, partial = random.Random(processes), Counter[str](), output / f"{checkpoint.LAST}.partial"
     for number in range(moments):
+        partial.unlink(missing_ok=True)
         resume = ["--resume"] if (output / checkpoint.LAST).exists() else []
         run = start(processes, dataset, output, *options, *resume)
         _wait_for(run, "init_stop", 1)
-        time.sleep(random_moment.uniform(0, 1.5))
         workers = _workers(run)
+        keys = []
+        if number % 3 == 0:
+            _wait_for(run, "eval_start", 1)
+            keys = ["eval_start"]
+        elif number % 3 == 1:
+            while not partial.exists() and run.poll() is None:
+                pass  # it is there for some milliseconds
+        else:
+            time.sleep(random_moment.uniform(0, 1.5))
         os.killpg(run.pid, signal.SIGKILL)
+        assert run.stdout is not None
+        keys += re.findall(r'"key": "(\w+)"', run.stdout.read())
         run.communicate()
+        evaluates = keys[-1:] in (["eval_start"], ["eval_accuracy"], ["validation_errors"])
+        seen["checkpoint" if partial.exists() else "evaluation" if evaluates else "training"] += 1
         assert len(workers) == (processes if processes > 1 else 0)
         while any(Path(f"/proc/{worker}").exists() for worker in workers):
             time.sleep(0.05)  # they end with the launcher
@@ -387,17 +405,20 @@ def _killed_at_random(processes: int, dataset: Path, output: Path, moments: int,
             checkpoint.load(output / name)  # whole, or it is refused
     ended = run_in(processes, dataset, output, *options, "--resume")
     assert ended.returncode == 1, ended.stderr
+    return seen
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_runs_killed_at_random_moments_end_with_the_weights_of_an_undisturbed_one(
     processes: int, uneven: Path, tmp_path: Path
 ) -> None:
-    """In training, evaluation or while a checkpoint is written; KILLS sets how often."""
+    """In evaluation, while a checkpoint is written, or in training; KILLS sets how often."""
     moments = int(os.environ.get("KILLS", "2"))
     options = ["--target-wer", "0", "--max-epochs", str(4 * moments), "--checkpoint-minutes", "0.002"]
     run_in(processes, uneven, tmp_path / "undisturbed", *options)
-    _killed_at_random(processes, uneven, tmp_path / "killed", moments, options)
+    seen = _killed(processes, uneven, tmp_path / "killed", moments, options)
+    print(f"killed in {dict(seen)}")
+    assert moments < 20 or {"checkpoint", "evaluation", "training"} <= set(seen)
     left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("undisturbed", "killed"))
     assert left["progress"]["step"] == right["progress"]["step"]
     for kind in ("model", "trained_model"):
