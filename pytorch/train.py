@@ -159,6 +159,8 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
     device = choose_device(config.device, ranks.local_rank)
     work_on(device)
     dataset = open_dataset(config.dataset_dir)
+    config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
+    _check_agreement(ranks, config, dataset.digest)
     for split in ("train", "validation"):
         if not dataset.splits[split]:
             raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
@@ -171,8 +173,6 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--output-dir {config.output_dir}: cannot be made: {error.strerror}") from error
-    config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
-    _check_agreement(ranks, config, dataset.digest)
     if ranks.local_rank == 0:
         cache = mlperf.clear_cache(dataset.path)
         log.event(constants.CACHE_CLEAR, cache.pop("cleared"), metadata=cache)
@@ -415,7 +415,8 @@ def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, 
 def _resume(run: Run) -> Progress | None:
     """Go on from a checkpoint, if that was asked for or torchrun has started the processes of this launch again.
 
-    Processes of several machines may find different checkpoints, or none: the newest that one of them has is used.
+    Processes of several machines may find different checkpoints, or none: the newest that one of them has is used, one
+    of this launch before any other.
     """
     learner, config, ranks = run.learner, run.config, run.learner.ranks
     if not (config.resume or ranks.launch):
@@ -426,13 +427,15 @@ def _resume(run: Run) -> Progress | None:
             path, content = checkpoint.load_newest(config.output_dir)
         except RunError as error:
             trouble = error
-    if content is not None and not config.resume and content.get("launch") != ranks.launch:
+    ours = content is not None and content.get("launch") == ranks.launch
+    if not (ours or config.resume):
         content = None  # of an earlier run
-    steps = ranks.gather(content["progress"]["step"] if content is not None else -1)
-    newest = steps.index(max(steps))
-    if steps[newest] < 0 and not config.resume:
+    found = ranks.gather((ours, content["progress"]["step"] if content is not None else -1))
+    newest = found.index(max(found))
+    nothing = found[newest][1] < 0
+    if nothing and not config.resume:
         return None  # the processes start for the first time, or one was lost before the first checkpoint
-    if steps[newest] < 0:
+    if nothing:
         raise trouble or RunError(f"{path}: there is no such checkpoint")
     content = ranks.send(content, newest)
     assert content is not None
