@@ -373,18 +373,17 @@ def benchmark(arguments: Arguments) -> None:
     """Measure and print what was asked for.
 
     Raises:
-        RunError: there is no such configuration or device, or the plot cannot be drawn.
+        RunError: there is no such configuration or device, a number is against its rule, or the plot cannot be drawn.
     """
     if arguments.plot is not None and not arguments.sweep:
         raise RunError("--plot draws a sweep: give --sweep as well")
     if arguments.config not in CONFIGS:
         raise RunError(f"--config {arguments.config}: unknown; one of {', '.join(CONFIGS)}")
     config = CONFIGS[arguments.config]
-    config = replace(
-        config,
-        hidden_size=arguments.hidden_size or config.hidden_size,
-        batch_size=arguments.batch_size or config.batch_size,
-    )
+    if arguments.repetitions < 1:
+        raise RunError(f"--repetitions is {arguments.repetitions}; it must be any positive integer")
+    given = {"hidden_size": arguments.hidden_size, "batch_size": arguments.batch_size}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     device = choose_device(arguments.device)
     row = measure(config, arguments, device)
     rows = sweep(config, arguments, device) if arguments.sweep else []

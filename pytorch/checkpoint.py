@@ -7,6 +7,8 @@ whole; one that was damaged there is found out, and the one before it is used. A
     checkpoint_last.pt      the newest
     checkpoint_previous.pt  the one before it
     checkpoint_best.pt      of the evaluation with the lowest WER
+
+Those of a run before it in the same folder are kept in its folder `earlier`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import contextlib
 import dataclasses
 import hashlib
 import os
-import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from data.packed import replace_durably
 from pytorch.config import Config, RunError
 from pytorch.decoder import LABELS
 
@@ -30,6 +32,10 @@ FORMAT_VERSION = 3
 BEST = "checkpoint_best.pt"
 LAST = "checkpoint_last.pt"
 PREVIOUS = "checkpoint_previous.pt"
+EARLIER = "earlier"
+
+# Without these as they were, weights and the optimizer's moments cannot be used.
+_NEVER_FREE = {"hidden_size", "conv_channels", "optimizer"}
 
 # What a resumed run may change: where it runs and when it ends, not what it computes.
 _FREE_ON_RESUME = {
@@ -74,6 +80,7 @@ def save(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
+    launch: str | None,
     best: bool,
 ) -> None:
     """Write the newest checkpoint: the model that is evaluated as "model", the one in training as "trained_model".
@@ -81,6 +88,7 @@ def save(
     Args:
         folder: of the run's checkpoints; the newest one there becomes the one before.
         config, dataset_digest, progress, evaluated, model, optimizer: its content.
+        launch: which start of the run it is from, see `pytorch.launch`; None if that started no processes.
         best: whether it is the best one as well.
 
     Raises:
@@ -91,6 +99,7 @@ def save(
         "labels": LABELS,
         "config": config.plain(),
         "dataset_digest": dataset_digest,
+        "launch": launch,
         "progress": dataclasses.asdict(progress),
         "random_state": torch.get_rng_state(),
         "model": evaluated.state_dict(),
@@ -107,7 +116,7 @@ def save(
             os.fsync(file.fileno())
         if path.exists():
             _put(path, folder / PREVIOUS)
-        partial.rename(path)
+        replace_durably(partial, path)
         if best:
             _put(path, folder / BEST)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
@@ -126,7 +135,33 @@ def _put(path: Path, second: Path) -> None:
         shutil.copyfile(path, partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-    partial.rename(second)
+    replace_durably(partial, second)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move the checkpoints of an earlier run into a folder of their own, in place of those there.
+
+    Nothing is moved if that run has not come further than its first checkpoint, which holds no training.
+
+    Returns:
+        Where they are now; None if none was moved.
+
+    Raises:
+        RunError: they cannot be moved.
+    """
+    there = [name for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()]
+    if set(there) <= {LAST}:
+        return None
+    earlier = folder / EARLIER
+    try:
+        earlier.mkdir(exist_ok=True)
+        for name in (LAST, PREVIOUS, BEST):
+            (earlier / name).unlink(missing_ok=True)
+        for name in there:
+            replace_durably(folder / name, earlier / name)
+    except OSError as error:
+        raise RunError(f"{earlier}: the earlier run's checkpoints cannot be moved there: {error.strerror}") from error
+    return earlier
 
 
 def _digest(content: Any) -> str:
@@ -159,16 +194,17 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        version = content["format_version"]
+        version, labels = content["format_version"], content.get("labels")
+        whole = content.pop("digest", None) == _digest(content)
     except FileNotFoundError:
         raise RunError(f"{path}: there is no such checkpoint") from None
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except Exception as error:  # the digest is in the file, so it is read first; damaged bytes may do anything then
         raise RunError(f"{path}: not a checkpoint of this project, or damaged ({type(error).__name__})") from error
     if version != FORMAT_VERSION:
         raise RunError(f"{path}: checkpoint format {version}; this version reads format {FORMAT_VERSION}")
-    if content["labels"] != LABELS:
-        raise RunError(f"{path}: its labels are {content['labels']!r}, expected {LABELS!r}")
-    if content.pop("digest") != _digest(content):
+    if labels != LABELS:
+        raise RunError(f"{path}: its labels are {labels!r}, expected {LABELS!r}")
+    if not whole:
         raise RunError(f"{path}: damaged: its content does not have the digest that it was written with")
     return content
 
@@ -196,11 +232,14 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
     Raises:
         RunError: names each difference.
     """
-    differences = [
-        f"{key.replace('_', '-')} {content['config'].get(key)} there, {value} now"
-        for key, value in config.plain().items()
-        if key not in _FREE_ON_RESUME and content["config"].get(key) != value
-    ]
+    there = content["config"]
+    different = [key for key, value in config.plain().items() if there.get(key) != value and key not in _FREE_ON_RESUME]
+    differences = [f"{key.replace('_', '-')} {there.get(key)} there, {getattr(config, key)} now" for key in different]
+    if config.resume_with_changes and _NEVER_FREE.intersection(different):
+        raise RunError(
+            f"{path}: cannot be resumed with this configuration, since its weights or the state of its optimizer "
+            f"would not fit: {'; '.join(differences)}"
+        )
     if content["dataset_digest"] != dataset_digest:
         differences.append(f"data set {content['dataset_digest'][:12]} there, {dataset_digest[:12]} now")
     if not differences:

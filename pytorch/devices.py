@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,18 +12,51 @@ from torch import Tensor
 from pytorch import gru
 from pytorch.config import Precision, RunError
 
+NO_MEMORY = "can't allocate memory", "not enough memory", "Storage size calculation overflowed"  # on a CPU
+
 
 def choose_device(name: str, number: int = 0) -> torch.device:
     """Device of that name; `auto` is the GPU of that number if there is one.
 
     Raises:
-        RunError: a GPU was asked for and there is none.
+        RunError: there is no such device, or no GPU of that number.
     """
+    if name not in ("auto", "cpu", "cuda"):
+        raise RunError(f"--device {name}: unknown; one of auto, cpu, cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise RunError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu or auto")
-    return torch.device(name, number) if name == "cuda" else torch.device(name)
+    if number >= torch.cuda.device_count():
+        raise RunError(
+            f"{number + 1} processes on this machine, one a GPU, of which it has {torch.cuda.device_count()}; "
+            "set NPROC_PER_NODE"
+        )
+    return torch.device(name, number)
+
+
+def work_on(device: torch.device) -> None:
+    """Make a GPU the one that this process means where none is named: for events, and for NCCL."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+@contextmanager
+def out_of_memory_is(advice: str) -> Iterator[None]:
+    """Turn any failure to find memory, on a GPU or a CPU, into an error that gives advice.
+
+    Raises:
+        RunError: there was not enough memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # a CPU's allocator raises a plain RuntimeError
+        no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not no_memory and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        raise RunError(advice) from error
 
 
 def choose_precision(name: Precision, device: torch.device) -> Precision:
@@ -43,7 +77,7 @@ def read_later(tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
     copy = tensor.to("cpu", non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(tensor.device))
 
     def read() -> Tensor:
         copied.synchronize()

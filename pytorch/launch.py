@@ -20,13 +20,18 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 import torch
 
 from pytorch import train
 from pytorch.config import RunError
+from pytorch.ranks import LAUNCH
 
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun passes on; its own choice lacks SIGUSR1
+LONGEST_GRACE_SECONDS = 180  # of those in cluster/: how long processes have to save before torchrun kills them
+HIGHEST_PORT = 65535
 VARIABLES = {"NPROC_PER_NODE": 0, "NNODES": 1, "NODE_RANK": 0, "MASTER_PORT": 29500, "MAX_RESTARTS": 0}
 
 
@@ -35,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         given = {name: _number(name, default) for name, default in VARIABLES.items()}
+        if not 0 < given["MASTER_PORT"] <= HIGHEST_PORT:
+            raise RunError(f"MASTER_PORT is {given['MASTER_PORT']}; it must be a number from 1 to {HIGHEST_PORT}")
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -47,8 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
         *("--nnodes", str(given["NNODES"]), "--nproc-per-node", str(processes)),
         *("--max-restarts", str(given["MAX_RESTARTS"]), "--rdzv-backend", "c10d", "--rdzv-id", "deepspeech2"),
         *("--rdzv-endpoint", f"{os.environ.get('MASTER_ADDR', 'localhost')}:{given['MASTER_PORT']}"),
-        *("--rdzv-conf", f"is_host={given['NODE_RANK'] == 0}"),
+        *("--rdzv-conf", f"is_host={given['NODE_RANK'] == 0}", "--signals-to-handle", SIGNALS),
     ]
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(LONGEST_GRACE_SECONDS))
+    os.environ.pop(LAUNCH, None)
+    if given["NODE_RANK"] == 0:  # it is there from a launch's start to its end; other machines may join again
+        os.environ[LAUNCH] = uuid.uuid4().hex
     # A machine that joins again could else wait forever for an address that machine 0 has told in the first round only.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory() as folder:

@@ -16,12 +16,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pytorch import gru
 from pytorch.batches import Batch
-from pytorch.config import Config, RunError
+from pytorch.config import Config
 from pytorch.decoder import BLANK
-from pytorch.devices import read_later
+from pytorch.devices import out_of_memory_is, read_later
 from pytorch.features import SAMPLE_RATE, LogSpectrogram
 from pytorch.model import DeepSpeech2
-from pytorch.ranks import Ranks, add_up
+from pytorch.ranks import Ranks, add_up, average_gradients, wait_for_gradients
 
 
 @dataclass
@@ -49,6 +49,9 @@ class Learner:
             with warnings.catch_warnings():  # broadcast_buffers has a newer name that not all versions know
                 warnings.simplefilter("ignore", FutureWarning)
                 network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+            if device.type == "cpu":
+                # a lambda, since it wants no annotations that are text
+                network.register_comm_hook(None, lambda _, bucket: average_gradients(bucket))
         averaged = AveragedModel(model, use_buffers=True) if config.averaging_decay > 0 else None
         optimizer = make_optimizer(config, model)
         return cls(config, device, ranks, LogSpectrogram().to(device), model, network, averaged, optimizer)
@@ -96,6 +99,8 @@ class Learner:
                 loss = self.loss(share) * (len(share) / count)
                 (loss * self.ranks.size).backward()  # what averages the gradients divides by that
             said[0] += loss.detach()
+        if self.ranks.size > 1 and self.device.type == "cpu":
+            wait_for_gradients()
         add_up(said)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
         result = torch.cat([said[:1], norm.double().view(1), said[1:]])
@@ -107,11 +112,22 @@ class Learner:
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.averaged is not None:
-            steps = int(self.averaged.n_averaged)
-            decay = min(self.config.averaging_decay, (1 + steps) / (10 + steps))  # the first steps are soon forgotten
-            self.averaged.multi_avg_fn = get_ema_multi_avg_fn(decay)
-            self.averaged.update_parameters(self.model)
+            self._average(self.averaged, finite)
         return read_later(result)
+
+    def _average(self, averaged: AveragedModel, finite: Tensor) -> None:
+        """Move the average towards the model, if the step was finite: a bool on the device, not to be waited for."""
+        steps = int(averaged.n_averaged)  # of the run, skipped ones included, as for the learning rate
+        decay = min(self.config.averaging_decay, (1 + steps) / (10 + steps))  # the first steps are soon forgotten
+        move = get_ema_multi_avg_fn(decay)
+
+        def move_if_finite(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
+            # an average that moves towards itself stays where it is, to the bit
+            kept = [torch.where(finite, value, old) for value, old in zip(values, averages, strict=True)]
+            move(averages, kept, count)
+
+        averaged.multi_avg_fn = move_if_finite
+        averaged.update_parameters(self.model)
 
     def _statistics(self) -> list[Tensor]:
         """Running means and variances of the batch norms."""
@@ -128,17 +144,15 @@ class Learner:
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         parts = self.ranks.size * self.config.gradient_accumulation_steps
         count, samples = -(-self.config.batch_size // parts), int(longest_samples / min(1.0, self.config.tempo_min))
-        noise = torch.randint(-1000, 1000, (count, samples), dtype=torch.int16)
-        lengths, ones = torch.full((count,), samples), torch.full((count,), 1)
-        try:
+        with out_of_memory_is(
+            f"a batch of {count} utterances of {samples / SAMPLE_RATE:.0f} s does not fit into memory; "
+            f"use a smaller --batch-size than {self.config.batch_size}, or compute it in "
+            f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
+        ):
+            noise = torch.randint(-1000, 1000, (count, samples), dtype=torch.int16)
+            lengths, ones = torch.full((count,), samples), torch.full((count,), 1)
             self.loss(Batch(np.arange(count), noise, lengths, ones, ones, ["'"] * count, None)).backward()
             make_optimizer(self.config, self.model).step()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise RunError(
-                f"a batch of {count} utterances of {samples / SAMPLE_RATE:.0f} s does not fit into memory; "
-                f"use a smaller --batch-size than {self.config.batch_size}, or compute it in "
-                f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
-            ) from error
         self.model.zero_grad(set_to_none=True)
         self.model.load_state_dict(before)
 
@@ -149,7 +163,7 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     The fused implementations leave everything as it is in a step whose `found_inf` is not zero.
     """
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             model.parameters(),
             config.learning_rate,
             momentum=config.beta1,
@@ -157,6 +171,10 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        if config.beta1 > 0:  # else the first step makes it of memory as it is, and leaves it so if it is skipped
+            for weight in model.parameters():
+                sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        return sgd
     betas = config.beta1, config.beta2
     return torch.optim.AdamW(
         model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True

@@ -13,15 +13,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.futures import Future
 
 from pytorch.command import LostProcess
 
+LAUNCH = "DEEPSPEECH2_LAUNCH"  # where launch.py on machine 0 tells the name of this launch
 Anything = TypeVar("Anything")
 
 
@@ -30,7 +33,8 @@ class _Talk:
 
     store: dist.Store | None = None  # what all of them can write to
     group: Any = None  # of `add_up`: one of its own, so that small messages do not queue behind gradients
-    seconds: float = 0.0  # waited for in `add_up`
+    seconds: float = 0.0  # stood still in `add_up` and `wait_for_gradients`
+    last_gradients: float = 0.0  # time.monotonic() when the last gradients of a backward pass were there
 
 
 _talk = _Talk()
@@ -43,7 +47,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine
-    restarts: int = 0  # of torchrun's workers, after one of them was lost
+    launch: str | None = None  # name of the launch, which stays when torchrun starts processes again; None: no torchrun
 
     @classmethod
     def start(cls, device_type: str, timeout_seconds: float) -> Ranks:
@@ -68,8 +72,10 @@ class Ranks:
             _talk.group = dist.new_group(timeout=timeout)
         except RuntimeError as error:
             raise LostProcess(f"the processes of this run did not find each other: {_first_line(error)}") from error
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        return cls(rank, size, int(os.environ["LOCAL_RANK"]), restarts)
+        ranks = cls(rank, size, int(os.environ["LOCAL_RANK"]))
+        # torchrun's count of restarts tells less: those after a machine has joined again are not in it.
+        names = [name for name in ranks.gather(os.environ.get(LAUNCH)) if name]
+        return replace(ranks, launch=names[0] if names else None)
 
     @property
     def first(self) -> bool:
@@ -96,6 +102,15 @@ class Ranks:
         box = [thing]
         dist.broadcast_object_list(box, src=source)
         return box[0]
+
+    def tell(self, what: str) -> None:
+        """Let all of them know something; none waits for it."""
+        if _talk.store is not None:
+            _talk.store.set(what, "")
+
+    def told(self, what: str) -> bool:
+        """Whether one of them has told that."""
+        return _talk.store is not None and bool(_talk.store.check([what]))
 
 
 def _end_with_parent() -> None:
@@ -124,8 +139,23 @@ def add_up(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def average_gradients(bucket: dist.GradBucket) -> Future[Tensor]:
+    """What DistributedDataParallel does with gradients by itself, noting when: for a hook of it, on a CPU."""
+    _talk.last_gradients = time.monotonic()
+    return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
+
+
+def wait_for_gradients() -> None:
+    """To be called when the backward pass is over, on a CPU: since its last gradients were there, it has but waited."""
+    _talk.seconds += time.monotonic() - _talk.last_gradients
+
+
 def seconds_waited() -> float:
-    """How long this process has waited for others in `add_up` (on a GPU: for nothing, since it goes on meanwhile)."""
+    """How long this process has stood still for others and for messages: sums of batch norms and loss, and gradients.
+
+    Not in it: the part of the gradients' messages that goes on behind the backward pass. On a GPU, which goes on
+    meanwhile, this says nothing.
+    """
     return _talk.seconds
 
 

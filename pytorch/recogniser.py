@@ -26,7 +26,7 @@ from torchaudio.functional import forced_align
 from pytorch import checkpoint, gru
 from pytorch.config import RunError
 from pytorch.decoder import BLANK, decode_greedily, encode
-from pytorch.devices import choose_device
+from pytorch.devices import choose_device, out_of_memory_is
 from pytorch.features import HOP_LENGTH, SAMPLE_RATE, LogSpectrogram
 from pytorch.model import TIME_STRIDE, DeepSpeech2
 
@@ -96,13 +96,10 @@ class Recogniser:
         waveforms_BS = torch.zeros(len(waveforms), int(samples_B.max()), dtype=torch.int16)
         for row, waveform in enumerate(waveforms):
             waveforms_BS[row, : len(waveform)] = torch.from_numpy(np.array(waveform, dtype=np.int16))
-        try:
+        longest = int(samples_B.max()) / SAMPLE_RATE
+        advice = f"{len(waveforms)} pieces of up to {longest:.0f} s do not fit into memory; use a smaller --batch-size"
+        with out_of_memory_is(advice):
             logits_TBV, frames_B = self.model(*self.spectrogram(waveforms_BS.to(self.device), samples_B))
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            longest = int(samples_B.max()) / SAMPLE_RATE
-            raise RunError(
-                f"{len(waveforms)} pieces of up to {longest:.0f} s do not fit into memory; use a smaller --batch-size"
-            ) from error
         log_probabilities_BTV = logits_TBV.log_softmax(2).cpu().transpose(0, 1)
         return [
             emission_TV[:frames].contiguous()

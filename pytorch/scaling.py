@@ -37,13 +37,13 @@ from pytorch.scaling_model import (
     deal,
     epoch_frames,
     gathered_bytes,
-    large_epoch_minutes,
     measured_cpu,
     model_layers,
     norm_bytes,
     norm_seconds,
     parameter_count,
     predict_epoch,
+    predict_large_epoch,
     published_utterances,
     reads_at_a_stretch,
     seconds_to_target,
@@ -123,10 +123,10 @@ def table_waiting(machine: Machine) -> str:
     for ranks, share in ((8, 16), (8, 128), (64, 16), (64, 128), (512, 16)):
         batch = ranks * share
         plans = (
-            ("like lengths", "round robin", epoch_frames(batch)),
+            ("like lengths", "forth and back", epoch_frames(batch)),
             ("like lengths", "blocks", epoch_frames(batch)),
             ("like lengths", "at random", epoch_frames(batch)),
-            ("any lengths", "round robin", lengths[: len(lengths) // batch * batch].reshape(-1, batch)),
+            ("any lengths", "forth and back", lengths[: len(lengths) // batch * batch].reshape(-1, batch)),
             ("any lengths", "at random", lengths[: len(lengths) // batch * batch].reshape(-1, batch)),
         )
         lost = []
@@ -148,9 +148,8 @@ def table_strong(machine: Machine) -> str:
                 continue
             one, epoch = predict_epoch(machine, batch, 1), predict_epoch(machine, batch, ranks)
             row += [percent(one.total / epoch.total / ranks), number(epoch.total)]
-        epoch = predict_epoch(machine, 8192, ranks)
-        one = predict_epoch(machine, 8192, 1)
-        rows.append([*row, percent(one.training / epoch.training / ranks), number(large_epoch_minutes(epoch))])
+        one, epoch = predict_large_epoch(machine, 8192, 1), predict_large_epoch(machine, 8192, ranks)
+        rows.append([*row, percent(one.total / epoch.total / ranks), number(epoch.total / 60)])
     head = ["GPUs"]
     head += [f"batch {batch:,}: {what}" for batch in (128, 1024, 8192) for what in ("efficiency", "epoch, s")]
     return markdown([*head, "60,000 h, batch 8,192: efficiency", "epoch, min"], rows)
@@ -190,8 +189,8 @@ def table_weak(machine: Machine) -> str:
                 f"{batch:,}",
                 percent(one.training / epoch.training / ranks),
                 number(epoch.total),
-                number(large_epoch_minutes(epoch)),
-                number(batch_law().deepspeech_epochs(batch), 2),
+                number(predict_large_epoch(machine, batch, ranks).total / 60),
+                number(batch_law().deepspeech_epochs(epoch.batch), 2),
                 number(seconds_to_target(machine, batch, ranks) / 60),
             ]
         rows.append(row)
@@ -271,7 +270,7 @@ def table_input(machine: Machine) -> str:
     rows = []
     for ranks in RANKS:
         epoch = predict_epoch(machine, 128 * ranks, ranks)
-        rate = 128 / epoch.step.total
+        rate = epoch.batch / ranks / epoch.step.total
         at_once = min(ranks, machine.ranks_per_node)
         rows.append(
             [

@@ -23,13 +23,14 @@ import torch
 
 from data.corpora import CORPORA
 from data.packed import Subset
+from pytorch import batches
 from pytorch.batches import Utterances, plan_epoch
 from pytorch.bench import training_flops
 from pytorch.config import CONFIGS
 from pytorch.features import FREQUENCY_BINS, SAMPLE_RATE, frame_counts
 from pytorch.model import GRU_LAYERS, OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 
-Dealing = Literal["round robin", "blocks", "at random"]
+Dealing = Literal["forth and back", "blocks", "at random"]  # the first is that of `pytorch.batches`
 
 CONFIG = CONFIGS["librispeech"]
 BYTES = 4  # of a gradient, and of the sums of a batch norm's backward pass
@@ -278,14 +279,31 @@ def published_utterances(split: str) -> Utterances:
     seconds = np.sort(np.concatenate(subsets))
     if split == "train":
         seconds *= TRAINING_HOURS * 3600 / seconds.sum()
-    samples = (seconds * SAMPLE_RATE).astype(np.int64)
+    return _silent_utterances(split, (seconds * SAMPLE_RATE).astype(np.int64))
+
+
+def _silent_utterances(name: str, samples: np.ndarray) -> Utterances:
+    """Utterances that have lengths only."""
     offsets = np.cumsum(samples) - samples
-    return Utterances([Subset(split, np.empty(0, np.int16), offsets, samples, [""] * len(samples), [], [])])
+    return Utterances([Subset(name, np.empty(0, np.int16), offsets, samples, [""] * len(samples), [], [])])
 
 
-def deal(frames_SB: np.ndarray, ranks: int, how: Dealing = "round robin") -> np.ndarray:
+@functools.cache
+def dealt_places(batch: int, ranks: int) -> np.ndarray:
+    """Places [U, R], in a batch sorted from short to long, of the utterances that each rank gets; -1 for none."""
+    places_UR = np.full((math.ceil(batch / ranks), ranks), -1)
+    by_length = _silent_utterances("places", np.arange(batch))
+    for rank, places in enumerate(batches.deal(by_length, np.arange(batch), ranks)):
+        places_UR[: len(places), rank] = places
+    return places_UR
+
+
+def deal(frames_SB: np.ndarray, ranks: int, how: Dealing = "forth and back") -> np.ndarray:
     """Utterances of each step dealt to ranks: frames [S, U, R], of each rank the longest first; 0 for none."""
     steps, batch = frames_SB.shape
+    if how == "forth and back":
+        ascending = np.concatenate([np.sort(frames_SB, axis=1), np.zeros((steps, 1), frames_SB.dtype)], axis=1)
+        return ascending[:, dealt_places(batch, ranks)]
     share = math.ceil(batch / ranks)
     padded = np.zeros((steps, share * ranks), frames_SB.dtype)
     padded[:, :batch] = frames_SB
@@ -296,13 +314,22 @@ def deal(frames_SB: np.ndarray, ranks: int, how: Dealing = "round robin") -> np.
 
 
 @functools.cache
-def epoch_frames(batch_size: int, epoch: int = 2) -> np.ndarray:
-    """Output frames [S, B] of an epoch's batches as `plan_epoch` makes them; 0 where one is a little smaller."""
+def epoch_frames(batch_size: int, full: bool = False) -> np.ndarray:
+    """Output frames [S, B] of an epoch's batches as `plan_epoch` makes them; 0 where one is a little smaller.
+
+    Args:
+        batch_size: the largest batch.
+        full: leave some utterances out, so that all batches are that large, as those of a much larger set are.
+    """
     utterances = published_utterances("train")
-    batches = plan_epoch(utterances, np.arange(len(utterances)), batch_size, 1, epoch)
+    included = np.arange(len(utterances))
+    if full:
+        count = len(included) // batch_size * batch_size
+        included = np.sort(np.random.default_rng(2).choice(included, count, replace=False))
+    plan = plan_epoch(utterances, included, batch_size, 1, epoch=2)
     frames_N = output_frames(frame_counts(torch.from_numpy(utterances.samples))).numpy()
-    frames_SB = np.zeros((len(batches), max(map(len, batches))), frames_N.dtype)
-    for frames_B, batch in zip(frames_SB, batches, strict=True):
+    frames_SB = np.zeros((len(plan), max(map(len, plan))), frames_N.dtype)
+    for frames_B, batch in zip(frames_SB, plan, strict=True):
         frames_B[: len(batch)] = frames_N[batch]
     return frames_SB
 
@@ -316,8 +343,8 @@ def waiting_fraction(machine: Machine, frames_SUR: np.ndarray) -> float:
 def reads_at_a_stretch(batch_size: int, epoch: int) -> float:
     """Utterances that lie side by side in the packed file, in the mean over an epoch's batches."""
     count = len(published_utterances("train"))
-    batches = plan_epoch(published_utterances("train"), np.arange(count), batch_size, 1, epoch)
-    return count / sum(1 + int((np.diff(np.sort(batch)) > 1).sum()) for batch in batches)
+    plan = plan_epoch(published_utterances("train"), np.arange(count), batch_size, 1, epoch)
+    return count / sum(1 + int((np.diff(np.sort(batch)) > 1).sum()) for batch in plan)
 
 
 # --- epochs
@@ -340,11 +367,17 @@ def gathered_bytes() -> int:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A predicted epoch of LibriSpeech."""
+    """A predicted epoch."""
 
     step: Step
-    steps: float
+    steps: int
+    utterances: int
     evaluation: float
+
+    @property
+    def batch(self) -> float:
+        """Utterances of the mean step: batches are cut evenly, so they may be smaller than was asked for."""
+        return self.utterances / self.steps
 
     @property
     def training(self) -> float:
@@ -358,14 +391,18 @@ class Epoch:
 
 @functools.cache
 def predict_epoch(machine: Machine, batch_size: int, ranks: int, own_group: bool = True) -> Epoch:
-    """An epoch after the first, dealt round robin, with its evaluation."""
-    step = predict_step(machine, deal(epoch_frames(batch_size), ranks), own_group)
-    return Epoch(step, len(published_utterances("train")) / batch_size, evaluation_seconds(machine, ranks))
+    """An epoch of LibriSpeech after the first, with its evaluation."""
+    frames_SB = epoch_frames(batch_size)
+    step = predict_step(machine, deal(frames_SB, ranks), own_group)
+    return Epoch(step, len(frames_SB), len(published_utterances("train")), evaluation_seconds(machine, ranks))
 
 
-def large_epoch_minutes(epoch: Epoch) -> float:
-    """Minutes of training, without evaluation, for 60,000 h of speech of the same lengths."""
-    return epoch.training * LARGE_HOURS / TRAINING_HOURS / 60
+@functools.cache
+def predict_large_epoch(machine: Machine, batch_size: int, ranks: int) -> Epoch:
+    """The same of 60,000 h of speech of the same lengths, without evaluation."""
+    step = predict_step(machine, deal(epoch_frames(batch_size, full=True), ranks))
+    utterances = round(len(published_utterances("train")) * LARGE_HOURS / TRAINING_HOURS)
+    return Epoch(step, math.ceil(utterances / batch_size), utterances, evaluation=0.0)
 
 
 @dataclass(frozen=True)
@@ -398,7 +435,8 @@ def batch_law() -> BatchLaw:
 
 def seconds_to_target(machine: Machine, batch_size: int, ranks: int) -> float:
     """Predicted seconds to WER 23 on 960 h, with the part of the last epoch that is needed."""
-    return batch_law().deepspeech_epochs(batch_size) * predict_epoch(machine, batch_size, ranks).total
+    epoch = predict_epoch(machine, batch_size, ranks)
+    return batch_law().deepspeech_epochs(epoch.batch) * epoch.total
 
 
 def best_batch(machine: Machine, ranks: int) -> int:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ from pytorch.batches import Utterances, deal, make_batch, plan_epoch, prefetch, 
 from pytorch.checkpoint import Progress
 from pytorch.command import LOST, Preempted, exit_status, progress_bar
 from pytorch.config import Config, RunError, parse_config
-from pytorch.devices import choose_device, choose_precision
+from pytorch.devices import choose_device, choose_precision, work_on
 from pytorch.features import SAMPLE_RATE
 from pytorch.learner import Learner, learning_rate
 from pytorch.ranks import Ranks, leave, naming_lost_processes, seconds_waited
@@ -49,6 +50,7 @@ from pytorch.validation import Evaluation, evaluate
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
 STATUS_FILE = "DEEPSPEECH2_STATUS_FILE"  # where launch.py wants to find the exit status
+MAY_DIFFER = "dataset_dir", "output_dir", "tensorboard", "device"  # between the machines of a run
 UNREAD_STEPS = {"cpu": 0, "cuda": 4}  # whose losses are still to be read, so that a GPU never waits for the CPU
 
 
@@ -77,6 +79,12 @@ class Run:
     def ask_to_stop(self, *_: object) -> None:
         """Handle a signal: the step under way goes on."""
         self.stop_asked = True
+
+    def told_to_end(self) -> bool:
+        """Whether this process was asked to stop, or has heard that another one was."""
+        if self.stop_asked:
+            self.learner.ranks.tell("end")
+        return self.stop_asked or self.learner.ranks.told("end")
 
     @property
     def config(self) -> Config:
@@ -145,9 +153,14 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
     """All that may be done before the clock starts: only the summary of the data is read."""
     log = mlperf.get_logger()
     log.start(constants.INIT_START)
-    ranks = Ranks.start(choose_device(config.device).type, config.collective_timeout_seconds)
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    device = choose_device(config.device, processes_here - 1)  # if there is one for the last, all go on
+    ranks = Ranks.start(device.type, config.collective_timeout_seconds)
     device = choose_device(config.device, ranks.local_rank)
+    work_on(device)
     dataset = open_dataset(config.dataset_dir)
+    config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
+    _check_agreement(ranks, config, dataset.digest)
     for split in ("train", "validation"):
         if not dataset.splits[split]:
             raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
@@ -160,7 +173,6 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--output-dir {config.output_dir}: cannot be made: {error.strerror}") from error
-    config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
     if ranks.local_rank == 0:
         cache = mlperf.clear_cache(dataset.path)
         log.event(constants.CACHE_CLEAR, cache.pop("cleared"), metadata=cache)
@@ -174,9 +186,29 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
     progress = _resume(run) or Progress()
     run.scalars = Scalars(config.tensorboard if ranks.first else None, progress.step)
     if not progress.resumed:
-        _save(run, progress, best=False)  # what was there is of another run; and the disk is known to do
+        if ranks.first and (earlier := checkpoint.set_aside(config.output_dir)):
+            ranks.say(f"Checkpoints of an earlier run are now in {earlier}; --resume would have gone on from them.")
+        _save(run, progress, best=False)  # so that the disk is known to do
     log.end(constants.INIT_STOP)
     return run, progress
+
+
+def _check_agreement(ranks: Ranks, config: Config, dataset_digest: str) -> None:
+    """Refuse to train together what differs between processes, such as after a mistake on one of many machines.
+
+    Raises:
+        RunError: names each difference from process 0.
+    """
+    mine = {key: value for key, value in config.plain().items() if key not in MAY_DIFFER} | {"data_set": dataset_digest}
+    first, *others = ranks.gather(mine)
+    differences = [
+        f"{key.replace('_', '-')} {other[key]} on rank {rank}, {first[key]} on rank 0"
+        for rank, other in enumerate(others, start=1)
+        for key in first
+        if other[key] != first[key]
+    ]
+    if differences:
+        raise RunError(f"the processes of this run were not told the same: {'; '.join(differences)}")
 
 
 def _print_result(run: Run, progress: Progress, seconds: float, started_at: datetime) -> None:
@@ -210,7 +242,7 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
             f"which cannot be divided into {parts} parts (devices x accumulation)"
         )
 
-    capacity = config.batch_size * _longest_training_utterance(dataset)
+    capacity = -(-config.batch_size // parts) * _longest_training_utterance(dataset)
     for epoch in range(progress.epoch, config.max_epochs + 1):
         log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: epoch})
         trained = _train_epoch(run, utterances, included, progress)
@@ -219,7 +251,9 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
 
         evaluation_started = time.monotonic()
         log.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: epoch})
-        evaluation = evaluate(run.learner, validation, capacity)
+        evaluation = evaluate(run.learner, validation, capacity, run.told_to_end)
+        if evaluation is None:  # resumed, the run has no step of this epoch left, and evaluates it
+            _save_and_end(run, progress)
         evaluation.log_errors(log, epoch)
         total = evaluation.total
         progress.evaluation_seconds += time.monotonic() - evaluation_started
@@ -245,13 +279,20 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
     raise RunError(f"--max-epochs {config.max_epochs}: all of them are done already; give a larger number to go on")
 
 
+def _save_and_end(run: Run, progress: Progress) -> NoReturn:
+    _save(run, progress, best=False)
+    run.learner.ranks.say(f"Told to end: step {progress.step} is done and saved; --resume goes on from there.")
+    raise Preempted
+
+
 def _save(run: Run, progress: Progress, *, best: bool) -> None:
     learner, started = run.learner, time.monotonic()
     progress.elapsed_seconds = run.clock.seconds()
     if learner.ranks.first:
         models = learner.evaluated, learner.model
         folder, digest = run.config.output_dir, run.dataset.digest
-        checkpoint.save(folder, run.config, digest, progress, *models, learner.optimizer, best=best)
+        state = run.config, digest, progress, *models, learner.optimizer
+        checkpoint.save(folder, *state, launch=learner.ranks.launch, best=best)
         run.log.event("checkpoint", time.monotonic() - started, metadata={"step_num": progress.step})
     run.saved_at = time.monotonic()
 
@@ -266,7 +307,10 @@ class Trained:
     utterances_per_second: float
     audio_seconds_per_second: float  # of speech as it is in the corpus, before augmentation
     data_wait_fraction: float  # of the time, in the process that waited most
-    rank_wait_fractions: list[float]  # of the time, that each process waited for the others (not measured on GPUs)
+    # Of the time, what each process stood still in messages, see ranks.seconds_waited (not measured on GPUs) ...
+    rank_wait_fractions: list[float]
+    # ... and what the messages themselves took: of each step, what the process that waited least stood still.
+    communication_fraction: float
     skipped_steps: int  # of the run so far
 
 
@@ -289,7 +333,8 @@ def _train_epoch(run: Run, utterances: Utterances, included: np.ndarray, progres
     make = partial(make_batch, utterances, augment=augment, pinned=learner.device.type == "cuda")
     batches = prefetch(mine, make)
     unread: deque[tuple[int, float, np.ndarray, Callable[[], Tensor]]] = deque()
-    started, waiting, waited, done, samples = time.monotonic(), 0.0, seconds_waited(), 0, 0
+    started, waiting, done, samples = time.monotonic(), 0.0, 0, 0
+    waits: list[float] = []  # of each step
     learner.model.train()
     stop = save = False
 
@@ -312,7 +357,9 @@ def _train_epoch(run: Run, utterances: Utterances, included: np.ndarray, progres
             indices = plan[progress.step_in_epoch]
             rate = learning_rate(config, progress.step, len(plan))
             due = ranks.first and time.monotonic() - run.saved_at > 60 * config.checkpoint_minutes
+            waited = seconds_waited()
             result = learner.step(shares, len(indices), rate, (run.stop_asked, due))
+            waits.append(seconds_waited() - waited)
             done, samples = done + len(indices), samples + int(utterances.samples[indices].sum())
             progress.step += 1
             progress.step_in_epoch += 1
@@ -321,14 +368,15 @@ def _train_epoch(run: Run, utterances: Utterances, included: np.ndarray, progres
             bar.update()
             if stop or save:
                 read(0)
+            if stop:
+                _save_and_end(run, progress)
+            if save:
                 _save(run, progress, best=False)
                 save = False
-            if stop:
-                ranks.say(f"Told to end: step {progress.step} is done and saved; --resume goes on from there.")
-                raise Preempted
         read(0)
     batches.close()  # type: ignore[attr-defined]  # stops the reader when max_steps ended the epoch early
     seconds = time.monotonic() - started
+    waits_RS = np.array(ranks.gather(waits))
     return Trained(
         finished=progress.step_in_epoch == len(plan),
         loss=progress.sum_of_losses_in_epoch / progress.losses_in_epoch if progress.losses_in_epoch else math.nan,
@@ -336,7 +384,8 @@ def _train_epoch(run: Run, utterances: Utterances, included: np.ndarray, progres
         utterances_per_second=done / seconds,
         audio_seconds_per_second=samples / SAMPLE_RATE / seconds,
         data_wait_fraction=max(ranks.gather(waiting)) / seconds,
-        rank_wait_fractions=[(each - waited) / seconds for each in ranks.gather(seconds_waited())],
+        rank_wait_fractions=(waits_RS.sum(1) / seconds).tolist(),
+        communication_fraction=float(waits_RS.min(0).sum() / seconds),
         skipped_steps=progress.skipped_steps,
     )
 
@@ -364,12 +413,13 @@ def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, 
 
 
 def _resume(run: Run) -> Progress | None:
-    """Go on from a checkpoint, if that was asked for or torchrun has started the processes again.
+    """Go on from a checkpoint, if that was asked for or torchrun has started the processes of this launch again.
 
-    Processes of several machines may find different checkpoints, or none: the newest that one of them has is used.
+    Processes of several machines may find different checkpoints, or none: the newest that one of them has is used, one
+    of this launch before any other.
     """
     learner, config, ranks = run.learner, run.config, run.learner.ranks
-    if not (config.resume or max(ranks.gather(ranks.restarts))):
+    if not (config.resume or ranks.launch):
         return None
     path, content, trouble = config.output_dir / checkpoint.LAST, None, None
     if ranks.local_rank == 0:
@@ -377,11 +427,15 @@ def _resume(run: Run) -> Progress | None:
             path, content = checkpoint.load_newest(config.output_dir)
         except RunError as error:
             trouble = error
-    steps = ranks.gather(content["progress"]["step"] if content is not None else -1)
-    newest = steps.index(max(steps))
-    if steps[newest] < 0 and not config.resume and not (config.output_dir / checkpoint.LAST).exists():
-        return None  # a process was lost before the first checkpoint
-    if steps[newest] < 0:
+    ours = content is not None and content.get("launch") == ranks.launch
+    if not (ours or config.resume):
+        content = None  # of an earlier run
+    found = ranks.gather((ours, content["progress"]["step"] if content is not None else -1))
+    newest = found.index(max(found))
+    nothing = found[newest][1] < 0
+    if nothing and not config.resume:
+        return None  # the processes start for the first time, or one was lost before the first checkpoint
+    if nothing:
         raise trouble or RunError(f"{path}: there is no such checkpoint")
     content = ranks.send(content, newest)
     assert content is not None
@@ -392,7 +446,9 @@ def _resume(run: Run) -> Progress | None:
     if learner.averaged is not None:
         learner.averaged.module.load_state_dict(content["model"])
         learner.averaged.n_averaged.fill_(progress.step)  # not zero, at which it would start with the model's weights
-    learner.optimizer.load_state_dict(content["optimizer"])
+    # Hyperparameters are those of the configuration, which are others if it was resumed with changes.
+    groups = learner.optimizer.state_dict()["param_groups"]
+    learner.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
     run.log.event("resumed", True, metadata=dataclasses.asdict(progress))
     ranks.say(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.")
     return progress

@@ -14,7 +14,7 @@ from mlperf_logging import mllog
 from mlperf_logging.mllog import constants
 from torch import Tensor
 
-from pytorch.batches import Batch, Utterances, make_batch, prefetch, split_by_size
+from pytorch.batches import Batch, Utterances, deal, make_batch, prefetch, split_by_size
 from pytorch.command import progress_bar
 from pytorch.config import RunError
 from pytorch.decoder import spell
@@ -74,20 +74,30 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(learner: Learner, utterances: Utterances, capacity: int) -> Evaluation:
+def evaluate(
+    learner: Learner, utterances: Utterances, capacity: int, told_to_end: Callable[[], bool] = lambda: False
+) -> Evaluation | None:
     """Recognise **every** utterance by greedy decoding, each in one of the processes; all get what all found.
+
+    The processes get like numbers of utterances and samples, so that none waits long for the others.
 
     Args:
         learner: the model and where it is.
         utterances: what to evaluate.
-        capacity: samples of a batch, padding included. The largest training batch is known to fit into memory, together
-            with its gradients.
+        capacity: samples of a batch, padding included, but for an utterance that is longer than that. What a process
+            computes at once in training is known to fit into memory, together with its gradients.
+        told_to_end: asked before each batch; once it says so, this process goes no further.
+
+    Returns:
+        None, in all processes, if one of them was told to end.
 
     Raises:
         RunError: not every utterance was counted exactly once.
     """
     learner.evaluated.eval()
-    ranks, plan = learner.ranks, split_by_size(utterances.samples, capacity)
+    ranks = learner.ranks
+    share = np.sort(deal(utterances, np.arange(len(utterances)), ranks.size)[ranks.rank])
+    plan = [share[batch] for batch in split_by_size(utterances.samples[share], capacity)]
     make = partial(make_batch, utterances, pinned=learner.device.type == "cuda")
     recognised: dict[int, Recognised] = {}
 
@@ -99,17 +109,24 @@ def evaluate(learner: Learner, utterances: Utterances, capacity: int) -> Evaluat
             recognised[index] = Recognised(utterances.id(index), subset, reference, hypothesis, errors)
 
     started: tuple[Batch, Callable[[], Tensor], Tensor] | None = None  # decoded while the device works on the next one
+    ended = False
     with progress_bar("evaluation", len(plan), shown=ranks.first) as bar:
-        for batch in prefetch(plan[ranks.rank :: ranks.size], make):
+        for batch in prefetch(plan, make):
+            ended = told_to_end()
+            if ended:
+                break
             logits_TBV, frames_B = learner.logits(learner.evaluated, batch)
             best_TB = read_later(logits_TBV.argmax(dim=2))
             if started is not None:
                 decode(*started)
             started = batch, best_TB, frames_B
-            bar.update(ranks.size)
+            bar.update()
     if started is not None:
         decode(*started)
-    everything = [item for part in ranks.gather(list(recognised.items())) for item in part]
+    found = ranks.gather((ended, list(recognised.items())))
+    if any(ended for ended, _ in found):
+        return None
+    everything = [item for _, part in found for item in part]
     if sorted(index for index, _ in everything) != list(range(len(utterances))):
         raise RunError(
             f"evaluation counted {len(everything)} utterances, which are not the {len(utterances)} there are"

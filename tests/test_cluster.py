@@ -103,6 +103,12 @@ def test_every_directive_of_the_batch_script_stands_before_its_first_command() -
     assert max(directives) < first
 
 
+def test_what_slurm_writes_leaves_the_repository_as_it_was() -> None:
+    (output,) = re.findall(r"^#SBATCH --output=(.*)/", SLURM.read_text(), re.MULTILINE)
+    assert f"/{output}/*" in (ROOT / ".gitignore").read_text().splitlines()
+    assert (ROOT / output).is_dir()  # Slurm makes no folder, and the job would fail without a word
+
+
 def test_slurm_starts_one_run_a_node_with_its_number_and_the_first_nodes_address(repository: Path) -> None:
     done, logs = sbatch(repository, "--config", "an4")
     assert done.returncode == 0, done.stderr
@@ -244,5 +250,7 @@ def test_the_script_of_the_pod_passes_shellcheck() -> None:
 def test_lines_to_change_are_marked() -> None:
     assert len(re.findall("--->", SLURM.read_text())) >= 3
     for line in KUBERNETES.read_text().splitlines():
-        if re.search(r"image:|storageClassName:|parallelism:|completions:|args:", line) and not line.startswith("#"):
+        if re.search(
+            r"image:|storageClassName:|parallelism:|completions:|args:|value: unknown", line
+        ) and not line.startswith("#"):
             assert "--->" in line, line

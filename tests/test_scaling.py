@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from pytorch import batches
+from pytorch.batches import plan_epoch
 from pytorch.bench import training_flops
 from pytorch.features import SAMPLE_RATE, frame_counts
 from pytorch.model import GRU_LAYERS, DeepSpeech2, output_frames
@@ -107,11 +109,11 @@ def test_nothing_is_lost_where_latency_and_bytes_cost_nothing() -> None:
 def test_a_step_takes_its_longest_utterance_through_all_recurrent_layers_at_least() -> None:
     fast = replace(H100, peak=1e30)
     frames_SUR = deal(np.array([[100, 400, 200, 300]]), 2)
-    assert frames_SUR.tolist() == [[[400, 300], [200, 100]]]
+    assert frames_SUR.tolist() == [[[400, 300], [100, 200]]]
     steps = np.array([[400, 300]])
     assert compute_seconds(fast, frames_SUR) == pytest.approx(steps * GRU_LAYERS * 25e-6)
     assert compute_seconds(replace(fast, largest_batch=1), frames_SUR) == pytest.approx(
-        np.array([[600, 400]]) * GRU_LAYERS * 25e-6
+        np.array([[500, 500]]) * GRU_LAYERS * 25e-6
     )
 
 
@@ -130,7 +132,7 @@ def test_a_group_of_its_own_never_makes_batch_norms_slower(machine: Machine) -> 
         assert apart.step.total <= together.step.total
 
 
-@pytest.mark.parametrize("how", ["round robin", "blocks", "at random"])
+@pytest.mark.parametrize("how", ["forth and back", "blocks", "at random"])
 @pytest.mark.parametrize("batch", [7, 8, 13])
 def test_every_utterance_is_dealt_once(how: Dealing, batch: int) -> None:
     frames_SB = np.arange(1, 2 * batch + 1).reshape(2, batch)
@@ -140,9 +142,21 @@ def test_every_utterance_is_dealt_once(how: Dealing, batch: int) -> None:
     assert (np.diff(frames_SUR, axis=1) <= 0).all()
 
 
+def test_steps_and_shares_are_those_of_the_program() -> None:
+    utterances, ranks = published_utterances("train"), 24
+    frames_N = output_frames(frame_counts(torch.from_numpy(utterances.samples))).numpy()
+    plan = plan_epoch(utterances, np.arange(len(utterances)), 1000, seed=1, epoch=2)
+    assert predict_epoch(H100, 1000, ranks).steps == len(plan) == 282
+    assert {len(batch) for batch in plan} == {997, 998}
+    frames_SUR = deal(epoch_frames(1000), ranks)
+    for batch, frames_UR in list(zip(plan, frames_SUR, strict=True))[:9]:
+        for share, frames_U in zip(batches.deal(utterances, batch, ranks), frames_UR.T, strict=True):
+            assert frames_U[frames_U > 0].tolist() == frames_N[share].tolist()
+
+
 def test_ranks_of_equal_lengths_lose_nothing_and_dealing_by_length_loses_least() -> None:
     assert waiting_fraction(H100, deal(np.full((2, 64), 700), 8)) == 0
-    ways: tuple[Dealing, ...] = ("round robin", "at random", "blocks")
+    ways: tuple[Dealing, ...] = ("forth and back", "at random", "blocks")
     lost = [waiting_fraction(H100, deal(epoch_frames(1024), 64, how)) for how in ways]
     assert 0 < lost[0] < lost[1] < lost[2] < 0.1
 

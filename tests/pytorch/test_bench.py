@@ -2,12 +2,13 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pytorch import gru
-from pytorch.bench import StockPaddedGRU, Workload, draw, made_up_batch, stock, training_flops
+from pytorch.bench import Arguments, StockPaddedGRU, Workload, benchmark, draw, made_up_batch, stock, training_flops
 from pytorch.config import CONFIGS, RunError
 from tests.processes import run_module_for_text
 
@@ -52,6 +53,20 @@ def test_an_unknown_configuration_is_an_error_of_one_line() -> None:
     run = run_module_for_text("pytorch.bench", "--config", "nonsense")
     assert run.returncode == 1
     assert run.stderr.startswith("error: --config nonsense")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"repetitions": 0}, "--repetitions is 0"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"hidden_size": -1}, "--hidden-size is -1"),
+        ({"device": "x"}, "--device x: unknown"),
+    ],
+)
+def test_an_impossible_value_is_an_error_that_names_it(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(RunError, match=said):
+        benchmark(Arguments(**wrong))
 
 
 def test_the_stock_model_that_ours_is_compared_with_computes_the_same() -> None:

@@ -2,11 +2,13 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed import HashStore
 from torch.multiprocessing import spawn  # type: ignore[attr-defined]
 
-from pytorch import checkpoint
+from pytorch import checkpoint, ranks
 from pytorch.batch_norm import BatchNorm
 from pytorch.batches import Utterances, deal
 from pytorch.command import PREEMPTED
@@ -101,12 +104,14 @@ def test_one_process_logs_and_the_end_is_orderly_for_torchrun(by_processes: dict
 
 def test_the_wait_for_other_processes_is_logged_for_each(by_processes: dict[int, Any]) -> None:
     for processes, run in by_processes.items():
+        assert values(run.stdout, "epoch_stop"), run.stderr
         for event in events(run.stdout):
             if event["key"] == "epoch_stop":
                 fractions = event["metadata"]["rank_wait_fractions"]
                 assert len(fractions) == processes
                 assert all(0 <= fraction < 1 for fraction in fractions)
                 assert (sum(fractions) > 0) == (processes > 1)
+                assert 0 <= event["metadata"]["communication_fraction"] <= min(fractions)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch_but_for_batch_norm(uneven: Path, tmp_path: Path) -> None:
@@ -188,25 +193,44 @@ def test_batch_norm_over_two_processes_is_that_of_one_with_all_rows(tmp_path: Pa
 
 
 def test_a_number_that_goes_wrong_in_one_process_makes_all_skip_the_step(uneven: Path, tmp_path: Path) -> None:
-    """Process 1 makes its loss of step 3, its fourth after the warm-up's, infinite; the run goes on."""
+    """Process 1 makes its loss of step 3, and its gradient only of step 5, infinite; it is slow, so process 0 waits."""
     sabotage = tmp_path / "sitecustomize.py"
     sabotage.write_text(
-        "import os, sys\n"
+        "import os, sys, time\n"
         "if os.environ.get('RANK') == '1' and '-m' in sys.orig_argv and 'pytorch.train' in sys.orig_argv:\n"
         "    from pytorch import learner\n"
         "    proper, calls = learner.ctc_loss, []\n"
         "    def broken(*arguments):\n"
-        "        calls.append(1)\n"
-        "        return proper(*arguments) * (float('inf') if len(calls) == 4 else 1)\n"
+        "        calls.append(1)\n"  # the first is the warm-up's
+        "        time.sleep(0.05)\n"
+        "        loss = proper(*arguments) * (float('inf') if len(calls) == 4 else 1)\n"
+        "        if len(calls) == 6:\n"
+        "            loss.register_hook(lambda gradient: gradient * float('inf'))\n"
+        "        return loss\n"
         "    learner.ctc_loss = broken\n"
     )
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    run = run_in(2, uneven, tmp_path / "run", "--max-steps", 6, "--target-wer", "0", PYTHONPATH=path)
-    assert values(run.stdout, "skipped_step") == [3], run.stderr
+    run = run_in(2, uneven, tmp_path / "run", "--max-steps", 17, "--target-wer", "0", PYTHONPATH=path)
+    assert values(run.stdout, "skipped_step") == [3, 5], run.stderr
     steps = [event["metadata"]["step_num"] for event in events(run.stdout) if event["key"] == "train_loss"]
-    assert steps == [1, 2, 4, 5, 6]
+    assert steps == [1, 2, 4, *range(6, 18)]
     content = checkpoint.load(tmp_path / "run" / checkpoint.LAST)
     assert all(bool(value.isfinite().all()) for value in content["model"].values())
+    epochs = [event["metadata"] for event in events(run.stdout) if event["key"] == "epoch_stop"]
+    assert len(epochs) == 2
+    for epoch in epochs:
+        quick, slow = epoch["rank_wait_fractions"]
+        assert 0 < epoch["communication_fraction"] <= slow < quick < 1
+
+
+def test_what_one_process_tells_all_of_them_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Ranks().told("end")
+    Ranks().tell("end")  # alone, it tells nobody
+    assert not Ranks().told("end")
+    monkeypatch.setattr(ranks._talk, "store", HashStore())
+    assert not Ranks(1, 2).told("end")
+    Ranks(0, 2).tell("end")
+    assert Ranks(1, 2).told("end")
 
 
 def _wait_for(run: subprocess.Popen[str], key: str, count: int) -> None:
@@ -231,13 +255,15 @@ def _seconds(output: str) -> float:
     return float(stamps["run_stop"] - stamps["run_start"]) / 1000
 
 
-@pytest.mark.parametrize("whose", ["launcher", "worker"])
+@pytest.mark.parametrize(
+    ("whose", "number"), [("launcher", signal.SIGTERM), ("launcher", signal.SIGUSR1), ("worker", signal.SIGTERM)]
+)
 def test_a_run_told_to_end_saves_after_its_step_and_says_so_by_its_exit_status(
-    whose: str, uneven: Path, tmp_path: Path
+    whose: str, number: signal.Signals, uneven: Path, tmp_path: Path
 ) -> None:
     run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "200")
     _wait_for(run, "train_loss", 8)
-    os.kill(run.pid if whose == "launcher" else _workers(run)[1], signal.SIGTERM)
+    os.kill(run.pid if whose == "launcher" else _workers(run)[1], number)
     ended = finish(run)
     assert ended.returncode == PREEMPTED, ended.stderr
     assert "--resume goes on from there" in ended.stderr
@@ -245,6 +271,8 @@ def test_a_run_told_to_end_saves_after_its_step_and_says_so_by_its_exit_status(
     last = events(ended.stdout)[-1]
     assert (last["key"], last["metadata"]["status"]) == ("run_stop", "aborted")
     done = checkpoint.load(tmp_path / checkpoint.LAST)["progress"]["step"]
+    if whose == "launcher":
+        return  # the others' checkpoint is no different
     resumed = run_in(2, uneven, tmp_path, "--target-wer", "0", "--max-steps", done + 2, "--resume")
     steps = [event["metadata"]["step_num"] for event in events(resumed.stdout) if event["key"] == "train_loss"]
     assert steps == [done + 1, done + 2]
@@ -348,17 +376,33 @@ def test_a_worker_that_hangs_is_named(uneven: Path, tmp_path: Path) -> None:
     assert "lost contact; ranks that hang or are gone: 1" in stopped.stderr
 
 
-def _killed_at_random(processes: int, dataset: Path, output: Path, moments: int, options: list[str]) -> None:
-    """Start a run, kill all of it at a random moment, resume it; so often; then let it end."""
-    random_moment = random.Random(processes)
+def _killed(processes: int, dataset: Path, output: Path, moments: int, options: list[str]) -> Counter[str]:
+    """Start a run, kill all of it, resume it; so often; then let it end.
+
+    In turn in an evaluation, while a checkpoint is written, and at a random moment. Returns how often it was in which.
+    """
+    random_moment, seen, partial = random.Random(processes), Counter[str](), output / f"{checkpoint.LAST}.partial"
     for number in range(moments):
+        partial.unlink(missing_ok=True)
         resume = ["--resume"] if (output / checkpoint.LAST).exists() else []
         run = start(processes, dataset, output, *options, *resume)
         _wait_for(run, "init_stop", 1)
-        time.sleep(random_moment.uniform(0, 1.5))
         workers = _workers(run)
+        keys = []
+        if number % 3 == 0:
+            _wait_for(run, "eval_start", 1)
+            keys = ["eval_start"]
+        elif number % 3 == 1:
+            while not partial.exists() and run.poll() is None:
+                pass  # it is there for some milliseconds
+        else:
+            time.sleep(random_moment.uniform(0, 1.5))
         os.killpg(run.pid, signal.SIGKILL)
+        assert run.stdout is not None
+        keys += re.findall(r'"key": "(\w+)"', run.stdout.read())
         run.communicate()
+        evaluates = keys[-1:] in (["eval_start"], ["eval_accuracy"], ["validation_errors"])
+        seen["checkpoint" if partial.exists() else "evaluation" if evaluates else "training"] += 1
         assert len(workers) == (processes if processes > 1 else 0)
         while any(Path(f"/proc/{worker}").exists() for worker in workers):
             time.sleep(0.05)  # they end with the launcher
@@ -368,17 +412,20 @@ def _killed_at_random(processes: int, dataset: Path, output: Path, moments: int,
             checkpoint.load(output / name)  # whole, or it is refused
     ended = run_in(processes, dataset, output, *options, "--resume")
     assert ended.returncode == 1, ended.stderr
+    return seen
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_runs_killed_at_random_moments_end_with_the_weights_of_an_undisturbed_one(
     processes: int, uneven: Path, tmp_path: Path
 ) -> None:
-    """In training, evaluation or while a checkpoint is written; KILLS sets how often."""
+    """In evaluation, while a checkpoint is written, or in training; KILLS sets how often."""
     moments = int(os.environ.get("KILLS", "2"))
     options = ["--target-wer", "0", "--max-epochs", str(4 * moments), "--checkpoint-minutes", "0.002"]
     run_in(processes, uneven, tmp_path / "undisturbed", *options)
-    _killed_at_random(processes, uneven, tmp_path / "killed", moments, options)
+    seen = _killed(processes, uneven, tmp_path / "killed", moments, options)
+    print(f"killed in {dict(seen)}")
+    assert moments < 20 or {"checkpoint", "evaluation", "training"} <= set(seen)
     left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("undisturbed", "killed"))
     assert left["progress"]["step"] == right["progress"]["step"]
     for kind in ("model", "trained_model"):

@@ -1,17 +1,27 @@
 """The timed run, by the command that a user types, on a tiny data set of tones."""
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from pytorch import checkpoint, gru, train
-from pytorch.config import CONFIGS, RunError
-from pytorch.learner import learning_rate
+from data.packed import open_dataset
+from pytorch import checkpoint, gru, launch, learner, train
+from pytorch.batches import Utterances
+from pytorch.bench import made_up_batch
+from pytorch.command import PREEMPTED
+from pytorch.config import CONFIGS, Config, RunError
+from pytorch.learner import Learner, learning_rate
+from pytorch.ranks import Ranks
+from pytorch.validation import Evaluation, evaluate
 from tests.conftest import ROOT, write_packed_dataset
 from tests.processes import run_module_for_text
 
@@ -25,6 +35,11 @@ def run_and_time(*arguments: object, folder: Path = ROOT) -> subprocess.Complete
 
 def small_run(dataset: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return run_and_time(*SMALL, "--dataset-dir", dataset, "--output-dir", output, *arguments)
+
+
+def run_here(dataset: Path, output: Path, *arguments: str) -> int:
+    """The same in this process, which takes a second less; returns the exit status."""
+    return train.main([*SMALL, "--dataset-dir", str(dataset), "--output-dir", str(output), *arguments])
 
 
 def events(output: str) -> list[dict[str, Any]]:
@@ -305,9 +320,167 @@ def test_the_cosine_schedule_warms_up_falls_and_stays() -> None:
 
 
 def test_the_annealing_schedule_divides_once_an_epoch() -> None:
-    import dataclasses
-
     config = dataclasses.replace(CONFIGS["librispeech"], schedule="anneal", warmup_steps=0, learning_rate=3e-4)
     assert learning_rate(config, 99, 100) == 3e-4
     assert learning_rate(config, 100, 100) == pytest.approx(3e-4 / 1.1)
     assert learning_rate(config, 250, 100) == pytest.approx(3e-4 / 1.1**2)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_an_error_with_advice_before_training(
+    tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(tones, tmp_path, "--batch-size", "1000000000") == 1
+    output, errors = capsys.readouterr()
+    assert "does not fit into memory; use a smaller --batch-size than 1000000000, or compute it in 2 parts" in errors
+    assert not values(output, "run_start")
+
+
+def test_checkpoints_of_an_earlier_run_are_moved_aside_unless_they_hold_no_training(
+    tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in ("1", "2", "3"):
+        run_here(tones, tmp_path, "--max-steps", "1", "--target-wer", "0", "--seed", seed)
+        assert ("Checkpoints of an earlier run are now in" in capsys.readouterr().err) == (seed != "1")
+    assert checkpoint.load(tmp_path / checkpoint.EARLIER / checkpoint.LAST)["config"]["seed"] == 2
+    for name in (checkpoint.PREVIOUS, checkpoint.BEST):
+        (tmp_path / name).unlink()
+    assert checkpoint.set_aside(tmp_path) is None
+
+
+def test_processes_that_torchrun_starts_again_go_on_from_checkpoints_of_their_own_launch_only(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps: list[list[int]] = []
+    for name in ("first", "first", "second"):
+        monkeypatch.setattr(Ranks, "start", lambda *_, name=name: Ranks(launch=name))
+        run_here(tones, tmp_path, "--max-steps", str(len(steps) + 2), "--target-wer", "0")
+        logged = [event for event in events("\n".join(caplog.messages)) if event["key"] == "train_loss"]
+        steps.append([event["metadata"]["step_num"] for event in logged])
+        caplog.clear()
+    assert steps == [[1, 2], [3], [1, 2, 3, 4]]
+
+
+def test_hyperparameters_of_the_optimizer_may_change_on_resuming_but_not_its_kind_nor_the_models_size(
+    tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--target-wer", "0", "--resume", "--resume-with-changes", "--max-steps", "2"]
+    run_here(tones, tmp_path, "--target-wer", "0", "--max-steps", "1")
+    for option, value in (("--hidden-size", "12"), ("--conv-channels", "3"), ("--optimizer", "sgd")):
+        assert run_here(tones, tmp_path, *options, option, value) == 1
+        assert f"would not fit: {option.removeprefix('--')} " in capsys.readouterr().err
+    run_here(tones, tmp_path, *options, "--weight-decay", "0.5", "--beta1", "0.7")
+    (group,) = checkpoint.load(tmp_path / checkpoint.LAST)["optimizer"]["param_groups"]
+    assert (group["weight_decay"], tuple(group["betas"])) == (0.5, (0.7, 0.98))
+
+
+def test_a_run_told_to_end_in_an_evaluation_saves_at_once_and_resumed_evaluates_that_epoch_first(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(learner: Learner, utterances: Utterances, capacity: int, told_to_end: Any) -> Evaluation | None:
+        told_to_end.__self__.ask_to_stop()
+        return evaluate(learner, utterances, capacity, told_to_end)
+
+    def log() -> list[tuple[str, Any]]:
+        found = [(event["key"], event["value"]) for event in events("\n".join(caplog.messages))]
+        caplog.clear()
+        return [event for event in found if event[0] in ("train_loss", "eval_accuracy")]
+
+    options = ["--target-wer", "0", "--max-epochs", "2"]
+    run_here(tones, tmp_path / "whole", *options)
+    whole = log()
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", told)
+        assert run_here(tones, tmp_path / "parts", *options) == PREEMPTED
+    first = log()
+    assert [key for key, _ in first] == ["train_loss"] * 6
+    assert run_here(tones, tmp_path / "parts", *options, "--resume") == 1
+    assert first + log() == whole
+    left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "parts"))
+    assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
+
+
+def test_processes_that_were_told_different_things_refuse_to_train_together(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gather(_: Ranks, mine: Any) -> list[Any]:
+        return [mine, {**mine, "seed": 9, "resume": True}, {**mine, "data_set": "another"}]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    assert run_here(tones, tmp_path) == 1
+    errors = capsys.readouterr().err
+    assert "resume True on rank 1, False on rank 0; seed 9 on rank 1, 1 on rank 0; data-set another on rank 2" in errors
+
+
+def test_evaluation_is_balanced_over_processes_and_no_batch_is_larger_than_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utterances = Utterances(
+        open_dataset(write_packed_dataset(tmp_path / "set", {"train": 1, "validation": 31})).split("validation")
+    )
+    shares: list[list[int]] = []
+
+    def gather(_: Ranks, mine: tuple[bool, list[tuple[int, Any]]]) -> list[Any]:
+        shares.append([index for index, _ in mine[1]])
+        return [mine]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    alone = Learner.make(small_config(), torch.device("cpu"))
+    for rank in range(3):
+        with pytest.raises(RunError, match="are not the 31 there are"):  # what the others found is missing
+            evaluate(dataclasses.replace(alone, ranks=Ranks(rank, 3)), utterances, 2 * int(utterances.samples.max()))
+    assert sorted(index for share in shares for index in share) == list(range(31))
+    samples = [int(utterances.samples[share].sum()) for share in shares]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert max(samples) - min(samples) <= utterances.samples.max()
+
+
+def small_config(**changes: Any) -> Config:
+    return dataclasses.replace(CONFIGS["synthetic"], hidden_size=8, conv_channels=2, precision="fp32", **changes)
+
+
+@pytest.fixture
+def infinite(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Says of each loss to come, the last first, whether it is to be infinite."""
+    left: list[bool] = []
+    proper: Callable[..., Tensor] = learner.ctc_loss
+    monkeypatch.setattr(learner, "ctc_loss", lambda *given: proper(*given) * (math.inf if left.pop() else 1))
+    return left
+
+
+def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[bool]) -> None:
+    config = small_config(averaging_decay=0.9)
+    taught, batch = Learner.make(config, torch.device("cpu")), made_up_batch(config, 2, 0.3, 0.5)
+    assert taught.averaged is not None
+    infinite[:] = [True, False, False]
+    for _ in range(2):
+        taught.step([batch], 2, 1e-3)
+    before = [weight.clone() for weight in (*taught.model.parameters(), *taught.averaged.module.parameters())]
+    assert not torch.equal(before[0], next(taught.averaged.module.parameters()))
+    result = taught.step([batch], 2, 1e-3)()
+    assert not result[0].isfinite()
+    after = [*taught.model.parameters(), *taught.averaged.module.parameters()]
+    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+
+
+def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite: list[bool]) -> None:
+    config = small_config(optimizer="sgd")
+    batch, weights = made_up_batch(config, 2, 0.3, 0.5), []
+    for losses in ([False], [False, True]):
+        torch.manual_seed(0)
+        taught = Learner.make(config, torch.device("cpu"))
+        infinite[:] = losses
+        used = [torch.full_like(weight, 7.0) for weight in taught.model.parameters()]
+        del used  # what is not initialised is likely to be this
+        while infinite:
+            taught.step([batch], 2, 1e-3)
+        weights.append(list(taught.model.parameters()))
+    assert all(torch.equal(left, right) for left, right in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("port", ["0", "70000"])
+def test_a_port_that_cannot_be_is_an_error_of_one_line(
+    port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert launch.main([]) == 1
+    assert capsys.readouterr().err == f"error: MASTER_PORT is {port}; it must be a number from 1 to 65535\n"

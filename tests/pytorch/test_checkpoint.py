@@ -1,0 +1,61 @@
+"""Checkpoints: what is refused, and that damage is always found out."""
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytorch import checkpoint
+from pytorch.checkpoint import Progress
+from pytorch.config import CONFIGS, RunError
+from pytorch.decoder import LABELS
+
+CONFIG = CONFIGS["synthetic"]
+
+
+def save(folder: Path) -> Path:
+    """A small checkpoint."""
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    checkpoint.save(folder, CONFIG, "digest", Progress(), model, model, optimizer, launch=None, best=False)
+    return folder / checkpoint.LAST
+
+
+def test_whatever_bytes_are_damaged_the_file_is_whole_or_refused(tmp_path: Path) -> None:
+    path, chance = save(tmp_path), random.Random(0)
+    good = path.read_bytes()
+    before = checkpoint.load(path)
+    for _ in range(300):
+        content = bytearray(good)
+        start = chance.randrange(len(content))
+        if chance.random() < 0.2:
+            content = content[:start]
+        else:
+            content[start : start + chance.choice((1, 8, 64))] = chance.randbytes(1)
+        path.write_bytes(content)
+        try:
+            after = checkpoint.load(path)
+        except RunError:
+            continue
+        assert all(torch.equal(after["model"][name], before["model"][name]) for name in before["model"])
+
+
+def test_a_file_of_other_labels_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path)
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    torch.save({**content, "labels": "_AB"}, path)
+    with pytest.raises(RunError, match=f"its labels are '_AB', expected {LABELS!r}"):
+        checkpoint.load(path)
+
+
+def test_another_data_set_is_refused_unless_that_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path)
+    content = checkpoint.load(path)
+    with pytest.raises(RunError, match="data set digest there, another now"):
+        checkpoint.check_resumable(path, content, CONFIG, "another")
+    checkpoint.check_resumable(path, content, dataclasses.replace(CONFIG, resume_with_changes=True), "another")
+    assert "resumed with changes: data set digest there, another now" in capsys.readouterr().err
