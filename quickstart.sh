@@ -9,7 +9,7 @@ results="$root/results/synthetic"
 log="$results/mlperf_ds2.log"
 if [ $# -eq 0 ] && [ -f "$results/checkpoint_best.pt" ] && tail -n 1 "$log" 2>/dev/null | grep -q '^RESULT,'; then
     echo "Already done: $(tail -n 1 "$log")"
-    echo "Log: $log    Checkpoint: $results/checkpoint_best.pt"
+    echo "Log: $log    Checkpoint: $results/checkpoint_best.pt    Report: $results/report.html"
     echo "To train again: sh pytorch/run_and_time.sh --config synthetic    To start over: rm -r '$results'"
     exit 0
 fi

@@ -240,22 +240,22 @@ def open_dataset(path: Path) -> PackedDataset:
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+def locked(path: Path, *, shared: bool = False, other: str = "") -> Iterator[int]:
     """Keeps others from changing a data set, or, unless `shared`, from using it. The lock dies with its process.
 
-    DatasetError where another process has it. It is taken on the folder itself, so a read-only data set will do.
+    DatasetError where another process has it, which `other` says the work of (default: that of data sets). It is taken
+    on the folder itself, so a read-only data set will do. Gives the lock's descriptor, for processes that outlive this.
     """
+    other = other or f"download{'' if shared else ' or verification'}"
     folder = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DatasetError(
-                f"another download{'' if shared else ' or verification'} is working in {path}; wait until it has ended"
-            ) from None
+            raise DatasetError(f"another {other} is working in {path}; wait until it has ended") from None
         except OSError as error:  # such as NFS, which locks no folders
             print(f"warning: {path} cannot be locked ({error}): let nothing else work in it now", file=sys.stderr)
-        yield
+        yield folder
     finally:
         os.close(folder)
 
@@ -275,11 +275,14 @@ def write_dataset(dataset: PackedDataset) -> None:
         "digest": dataset.digest,
         "subsets": subsets,
     }
-    file = dataset.path / DATASET_FILE
+    write_durably(dataset.path / DATASET_FILE, json.dumps(content, indent=2) + "\n")
+
+
+def write_durably(file: Path, text: str) -> None:
+    """Writes a file such that even a power cut leaves the old one or the new one."""
     partial = file.with_name(file.name + ".partial")
     with partial.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     replace_durably(partial, file)

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    processes = given["NPROC_PER_NODE"] or max(1, torch.cuda.device_count())
+    processes = processes_here()
     if processes == given["NNODES"] == 1 and not given["MAX_RESTARTS"]:
         return train.main(arguments)
     if processes > 1 and not os.environ.get("OMP_NUM_THREADS"):  # they share the cores
@@ -69,6 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
         if failure:
             print(f"error: {failure}", file=sys.stderr)
         return int(status_file.read_text()) if status_file.exists() else int(failure is not None)
+
+
+def processes_here() -> int:
+    """How many processes a run has on this machine; RunError where NPROC_PER_NODE is no number."""
+    return _number("NPROC_PER_NODE", 0) or max(1, torch.cuda.device_count())
 
 
 def _number(name: str, default: int) -> int:

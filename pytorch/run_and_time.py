@@ -2,9 +2,9 @@
 
     python -m pytorch.run_and_time --config synthetic
 
-As pytorch.launch, whose options and exit status it has. The log's events are kept in the output folder too, in
-last_run.log; the report, report.html beside it, is written by another process, so that the timed run imports nothing
-for it.
+As pytorch.launch, whose options and exit status it has. The log is kept in the output folder too, in last_run.log,
+which is that of the run before until this one's clock starts. The report, report.html beside it, is written by another
+process, so that the timed run imports nothing for it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlperf_logging.mllog import constants
-
 from pytorch import launch, mlperf
 from pytorch.config import RunError, parse_config
-
-LOG, REPORT = "last_run.log", "report.html"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,25 +23,26 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     log = _keep_log(arguments)
     status = launch.main(arguments)
-    text = log.read_text(encoding="utf-8") if log is not None and log.exists() else ""
-    if log is not None and f'"{constants.RUN_START}"' not in text:  # it could not start, or logs on another machine
-        log.unlink(missing_ok=True)
+    if log is not None and mlperf.partial_copy(log).exists():  # it could not start, or logs on another machine
+        mlperf.partial_copy(log).unlink()
     elif log is not None and status in (0, 1):
-        command = [sys.executable, "-m", "pytorch.report", str(log), "--output", str(log.with_name(REPORT))]
+        command = [sys.executable, "-m", "pytorch.report", str(log), "--output", str(log.with_name(mlperf.REPORT))]
         subprocess.run(command, stdout=sys.stderr)  # if it fails, the run has not
     return status
 
 
 def _keep_log(arguments: list[str]) -> Path | None:
-    """Have the log's events written into a file too; None where that cannot be, of which the run itself complains."""
+    """Have the log written into a file too; None where that cannot be, of which the run itself complains."""
     node = os.environ.get("NODE_RANK") or "0"
-    name = LOG if node == "0" else f"{Path(LOG).stem}_node{node}.log"  # torchrun chooses which of them logs
+    name = (
+        mlperf.LOG if node == "0" else f"{Path(mlperf.LOG).stem}_node{node}.log"
+    )  # torchrun chooses which of them logs
     try:
         folder = parse_config(
             arguments, program="sh run_and_time.sh", description=launch.train.__doc__ or ""
         ).output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("")
+        mlperf.partial_copy(folder / name).write_text("")
     except (RunError, OSError):
         return None
     os.environ[mlperf.LOG_COPY] = str(folder / name)

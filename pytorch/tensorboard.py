@@ -8,7 +8,8 @@ Needs the extra `tensorboard`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Scalars:
-    """Writes what it is told into a folder, or nothing where none was asked for. All curves are over steps."""
+    """Writes what it is told into a folder, or nothing where none was asked for. All curves are over steps.
+
+    A folder that can no longer be written, such as on a full disk, is said once: it is no reason to end the run.
+    """
 
     def __init__(self, folder: Path | None = None, done: int = 0) -> None:
         """Open a folder, in which earlier runs may have written.
@@ -55,15 +59,24 @@ class Scalars:
         """An epoch that was trained, up to this step of the run, and evaluated: WER in percent by subset."""
         speed = {"train/utterances_per_second": utterances_per_second, "train/data_wait_fraction": data_wait_fraction}
         self._write(step, {**speed, **{f"validation/wer/{subset}": wer for subset, wer in wers.items()}})
-        if self._writer is not None:
-            self._writer.flush()
+        self._try(lambda writer: writer.flush())
 
     def close(self) -> None:
         """Write what is still in memory."""
-        if self._writer is not None:
-            self._writer.close()
+        self._try(lambda writer: writer.close())
 
     def _write(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is not None:
+        def write(writer: SummaryWriter) -> None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+                writer.add_scalar(name, value, step)
+
+        self._try(write)
+
+    def _try(self, write: Callable[[SummaryWriter], object]) -> None:
+        if self._writer is None:
+            return
+        try:
+            write(self._writer)
+        except OSError as error:  # also of what was written before: another thread does it
+            self._writer = None
+            print(f"--tensorboard: cannot be written, so no more curves: {error.strerror or error}", file=sys.stderr)

@@ -133,10 +133,10 @@ def train(config: Config) -> bool:
         reached, evaluation = _train_to_target(run, progress)
     finally:
         seconds = run.clock.seconds()
-        run.scalars.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         log.end(constants.RUN_STOP, metadata={"status": constants.SUCCESS if reached else constants.ABORTED})
+        run.scalars.close()
     evaluation.log_transcripts(log)
     try:
         _save(run, progress, best=progress.wer == progress.best_wer)  # off the clock, and no reason to lose the result
@@ -173,9 +173,8 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--output-dir {config.output_dir}: cannot be made: {error.strerror}") from error
-    if ranks.local_rank == 0:
-        cache = mlperf.clear_cache(dataset.path)
-        log.event(constants.CACHE_CLEAR, cache.pop("cleared"), metadata=cache)
+    cache = mlperf.clear_cache(dataset) if ranks.local_rank == 0 else None
+    mlperf.log_cache_clear(log, [each for each in ranks.gather(cache) if each is not None])
     mlperf.log_submission(log, config, dataset, device, ranks.size)
 
     torch.manual_seed(config.seed)
@@ -216,7 +215,8 @@ def _print_result(run: Run, progress: Progress, seconds: float, started_at: date
     run.learner.ranks.say(f"Target WER of {target:g} reached in {seconds:.0f} s{resumed}.")
     if run.learner.ranks.first:
         kind, when = "RESUMED" if progress.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
-        print(f"{kind},DEEPSPEECH2,{run.config.seed},{seconds:.0f},{getpass.getuser()},{when}", flush=True)
+        line = f"{kind},DEEPSPEECH2,{run.config.seed},{seconds:.0f},{getpass.getuser()},{when}"
+        mlperf.print_result(run.log, line)
 
 
 def _longest_training_utterance(dataset: PackedDataset) -> int:
@@ -242,6 +242,8 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
             f"which cannot be divided into {parts} parts (devices x accumulation)"
         )
 
+    if config.max_steps is not None and progress.step >= config.max_steps and not progress.step_in_epoch:
+        raise RunError(f"--max-steps {config.max_steps}: all of them are done already; give a larger number to go on")
     capacity = -(-config.batch_size // parts) * _longest_training_utterance(dataset)
     for epoch in range(progress.epoch, config.max_epochs + 1):
         log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: epoch})
@@ -273,7 +275,7 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
             progress.losses_in_epoch, progress.sum_of_losses_in_epoch = 0, 0.0
         progress.wer = total.wer
         progress.best_wer = min(total.wer, progress.best_wer if progress.best_wer is not None else math.inf)
-        if reached or not trained.finished or epoch == config.max_epochs:
+        if reached or progress.step == config.max_steps or epoch == config.max_epochs:
             return reached, evaluation
         _save(run, progress, best=total.wer == progress.best_wer)
     raise RunError(f"--max-epochs {config.max_epochs}: all of them are done already; give a larger number to go on")

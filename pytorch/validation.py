@@ -22,8 +22,6 @@ from pytorch.devices import read_later
 from pytorch.learner import Learner
 from pytorch.metrics import ErrorCounts, count_errors
 
-SHOWN = 10  # utterances whose transcripts a log holds
-
 
 class Recognised(NamedTuple):
     """A validation utterance, as it was understood."""
@@ -64,9 +62,10 @@ class Evaluation:
             log.event("validation_errors", name, metadata=metadata)
 
     def log_transcripts(self, log: mllog.mllog.MLLogger) -> None:
-        """Log some utterances from the worst to the best, evenly spaced by WER: what the figure looks like."""
+        """Log the three worst utterances, four in the middle and the three best by WER: what the figure looks like."""
         ranked = sorted(self.recognised, key=lambda each: (-each.errors.wer, each.id))
-        positions = np.unique(np.linspace(0, len(ranked) - 1, SHOWN).round().astype(int))
+        last, middle = len(ranked) - 1, len(ranked) // 2
+        positions = np.unique(np.clip([0, 1, 2, *range(middle - 2, middle + 2), last - 2, last - 1, last], 0, last))
         for position in positions.tolist():
             each = ranked[position]
             metadata = {"subset": each.subset, "reference": each.reference, "hypothesis": each.hypothesis}

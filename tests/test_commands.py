@@ -51,6 +51,8 @@ def test_quickstart_synthesises_verifies_trains_and_says_where_everything_is(che
     assert again.returncode == 0
     assert result in again.stdout
     assert "train again" in again.stdout
+    assert f"Report: {log.parent / 'report.html'}" in again.stdout
+    assert (log.parent / "report.html").exists()
     assert time.monotonic() - started < 60
 
     failed = sh(checkout, "quickstart.sh", "--max-steps", "1", "--target-wer", "0")

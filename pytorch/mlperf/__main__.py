@@ -22,8 +22,8 @@ import tyro
 
 from pytorch.command import exit_status
 from pytorch.config import RunError
-from pytorch.mlperf import compare, rcp, runs, score
-from pytorch.mlperf.check import check, describe, why_no_librispeech_result
+from pytorch.mlperf import compare, rcp, score
+from pytorch.mlperf.check import check, describe, notes
 from pytorch.mlperf.logs import RunLog
 from pytorch.mlperf.tree import write_whole
 
@@ -59,7 +59,7 @@ class Check:
         division = self.division or log.value("submission_division")
         last = log.epochs[-1]
         print(f"{path}: keeps our {division} rules: WER {last.wer:.2f} in {log.seconds:.1f} s, epoch {last.number}")
-        for note in _notes(log):
+        for note in notes(log):
             print(f"{path}: note: {note}")
         return True
 
@@ -69,11 +69,6 @@ def _some(logs: list[Path]) -> list[Path]:
     if not logs:
         raise RunError("no log is named; --help shows how to")
     return logs
-
-
-def _notes(log: RunLog) -> list[str]:
-    why = why_no_librispeech_result(log)
-    return [f"no LibriSpeech result: {why}"] * bool(why) + ["files differed from the commit"] * bool(log.dirty)
 
 
 @dataclass(frozen=True)
@@ -135,14 +130,11 @@ class Compare:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["runs"]:  # what it does not know are options of the training command
-        return exit_status(lambda: runs.main(given[1:]), interrupted="interrupted; the same command goes on")
     command = tyro.extras.subcommand_cli_from_dict(
         {"check": Check, "score": Score, "rcp": Rcp, "compare": Compare},
         prog="python -m pytorch.mlperf",
         description=__doc__,
-        args=given,
+        args=arguments,
     )
     return exit_status(command)
 

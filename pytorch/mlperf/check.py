@@ -15,7 +15,8 @@ from mlperf_logging.compliance_checker import mlp_compliance
 from mlperf_logging.compliance_checker.mlp_parser import parse_file
 from mlperf_logging.mllog import constants
 
-from pytorch.config import RunError
+from data.corpora import CORPORA
+from pytorch.config import CONFIGS, RunError
 from pytorch.mlperf.consistency import inconsistencies
 from pytorch.mlperf.logs import RunLog
 
@@ -23,8 +24,9 @@ RULESET = "3.1.0"  # of the package: how lines are read. The rules themselves ar
 RULES = Path(__file__).parent / "rules"
 DIVISIONS = {constants.OPEN: ["open"], constants.CLOSED: ["open", "closed"]}
 NO_RESULT = "no result: "  # how the rule begins that a sound log of a run breaks that did not reach its target
-TARGET = 23.0
-VALIDATION = {"dev-clean", "dev-other"}
+UNREACHED = "the target was not reached"
+LIBRISPEECH = CORPORA["librispeech"]
+REFERENCE = CONFIGS["librispeech"]
 
 
 @dataclass(frozen=True)
@@ -85,18 +87,45 @@ def describe(path: Path, violation: Violation) -> str:
     return f"{path}:{'' if violation.line is None else f'{violation.line}:'} {violation.reason}"
 
 
+def notes(log: RunLog) -> list[str]:
+    """What a reader must know beside the figures of a log that keeps the open rules."""
+    why = why_no_librispeech_result(log)
+    found = [f"no LibriSpeech result: {why}"] if why else []
+    dataset = log.dataset
+    corpus = CORPORA.get(dataset.corpus) if dataset is not None else None
+    if dataset is not None and corpus is not None and corpus.reference_digest not in ("", dataset.digest):
+        found.append(f"the data set is not that of {corpus.name}'s reference checksum: its digest is {dataset.digest}")
+    if log.dirty:
+        found.append("files differed from the commit")
+    if log.cache_cleared is False:
+        reason = log.metadata(constants.CACHE_CLEAR).get("reason")
+        found.append("the data set may have been in memory: it was not dropped" + (f" ({reason})" if reason else ""))
+    return found
+
+
 def why_no_librispeech_result(log: RunLog) -> str:
     """Why a log that keeps the open rules is no time to train of this benchmark; empty where it is one."""
-    dataset = log.dataset
-    if dataset is None or dataset.corpus != "librispeech" or dataset.synthetic:
-        return f"the corpus is {'not known' if dataset is None else dataset.corpus}"
+    dataset, plain = log.dataset, log.configuration
+    if dataset is None or dataset.corpus != LIBRISPEECH.name:
+        return f"the corpus is {'not known' if dataset is None else dataset.corpus or 'not known'}"
+    if dataset.synthetic:
+        return "the speech is synthetic"
     if not dataset.official:
         return "the archives were not the official ones"
-    if log.target_wer != TARGET:
-        return f"the target is {log.target_wer}, not {TARGET}"
-    if set(log.epochs[-1].errors) != VALIDATION | {"all"}:
-        return "the validation set is not dev-clean and dev-other"
-    return "" if log.reached else "the target was not reached"
+    if log.target_wer != REFERENCE.target_wer:
+        return f"the target is {log.target_wer}, not {REFERENCE.target_wer}"
+    for name in ("hidden_size", "conv_channels"):
+        if plain.get(name) != getattr(REFERENCE, name):
+            return f"{name} is {plain.get(name)}, not {getattr(REFERENCE, name)}: it is another model"
+    published = sum(subset.utterances or 0 for subset in LIBRISPEECH.subsets if subset.split == "train")
+    if log.training_utterances != published:
+        known = "an unknown number of" if log.training_utterances is None else f"{log.training_utterances:,}"
+        return f"the training set has {known} utterances, not all {published:,}"
+    names = {subset.name for subset in LIBRISPEECH.subsets if subset.split == "validation"}
+    evaluated = log.last_evaluation
+    if evaluated is not None and set(evaluated.errors) != names | {"all"}:
+        return f"the validation set is not {' and '.join(sorted(names))}"
+    return "" if log.reached else UNREACHED
 
 
 class _Checker(mlp_compliance.ComplianceChecker):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import zip_longest
 
 from pytorch.config import RunError
 from pytorch.mlperf.configuration import differences
@@ -22,7 +21,8 @@ def compare(left: RunLog, right: RunLog) -> tuple[bool, str]:
     same, losses = _losses(left, right)
     lines = [f"A: {left.path}", f"B: {right.path}", *losses, *_surroundings(left, right), *_epochs(left, right)]
     lines += [f"{name}: {_outcome(log)}" for name, log in (("A", left), ("B", right))]
-    if left.reached and right.reached and left.seconds and right.seconds:
+    resumed = left.resumed or right.resumed  # then there is no time of the whole run
+    if left.reached and right.reached and left.seconds and right.seconds and not resumed:
         lines.append(f"time to target: B takes {right.seconds / left.seconds - 1:+.1%} compared with A")
     return same, "\n".join(lines)
 
@@ -69,9 +69,10 @@ def _epochs(left: RunLog, right: RunLog) -> list[str]:
             return f"{'-':>8}  {'-':>8}"
         return f"{epoch.wer:8.2f}  {epoch.evaluated or math.nan:8.1f}"
 
+    a, b = ({epoch.number: epoch for epoch in log.epochs} for log in (left, right))
     lines = [f"{'epoch':>5}  {'WER A':>8}  {'s A':>8}  {'WER B':>8}  {'s B':>8}"]
-    for a, b in zip_longest(left.epochs, right.epochs):
-        lines.append(f"{(a or b).number:>5}  {of(a)}  {of(b)}")
+    for number in sorted({*a, *b}):
+        lines.append(f"{number:>5}  {of(a.get(number))}  {of(b.get(number))}")
     return lines
 
 

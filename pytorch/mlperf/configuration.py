@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from mlperf_logging.mllog import constants
 
-from pytorch.config import Config, RunError
+from pytorch.config import CONFIGS, REFERENCE_RECIPE, Config, RunError
 from pytorch.mlperf.events import CALLER
 from pytorch.mlperf.logs import RunLog
 
@@ -21,6 +21,23 @@ FREE = (
     *("seed", "dataset_dir", "output_dir", "resume", "resume_with_changes"),
     *("tensorboard", "checkpoint_minutes", "collective_timeout_seconds"),
 )
+FREE_IN_CLOSED = (
+    *("seed", "batch_size", "gradient_accumulation_steps", "learning_rate", "learning_rate_anneal"),
+    *("warmup_steps", "max_epochs", "max_steps"),
+)
+OWN_EVENTS = {  # hyperparameters that the official list has events for, and those
+    "seed": constants.SEED,
+    "batch_size": constants.GLOBAL_BATCH_SIZE,
+    "gradient_accumulation_steps": constants.GRADIENT_ACCUMULATION_STEPS,
+    "optimizer": constants.OPT_NAME,
+    "learning_rate": constants.OPT_BASE_LR,
+    "warmup_steps": constants.OPT_LR_WARMUP_STEPS,
+    "schedule": constants.OPT_LR_DECAY_SCHEDULE,
+    "weight_decay": constants.OPT_WEIGHT_DECAY,
+    "gradient_clip_norm": constants.OPT_GRADIENT_CLIP_NORM,
+    "averaging_decay": constants.MODEL_EVAL_EMA_FACTOR,
+}
+ENVIRONMENT = "torch", "cuda", "cudnn", "threads"  # of what a log knows of its machine, what bears on time and losses
 HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(Config) if field.metadata.get("tunable"))
 
 
@@ -43,23 +60,49 @@ def read_configuration(plain: dict[str, Any]) -> Config:
     return Config(**values)
 
 
-def configuration_problem(plain: dict[str, Any]) -> str:
-    """What is wrong with an event's metadata; empty where nothing is. For the rules files."""
+def configuration_problem(plain: dict[str, Any], logged: dict[str, Any] | None = None) -> str:
+    """What is wrong with an event's metadata; empty where nothing is. For the rules files.
+
+    Args:
+        plain: the metadata.
+        logged: values that have events of their own besides, by their names in the configuration; None: not to be
+            looked at.
+    """
     try:
         read_configuration({name: value for name, value in plain.items() if name not in CALLER})
     except RunError as error:
         return str(error)
+    if logged is not None:
+        for name, event in OWN_EVENTS.items():
+            if name not in logged or plain[name] != logged[name]:
+                return f"{name} is not that of the event {event}"
     return ""
+
+
+def reference_problem(plain: dict[str, Any]) -> str:
+    """In what an event's metadata is not the reference recipe on LibriSpeech; empty where in nothing. For the rules."""
+    reference = dataclasses.replace(CONFIGS["librispeech"], **REFERENCE_RECIPE).plain()
+    fixed = (name for name in HYPERPARAMETERS if name not in FREE_IN_CLOSED)
+    return ", ".join(f"{name} is not {reference[name]}" for name in fixed if plain.get(name) != reference[name])
 
 
 def differences(logs: Sequence[RunLog]) -> dict[str, list[Any]]:
     """What is not the same in all runs of a series, each with its values: the seed, paths and the commit apart."""
-    names = {name: None for log in logs for name in log.configuration if name not in FREE}
+    names = dict.fromkeys(name for log in logs for name in log.configuration if name not in FREE)
     values: dict[str, list[Any]] = {name: [log.configuration.get(name) for log in logs] for name in names}
-    values["data set"] = [log.dataset and log.dataset.digest for log in logs]
-    for key in (constants.SUBMISSION_PLATFORM, constants.SUBMISSION_DIVISION, "number_of_ranks"):
-        values[key] = [log.value(key) for log in logs]
+    known = [comparable(log) for log in logs]
+    values |= {name: [each[name] for each in known] for name in known[0]}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def comparable(log: RunLog) -> dict[str, Any]:
+    """What must be the same in all runs of a series besides the configuration; None where the log does not know it."""
+    keys = constants.SUBMISSION_PLATFORM, constants.SUBMISSION_DIVISION, "number_of_ranks", "gru_implementation"
+    return {
+        "data set": log.dataset and log.dataset.digest,
+        **{key: log.value(key) for key in keys},
+        **{name: log.environment.get(name) for name in ENVIRONMENT},
+    }
 
 
 def _is_a(value: Any, kind: Any) -> bool:

@@ -44,6 +44,7 @@ class Epoch:
     finished: bool | None  # False: max_steps ended it early
     loss: float | None  # mean over its steps
     throughput: dict[str, float]  # seconds, utterances_per_second, audio_seconds_per_second, data_wait_fraction
+    rank_wait_fractions: list[float]  # of its time, that each process waited for the others
     wer: float | None  # percent, corpus WER of all validation utterances: the benchmark's figure
     errors: dict[str, ErrorCounts]  # of each validation subset, and of "all"
 
@@ -139,6 +140,12 @@ class RunLog:
         )
 
     @property
+    def training_utterances(self) -> int | None:
+        """Of the training set, those included that are too short to be trained on; None where that is not known."""
+        trained, left_out = self.value(constants.TRAIN_SAMPLES), self.value("train_samples_left_out")
+        return None if trained is None or left_out is None else trained + left_out
+
+    @property
     def environment(self) -> dict[str, Any]:
         """Hardware and software."""
         return self.metadata("environment")
@@ -190,11 +197,6 @@ class RunLog:
         start, stop = self.first(constants.INIT_START), self.first(constants.INIT_STOP)
         return None if start is None or stop is None else (stop.time_ms - start.time_ms) / 1000
 
-    @property
-    def checkpoint_seconds(self) -> float:
-        """Spent writing checkpoints."""
-        return sum(float(event.value) for event in self.all("checkpoint"))
-
     @cached_property
     def steps(self) -> list[Step]:
         """Optimizer steps in order, skipped ones included."""
@@ -230,6 +232,7 @@ class RunLog:
             finished=trained.get("finished"),
             loss=trained.get("loss"),
             throughput={name: trained[name] for name in names if name in trained},
+            rank_wait_fractions=trained.get("rank_wait_fractions", []),
             wer=None if accuracy is None else accuracy.value,
             errors={event.value: _errors(event) for event in of_epoch if event.key == "validation_errors"},
         )
@@ -241,6 +244,11 @@ class RunLog:
             if constants.EPOCH_NUM in event.metadata:
                 found.setdefault(event.metadata[constants.EPOCH_NUM], []).append(event)
         return found
+
+    @property
+    def last_evaluation(self) -> Epoch | None:
+        """The last epoch that has a WER: a run that broke off has no evaluation of the epoch under way."""
+        return next((epoch for epoch in reversed(self.epochs) if epoch.wer is not None), None)
 
     @property
     def epochs_to_target(self) -> int | None:

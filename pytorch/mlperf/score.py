@@ -85,30 +85,36 @@ def score_of(runs: list[RunLog]) -> Score:
 
 def report(found: Score) -> str:
     """The score as text, a line for each run first."""
-    first = found.runs[0]
     lines = [f"{'seed':>6}  {'epochs':>6}  {'WER':>6}  {'seconds':>9}  log"]
     for run in found.runs:
         took = f"{run.seconds or 0:9.1f}" if run.reached else "no target"
-        lines.append(f"{run.seed:>6}  {run.epochs[-1].number:>6}  {run.epochs[-1].wer:6.2f}  {took}  {run.path}")
+        last = run.last_evaluation
+        epoch, wer = (last.number, last.wer) if last else (0, math.nan)
+        lines.append(f"{run.seed:>6}  {epoch:>6}  {wer:6.2f}  {took}  {run.path}")
     reached = len(found.runs) - len(found.unreached)
     if found.time is not None:
         lines.append(f"seconds to target of {reached} runs, mean +- standard deviation: {found.time}")
         lines.append(f"epochs to target of {reached} runs, mean +- standard deviation:  {found.epochs}")
     lines.append(f"runs that did not reach the target: {len(found.unreached)}")
-    if len(found.runs) < FEWEST_RUNS:
-        lines.append(f"No score: it drops the fastest and the slowest run, so it needs {FEWEST_RUNS} runs.")
+    return "\n".join([*lines, *verdict(found)])
+
+
+def verdict(found: Score) -> list[str]:
+    """The score itself or why there is none, and what a reader must know beside it."""
+    runs = found.runs
+    if len(runs) < FEWEST_RUNS:
+        lines = [f"No score: it drops the fastest and the slowest run, so it needs {FEWEST_RUNS} runs."]
     elif found.seconds is None:
-        lines.append(f"No score: {len(found.unreached)} runs did not reach the target; at most {MOST_UNREACHED} may.")
+        lines = [f"No score: {len(found.unreached)} runs did not reach the target; at most {MOST_UNREACHED} may."]
     else:
-        lines.append(
-            f"Score: {found.seconds:.1f} s, the mean without the fastest and the slowest of {len(found.runs)} runs"
-        )
-    if len(found.runs) != RUNS:
-        lines.append(f"Note: the rules ask for {RUNS} runs; these are {len(found.runs)}.")
-    commits = dict.fromkeys(f"{run.commit}{' with changes' * bool(run.dirty)}" for run in found.runs)
-    if len(commits) > 1 or any(run.dirty for run in found.runs):
+        lines = [f"Score: {found.seconds:.1f} s, the mean without the fastest and the slowest of {len(runs)} runs."]
+    if len(runs) != RUNS:
+        lines.append(f"Note: the rules ask for {RUNS} runs; these are {len(runs)}.")
+    commits = dict.fromkeys(f"{run.commit}{' with changes' * bool(run.dirty)}" for run in runs)
+    if len(commits) > 1 or any(run.dirty for run in runs):
         lines.append(f"Note: the runs are of {', '.join(commits)}.")
-    if why := why_no_librispeech_result(min(found.runs, key=lambda run: not run.reached)):
+    if uncleared := sum(run.cache_cleared is False for run in runs):
+        lines.append(f"Note: in {uncleared} runs the data set may have been in memory: it was not dropped.")
+    if why := why_no_librispeech_result(min(runs, key=lambda run: not run.reached)):
         lines.append(f"Note: no LibriSpeech result: {why}.")
-    lines.append(f"On {first.value('submission_platform')}.")
-    return "\n".join(lines)
+    return [*lines, f"On {runs[0].value('submission_platform')}."]

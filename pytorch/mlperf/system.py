@@ -9,12 +9,14 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from mlperf_logging.mllog import constants
 
-from pytorch.mlperf import environment
+from pytorch.mlperf import chosen_division, chosen_status, environment
+
+if TYPE_CHECKING:
+    import torch
 
 NOT_KNOWN = "not known"
 NONE = "none"
@@ -26,11 +28,27 @@ STATUSES = {  # of the log, as the description calls them
 }
 
 
-def describe_system(name: str, device: torch.device) -> dict[str, str]:
-    """Every field that the package's system_desc_checker requires, as text, of this machine and a run on `device`."""
+SUBMISSION = {  # fields that the environment decides
+    "submitter": "SUBMISSION_ORG",
+    "division": "SUBMISSION_DIVISION",
+    "status": "SUBMISSION_STATUS",
+}
+
+
+def describe_system(name: str, device: torch.device, ranks: int = 1) -> dict[str, str]:
+    """Every field that the package's system_desc_checker requires, as text, of this machine and its runs.
+
+    Args:
+        name: of the machine, in the tree.
+        device: what runs compute on.
+        ranks: processes of a run, each of which uses one accelerator if there are any.
+
+    Raises:
+        RunError: SUBMISSION_DIVISION or SUBMISSION_STATUS is set to what the rules do not know.
+    """
     machine = environment(device)
     processor = _processor(_read("/proc/cpuinfo"))
-    gpus = int(machine["accelerators"])
+    gpus = ranks if machine["accelerators"] else 0
     memory = f"{machine['accelerator_memory_gib']} GiB" if gpus else NONE
     software = [f"{package} {machine[package]}" for package in ("numpy", "mlperf-logging")]
     software += [f"{library} {machine[library]}" for library in ("cuda", "cudnn") if library in machine]
@@ -38,8 +56,8 @@ def describe_system(name: str, device: torch.device) -> dict[str, str]:
         software.append(f"container image {image}")
     return {
         "submitter": os.environ.get("SUBMISSION_ORG", "reference"),
-        "division": os.environ.get("SUBMISSION_DIVISION", constants.OPEN),
-        "status": STATUSES.get(os.environ.get("SUBMISSION_STATUS", constants.RESEARCH), NOT_KNOWN),
+        "division": chosen_division(),
+        "status": STATUSES[chosen_status()],
         "system_name": name,
         "number_of_nodes": "1",
         "host_processors_per_node": processor["sockets"],

@@ -7,9 +7,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ from pathlib import Path
 
 from mlperf_logging.system_desc_checker import system_desc_checker
 
+from data.packed import locked, write_durably
 from pytorch.config import RunError
 from pytorch.mlperf import BENCHMARK
 from pytorch.mlperf.check import RULESET
-from pytorch.mlperf.system import same_machine
+from pytorch.mlperf.system import SUBMISSION, same_machine
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,20 @@ class Tree:
         """Make the folder, and keep other series out of it; gives the lock, for those who outlive this process.
 
         Raises:
-            RunError: the folder cannot be made, or another series is under way in it.
+            RunError: the folder cannot be made.
+            DataError: another series is under way in it.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder, os.O_RDONLY)
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be made: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with locked(self.folder, other="series of runs") as lock:
             yield lock
-        except BlockingIOError as error:
-            raise RunError(f"{self.folder}: another series of runs is under way there") from error
-        finally:
-            os.close(lock)
 
     def describe(self, description: dict[str, str]) -> None:
         """Write the machine's description, unless there is one already, which its owner may have edited.
+
+        Where that one says of the submitter, the division or the status what the environment does not, this is printed.
 
         Raises:
             RunError: the one there is of another machine, or MLCommons' system_desc_checker refuses it.
@@ -88,9 +86,15 @@ class Tree:
                 if field := same_machine(there, description):
                     what = f"{field} is {there.get(field)!r} there, {description[field]!r} here"
                     raise RunError(f"{path} describes another machine ({what}); choose another --system")
+                for field, variable in SUBMISSION.items():
+                    if os.environ.get(variable) and there.get(field) != description[field]:
+                        said = f"{field} is {there.get(field)!r} there, {variable} makes it {description[field]!r}"
+                        print(f"warning: {path} is kept as it is: {said}", file=sys.stderr)
             else:
                 write_whole(path, json.dumps(description, indent=2) + "\n")
             valid = system_desc_checker.check_system_desc(str(path), "training", RULESET)[0]
+        except OSError as error:
+            raise RunError(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise RunError(f"{path}: no description of a machine: {error}") from error
         if not valid:
@@ -99,10 +103,8 @@ class Tree:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is whole or not there, and its folder; RunError where that is impossible."""
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_durably(path, text)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error

@@ -9,7 +9,6 @@ reason is one line.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from typing import Annotated
 
 import tyro
 
-from data.packed import replace_durably
+from data.packed import write_durably
 from pytorch.command import exit_status
 from pytorch.config import RunError
-from pytorch.mlperf.score import FEWEST_RUNS, score
+from pytorch.mlperf.score import FEWEST_RUNS, score, verdict
 from pytorch.report.page import render
 from pytorch.report.runs import Run, read_runs
 
@@ -52,29 +51,21 @@ def report(options: Options) -> None:
         raise RunError("no log is named: python -m pytorch.report LOG... -o report.html")
     runs = read_runs(options.logs)
     page = render(runs, _score(runs))
-    partial = options.output.with_name(options.output.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        replace_durably(partial, options.output)
+        write_durably(options.output, page)
     except OSError as error:
         raise RunError(f"--output {options.output}: cannot be written: {error.strerror}") from error
     print(f"Report: {options.output}")
 
 
-def _score(runs: Sequence[Run]) -> str | None:
-    """What to say about the score of runs that are enough for one, or about why they have none."""
+def _score(runs: Sequence[Run]) -> list[str]:
+    """What to say about the score of runs that are enough for one, as `python -m pytorch.mlperf score` says it."""
     if len(runs) < FEWEST_RUNS:
-        return None
+        return []
     try:
-        found = score([run.log.path for run in runs])
+        return verdict(score([run.log.path for run in runs]))
     except RunError as error:
-        return f"No MLPerf score: {error}."
-    if found.seconds is None:
-        return f"No MLPerf score: {len(found.unreached)} runs did not reach the target."
-    return f"MLPerf score: {found.seconds:.1f} s, the mean without the fastest and the slowest of {len(runs)} runs."
+        return [f"No score: {error}."]
 
 
 if __name__ == "__main__":

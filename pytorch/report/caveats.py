@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pytorch.mlperf.check import UNREACHED, why_no_librispeech_result
 from pytorch.report.runs import Run
-
-LIBRISPEECH = "librispeech"
-TARGET_WER = 23.0
 
 
 def caveats(run: Run) -> list[str]:
@@ -22,17 +20,9 @@ def caveats(run: Run) -> list[str]:
         found.append(
             f"The target WER{target} was not reached" + ("." if best is None else f"; the best was {best:.2f}.")
         )
-    if run.target is not None and run.target != TARGET_WER:
-        found.append(f"The target was a WER of {run.target:g}, not {TARGET_WER:g}.")
-    if log.dataset is not None:
-        if log.dataset.synthetic:
-            found.append("The corpus is synthetic: its time shows that everything works and is no benchmark result.")
-        elif log.dataset.corpus != LIBRISPEECH:
-            found.append(
-                f"The corpus is {log.dataset.corpus or 'unknown'}, not LibriSpeech: this is no benchmark result."
-            )
-        if not log.dataset.official and not log.dataset.synthetic:
-            found.append("The archives were not the official ones.")
+    why = why_no_librispeech_result(log)
+    if log.dataset is not None and why not in ("", UNREACHED):
+        found.append(f"No LibriSpeech result: {why}.")
     if log.resumed:
         found.append(
             f"The run was resumed after {run.seconds_before:.0f} s: no uninterrupted result. "

@@ -241,30 +241,32 @@ def _steps_by_epoch(log: RunLog) -> Iterator[tuple[Epoch, list[Step]]]:
 
 
 def _epoch_charts(runs: Sequence[Run]) -> Iterator[Chart]:
-    for id, title, y, name, factor, note in (
+    for id, title, y, of, note in (
         (
             "throughput",
             "Throughput",
             "utterances per second",
-            "utterances_per_second",
-            1,
+            lambda epoch: epoch.throughput.get("utterances_per_second"),
             "Training only, without evaluation.",
         ),
         (
             "wait",
             "Waiting for data",
             "% of training time",
-            "data_wait_fraction",
-            100,
+            lambda epoch: _percent(epoch.throughput.get("data_wait_fraction")),
             "How long a step waited for its batch, of the time of training.",
+        ),
+        (
+            "wait-ranks",
+            "Waiting for other processes",
+            "% of training time",
+            # One process alone waits for nobody.
+            lambda epoch: _percent(max(epoch.rank_wait_fractions) if len(epoch.rank_wait_fractions) > 1 else None),
+            "How long the process that waited most stood still for the others, of the time of training.",
         ),
     ):
         found = {
-            run.number: [
-                (epoch.number, factor * value)
-                for epoch in run.log.epochs
-                if (value := epoch.throughput.get(name)) is not None
-            ]
+            run.number: [(epoch.number, value) for epoch in run.log.epochs if (value := of(epoch)) is not None]
             for run in runs
         }
         means = [f"{run.label}: {_mean([y for _, y in found[run.number]]):.3g}" for run in runs if found[run.number]]
@@ -279,6 +281,10 @@ def _epoch_charts(runs: Sequence[Run]) -> Iterator[Chart]:
             header=["Run", "Epoch", y],
             rows=[[run.label, str(epoch), f"{value:.4g}"] for run in runs for epoch, value in found[run.number]],
         )
+
+
+def _percent(fraction: float | None) -> float | None:
+    return None if fraction is None else 100 * fraction
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -135,7 +135,17 @@
   filters?.addEventListener("change", filter);
   filters?.addEventListener("submit", (event) => event.preventDefault());
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  // Paper is white, whatever the screen is.
-  window.addEventListener("beforeprint", () => (root.classList.add("print"), draw()));
-  window.addEventListener("afterprint", () => (root.classList.remove("print"), draw()));
+  // Paper is white, whatever the screen is, and nothing on it can be opened.
+  const opened = [];
+  window.addEventListener("beforeprint", () => {
+    opened.push(...document.querySelectorAll("details:not([open])"));
+    for (const details of opened) details.open = true;
+    root.classList.add("print");
+    draw();
+  });
+  window.addEventListener("afterprint", () => {
+    for (const details of opened.splice(0)) details.open = false;
+    root.classList.remove("print");
+    draw();
+  });
 })();

@@ -28,12 +28,12 @@ PARTS = {
 }
 
 
-def render(runs: Sequence[Run], score: str | None = None) -> str:
+def render(runs: Sequence[Run], score: Sequence[str] = ()) -> str:
     """The page of some runs.
 
     Args:
         runs: at least one.
-        score: what to say about their score, if anything.
+        score: what to say about their score, the score itself first.
     """
     drawn = charts(runs)
     scripts = [_script(CHART_JS), _script("page.js")]

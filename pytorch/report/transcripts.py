@@ -62,15 +62,20 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> Iterator[Word]
 
 
 def groups(run: Run) -> list[Group]:
-    """A run's transcripts as the worst, typical and best of them; the log has them in order of WER."""
+    """A run's transcripts as the three worst, four in the middle and the three best; the log has them in this order.
+
+    Of fewer than ten, a third each.
+    """
     utterances = [
         Aligned(each, list(align(each.reference.split(), each.hypothesis.split()))) for each in run.log.transcripts
     ]
-    third = len(utterances) // 3
-    if third == 0:
+    ends = min(3, len(utterances) // 3)
+    if ends == 0:
         return [Group("From the worst to the best", utterances)] if utterances else []
+    middle = utterances[ends:-ends]
+    start = max(0, (len(middle) - 4) // 2)
     return [
-        Group("Worst", utterances[:third]),
-        Group("Typical", utterances[third:-third]),
-        Group("Best", utterances[-third:]),
+        Group("Worst", utterances[:ends]),
+        Group("Typical", middle[start : start + 4]),
+        Group("Best", utterances[-ends:]),
     ]

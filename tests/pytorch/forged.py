@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.corpora import CORPORA
 from pytorch.config import CONFIGS, REFERENCE_RECIPE, Config
 from pytorch.learner import learning_rate
 from pytorch.metrics import ErrorCounts
@@ -117,7 +118,14 @@ def made_up(
     log("opt_gradient_clip_norm", config.gradient_clip_norm)
     log("model_eval_ema_factor", config.averaging_decay)
     log("configuration", config.config, **config.plain())
-    log("dataset", "0" * 64, corpus=corpus, official_archives=corpus != "synthetic", synthetic=corpus == "synthetic")
+    digest = CORPORA[corpus].reference_digest if corpus in CORPORA else ""
+    log(
+        "dataset",
+        digest or "0" * 64,
+        corpus=corpus,
+        official_archives=corpus != "synthetic",
+        synthetic=corpus == "synthetic",
+    )
     log("number_of_ranks", 1)
     log("environment", "made up", processor="made up", cores=1, torch="2.14.1", accelerators=0)
     log("git_commit", "0" * 40, uncommitted_changes=False)

@@ -53,6 +53,7 @@ def made_up_log(
         seconds_of_epoch=20.0,
     )
     log.edit("configuration", **(config or {}))
+    log.edit("train_samples", 281241)
     log.edit("dataset", official_archives=official, synthetic=synthetic)
     log.edit("git_commit", ("0123456789abcdef" * 3)[:40], uncommitted_changes=dirty)
     if not cleared:

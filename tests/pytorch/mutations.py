@@ -37,6 +37,11 @@ def date_all_to_the_start(log: Forged) -> None:
         event["time_ms"] = log.events[start]["time_ms"]
 
 
+def set_back_little_by_little(log: Forged) -> None:
+    for number in range(1, 9):
+        log.shift("train_loss", -0.9, number)
+
+
 def insert(log: Forged, event: dict, before: str, **changes: object) -> None:
     log.events.insert(log.positions(before)[0], {**event, **changes})
 
@@ -63,7 +68,7 @@ MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
     "subset left out": (lambda log: log.remove("validation_errors", 1), "there is not one validation_errors of all"),
     "counts that are text": (
         lambda log: log.edit("validation_errors", number=0, word_errors="3"),
-        "errors or rates are no numbers",
+        "damaged event: validation_errors's word_errors is '3', not an integer",
     ),
     "target made easier": (lambda log: log.edit("configuration", target_wer=99.0), "training went on although epoch"),
     "success although the target was missed": (
@@ -89,10 +94,16 @@ MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
     "more epochs than allowed": (lambda log: log.edit("configuration", max_epochs=1), "more epochs than max_epochs"),
     "seed removed": (lambda log: log.remove("seed"), "'seed' but found 0"),
     "seed twice": (lambda log: log.repeat("seed"), "'seed' but found 2"),
-    "another seed": (lambda log: log.edit("seed", 77), "another seed than the event seed"),
-    "another batch size": (lambda log: log.edit("global_batch_size", 77), "another batch size than global_batch_size"),
-    "another optimizer": (lambda log: log.edit("opt_name", "sgd"), "another optimizer than opt_name"),
-    "another learning rate": (lambda log: log.edit("opt_base_learning_rate", 1.0), "another learning rate than"),
+    "another seed": (lambda log: log.edit("seed", 77), "seed is not that of the event seed"),
+    "another batch size": (
+        lambda log: log.edit("global_batch_size", 77),
+        "batch_size is not that of the event global_batch_size",
+    ),
+    "another optimizer": (lambda log: log.edit("opt_name", "sgd"), "optimizer is not that of the event opt_name"),
+    "another learning rate": (
+        lambda log: log.edit("opt_base_learning_rate", 1.0),
+        "learning_rate is not that of the event opt_base_learning_rate",
+    ),
     "hyperparameter against its rule": (
         lambda log: log.edit("configuration", tempo_max=9.0),
         "--tempo-max is 9.0; it must be any number in [0.5, 2]",
@@ -114,6 +125,10 @@ MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
     "epoch left unfinished": (lambda log: log.edit("epoch_stop", finished=False), "the epoch was left unfinished"),
     "skipped steps hidden": (lambda log: log.edit("epoch_stop", skipped_steps=3), "skipped_steps is not 0"),
     "clock set back": (lambda log: log.shift("epoch_stop", -9.0), "its time is before that of line"),
+    "clock set back little by little": (
+        set_back_little_by_little,
+        "its time is before that of line",
+    ),
     "run_stop dated back": (
         lambda log: log.events[log.positions("run_stop")[0]].update(time_ms=0),
         "run_stop: its time is before that of line",
@@ -158,7 +173,7 @@ MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
         lambda log: insert(log, log.events[log.positions("train_loss")[-1]], "run_stop"),
         "a training step outside of an epoch",
     ),
-    "cache not cleared": (lambda log: log.edit("cache_clear", False), "the cache was not cleared"),
+    "cache cleared perhaps": (lambda log: log.edit("cache_clear", "yes"), "it is not known whether the cache was"),
     "commit not known": (lambda log: log.edit("git_commit", "unknown"), "the commit is not known"),
     "machine removed": (lambda log: log.remove("environment"), "'environment' but found 0"),
     "another benchmark": (lambda log: log.edit("submission_benchmark", "rnnt"), "the benchmark is not deepspeech2"),

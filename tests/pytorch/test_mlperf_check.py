@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from pytorch.config import CONFIGS, REFERENCE_RECIPE, Config, RunError
+from pytorch.config import CONFIGS, Config, RunError
 from pytorch.mlperf.__main__ import main
 from pytorch.mlperf.check import RULES, Violation, check
-from pytorch.mlperf.configuration import HYPERPARAMETERS, configuration_problem
+from pytorch.mlperf.configuration import configuration_problem
 from pytorch.mlperf.logs import RunLog
 from tests.conftest import ROOT
 from tests.pytorch.conftest import Trained
 from tests.pytorch.forged import Forged, made_up, reference
 from tests.pytorch.mutations import BROKEN, MUTATIONS
-from tests.pytorch.test_train import small_run
 
 COMMITTED = sorted((ROOT / "results").glob("*/deepspeech2/result_*.txt"))
 CLOSED_TUNABLE = {"seed", "max_epochs", "max_steps", "batch_size", "learning_rate", "learning_rate_anneal"}
@@ -39,7 +37,10 @@ def forged(real: Path) -> Forged:
 
 
 def reasons(path: Path, division: str | None = None) -> list[str]:
-    return [violation.reason for violation in check(path, division)[1]]
+    try:
+        return [violation.reason for violation in check(path, division)[1]]
+    except RunError as damaged:
+        return [str(damaged)]
 
 
 def test_a_real_log_keeps_the_open_rules_and_says_why_it_is_no_librispeech_result(
@@ -105,13 +106,65 @@ def test_every_check_is_made_of_every_log_that_is_named(
     assert main(["check"]) == 1
 
 
-def test_a_sound_run_that_missed_its_target_is_refused_for_that_reason_alone(tones: Path, tmp_path: Path) -> None:
-    run = small_run(tones, tmp_path / "results", "--target-wer", "0", "--max-steps", "7")
-    (tmp_path / "run.log").write_text(run.stdout)
-    (violation,) = check(tmp_path / "run.log")[1]
+@pytest.mark.parametrize("division", ["open", "closed"])
+def test_a_librispeech_run_that_missed_its_target_is_refused_for_that_reason_alone(
+    division: str, tmp_path: Path
+) -> None:
+    path = made_up(reference(), wers=(60.0, 50.0), division=division).write(tmp_path / "run.log")
+    (violation,) = check(path)[1]
     assert violation.unreached
-    assert violation.reason == "no result: the run did not reach its target WER of 0.0"
-    assert (tmp_path / "run.log").read_text().splitlines()[(violation.line or 0) - 1].count("run_stop")
+    assert violation.reason == "no result: the run did not reach its target WER of 23.0"
+    assert path.read_text().splitlines()[(violation.line or 0) - 1].count("run_stop")
+
+
+def test_a_clock_that_is_set_back_by_less_than_a_second_is_no_reason_to_refuse(forged: Forged, tmp_path: Path) -> None:
+    forged.shift("epoch_stop", -0.5)
+    assert reasons(forged.write(tmp_path / "run.log")) == []
+
+
+def test_a_cache_that_could_not_be_cleared_is_noted_in_the_open_division_and_refused_in_the_closed_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for division, status in (("open", 0), ("closed", 1)):
+        log = made_up(reference(), division=division)
+        log.edit("cache_clear", False, reason="3 pages of train/audio.npy are still cached")
+        assert main(["check", str(log.write(tmp_path / f"{division}.log"))]) == status
+    said, refused = capsys.readouterr().out.splitlines()[-2:]
+    assert said.endswith(
+        "note: the data set may have been in memory: it was not dropped (3 pages of train/audio.npy are still cached)"
+    )
+    assert refused.endswith("cache_clear: the cache was not cleared")
+
+
+def test_synthetic_speech_that_is_not_the_reference_checksums_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is no falsification: on another platform the same sentences may sound a little different."""
+    config = dataclasses.replace(CONFIGS["synthetic"], precision="fp32", batch_size=100)
+    log = made_up(config, corpus="synthetic", train_samples=1800, validation={"synthetic-validation": 240})
+    assert main(["check", str(log.write(tmp_path / "reference.log"))]) == 0
+    assert "checksum" not in capsys.readouterr().out
+    log.edit("dataset", "1" * 64)
+    assert main(["check", str(log.write(tmp_path / "other.log"))]) == 0
+    assert f"note: the data set is not that of synthetic's reference checksum: its digest is {'1' * 64}" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("corpus", "options", "reason"),
+    [
+        ("an4", {"train_samples": 474, "validation": {"test": 130}}, "an4 has 948 training utterances, not 474"),
+        ("synthetic", {"train_samples": 1799}, "synthetic has 1800 training utterances, not 1799"),
+    ],
+)
+def test_a_part_of_a_corpus_that_claims_to_be_all_of_it_is_refused(
+    corpus: str, options: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(CONFIGS[corpus], precision="fp32", batch_size=100)
+    options = {"validation": {"synthetic-validation": 240}, **options}
+    found = reasons(made_up(config, corpus=corpus, **options).write(tmp_path / "run.log"))
+    assert any(reason in each for each in found), found
 
 
 # --- closed: nobody has run it, so its rules are tested on a log that is made up
@@ -135,7 +188,7 @@ def test_real_logs_break_the_closed_rules(real: Path) -> None:
     found = reasons(real, "closed")
     assert "dataset: the corpus is not LibriSpeech" in found
     assert "submission_division: the log says that it is not of the closed division" in found
-    assert "configuration: the optimizer is not the reference's, sgd" in found
+    assert any(each.startswith("configuration: ") and "optimizer is not sgd" in each for each in found)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +200,8 @@ def test_real_logs_break_the_closed_rules(real: Path) -> None:
         ("eval_samples", 2703, {}, "not the 5,567 utterances of dev-clean and dev-other"),
         ("train_samples", 28539, {}, "not the 281,241 utterances"),
         ("git_commit", ..., {"uncommitted_changes": True}, "files differed from the commit"),
-        ("configuration", ..., {"target_wer": 23.5}, "the target is not 23.0"),
+        ("cache_clear", False, {"reason": "not permitted"}, "the cache was not cleared"),
+        ("configuration", ..., {"target_wer": 23.5}, "target_wer is not 23.0"),
         ("configuration", ..., {"hidden_size": 400}, "hidden_size is not 800"),
         ("submission_division", "open", {}, "it is not of the closed division"),
         ("init_stop", ..., {}, "initialisation took more than 30 minutes"),
@@ -163,12 +217,22 @@ def test_closed_rules_refuse(
     assert any(reason in each for each in found), found
 
 
-def test_only_one_of_the_two_validation_sets_is_no_librispeech_result(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("changes", "options", "why"),
+    [
+        ({}, {"validation": {"dev-clean": 2703}}, "the validation set is not dev-clean and dev-other"),
+        ({}, {"train_samples": 28539}, "the training set has 28,539 utterances, not all 281,241"),
+        ({"hidden_size": 400}, {}, "hidden_size is 400, not 800: it is another model"),
+        ({"conv_channels": 8}, {}, "conv_channels is 8, not 32: it is another model"),
+        ({"target_wer": 30.0}, {"wers": (40.0, 25.0)}, "the target is 30.0, not 23.0"),
+    ],
+)
+def test_a_run_on_librispeech_that_is_easier_is_said_to_be_no_librispeech_result(
+    changes: dict[str, Any], options: dict[str, Any], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = made_up(reference(), validation={"dev-clean": 2703}).write(tmp_path / "half.log")
+    path = made_up(reference(**changes), **options).write(tmp_path / "easier.log")
     assert main(["check", str(path)]) == 0
-    assert "no LibriSpeech result: the validation set is not dev-clean and dev-other" in capsys.readouterr().out
+    assert f"note: no LibriSpeech result: {why}" in capsys.readouterr().out
 
 
 def test_a_part_of_a_published_subset_that_claims_to_be_official_is_refused(tmp_path: Path) -> None:
@@ -188,18 +252,7 @@ def test_the_closed_rules_fix_every_hyperparameter_that_the_reference_does_not_l
         change: dict[str, Any] = {field.name: {"sgd": "adamw", "anneal": "cosine"}.get(str(value), 0.5)}
         log.edit("configuration", **change)
         found = reasons(log.write(tmp_path / "fixed.log"), "closed")
-        name = {"target_wer": "target", "beta1": "beta1, the momentum,"}.get(field.name, field.name)
-        assert any(each.startswith("configuration: ") and f"{name} is not" in each for each in found), field.name
-
-
-def test_the_values_in_the_closed_rules_are_those_of_the_reference_recipe() -> None:
-    rules = yaml.safe_load((RULES / "closed.yaml").read_text())
-    (checks,) = (rule["KEY"]["CHECK"] for rule in rules if rule.get("KEY", {}).get("NAME") == "configuration")
-    expected = dataclasses.replace(CONFIGS["librispeech"], **REFERENCE_RECIPE).plain()
-    for test in checks:
-        assert eval(test, {}, {"v": {"metadata": expected}}), test
-    tested = {name for name in expected if any(f"'{name}'" in test for test in checks)}
-    assert tested | CLOSED_TUNABLE == set(HYPERPARAMETERS)
+        assert f"configuration: {field.name} is not {value}" in found
 
 
 def test_a_configuration_is_legal_in_a_log_exactly_where_it_is_on_the_command_line() -> None:

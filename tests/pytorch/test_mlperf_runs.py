@@ -1,130 +1,67 @@
-"""A series of runs, by the command that a user types: the tree that it leaves, and how it goes on."""
+"""A series of runs: the tree that it leaves, and how it goes on; with runs that are made up, but for two of them."""
 
+import dataclasses
 import fcntl
 import json
 import os
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from mlperf_logging.system_desc_checker import system_desc_checker
 
-from pytorch.config import RunError
+from data.packed import DataError, open_dataset
+from pytorch import mlperf
+from pytorch.config import CONFIGS, RunError
+from pytorch.mlperf import runs as series
 from pytorch.mlperf.check import RULESET
 from pytorch.mlperf.logs import RunLog
 from pytorch.mlperf.system import describe_system, system_name
 from pytorch.mlperf.tree import Tree
 from tests.conftest import ROOT
+from tests.pytorch.forged import Forged, made_up
+from tests.pytorch.made_up_logs import add
 from tests.pytorch.test_train import ENVIRONMENT, SMALL
 
-
-def runs(dataset: Path, tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    fixed: list[str | Path] = [
-        "--tree",
-        tree,
-        "--system",
-        "box",
-        *SMALL,
-        "--dataset-dir",
-        dataset,
-        "--output-dir",
-        tree / "checkpoints",
-    ]
-    command = ["sh", ROOT / "pytorch" / "run_and_time.sh", *fixed, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=ENVIRONMENT)
+CPU = torch.device("cpu")
 
 
 def stamps(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def done(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """Three runs whose target is so high that the first evaluation reaches it."""
-    tree = tmp_path_factory.mktemp("series") / "tree"
-    return tree, runs(tones, tree, "--runs", "3", "--target-wer", "1000", "--seed", "5")
+# --- real runs, by the command that a user types
 
 
-def test_a_series_leaves_logs_and_the_machine_where_the_rules_want_them_and_prints_the_score(
-    done: tuple[Path, subprocess.CompletedProcess[str]],
+def test_a_series_leaves_logs_and_the_machine_where_the_rules_want_them_and_a_page_of_all(
+    tones: Path, tmp_path: Path
 ) -> None:
-    tree, run = done
+    """The target is so high that the first evaluation reaches it."""
+    tree, checkpoints = tmp_path / "tree", tmp_path / "checkpoints"
+    command = ["sh", ROOT / "pytorch" / "run_and_time.sh", "--runs", "2", "--tree", tree, "--system", "box", *SMALL]
+    command += ["--dataset-dir", tones, "--output-dir", checkpoints, "--target-wer", "1000", "--seed", "5"]
+    command += ["--tensorboard", tmp_path / "curves"]
+    run = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=300, env=ENVIRONMENT
+    )
     assert run.returncode == 0, run.stderr
     folder = tree / "results" / "box" / "deepspeech2"
-    assert sorted(stamps(folder)) == ["result_0.txt", "result_1.txt", "result_2.txt"]
-    assert [RunLog.read(folder / f"result_{number}.txt").seed for number in range(3)] == [5, 6, 7]
-    assert "Score: " in run.stdout
-    assert "epochs to target of 3 runs, mean +- standard deviation:  1.0 +- 0.0" in run.stdout
-    assert "Run 2 of 3, seed 6: target reached in" in run.stderr
+    assert sorted(stamps(folder)) == ["result_0.txt", "result_1.txt"]
+    assert [RunLog.read(folder / f"result_{number}.txt").seed for number in range(2)] == [5, 6]
+    assert "epochs to target of 2 runs, mean +- standard deviation:  1.0 +- 0.0" in run.stdout
+    assert "Run 2 of 2, seed 6: target reached in" in run.stderr
     description = tree / "systems" / "box.json"
     assert system_desc_checker.check_system_desc(str(description), "training", RULESET)[:2] == (True, "box")
     assert system_desc_checker.check_system_desc(str(description), "training", "6.1.0")[0]
-
-
-def test_a_series_that_is_started_again_keeps_what_is_there_and_adds_runs(
-    done: tuple[Path, subprocess.CompletedProcess[str]], tones: Path
-) -> None:
-    tree, _ = done
-    folder = tree / "results" / "box" / "deepspeech2"
-    before = stamps(folder)
-    (folder / "result_3.txt.partial").write_text("of a series that was killed")
-    (tree / "systems" / "box.json").write_text(
-        (tree / "systems" / "box.json").read_text().replace('"cooling": "not known"', '"cooling": "air"')
-    )
-    again = runs(tones, tree, "--runs", "4", "--target-wer", "1000", "--seed", "5")
-    assert again.returncode == 0, again.stderr
-    after = stamps(folder)
-    assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {"result_3.txt", "failed_3_1.txt"}
-    assert "(done before)" in again.stderr
-    assert json.loads((tree / "systems" / "box.json").read_text())["cooling"] == "air"
-
-
-def test_runs_of_another_configuration_or_seed_do_not_mix_with_those_that_are_there(
-    done: tuple[Path, subprocess.CompletedProcess[str]], tones: Path
-) -> None:
-    tree, _ = done
-    for option, value, said in (("--batch-size", "8", "batch_size is 4 there, 8 now"), ("--seed", "1", "seed is 5")):
-        run = runs(tones, tree, "--runs", "3", "--target-wer", "1000", "--seed", "5", option, value)
-        assert run.returncode == 1
-        assert f"result_0.txt is of another series: {said}" in run.stderr
-        assert "Traceback" not in run.stderr
-
-
-def test_a_run_that_misses_its_target_is_a_result_and_the_series_goes_on(tones: Path, tmp_path: Path) -> None:
-    run = runs(tones, tmp_path, "--runs", "2", "--target-wer", "0", "--max-steps", "2")
-    assert run.returncode == 1
-    assert sorted(stamps(tmp_path / "results" / "box" / "deepspeech2")) == ["result_0.txt", "result_1.txt"]
-    assert "Run 2 of 2, seed 2: target not reached" in run.stderr
-    assert "runs that did not reach the target: 2" in run.stdout
-
-
-def test_a_run_that_cannot_start_ends_the_series_and_its_log_is_kept(tmp_path: Path) -> None:
-    run = runs(tmp_path / "nowhere", tmp_path, "--runs", "3")
-    assert run.returncode == 1
-    assert sorted(stamps(tmp_path / "results" / "box" / "deepspeech2")) == ["failed_0_1.txt"]
-    assert "the run failed before it started" in run.stderr
-    assert "Traceback" not in run.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--runs", "0"], "--runs is 0; it must be a positive integer"),
-        (["--runs", "2", "--resume"], "a resumed run is no result"),
-        (["--runs=2", "--system", "../box"], "--system is '../box'"),
-        (["--runs", "2", "--batch-size", "0"], "--batch-size is 0; it must be any positive integer"),
-    ],
-)
-def test_wrong_options_are_refused_before_the_first_run(
-    arguments: list[str], said: str, tones: Path, tmp_path: Path
-) -> None:
-    run = runs(tones, tmp_path, *arguments)
-    assert run.returncode == 1
-    assert said in run.stderr
-    assert not (tmp_path / "results").exists()
+    page = (checkpoints / "report.html").read_text()
+    assert "2 of 2" in page
+    assert "result_0" in page and "result_1" in page
+    assert len(list((tmp_path / "curves").glob("events.*"))) == 2
 
 
 def test_an_interrupted_series_keeps_the_log_of_the_run_and_says_how_to_go_on(tones: Path, tmp_path: Path) -> None:
@@ -155,12 +92,273 @@ def test_an_interrupted_series_keeps_the_log_of_the_run_and_says_how_to_go_on(to
     assert sorted(stamps(partial.parent)) == ["failed_0_1.txt"]
 
 
+# --- series whose runs are made up
+
+
+@dataclasses.dataclass
+class MadeUpRuns:
+    """Stands in for run_and_time.sh: instead of training with a seed, it prints the log that was given for it."""
+
+    folder: Path
+    dataset: Path
+
+    @property
+    def tree(self) -> Tree:
+        return Tree(self.folder / "tree", "box")
+
+    def log(self, seed: int, *, reached: bool = True) -> Forged:
+        config = dataclasses.replace(CONFIGS["synthetic"], precision="fp32", device="cpu", seed=seed)
+        log = made_up(
+            config,
+            wers=(50.0, 20.0 if reached else 40.0),
+            corpus="tones",
+            train_samples=21,
+            validation={"tones-validation": 7},
+        )
+        machine = mlperf.environment(CPU)
+        add(log, "number_of_ranks", "gru_implementation", "fused kernel (AVX2)")
+        log.edit("dataset", open_dataset(self.dataset).digest)
+        log.edit("submission_platform", mlperf.chosen_platform(machine, 1))
+        log.edit("environment", **machine)
+        return log
+
+    def give(self, seed: int, log: Forged, status: int = 0) -> None:
+        log.write(self.folder / f"{seed}.log")
+        (self.folder / f"{seed}.status").write_text(str(status))
+
+    def run(self, *arguments: str) -> int:
+        given = ["--tree", str(self.tree.root), "--system", "box", "--config", "synthetic", "--device", "cpu"]
+        given += ["--dataset-dir", str(self.dataset), "--output-dir", str(self.folder / "checkpoints")]
+        return series.main([*given, *arguments])
+
+
+@pytest.fixture
+def made(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MadeUpRuns]:
+    """Three runs that reach their target."""
+    script = tmp_path / "script.sh"
+    script.write_text(
+        f'for last; do :; done\ncat "{tmp_path}/$last.log"\necho started >>"{tmp_path}/$last.started"\n'
+        f'exit "$(cat "{tmp_path}/$last.status")"\n'
+    )
+    monkeypatch.setattr(series, "SCRIPT", script)
+    monkeypatch.setattr(series, "git_state", lambda: ("0" * 40, False))
+    monkeypatch.setattr(series, "_write_page", lambda results, page: print(f"page of {len(results)} runs: {page}"))
+    for variable in ("NPROC_PER_NODE", "SUBMISSION_ORG", "SUBMISSION_DIVISION", "SUBMISSION_PLATFORM"):
+        monkeypatch.delenv(variable, raising=False)
+    runs = MadeUpRuns(tmp_path, tones)
+    for seed in (1, 2, 3):
+        runs.give(seed, runs.log(seed))
+    yield runs
+
+
+def started(made: MadeUpRuns) -> list[str]:
+    return sorted(path.stem for path in made.folder.glob("*.started"))
+
+
+def test_a_series_is_scored_and_one_that_is_started_again_keeps_what_is_there(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert made.run("--runs", "2") == 0
+    output = capsys.readouterr().out
+    assert "No score: it drops the fastest and the slowest run, so it needs 3 runs." in output
+    assert f"page of 2 runs: {made.folder / 'checkpoints' / 'report.html'}" in output
+    before = stamps(made.tree.folder)
+    made.tree.partial(2).write_text("of a series that was killed")
+    made.tree.description.write_text(made.tree.description.read_text().replace("not known", "air", 1))
+    described = json.loads(made.tree.description.read_text())
+    assert made.run("--runs", "3") == 0
+    after = stamps(made.tree.folder)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"result_2.txt", "failed_2_1.txt"}
+    assert started(made) == ["1", "2", "3"]
+    assert [(made.folder / f"{seed}.started").read_text() for seed in (1, 2, 3)] == ["started\n"] * 3
+    assert json.loads(made.tree.description.read_text()) == described
+    said = capsys.readouterr()
+    assert "(done before)" in said.err
+    assert "Score: 220.0 s, the mean without the fastest and the slowest of 3 runs." in said.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "said"),
+    [
+        (["--batch-size", "16"], {}, "batch_size is 8 there, 16 now"),
+        (["--seed", "2"], {}, "seed is 1 there, 2 now"),
+        ([], {"NPROC_PER_NODE": "4"}, "number_of_ranks is 1 there, 4 now"),
+        ([], {"SUBMISSION_PLATFORM": "abacus"}, "now; use another --system"),
+    ],
+)
+def test_what_is_known_to_be_another_series_is_refused_before_the_first_run(
+    arguments: list[str],
+    variables: dict[str, str],
+    said: str,
+    made: MadeUpRuns,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert made.run("--runs", "1") == 0
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert made.run("--runs", "3", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "result_0.txt is of another series: " in error
+    assert said in error
+    assert started(made) == ["1"]
+
+
+def test_another_data_set_is_another_series(made: MadeUpRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    assert made.run("--runs", "1") == 0
+    log = Forged.of(made.tree.result(0))
+    log.edit("dataset", "1" * 64)
+    log.write(made.tree.result(0))
+    assert made.run("--runs", "2") == 1
+    assert "data set is " + "1" * 64 + " there" in capsys.readouterr().err
+    assert started(made) == ["1"]
+
+
+def test_a_result_that_would_be_refused_in_the_end_is_refused_before_the_first_run(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert made.run("--runs", "1") == 0
+    log = Forged.of(made.tree.result(0))
+    log.edit("eval_accuracy", 1.0, number=-1)
+    log.write(made.tree.result(0))
+    assert made.run("--runs", "2") == 1
+    assert "the WER is 1.0, but" in capsys.readouterr().err
+    assert started(made) == ["1"]
+
+
+def test_a_run_that_misses_its_target_is_a_result_and_the_series_goes_on(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.give(1, made.log(1, reached=False), status=1)
+    assert made.run("--runs", "2") == 1
+    assert sorted(stamps(made.tree.folder)) == ["result_0.txt", "result_1.txt"]
+    said = capsys.readouterr()
+    assert "Run 1 of 2, seed 1: target not reached" in said.err
+    assert "runs that did not reach the target: 1" in said.out
+
+
+def diverge(log: Forged) -> None:
+    """The run breaks off in its first epoch."""
+    del log.events[log.positions("train_loss")[0] : log.positions("run_stop")[0]]
+    add(log, "epoch_start", "skipped_step", 1, reason="not finite", utterances=["a"])
+    log.edit("run_stop", status="aborted")
+    log.result = None
+
+
+def falsify(log: Forged) -> None:
+    log.edit("eval_accuracy", 1.0, number=-1)
+
+
+@pytest.mark.parametrize(("damage", "said"), [(diverge, "but found 0"), (falsify, "the WER is 1.0, but")])
+def test_a_run_whose_log_is_refused_is_set_aside_and_the_series_goes_on(
+    damage: Callable[[Forged], None], said: str, made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = made.log(1)
+    damage(log)
+    made.give(1, log, status=1)
+    assert made.run("--runs", "2") == 1
+    assert sorted(stamps(made.tree.folder)) == ["failed_0_1.txt", "result_1.txt"]
+    error = capsys.readouterr().err
+    assert "refused: " in error
+    assert said in error
+
+
+def test_a_run_that_is_refused_for_what_was_so_before_its_clock_ends_the_series(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = made.log(1)
+    log.edit("git_commit", "unknown")
+    made.give(1, log)
+    assert made.run("--runs", "3") == 1
+    error = capsys.readouterr().err
+    assert "failed_0_1.txt:" in error
+    assert "git_commit: the commit is not known (every run would be refused for that)" in error
+    assert started(made) == ["1"]
+
+
+def test_a_run_of_another_series_than_those_before_it_ends_the_series(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = made.log(2)
+    log.edit("gru_implementation", "plain PyTorch: no compiler")
+    made.give(2, log)
+    assert made.run("--runs", "3") == 1
+    assert "they differ in gru_implementation" in capsys.readouterr().err
+    assert sorted(stamps(made.tree.folder)) == ["failed_1_1.txt", "result_0.txt"]
+    assert started(made) == ["1", "2"]
+
+
+def test_a_run_that_cannot_start_ends_the_series_and_its_log_is_kept(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = made.log(1)
+    del log.events[log.positions("init_stop")[0] :]
+    made.give(1, log, status=1)
+    assert made.run("--runs", "3") == 1
+    assert sorted(stamps(made.tree.folder)) == ["failed_0_1.txt"]
+    assert "the run failed before it started" in capsys.readouterr().err
+    assert started(made) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--runs", "0"], "--runs is 0; it must be a positive integer"),
+        (["--runs", "2", "--resume"], "a resumed run is no result"),
+        (["--runs=2", "--system", "../box"], "--system is '../box'"),
+        (["--runs", "2", "--batch-size", "0"], "--batch-size is 0; it must be any positive integer"),
+        (["--runs", "2", "--dataset-dir", "nowhere"], "no data set in nowhere"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_first_run(
+    arguments: list[str], said: str, made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert made.run(*arguments) == 1
+    assert said in capsys.readouterr().err
+    assert not made.tree.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "state", "said"),
+    [
+        ({}, ("unknown", None), "the commit is not known"),
+        ({"SUBMISSION_DIVISION": "closed"}, ("0" * 40, True), "files differ from the commit"),
+        ({"SUBMISSION_DIVISION": "ajar"}, ("0" * 40, False), "SUBMISSION_DIVISION is 'ajar'; it must be one of closed"),
+        ({"SUBMISSION_STATUS": "sold"}, ("0" * 40, False), "SUBMISSION_STATUS is 'sold'; it must be one of onprem"),
+        ({"NPROC_PER_NODE": "all"}, ("0" * 40, False), "NPROC_PER_NODE is 'all'"),
+    ],
+)
+def test_surroundings_in_which_no_log_would_be_accepted_are_refused_before_the_first_run(
+    variables: dict[str, str],
+    state: tuple[str, bool | None],
+    said: str,
+    made: MadeUpRuns,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(series, "git_state", lambda: state)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert made.run("--runs", "2") == 1
+    assert said in capsys.readouterr().err
+    assert not made.tree.root.exists()
+
+
+def test_wrong_options_are_refused_before_pytorch_is_imported() -> None:
+    code = "import sys; from pytorch.mlperf.runs import main; main(['--runs', '0']); print('torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=True
+    )
+    assert run.stdout == "False\n"
+
+
 def test_two_series_in_one_folder_are_refused(tmp_path: Path) -> None:
     tree = Tree(tmp_path, "box")
     tree.folder.mkdir(parents=True)
     other = os.open(tree.folder, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(RunError, match="another series of runs is under way"), tree.locked():
+    with pytest.raises(DataError, match="another series of runs is working in"), tree.locked():
         pass
     os.close(other)
     with tree.locked():
@@ -168,9 +366,7 @@ def test_two_series_in_one_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_description_of_another_machine_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    import torch
-
-    tree, here = Tree(tmp_path, "box"), describe_system("box", torch.device("cpu"))
+    tree, here = Tree(tmp_path, "box"), describe_system("box", CPU)
     tree.describe(here)
     tree.describe(here)
     with pytest.raises(RunError, match="describes another machine"):
@@ -178,6 +374,24 @@ def test_the_description_of_another_machine_is_not_taken_for_this_one(tmp_path: 
     tree.description.write_text("[]")
     with pytest.raises(RunError, match="no description of a machine"):
         tree.describe(here)
+
+
+def test_a_description_that_contradicts_the_environment_is_kept_and_this_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = Tree(tmp_path, "box")
+    tree.describe(describe_system("box", CPU))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("SUBMISSION_ORG", "ACME")
+    tree.describe(describe_system("box", CPU))
+    said = capsys.readouterr().err
+    assert "submitter is 'reference' there, SUBMISSION_ORG makes it 'ACME'" in said
+    assert json.loads(tree.description.read_text())["submitter"] == "reference"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "systems").glob("*.json")), ids=lambda path: path.stem)
+def test_committed_descriptions_pass_mlcommons_checker(path: Path) -> None:
+    assert system_desc_checker.check_system_desc(str(path), "training", RULESET)[0]
 
 
 @pytest.mark.parametrize(

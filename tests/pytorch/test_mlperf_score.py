@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pytorch.mlperf.rcp import EPOCHS, describe, points, read_points
 from pytorch.mlperf.score import score
 from tests.conftest import ROOT
 from tests.pytorch.forged import Forged, made_up
+from tests.pytorch.made_up_logs import add
 from tests.pytorch.test_mlperf_check import COMMITTED
 
 RCPS = ROOT / "results" / "rcps"
@@ -32,9 +34,9 @@ def log_of(config: Config, *, epochs: int = 2, seconds_of_epoch: float = 100.0, 
     return made_up(
         config,
         wers=wers,
-        corpus="synthetic",
+        corpus="tones",
         train_samples=40,
-        validation={"synthetic-validation": 240},
+        validation={"tones-validation": 240},
         seconds_of_epoch=seconds_of_epoch,
     )
 
@@ -75,7 +77,7 @@ def test_the_score_is_the_mean_time_without_the_fastest_and_the_slowest(
     output = capsys.readouterr().out
     assert "Score: 180.0 s" in output
     assert "the rules ask for 10 runs; these are 4" in output
-    assert "no LibriSpeech result: the corpus is synthetic" in output
+    assert "no LibriSpeech result: the corpus is tones" in output
 
 
 def test_one_run_that_misses_the_target_counts_as_the_slowest_and_two_leave_no_score(
@@ -110,6 +112,47 @@ def test_runs_of_several_configurations_are_refused_and_it_says_how_they_differ(
         RunError, match=r"differ in hidden_size \(160, 80\), data set \(0+, 1+\), number_of_ranks \(1, 8\)"
     ):
         score(write(tmp_path, logs))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "metadata", "said"),
+    [
+        ("environment", ..., {"torch": "2.11.0"}, r"torch \(2.14.1, 2.11.0\)"),
+        ("environment", ..., {"threads": 8}, r"threads \(None, 8\)"),
+        ("gru_implementation", "plain PyTorch", {}, r"gru_implementation \(fused kernel \(AVX2\), plain PyTorch\)"),
+    ],
+)
+def test_runs_of_other_software_or_threads_are_refused(
+    key: str, value: object, metadata: dict, said: str, tmp_path: Path
+) -> None:
+    logs = [log_of(small(seed)) for seed in (1, 2, 3)]
+    for log in logs:
+        add(log, "number_of_ranks", "gru_implementation", "fused kernel (AVX2)")
+    logs[1].edit(key, value, **metadata)
+    with pytest.raises(RunError, match=f"they differ in {said}"):
+        score(write(tmp_path, logs))
+
+
+def test_runs_of_several_commits_are_scored_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = [log_of(small(seed)) for seed in (1, 2, 3)]
+    logs[2].edit("git_commit", "1" * 40)
+    logs[0].edit("cache_clear", False, reason="not permitted")
+    assert main(["score", *texts(write(tmp_path, logs))]) == 0
+    output = capsys.readouterr().out
+    assert f"Note: the runs are of {'0' * 40}, {'1' * 40}." in output
+    assert "Note: in 1 runs the data set may have been in memory" in output
+
+
+def test_a_run_that_broke_off_in_its_second_epoch_has_missed_the_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = [log_of(small(seed)) for seed in (1, 2, 3)]
+    broken = logs[1]
+    del broken.events[broken.positions("epoch_stop")[1] : broken.positions("run_stop")[0]]
+    broken.edit("run_stop", status="aborted")
+    broken.result = None
+    assert main(["score", *texts(write(tmp_path, logs))]) == 0
+    assert re.search(r"^ +2 +1 +90\.00  no target", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_a_score_needs_three_sound_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,7 +190,7 @@ def test_points_have_the_keys_that_the_packages_checker_reads_and_what_they_were
     assert point["Seeds"] == [1, 2, 3, 4, 5]
     assert point["Hyperparams"]["learning_rate"] == CONFIGS["synthetic"].learning_rate
     assert not {"seed", "output_dir"} & set(point["Hyperparams"])
-    assert point["Subject"]["corpus"] == "synthetic"
+    assert point["Subject"]["corpus"] == "tones"
     text = describe(content)
     assert "5.33" in text  # the package's mean of 5, 5, 5, 6, 6 without the lowest and the highest
     assert "the rules ask for 20 runs at each of three batch sizes; here it is 3, and at least 5 runs" in text
@@ -247,6 +290,48 @@ def test_the_first_and_the_largest_difference_are_shown_with_their_steps(
     assert "A: target WER 23.0 reached in 220.0 s, 2 epochs" in output
     assert "B takes -45.5% compared with A" in output
     assert "    1     90.00     110.0     90.00      60.0" in output
+
+
+def test_epochs_of_a_resumed_run_are_those_of_the_same_number_and_its_time_is_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, resumed = log_of(small(), epochs=3), log_of(small(), epochs=3)
+    del resumed.events[resumed.positions("epoch_start")[0] : resumed.positions("epoch_start")[1]]
+    add(resumed, "git_commit", "resumed", True, elapsed_seconds=110.0)
+    a, b = write(tmp_path, [whole, resumed])
+    assert main(["compare", str(a), str(b)]) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^ +1 +90\.00 +110\.0 +- +-$", output, re.MULTILINE)
+    assert re.search(r"^ +2 +89\.00 +220\.0 +89\.00 ", output, re.MULTILINE)
+    assert "compared with A" not in output
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "metadata"),
+    [
+        ("global_batch_size", [8], {}),
+        ("eval_accuracy", "low", {}),
+        ("train_loss", "low", {}),
+        ("train_loss", 1.0, {"step_num": [1]}),
+        ("a_new_event", 1, {"epoch_num": [1]}),
+        ("seed", {}, {}),
+        ("seed", 10**40, {}),
+        ("train_samples", "all", {}),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "score", "rcp", "compare"])
+def test_a_value_of_another_type_is_an_error_of_one_line(
+    command: str, key: str, value: object, metadata: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs = [log_of(small(seed)) for seed in (1, 2, 3)]
+    if key == "a_new_event":
+        add(logs[0], "epoch_start", key, 0)
+    logs[0].edit(key, value, **metadata)
+    paths = write(tmp_path, logs)
+    assert main([command, *texts(paths[: 2 if command == "compare" else 3])]) == 1
+    output = "".join(capsys.readouterr())
+    (said,) = [line for line in output.splitlines() if f"{paths[0]}:" in line]
+    assert "damaged event: " in said
 
 
 def test_runs_without_a_common_step_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

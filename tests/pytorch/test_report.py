@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from pytorch.report.charts import POINTS, charts, duration
 from pytorch.report.points import running_mean, thin
 from pytorch.report.runs import read_runs
 from pytorch.report.tables import parts
-from pytorch.report.transcripts import align
+from pytorch.report.transcripts import align, groups
 from tests.conftest import ROOT
 from tests.pytorch.made_up_logs import SAID, SUBSETS, add, made_up_log
 from tests.pytorch.test_mlperf_score import series
@@ -95,9 +96,10 @@ def test_runs_of_the_same_file_name_are_told_apart_by_their_folders(tmp_path: Pa
         ({"resumed": 100.0}, "The run was resumed after 100 s"),
         ({"dirty": True}, "uncommitted changes"),
         ({"cleared": False}, "the page cache was not cleared (audio.npy is still cached)"),
-        ({"synthetic": True}, "The corpus is synthetic"),
-        ({"official": False}, "The archives were not the official ones"),
-        ({"config": {"target_wer": 50.0}}, "The target was a WER of 50, not 23"),
+        ({"synthetic": True}, "No LibriSpeech result: the speech is synthetic"),
+        ({"official": False}, "No LibriSpeech result: the archives were not the official ones"),
+        ({"config": {"target_wer": 50.0}}, "No LibriSpeech result: the target is 50.0, not 23.0"),
+        ({"config": {"hidden_size": 400}}, "No LibriSpeech result: hidden_size is 400, not 800"),
     ],
 )
 def test_the_page_warns_of_what_is_no_plain_result(made: dict, warning: str, tmp_path: Path) -> None:
@@ -147,11 +149,11 @@ def test_logs_older_than_some_event_are_shown_as_far_as_they_go(log: Path, tmp_p
 
 def test_the_score_of_enough_runs_is_that_of_the_rules_or_says_why_there_is_none(tmp_path: Path) -> None:
     paths = series(tmp_path / "series", epochs=[2, 3, 7])  # of 110 s each
-    assert "MLPerf score" not in written(tmp_path, *paths[:2])
-    assert "MLPerf score: 330.0 s, the mean without the fastest and the slowest of 3 runs." in written(tmp_path, *paths)
-    assert "No MLPerf score: " in written(tmp_path, *paths[:2], made_up_log(seed=2).write(tmp_path / "other.log"))
+    assert 'class="score"' not in written(tmp_path, *paths[:2])
+    assert "Score: 330.0 s, the mean without the fastest and the slowest of 3 runs." in written(tmp_path, *paths)
+    assert "No score: " in written(tmp_path, *paths[:2], made_up_log(seed=2).write(tmp_path / "other.log"))
     missed = series(tmp_path / "missed", epochs=[2, 2, 2], unreached=2)
-    assert "No MLPerf score: 2 runs did not reach the target." in written(tmp_path, *missed)
+    assert "No score: 2 runs did not reach the target; at most 1 may." in written(tmp_path, *missed)
 
 
 def test_a_log_that_ends_anywhere_is_shown_or_refused_with_its_line(tmp_path: Path) -> None:
@@ -232,6 +234,34 @@ def test_thinning_keeps_the_peaks() -> None:
     assert {points[4321], points[8765]} <= set(thinned)
     assert thinned == sorted(thinned)
     assert thin(points[:200], 200) == points[:200]
+
+
+def test_what_processes_waited_for_each_other_is_shown_where_there_were_several(tmp_path: Path) -> None:
+    log = made_up_log(epochs=2)
+    log.edit("epoch_stop", rank_wait_fractions=[0.0, 0.125])
+    log.edit("epoch_stop", number=1, rank_wait_fractions=[0.25, 0.0])
+    drawn = {chart["id"]: chart for chart in figures(written(tmp_path, log.write(tmp_path / "run.log")))["charts"]}
+    assert drawn["wait-ranks"]["series"][0]["points"] == [[1, 12.5], [2, 25]]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(10, ["012", "3456", "789"]), (12, ["012", "4567", "9AB"]), (7, ["01", "234", "56"]), (2, ["01"])],
+)
+def test_transcripts_are_the_worst_the_middle_and_the_best(count: int, shown: list[str], tmp_path: Path) -> None:
+    log = made_up_log(said=[(f"{number:X}", "x") for number in range(count)])
+    (run,) = read_runs([log.write(tmp_path / "run.log")])
+    assert ["".join(each.transcript.reference for each in group.utterances) for group in groups(run)] == shown
+
+
+def test_all_files_of_the_page_are_part_of_the_installed_package() -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent for top in ("data", "pytorch") for path in (ROOT / top).rglob("__init__.py")}
+    assert set(known["packages"]) == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    for package, patterns in known["package-data"].items():
+        folder = ROOT.joinpath(*package.split("."))
+        others = {path for path in folder.iterdir() if path.suffix not in (".py", ".sh") and path.is_file()}
+        assert others <= {path for pattern in patterns for path in folder.glob(pattern)}
 
 
 def test_the_running_mean_of_a_constant_is_it() -> None:

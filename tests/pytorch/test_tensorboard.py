@@ -1,3 +1,4 @@
+import resource
 import sys
 from pathlib import Path
 
@@ -49,3 +50,18 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) 
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"--tensorboard .*file"):
         Scalars(tmp_path / "file" / "curves")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_said_once_and_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No file may grow beyond a limit for a while, which fails as a full disk does: in the writer's own thread."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tensorboard)")
+    scalars = Scalars(tmp_path / "curves")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        write(scalars, range(1, 50))
+        write(scalars, range(50, 60))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err.count("--tensorboard: cannot be written, so no more curves: File too large") == 1
