@@ -194,6 +194,8 @@ def _longest_training_utterance(dataset: PackedDataset) -> int:
 def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
     """The part on the clock. Returns whether the target was reached, and the last evaluation."""
     config, dataset, log, clock = run.config, run.dataset, run.log, run.clock
+    if config.max_steps is not None and progress.step >= config.max_steps and not progress.step_in_epoch:
+        raise RunError(f"--max-steps {config.max_steps}: all of them are done already; give a larger number to go on")
     utterances = Utterances(dataset.split("train"))
     validation = Utterances(dataset.split("validation"))
     alignable = utterances.alignable()
@@ -210,8 +212,6 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
             f"which cannot be divided into {parts} parts (devices x accumulation)"
         )
 
-    if config.max_steps is not None and progress.step >= config.max_steps and not progress.step_in_epoch:
-        raise RunError(f"--max-steps {config.max_steps}: all of them are done already; give a larger number to go on")
     capacity = config.batch_size * _longest_training_utterance(dataset)
     for epoch in range(progress.epoch, config.max_epochs + 1):
         log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: epoch})
