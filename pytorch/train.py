@@ -171,6 +171,8 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
     learner.warm_up(_longest_training_utterance(dataset))
     run = Run(learner, dataset, log)
     progress = _resume(run) or Progress()
+    if config.max_steps is not None and progress.step >= config.max_steps and not progress.step_in_epoch:
+        raise RunError(f"--max-steps {config.max_steps}: all of them are done already; give a larger number to go on")
     run.scalars = Scalars(config.tensorboard if ranks.first else None, progress.step)
     if not progress.resumed:
         _save(run, progress, best=False)  # what was there is of another run; and the disk is known to do
@@ -194,8 +196,6 @@ def _longest_training_utterance(dataset: PackedDataset) -> int:
 def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
     """The part on the clock. Returns whether the target was reached, and the last evaluation."""
     config, dataset, log, clock = run.config, run.dataset, run.log, run.clock
-    if config.max_steps is not None and progress.step >= config.max_steps and not progress.step_in_epoch:
-        raise RunError(f"--max-steps {config.max_steps}: all of them are done already; give a larger number to go on")
     utterances = Utterances(dataset.split("train"))
     validation = Utterances(dataset.split("validation"))
     alignable = utterances.alignable()
