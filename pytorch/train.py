@@ -183,6 +183,8 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
     learner.warm_up(_longest_training_utterance(dataset))
     run = Run(learner, dataset, log)
     progress = _resume(run) or Progress()
+    if config.max_steps is not None and progress.step >= config.max_steps and not progress.step_in_epoch:
+        raise RunError(f"--max-steps {config.max_steps}: all of them are done already; give a larger number to go on")
     run.scalars = Scalars(config.tensorboard if ranks.first else None, progress.step)
     if not progress.resumed:
         if ranks.first and (earlier := checkpoint.set_aside(config.output_dir)):
@@ -242,8 +244,6 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
             f"which cannot be divided into {parts} parts (devices x accumulation)"
         )
 
-    if config.max_steps is not None and progress.step >= config.max_steps and not progress.step_in_epoch:
-        raise RunError(f"--max-steps {config.max_steps}: all of them are done already; give a larger number to go on")
     capacity = -(-config.batch_size // parts) * _longest_training_utterance(dataset)
     for epoch in range(progress.epoch, config.max_epochs + 1):
         log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: epoch})

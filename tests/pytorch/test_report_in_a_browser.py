@@ -196,12 +196,12 @@ def test_the_charts_follow_the_screen_and_paper_is_light(
     # What is printed is drawn between these two events.
     shown.page.evaluate("window.inks = []; addEventListener('beforeprint', () => inks.push(" + ink + "))")
     shown.page.evaluate(
-        "addEventListener('beforeprint', () => (window.closed = document.querySelectorAll('details:not([open])')))"
+        "addEventListener('beforeprint', () => (window.stillClosed = document.querySelectorAll('details:not([open])')))"
     )
     closed = shown.page.locator("details:not([open])").count()
     assert shown.page.pdf(path=tmp_path / "report.pdf", format="A4").startswith(b"%PDF")
     assert shown.page.evaluate("inks") == [light[0]]
-    assert shown.page.evaluate("closed.length") == 0 < closed == shown.page.locator("details:not([open])").count()
+    assert shown.page.evaluate("stillClosed.length") == 0 < closed == shown.page.locator("details:not([open])").count()
     assert shown.page.evaluate(f"[{ink}, {back}]") == dark
     assert shown.wrong == []
 

@@ -31,6 +31,11 @@ def test_run_and_time_writes_the_report_beside_a_log_that_stays_pure(tones: Path
     assert f"Report: {folder / 'report.html'}" in run.stderr
     assert "was not reached" in (folder / "report.html").read_text()
 
+    again = run_and_time(*options, "--output-dir", folder, "--resume", folder=tmp_path)
+    assert again.returncode == 1
+    assert "--max-steps 6: all of them are done already" in again.stderr
+    assert (folder / "last_run.log").read_text().splitlines() == events
+
 
 def test_a_run_that_cannot_start_leaves_the_log_of_the_run_before_it(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
