@@ -116,9 +116,9 @@ def save(
             os.fsync(file.fileno())
         if path.exists():
             _put(path, folder / PREVIOUS)
-        replace_durably(partial, path)
         if best:
-            _put(path, folder / BEST)
+            _put(partial, folder / BEST)
+        replace_durably(partial, path)  # which makes the folder's other names durable too
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -135,7 +135,7 @@ def _put(path: Path, second: Path) -> None:
         shutil.copyfile(path, partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-    replace_durably(partial, second)
+    partial.rename(second)
 
 
 def set_aside(folder: Path) -> Path | None:
