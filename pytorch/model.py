@@ -60,8 +60,6 @@ class DeepSpeech2(nn.Module):
             if "weight_hh" in name:
                 for gate in parameter.detach().chunk(3):
                     nn.init.orthogonal_(gate)
-            elif "bias" in name:
-                nn.init.zeros_(parameter)
         self.norms = nn.ModuleList(BatchNorm(hidden_size) for _ in sizes)
         self.classifier = nn.Linear(hidden_size, len(LABELS), bias=False)
 
