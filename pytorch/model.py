@@ -12,9 +12,9 @@ Axes: B batch, T time (frames), F frequency, C channels, N valid frames of all u
 works on the N valid frames alone, kept as the rows of a packed sequence, so every batch norm is sequence-wise and no
 statistic sees padding.
 
-Weights are initialised as PyTorch does: convolutions and linear layer U(-1/sqrt(fan_in), 1/sqrt(fan_in)), those of the
-GRUs' inputs U(-1/sqrt(H), 1/sqrt(H)), batch norm scale 1 and shift 0. But the GRUs' recurrent weights are orthogonal,
-gate by gate (Saxe et al., arXiv 1312.6120), and their biases zero: BENCHMARKS.md says what that gains.
+Weights are initialised as PyTorch does: convolutions and linear layer U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the GRUs'
+biases and the weights of their inputs U(-1/sqrt(H), 1/sqrt(H)), batch norm scale 1 and shift 0. But the GRUs' recurrent
+weights are orthogonal, gate by gate (Saxe et al., arXiv 1312.6120): BENCHMARKS.md says what that gains.
 """
 
 from __future__ import annotations
