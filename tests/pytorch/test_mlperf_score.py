@@ -11,7 +11,6 @@ from mlperf_logging.rcp_checker import rcp_checker
 
 from pytorch.config import CONFIGS, Config, RunError
 from pytorch.mlperf.__main__ import main
-from pytorch.mlperf.logs import RunLog
 from pytorch.mlperf.rcp import EPOCHS, describe, points, read_points
 from pytorch.mlperf.score import score
 from tests.conftest import ROOT
@@ -353,13 +352,3 @@ def test_the_commands_work_on_committed_results(tmp_path: Path, capsys: pytest.C
             assert main(["rcp", *texts(paths), "-o", str(tmp_path / "rcp.json")]) == 0
             assert main(["rcp", *texts(paths), "--against", str(tmp_path / "rcp.json")]) == 0
         assert main(["compare", str(paths[0]), str(paths[-1])]) == int(len(paths) > 1)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "results" / "measured").glob("*.log")), ids=lambda path: path.stem)
-def test_logs_of_older_versions_can_still_be_read(path: Path) -> None:
-    log = RunLog.read(path)
-    assert log.reached
-    assert log.epochs_to_target == len(log.epochs)
-    assert [step.number for step in log.steps] == list(range(1, len(log.steps) + 1))
-    assert log.seconds == pytest.approx(log.result.seconds if log.result else None, abs=1)
-    assert log.epochs[-1].errors["all"].wer == pytest.approx(log.epochs[-1].wer)

@@ -23,7 +23,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAM
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium; or set CHROMIUM)"
 )
-MEASURED = ROOT / "results" / "measured"
+MEASURED = ROOT / "results" / "2-cores-amd-epyc-synthetic" / "deepspeech2"
 SHOWN = {
     "one run": [made_up_log()],
     "three runs": [made_up_log(seed=seed, reached=seed != 2, dirty=True, config={"b": seed}) for seed in (1, 2, 3)],
@@ -93,7 +93,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         title: [log.write(folder / f"{title} {number}.log") for number, log in enumerate(made)]
         for title, made in SHOWN.items()
     }
-    logs["measured runs"] = sorted(MEASURED.glob("*.log"))
+    logs["measured runs"] = sorted(MEASURED.glob("*.txt"))
     for title, paths in logs.items():
         (folder / f"{title}.html").write_text(render(read_runs(paths)))
     return {title: folder / f"{title}.html" for title in logs}
