@@ -21,7 +21,7 @@ from pytorch.decoder import BLANK
 from pytorch.devices import out_of_memory_is, read_later
 from pytorch.features import SAMPLE_RATE, LogSpectrogram
 from pytorch.model import DeepSpeech2
-from pytorch.ranks import Ranks, add_up, average_gradients, wait_for_gradients
+from pytorch.ranks import Ranks, add_up, average_gradients, note_gradients_are_there
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Learner:
                 (loss * self.ranks.size).backward()  # what averages the gradients divides by that
             said[0] += loss.detach()
         if self.ranks.size > 1 and self.device.type == "cpu":
-            wait_for_gradients()
+            note_gradients_are_there()
         add_up(said)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
         result = torch.cat([said[:1], norm.double().view(1), said[1:]])

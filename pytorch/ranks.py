@@ -33,7 +33,7 @@ class _Talk:
 
     store: dist.Store | None = None  # what all of them can write to
     group: Any = None  # of `add_up`: one of its own, so that small messages do not queue behind gradients
-    seconds: float = 0.0  # stood still in `add_up` and `wait_for_gradients`
+    seconds: float = 0.0  # stood still in `add_up` and `note_gradients_are_there`
     last_gradients: float = 0.0  # time.monotonic() when the last gradients of a backward pass were there
 
 
@@ -145,7 +145,7 @@ def average_gradients(bucket: dist.GradBucket) -> Future[Tensor]:
     return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
 
 
-def wait_for_gradients() -> None:
+def note_gradients_are_there() -> None:
     """To be called when the backward pass is over, on a CPU: since its last gradients were there, it has but waited."""
     _talk.seconds += time.monotonic() - _talk.last_gradients
 

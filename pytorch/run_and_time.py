@@ -33,10 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _keep_log(arguments: list[str]) -> Path | None:
     """Have the log written into a file too; None where that cannot be, of which the run itself complains."""
-    node = os.environ.get("NODE_RANK") or "0"
-    name = (
-        mlperf.LOG if node == "0" else f"{Path(mlperf.LOG).stem}_node{node}.log"
-    )  # torchrun chooses which of them logs
+    node = os.environ.get("NODE_RANK") or "0"  # torchrun chooses which of them logs
+    name = mlperf.LOG if node == "0" else f"{Path(mlperf.LOG).stem}_node{node}.log"
     try:
         folder = parse_config(
             arguments, program="sh run_and_time.sh", description=launch.train.__doc__ or ""
