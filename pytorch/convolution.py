@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 
-GROUP = 3  # neighbouring output frequencies of one matrix product
+# Neighbouring output frequencies of one matrix product: so many that it has about 48 columns, fewer of which are slower,
+# but never less than 3, since the input's columns are read again for each group.
+COLUMNS, FEWEST_FREQUENCIES = 48, 3
 
 
 class Convolution(nn.Conv2d):
@@ -91,10 +93,11 @@ def _unfold(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int]
 
 def _groups(frequencies: int, weight_shape: torch.Size, stride: tuple[int, int]) -> list[tuple[slice, slice]]:
     """Output frequencies of each matrix product, and the columns of the unfolded input that they need."""
-    kernel_frequency, kernel_time = weight_shape[2:]
+    channels, _, kernel_frequency, kernel_time = weight_shape
+    size = max(COLUMNS // channels, FEWEST_FREQUENCIES)
     groups = []
-    for start in range(0, frequencies, GROUP):
-        stop = min(start + GROUP, frequencies)
+    for start in range(0, frequencies, size):
+        stop = min(start + size, frequencies)
         last = (stop - 1) * stride[0] + kernel_frequency
         groups.append((slice(start, stop), slice(start * stride[0] * kernel_time, last * kernel_time)))
     return groups
