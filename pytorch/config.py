@@ -203,7 +203,7 @@ CONFIGS: dict[str, Config] = {
         "an4",
         "AN4_dataset",
         hidden_size=160,
-        conv_channels=4,
+        conv_channels=8,
         batch_size=8,
         learning_rate=1.5e-3,
         schedule_epochs=26,

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 
-# Neighbouring output frequencies of one matrix product: so many that it has about 48 columns, fewer of which are slower,
-# but never less than 3, since the input's columns are read again for each group.
-COLUMNS, FEWEST_FREQUENCIES = 48, 3
+# Neighbouring output frequencies of one matrix product: so many that it has 24 columns, since fewer are slower, but never
+# less than 3, since neighbouring groups read many columns of the input twice.
+COLUMNS, FEWEST_FREQUENCIES = 24, 3
 
 
 class Convolution(nn.Conv2d):
