@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 
-# Neighbouring output frequencies of one matrix product: so many that it has 24 columns, since fewer are slower, but never
-# less than 3, since neighbouring groups read many columns of the input twice.
+# Neighbouring output frequencies of one matrix product: so many that it has 24 columns, since fewer are slower, but
+# never less than 3, since neighbouring groups read many columns of the input twice.
 COLUMNS, FEWEST_FREQUENCIES = 24, 3
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import signal
@@ -77,7 +78,9 @@ def test_an_interrupted_series_keeps_the_log_of_the_run_and_says_how_to_go_on(to
     ]
     command += [*SMALL, "--dataset-dir", str(tones), "--output-dir", str(tmp_path / "out"), "--target-wer", "0"]
     command += ["--max-epochs", "1000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # a shell's background commands, as these tests may be, ignore Ctrl-C, and so would what they start
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
     partial = tmp_path / "results" / "box" / "deepspeech2" / "result_0.txt.partial"
     until = time.monotonic() + 120
     while not (partial.exists() and "train_loss" in partial.read_text()):
