@@ -451,7 +451,8 @@ def _resume(run: Run) -> Progress | None:
     # Hyperparameters are those of the configuration, which are others if it was resumed with changes.
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
-    run.log.event("resumed", True, metadata=dataclasses.asdict(progress))
+    known = {name: value for name, value in vars(progress).items() if value is not None}
+    run.log.event("resumed", True, metadata=known)
     ranks.say(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.")
     return progress
 

@@ -20,6 +20,7 @@ from pytorch.bench import made_up_batch
 from pytorch.command import PREEMPTED
 from pytorch.config import CONFIGS, Config, RunError
 from pytorch.learner import Learner, learning_rate
+from pytorch.mlperf.logs import RunLog
 from pytorch.ranks import Ranks
 from pytorch.validation import Evaluation, evaluate
 from tests.conftest import ROOT, write_packed_dataset
@@ -394,6 +395,8 @@ def test_a_run_told_to_end_in_an_evaluation_saves_at_once_and_resumed_evaluates_
     first = log()
     assert [key for key, _ in first] == ["train_loss"] * 6
     assert run_here(tones, tmp_path / "parts", *options, "--resume") == 1
+    (tmp_path / "log").write_text("\n".join(caplog.messages))
+    assert RunLog.read(tmp_path / "log").resumed
     assert first + log() == whole
     left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "parts"))
     assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
