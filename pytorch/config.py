@@ -20,7 +20,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 
-Optimizer = Literal["adamw", "sgd"]
+Optimizer = Literal["adamw", "sgd", "muon"]
 Schedule = Literal["cosine", "anneal"]
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -107,7 +107,7 @@ class Config:
     gradient_accumulation_steps: int = _field(1, POSITIVE_INTEGER)
     """Parts that each device's share of the batch is computed in, one after another."""
     optimizer: Optimizer = _field("adamw", OPTIMIZER)
-    """adamw, or sgd with Nesterov momentum."""
+    """adamw, sgd with Nesterov momentum, or muon: Muon for the GRUs' weights and AdamW for all others."""
     learning_rate: float = _field(1e-3, POSITIVE)
     """Base (highest) learning rate."""
     schedule: Schedule = _field("cosine", SCHEDULE)
@@ -125,7 +125,7 @@ class Config:
     beta2: float = _field(0.98, FRACTION)
     """AdamW's second coefficient."""
     weight_decay: float = _field(0.01, NON_NEGATIVE)
-    """Decoupled weight decay of AdamW; L2 penalty of sgd."""
+    """Decoupled weight decay of AdamW and Muon; L2 penalty of sgd."""
     gradient_clip_norm: float = _field(100.0, POSITIVE)
     """Largest norm of the gradient."""
     averaging_decay: float = _field(0.0, FRACTION)
@@ -202,15 +202,17 @@ CONFIGS: dict[str, Config] = {
     "an4": _named(
         "an4",
         "AN4_dataset",
-        hidden_size=160,
+        hidden_size=128,
         conv_channels=8,
-        batch_size=8,
+        batch_size=6,
+        optimizer="muon",
         learning_rate=1.5e-3,
-        schedule_epochs=26,
-        max_epochs=40,
-        warmup_steps=100,
+        schedule_epochs=20,
+        max_epochs=20,
+        warmup_steps=30,
+        weight_decay=0.1,
         averaging_decay=0.99,
-        augmentation_start_epoch=8,
+        augmentation_start_epoch=6,
         gain_min_db=0.0,
         gain_max_db=0.0,
         frequency_mask_bins=20,
@@ -219,7 +221,7 @@ CONFIGS: dict[str, Config] = {
     "synthetic": _named(
         "synthetic",
         "Synthetic_dataset",
-        hidden_size=176,
+        hidden_size=168,
         conv_channels=4,
         batch_size=8,
         learning_rate=1.6e-3,

@@ -21,6 +21,7 @@ from pytorch.decoder import BLANK
 from pytorch.devices import out_of_memory_is, read_later
 from pytorch.features import SAMPLE_RATE, LogSpectrogram
 from pytorch.model import DeepSpeech2
+from pytorch.muon import Muon
 from pytorch.ranks import Ranks, add_up, average_gradients, note_gradients_are_there
 
 
@@ -157,10 +158,10 @@ class Learner:
         self.model.load_state_dict(before)
 
 
-def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: Config, model: DeepSpeech2) -> torch.optim.Optimizer:
     """The configuration's optimizer; its learning rate is set before each step.
 
-    The fused implementations leave everything as it is in a step whose `found_inf` is not zero.
+    The fused implementations, and Muon, leave everything as it is in a step whose `found_inf` is not zero.
     """
     if config.optimizer == "sgd":
         sgd = torch.optim.SGD(
@@ -176,6 +177,10 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
                 sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         return sgd
     betas = config.beta1, config.beta2
+    if config.optimizer == "muon":
+        gates = [weight for weight in model.grus.parameters() if weight.ndim == 2]
+        others = [weight for weight in model.parameters() if all(weight is not gate for gate in gates)]
+        return Muon(gates, others, config.learning_rate, betas, config.weight_decay)
     return torch.optim.AdamW(
         model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
     )

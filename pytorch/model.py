@@ -12,9 +12,10 @@ Axes: B batch, T time (frames), F frequency, C channels, N valid frames of all u
 works on the N valid frames alone, kept as the rows of a packed sequence, so every batch norm is sequence-wise and no
 statistic sees padding.
 
-Weights are initialised as PyTorch does: convolutions and linear layer U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the GRUs'
+Weights are initialised as PyTorch does: convolutions U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the GRUs'
 biases and the weights of their inputs U(-1/sqrt(H), 1/sqrt(H)), batch norm scale 1 and shift 0. But the GRUs' recurrent
-weights are orthogonal, gate by gate (Saxe et al., arXiv 1312.6120): BENCHMARKS.md says what that gains.
+weights are orthogonal, gate by gate (Saxe et al., arXiv 1312.6120), and so are the labels' weights in the linear layer,
+each of norm 3: BENCHMARKS.md says what that gains.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pytorch.gru import GRU
 
 GRU_LAYERS = 5
 TIME_STRIDE = 2
+LABEL_NORM = 3.0  # of a label's initial weights; PyTorch's have 0.6
 OUTPUT_FREQUENCIES = 41  # 161 bins, halved twice and rounded up
 
 
@@ -62,6 +64,7 @@ class DeepSpeech2(nn.Module):
                     nn.init.orthogonal_(gate)
         self.norms = nn.ModuleList(BatchNorm(hidden_size) for _ in sizes)
         self.classifier = nn.Linear(hidden_size, len(LABELS), bias=False)
+        nn.init.orthogonal_(self.classifier.weight, LABEL_NORM)
 
     def forward(self, features_BFT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         """Label logits.

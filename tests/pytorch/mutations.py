@@ -39,7 +39,9 @@ def date_all_to_the_start(log: Forged) -> None:
 
 def set_back_little_by_little(log: Forged) -> None:
     for number in range(1, 9):
-        log.shift("train_loss", -0.9, number)
+        here = log.positions("train_loss")[number]
+        since_last = (log.events[here]["time_ms"] - log.events[here - 1]["time_ms"]) / 1000
+        log.shift("train_loss", -since_last - 0.9, number)
 
 
 def insert(log: Forged, event: dict, before: str, **changes: object) -> None:

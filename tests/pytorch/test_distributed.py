@@ -115,7 +115,8 @@ def test_the_wait_for_other_processes_is_logged_for_each(by_processes: dict[int,
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch_but_for_batch_norm(uneven: Path, tmp_path: Path) -> None:
-    options = ["--batch-size", "8", "--max-steps", 12, "--target-wer", "0"]
+    # Large parts over few steps: with parts of two utterances, batch norm's statistics alone move a loss by 12 %.
+    options = ["--batch-size", "42", "--max-steps", 7, "--target-wer", "0"]
     whole = values(run_in(1, uneven, tmp_path / "1", *options).stdout, "train_loss")
     for processes, parts in ((1, 2), (2, 2)):
         run = run_in(

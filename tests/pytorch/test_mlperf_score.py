@@ -108,7 +108,7 @@ def test_runs_of_several_configurations_are_refused_and_it_says_how_they_differ(
     logs[2].edit("number_of_ranks", 8)
     logs[2].edit("dataset", "1" * 64)
     with pytest.raises(
-        RunError, match=r"differ in hidden_size \(176, 80\), data set \(0+, 1+\), number_of_ranks \(1, 8\)"
+        RunError, match=r"differ in hidden_size \(168, 80\), data set \(0+, 1+\), number_of_ranks \(1, 8\)"
     ):
         score(write(tmp_path, logs))
 
@@ -284,7 +284,7 @@ def test_the_first_and_the_largest_difference_are_shown_with_their_steps(
     output = capsys.readouterr().out
     assert "losses: first differ in step 3: 1 and 1.5 (+0.5, 0.5 of it)" in output
     assert "losses: differ in 2 of 8 steps of both, most in step 6: 8 and 12 (+4, 0.5 of it)" in output
-    assert "hidden_size: 176 and 80" in output
+    assert "hidden_size: 168 and 80" in output
     assert "seed: 1 and 2" in output
     assert "A: target WER 23.0 reached in 220.0 s, 2 epochs" in output
     assert "B takes -45.5% compared with A" in output

@@ -1,0 +1,86 @@
+"""Muon for the GRUs' weights, AdamW for everything else.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) moves a matrix along its momentum, with all
+singular values made about equal, so that it learns in all directions at the same rate. While CTC has not begun to
+align, the gradients of the GRUs have little but the difference between speech and silence in them, and under AdamW the
+layers lose whatever else they tell apart; BENCHMARKS.md says how much that costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+GATES = 3
+COEFFICIENTS, MOMENTUM = (3.4445, -4.7750, 2.0315), 0.95  # Jordan's
+# Liu et al. (2025, arXiv 2502.16982) have 0.2, about what a weight moves by under AdamW. Jordan has 5 iterations, which
+# raise smaller singular values, too, and cost more. BENCHMARKS.md says what was tried.
+ROOT_MEAN_SQUARE, ITERATIONS = 0.6, 3
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but Muon for weights [3H, I], whose three gates [H, I] are matrices of their own.
+
+    torch.optim.Muon knows no gates, cannot leave out a step whose gradient is not finite, and rounds to bfloat16, with
+    which it takes 20 times as long on a CPU that does not multiply that natively.
+
+    Args:
+        gates: the GRUs' weights.
+        others: all other parameters.
+        learning_rate: of both; a gate of full rank moves by 0.6 of it in root mean square.
+        betas: AdamW's.
+        weight_decay: decoupled, of both.
+    """
+
+    def __init__(
+        self,
+        gates: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        learning_rate: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:
+        groups = [{"params": list(others)}, {"params": list(gates)}]
+        super().__init__(groups, learning_rate, betas, weight_decay=weight_decay, fused=True)
+        for weight in self.param_groups[1]["params"]:
+            # AdamW, when it loads a state, looks for the number of steps in all of it
+            self.state[weight] = {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(weight)}
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        """One step, which changes nothing if there is an attribute `found_inf` that is not zero."""
+        group = self.param_groups[1]
+        gradients = [weight.grad for weight in group["params"]]
+        for weight in group["params"]:
+            weight.grad = None  # AdamW passes over what has no gradient
+        super().step()
+        for weight, gradient in zip(group["params"], gradients, strict=True):
+            weight.grad = gradient
+            self._move(weight, **group)
+
+    def _move(self, weight: nn.Parameter, lr: float, weight_decay: float, **_: object) -> None:
+        assert weight.grad is not None
+        buffer = self.state[weight]["momentum_buffer"]
+        moved = buffer.lerp(weight.grad, 1 - MOMENTUM)
+        direction = weight.grad.lerp(moved, MOMENTUM).unflatten(0, (GATES, -1))
+        step = orthogonal(direction).flatten(0, 1).mul_(ROOT_MEAN_SQUARE * max(direction.shape[1:]) ** 0.5)
+        new = weight * (1 - lr * weight_decay) - lr * step
+        finite = torch.as_tensor(getattr(self, "found_inf", 0.0)) == 0
+        torch.where(finite, moved, buffer, out=buffer)
+        torch.where(finite, new, weight, out=weight)
+
+
+def orthogonal(matrices_NMK: Tensor) -> Tensor:
+    """Each matrix with its singular values, but those below a fortieth of its norm, near 1 (0.5 to 1.3).
+
+    That is an iteration like Newton and Schulz's: a polynomial of degree 5 of the singular values over and over.
+    """
+    wide = matrices_NMK if matrices_NMK.shape[1] <= matrices_NMK.shape[2] else matrices_NMK.mT
+    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    first, third, fifth = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        squares = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(squares, squares, squares, beta=third, alpha=fifth), x, beta=first)
+    return x if wide is matrices_NMK else x.mT
