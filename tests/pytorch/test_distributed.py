@@ -82,7 +82,9 @@ def test_losses_are_the_same_in_any_number_of_processes(by_processes: dict[int, 
     losses = {processes: values(run.stdout, "train_loss") for processes, run in by_processes.items()}
     assert len(losses[1]) == STEPS, by_processes[1].stderr
     for processes in (2, 4):
-        assert losses[processes] == pytest.approx(losses[1], rel=1e-4), by_processes[processes].stderr
+        assert losses[processes][:5] == pytest.approx(losses[1][:5], rel=1e-5), by_processes[processes].stderr
+        # Each step amplifies the rounding of those before it.
+        assert losses[processes] == pytest.approx(losses[1], rel=2e-3), by_processes[processes].stderr
 
 
 def test_evaluation_counts_every_utterance_once_in_any_number_of_processes(by_processes: dict[int, Any]) -> None:
