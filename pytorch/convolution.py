@@ -12,7 +12,8 @@ them. On a CPU other forms of the same sums are faster than oneDNN's direct conv
 - More channels: a product of Fourier transforms, of tiles of a few frames so that a tile's padding stays small. The
   transforms are matrix products too.
 
-On a CPU both stay in float32 under autocast: the second one's rounding errors would be those of its largest bins.
+Under bfloat16 autocast both are computed in bfloat16, sums in float32, if the CPU multiplies that natively; else they
+stay in float32.
 
 Axes: B batch, T time, F frequency, C channels; N = B x T rows.
 """
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 
-# Neighbouring output frequencies of one matrix product: so many that it has 24 columns, since fewer are slower, but
-# never less than 3, since neighbouring groups read many columns of the input twice.
-COLUMNS, FEWEST_FREQUENCIES = 24, 3
+from pytorch import gru
+
+# Columns of one matrix product with the unfolded input, since fewer are slower: those of some neighbouring output
+# frequencies with 8 channels, of more frequencies with fewer channels. Neighbouring products read many columns twice.
+COLUMNS, COLUMNS_IN_BFLOAT16 = 24, 48
 
 
 class Convolution(nn.Conv2d):
@@ -46,23 +49,26 @@ class Convolution(nn.Conv2d):
         """Convolve [B, T, F, C] to [B, T', F', C'], where T' and F' are T and F over the stride, rounded up."""
         if input.device.type != "cpu":
             return super().forward(input.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
-        if self.in_channels == 1:
-            return _UnfoldedConvolution.apply(input.squeeze(3), self.weight, self.stride)
-        return _FourierConvolution.apply(input, self.weight, self.stride[0])[:, :: self.stride[1]]
+        dtype = torch.bfloat16 if gru.rounds_to_bfloat16() and gru.multiplies_bfloat16() else self.weight.dtype
+        input, weight = input.to(dtype), self.weight.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            if self.in_channels == 1:
+                return _UnfoldedConvolution.apply(input.squeeze(3), weight, self.stride)
+            return _FourierConvolution.apply(input, weight, self.stride[0])[:, :: self.stride[1]]
 
 
 class _UnfoldedConvolution(torch.autograd.Function):
     """One input channel, as matrix products; no gradient of the input, which is the features."""
 
     @staticmethod
-    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    @custom_fwd(device_type="cpu")
     def forward(ctx, input_BTF: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(input_BTF, weight)
         ctx.stride = stride
         channels, frequencies = len(weight), -(-input_BTF.shape[2] // stride[0])
         unfolded_NK, times = _unfold(input_BTF, weight.shape, stride)
         output_NFC = input_BTF.new_empty(len(unfolded_NK), frequencies, channels)
-        for outputs, columns in _groups(frequencies, weight.shape, stride):
+        for outputs, columns in _groups(frequencies, weight, stride):
             band = _band(weight, outputs.stop - outputs.start, stride[0])
             torch.mm(unfolded_NK[:, columns], band, out=output_NFC[:, outputs].flatten(1))
         return output_NFC.view(len(input_BTF), times, frequencies, channels)
@@ -73,8 +79,9 @@ class _UnfoldedConvolution(torch.autograd.Function):
         input_BTF, weight = ctx.saved_tensors
         unfolded_NK, _ = _unfold(input_BTF, weight.shape, ctx.stride)
         d_output_NFC = d_output_BTFC.contiguous().flatten(0, 1)
-        d_weight_fkC = weight.new_zeros(*weight.shape[2:], len(weight))
-        for outputs, columns in _groups(d_output_NFC.shape[1], weight.shape, ctx.stride):
+        sums = torch.promote_types(weight.dtype, torch.float32)
+        d_weight_fkC = weight.new_zeros(*weight.shape[2:], len(weight), dtype=sums)
+        for outputs, columns in _groups(d_output_NFC.shape[1], weight, ctx.stride):
             d_band = unfolded_NK[:, columns].t() @ d_output_NFC[:, outputs].flatten(1)
             d_band = d_band.view(-1, weight.shape[3], outputs.stop - outputs.start, len(weight))
             for position in range(d_band.shape[2]):
@@ -91,10 +98,10 @@ def _unfold(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int]
     return unfolded_BTFk.reshape(-1, padded_BTF.shape[2] * kernel_time), unfolded_BTFk.shape[1]
 
 
-def _groups(frequencies: int, weight_shape: torch.Size, stride: tuple[int, int]) -> list[tuple[slice, slice]]:
+def _groups(frequencies: int, weight: Tensor, stride: tuple[int, int]) -> list[tuple[slice, slice]]:
     """Output frequencies of each matrix product, and the columns of the unfolded input that they need."""
-    channels, _, kernel_frequency, kernel_time = weight_shape
-    size = max(COLUMNS // channels, FEWEST_FREQUENCIES)
+    channels, _, kernel_frequency, kernel_time = weight.shape
+    size = (COLUMNS_IN_BFLOAT16 if weight.dtype == torch.bfloat16 else COLUMNS) // min(channels, 8)
     groups = []
     for start in range(0, frequencies, size):
         stop = min(start + size, frequencies)
@@ -136,13 +143,13 @@ class _FourierConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    @custom_fwd(device_type="cpu")
     def forward(ctx, input_BTFC: Tensor, weight: Tensor, stride: int) -> Tensor:  # type: ignore[no-untyped-def, override]
         weight_CTFI = weight.permute(0, 3, 2, 1)  # its output channels are to the transform what a batch is
         inputs, weights, outputs = ctx.transforms = _transforms(input_BTFC, weight_CTFI, stride)
         input_bins, weight_bins = inputs(input_BTFC), weights(weight_CTFI)
         ctx.save_for_backward(input_bins, weight_bins)
-        return outputs.transposed(torch.bmm(input_bins, weight_bins.mT))
+        return outputs.transposed(_multiply(input_bins, weight_bins.mT))
 
     @staticmethod
     @custom_bwd(device_type="cpu")
@@ -150,13 +157,21 @@ class _FourierConvolution(torch.autograd.Function):
         inputs, weights, outputs = ctx.transforms
         input_bins, weight_bins = ctx.saved_tensors
         d_bins = outputs(d_output_BTFC)
-        d_weight_CTFI = weights.transposed(torch.bmm(d_bins.mT, input_bins))
-        d_input_BTFC = inputs.transposed(torch.bmm(d_bins, weight_bins)) if ctx.needs_input_grad[0] else None
+        d_weight_CTFI = weights.transposed(_multiply(d_bins.mT, input_bins))
+        d_input_BTFC = inputs.transposed(_multiply(d_bins, weight_bins)) if ctx.needs_input_grad[0] else None
         return d_input_BTFC, d_weight_CTFI.permute(0, 3, 2, 1), None
 
 
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Complex matrix products [2, bins, M, K] @ [2, bins, K, N]: the real parts come first, then the imaginary ones."""
+    product = left.new_empty(*left.shape[:3], right.shape[3])
+    torch.bmm(left[0], right[0], out=product[0]).baddbmm_(left[1], right[1], alpha=-1)
+    torch.bmm(left[0], right[1], out=product[1]).baddbmm_(left[1], right[0])
+    return product
+
+
 class _Transform:
-    """Fourier bins [bins, B x tiles, phases x C], complex, of a real x [B, T, F, C]; and the transposed map.
+    """Fourier bins [2, bins, B x tiles, phases x C], real and imaginary parts, of x [B, T, F, C]; and the transposed map.
 
     Both axes are products with matrices of cosines and sines. For so few points these take no longer than fast
     transforms, and they leave the channels innermost, as the bins' products need them.
@@ -165,6 +180,7 @@ class _Transform:
         shape: of x.
         time_waves: complex, [rates, frames of a tile].
         row_waves: complex, [rates, rows].
+        dtype: of x and of the bins.
         phases: neighbouring frequencies of one row.
         padding: zeros before the first frame, and before the first frequency.
         tiles: of each utterance.
@@ -176,6 +192,7 @@ class _Transform:
         shape: tuple[int, ...],
         time_waves: Tensor,
         row_waves: Tensor,
+        dtype: torch.dtype,
         *,
         phases: int = 1,
         padding: tuple[int, int] = (0, 0),
@@ -184,23 +201,21 @@ class _Transform:
     ) -> None:
         self.shape, self.phases, self.padding, self.tiles, self.step = shape, phases, padding, tiles, step
         self.frames, self.rows = time_waves.shape[1], row_waves.shape[1]
-        self.blocks = -(-self.frames // step)  # steps that a tile spans
         # Along rows from real to (real, imaginary), along time from (real, imaginary) of each frame to that of bins.
-        self.of_rows = torch.cat((row_waves.real, row_waves.imag))
+        self.of_rows = torch.cat((row_waves.real, row_waves.imag)).to(dtype)
         of_real, of_imaginary = (torch.cat((x.real, x.imag)) for x in (time_waves, 1j * time_waves))
-        self.of_frames = torch.stack((of_real, of_imaginary), 2).flatten(1)
+        self.of_frames = torch.stack((of_real, of_imaginary), 2).flatten(1).to(dtype)
         # The real part of (real, imaginary)^T bins: the imaginary part of the bins comes in negated.
         self.of_bins = torch.cat((self.of_frames[: len(time_waves)], -self.of_frames[len(time_waves) :])).t()
 
     def __call__(self, x_BTFC: Tensor) -> Tensor:
         tiles_tjrc = self._cut(x_BTFC)
         x = torch.bmm(self.of_rows.expand(self.frames, -1, -1), tiles_tjrc.flatten(2))
-        real, imaginary = torch.mm(self.of_frames, x.view(2 * self.frames, -1)).view(2, -1, *tiles_tjrc.shape[2:])
-        return torch.complex(real, imaginary)
+        return torch.mm(self.of_frames, x.view(2 * self.frames, -1)).view(2, -1, *tiles_tjrc.shape[2:])
 
     def transposed(self, bins: Tensor) -> Tensor:
         """The real part of the transposed map."""
-        x = torch.mm(self.of_bins, torch.cat((bins.real, bins.imag)).view(len(self.of_frames), -1))
+        x = torch.mm(self.of_bins, bins.view(len(self.of_frames), -1))
         x = torch.bmm(self.of_rows.t().expand(self.frames, -1, -1), x.view(self.frames, len(self.of_rows), -1))
         return self._join(x)
 
@@ -208,21 +223,21 @@ class _Transform:
         """Tiles [frames, rows, B x tiles, phases x C] of x and zeros around it."""
         batch, time, frequencies, channels = self.shape
         before, below = self.padding
-        after = (self.tiles + self.blocks - 1) * self.step - before - time
+        after = (self.tiles - 1) * self.step + self.frames - before - time
         above = self.rows * self.phases - below - frequencies
         x = nn.functional.pad(x_BTFC, (0, 0, below, above, before, after))
-        x = x.view(batch, -1, self.step, self.rows, self.phases * channels)
-        blocks = [x[:, i : i + self.tiles, : self.frames - i * self.step] for i in range(self.blocks)]
-        return torch.cat([block.permute(2, 3, 0, 1, 4) for block in blocks]).flatten(2, 3)
+        tiles_brjct = x.view(batch, -1, self.rows, self.phases * channels).unfold(1, self.frames, self.step)
+        return tiles_brjct.permute(4, 2, 0, 1, 3).flatten(2, 3).contiguous()
 
     def _join(self, tiles: Tensor) -> Tensor:
         """The transpose of cutting: the sum of the tiles, each in its place."""
         batch, time, frequencies, channels = self.shape
         before, below = self.padding
-        x = tiles.new_zeros(batch, self.tiles + self.blocks - 1, self.step, self.rows, self.phases * channels)
-        blocks = tiles.view(self.frames, self.rows, batch, self.tiles, -1).split(self.step)
-        for i, block in enumerate(blocks):
-            x[:, i : i + self.tiles, : len(block)] += block.permute(2, 3, 0, 1, 4)
+        blocks = [x.permute(2, 3, 0, 1, 4) for x in tiles.view(self.frames, self.rows, batch, self.tiles, -1).split(self.step)]
+        x = tiles.new_empty(batch, self.tiles + len(blocks) - 1, self.step, self.rows, self.phases * channels)
+        x[:, : self.tiles], x[:, self.tiles :] = blocks[0], 0
+        for i, block in enumerate(blocks[1:], start=1):
+            x[:, i : i + self.tiles, : block.shape[2]] += block
         x_BTFC = x.view(batch, -1, self.rows * self.phases, channels)
         return x_BTFC[:, before : before + time, below : below + frequencies].contiguous()
 
@@ -244,16 +259,14 @@ def _transforms(input_BTFC: Tensor, weight_CTFI: Tensor, stride: int) -> tuple[_
         time_turns = torch.outer(torch.arange(frames), times).double() / frames
         row_turns = torch.outer(torch.arange(row_bins) + 0.5, rows).double() / (2 * row_bins)
         scale = (row_bins * frames) ** (-1 / 6)  # of either axis; every product is of three transforms
-        time_waves, row_waves = (scale * torch.exp(-2j * torch.pi * turns) for turns in (time_turns, row_turns))
-        dtype = weight_CTFI.dtype.to_complex()
-        return time_waves.to(dtype), row_waves.to(dtype)
+        return scale * torch.exp(-2j * torch.pi * time_turns), scale * torch.exp(-2j * torch.pi * row_turns)
 
     of_input = waves(torch.arange(frames), torch.arange(rows))
     of_weight = waves(-torch.arange(kernel_time), skipped - torch.arange(kernel_rows))
     of_output = waves(-torch.arange(step), -torch.arange(output_rows))
-    padding = kernel_time // 2, below
+    padding, dtype = (kernel_time // 2, below), weight_CTFI.dtype
     return (
-        _Transform(input_BTFC.shape, *of_input, phases=stride, padding=padding, tiles=tiles, step=step),
-        _Transform(weight_CTFI.shape, *of_weight, phases=stride, step=kernel_time),
-        _Transform((batch, time, output_rows, channels), *of_output, tiles=tiles, step=step),
+        _Transform(input_BTFC.shape, *of_input, dtype, phases=stride, padding=padding, tiles=tiles, step=step),
+        _Transform(weight_CTFI.shape, *of_weight, dtype, phases=stride, step=kernel_time),
+        _Transform((batch, time, output_rows, channels), *of_output, dtype, tiles=tiles, step=step),
     )

@@ -99,7 +99,7 @@ class LogSpectrogram(nn.Module):
             tempo_B = torch.from_numpy(augmentation.tempo)
             magnitude_BFT, frames_B = change_tempo(magnitude_BFT, frames_B, tempo_B)
             magnitude_BFT = magnitude_BFT * _to(augmentation.gain, device)[:, None, None]
-        features_BFT = torch.log1p(magnitude_BFT)
+        features_BFT = (magnitude_BFT + 1).log_()  # log1p is ten times slower on a CPU, and has 6e-8 less error
         time_T = torch.arange(features_BFT.shape[-1], device=device)
         frames_on_device_B = frames_B.to(device, non_blocking=True)
         valid_B1T = (time_T < frames_on_device_B[:, None])[:, None]

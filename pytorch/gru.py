@@ -59,8 +59,7 @@ class GRU(nn.GRU):
         if sequence.data.device.type == "cpu":
             weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
             keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
-            rounded = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, rounded, *weights)
+            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, rounds_to_bfloat16(), *weights)
         else:
             outputs_NH = super().forward(sequence)[0].data.unflatten(-1, (-1, self.hidden_size)).sum(1)
         return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
@@ -213,6 +212,11 @@ def _kernel_backward(
     tensors = (d_outputs_NH, gates_DNG, previous_DNH, q_DNH, d_gates_DNG, d_q_DNH)
     _call("gru_backward", rounded, q_DNH, batch_sizes, [weights_hh], [tensor.data_ptr() for tensor in tensors])
     return d_gates_DNG, d_q_DNH
+
+
+def rounds_to_bfloat16() -> bool:
+    """Whether the operands of products on a CPU are to be rounded to bfloat16: so autocast says."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 @functools.cache

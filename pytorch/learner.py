@@ -180,7 +180,9 @@ def make_optimizer(config: Config, model: DeepSpeech2) -> torch.optim.Optimizer:
     if config.optimizer == "muon":
         gates = [weight for weight in model.grus.parameters() if weight.ndim == 2]
         others = [weight for weight in model.parameters() if all(weight is not gate for gate in gates)]
-        return Muon(gates, others, config.learning_rate, betas, config.weight_decay)
+        natively = config.precision == "bf16" and (gates[0].device.type == "cuda" or gru.multiplies_bfloat16())
+        products = torch.bfloat16 if natively else torch.float32
+        return Muon(gates, others, config.learning_rate, betas, config.weight_decay, products)
     return torch.optim.AdamW(
         model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
     )

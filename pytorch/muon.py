@@ -23,8 +23,8 @@ ROOT_MEAN_SQUARE, ITERATIONS = 0.6, 3
 class Muon(torch.optim.AdamW):
     """AdamW, but Muon for weights [3H, I], whose three gates [H, I] are matrices of their own.
 
-    torch.optim.Muon knows no gates, cannot leave out a step whose gradient is not finite, and rounds to bfloat16, with
-    which it takes 20 times as long on a CPU that does not multiply that natively.
+    torch.optim.Muon knows no gates, cannot leave out a step whose gradient is not finite, and always rounds to bfloat16,
+    with which it takes 20 times as long on a CPU that does not multiply that natively.
 
     Args:
         gates: the GRUs' weights.
@@ -32,6 +32,7 @@ class Muon(torch.optim.AdamW):
         learning_rate: of both; a gate of full rank moves by 0.6 of it in root mean square.
         betas: AdamW's.
         weight_decay: decoupled, of both.
+        products: the precision in which matrices are made orthogonal; all that is kept is as precise as the weights.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Muon(torch.optim.AdamW):
         learning_rate: float,
         betas: tuple[float, float],
         weight_decay: float,
+        products: torch.dtype = torch.float32,
     ) -> None:
         groups = [{"params": list(others)}, {"params": list(gates)}]
         super().__init__(groups, learning_rate, betas, weight_decay=weight_decay, fused=True)
+        self.products = products
         for weight in self.param_groups[1]["params"]:
             # AdamW, when it loads a state, looks for the number of steps in all of it
             self.state[weight] = {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(weight)}
@@ -56,20 +59,25 @@ class Muon(torch.optim.AdamW):
         for weight in group["params"]:
             weight.grad = None  # AdamW passes over what has no gradient
         super().step()
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for weight, gradient in zip(group["params"], gradients, strict=True):
             weight.grad = gradient
-            self._move(weight, **group)
+            by_shape.setdefault(weight.shape, []).append(weight)
+        for weights in by_shape.values():
+            self._move(weights, **group)
 
-    def _move(self, weight: nn.Parameter, lr: float, weight_decay: float, **_: object) -> None:
-        assert weight.grad is not None
-        buffer = self.state[weight]["momentum_buffer"]
-        moved = buffer.lerp(weight.grad, 1 - MOMENTUM)
-        direction = weight.grad.lerp(moved, MOMENTUM).unflatten(0, (GATES, -1))
-        step = orthogonal(direction).flatten(0, 1).mul_(ROOT_MEAN_SQUARE * max(direction.shape[1:]) ** 0.5)
-        new = weight * (1 - lr * weight_decay) - lr * step
+    def _move(self, weights: list[nn.Parameter], lr: float, weight_decay: float, **_: object) -> None:
+        """Move weights of one shape, all at once: their matrices are small."""
+        gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
+        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+        moved = torch.stack(buffers).lerp_(gradients, 1 - MOMENTUM)
+        directions = gradients.lerp_(moved, MOMENTUM).unflatten(1, (GATES, -1)).flatten(0, 1)
+        steps = orthogonal(directions.to(self.products)).to(moved.dtype).view_as(moved)
+        steps *= lr * ROOT_MEAN_SQUARE * max(directions.shape[1:]) ** 0.5
         finite = torch.as_tensor(getattr(self, "found_inf", 0.0)) == 0
-        torch.where(finite, moved, buffer, out=buffer)
-        torch.where(finite, new, weight, out=weight)
+        for weight, buffer, momentum, step in zip(weights, buffers, moved, steps, strict=True):
+            torch.where(finite, momentum, buffer, out=buffer)
+            torch.where(finite, weight * (1 - lr * weight_decay) - step, weight, out=weight)
 
 
 def orthogonal(matrices_NMK: Tensor) -> Tensor:
