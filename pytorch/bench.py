@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from data.packed import Subset
-from pytorch import gru
+from pytorch import gru, kernels
+from pytorch.batch_norm import BatchNorm
 from pytorch.batches import Batch, Utterances, make_batch, prefetch
 from pytorch.command import exit_status
 from pytorch.config import CONFIGS, Config, Precision, RunError
@@ -49,7 +50,7 @@ PARTS = {  # part of the step -> what the profiler calls its operations
     "convolution": ("convolution", "Convolution"),
     "recurrent loop": ("_Layer", "gru", "_cudnn_rnn"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::addmm_"),
-    "batch norm": ("batch_norm",),
+    "batch norm": ("batch_norm", "_OverAllRows"),
     "spectrogram": ("fft", "stft"),
     "CTC": ("ctc",),
     "optimizer": ("_foreach", "_fused", "clip_grad", "Optimizer"),
@@ -108,6 +109,13 @@ class StockConvolution(nn.Conv2d):
         return super().forward(input.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
 
 
+class StockBatchNorm(BatchNorm):
+    """torch's own layer, and its clipping behind it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.clip(nn.BatchNorm1d.forward(self, input))
+
+
 def stock(model: DeepSpeech2, layer: type[nn.GRU] = StockGRU) -> DeepSpeech2:
     """The same model with the same weights, from torch's own layers. The modules are converted in place."""
     for module in model.modules():
@@ -115,6 +123,8 @@ def stock(model: DeepSpeech2, layer: type[nn.GRU] = StockGRU) -> DeepSpeech2:
             module.__class__ = layer  # type: ignore[assignment]
         elif isinstance(module, Convolution):
             module.__class__ = StockConvolution  # type: ignore[assignment]
+        elif isinstance(module, BatchNorm):
+            module.__class__ = StockBatchNorm  # type: ignore[assignment]
     return model
 
 
@@ -272,7 +282,7 @@ def measure(config: Config, arguments: Arguments, device: torch.device) -> dict[
         "batch_size": config.batch_size,
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "recurrent_layers": "cuDNN" if device.type == "cuda" else gru.kernel_status(),
+        "recurrent_layers": "cuDNN" if device.type == "cuda" else kernels.status(),
         "step_ms": 1000 * step,
         "stock_packed_step_ms": 1000 * stock_step,
         "stock_padded_step_ms": 1000 * padded_step,

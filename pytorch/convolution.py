@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 
-from pytorch import gru
+from pytorch import kernels
 
 # Columns of one matrix product with the unfolded input, since fewer are slower: those of some neighbouring output
 # frequencies with 8 channels, of more frequencies with fewer channels. Neighbouring products read many columns twice.
@@ -49,7 +49,7 @@ class Convolution(nn.Conv2d):
         """Convolve [B, T, F, C] to [B, T', F', C'], where T' and F' are T and F over the stride, rounded up."""
         if input.device.type != "cpu":
             return super().forward(input.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
-        dtype = torch.bfloat16 if gru.rounds_to_bfloat16() and gru.multiplies_bfloat16() else self.weight.dtype
+        dtype = torch.bfloat16 if kernels.rounds_to_bfloat16() and kernels.multiplies_bfloat16() else self.weight.dtype
         input, weight = input.to(dtype), self.weight.to(dtype)
         with torch.autocast("cpu", enabled=False):
             if self.in_channels == 1:
@@ -171,7 +171,7 @@ def _multiply(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Transform:
-    """Fourier bins [2, bins, B x tiles, phases x C], real and imaginary parts, of x [B, T, F, C]; and the transposed map.
+    """Fourier bins [2, bins, B x tiles, phases x C] (real, imaginary) of x [B, T, F, C], and the transposed map.
 
     Both axes are products with matrices of cosines and sines. For so few points these take no longer than fast
     transforms, and they leave the channels innermost, as the bins' products need them.
@@ -233,7 +233,9 @@ class _Transform:
         """The transpose of cutting: the sum of the tiles, each in its place."""
         batch, time, frequencies, channels = self.shape
         before, below = self.padding
-        blocks = [x.permute(2, 3, 0, 1, 4) for x in tiles.view(self.frames, self.rows, batch, self.tiles, -1).split(self.step)]
+        blocks = [
+            x.permute(2, 3, 0, 1, 4) for x in tiles.view(self.frames, self.rows, batch, self.tiles, -1).split(self.step)
+        ]
         x = tiles.new_empty(batch, self.tiles + len(blocks) - 1, self.step, self.rows, self.phases * channels)
         x[:, : self.tiles], x[:, self.tiles :] = blocks[0], 0
         for i, block in enumerate(blocks[1:], start=1):

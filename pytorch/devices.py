@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pytorch import gru
+from pytorch import kernels
 from pytorch.config import Precision, RunError
 
 NO_MEMORY = "can't allocate memory", "not enough memory", "Storage size calculation overflowed"  # on a CPU
@@ -65,7 +65,7 @@ def choose_precision(name: Precision, device: torch.device) -> Precision:
         torch.set_float32_matmul_precision("high")
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = gru.multiplies_bfloat16()
+        native = kernels.multiplies_bfloat16()
     if name == "bf16" and not native:
         print("--precision bf16: this device has no bf16 arithmetic, so fp32 would be faster", file=sys.stderr)
     return name if name != "auto" else "bf16" if native else "fp32"

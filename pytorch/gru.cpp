@@ -1,7 +1,7 @@
 // The GRU's loop over time on a CPU; gru.py has the mathematics, the packed layout and the names.
 //
 // A step multiplies the previous states with the recurrent weights and applies the gates to the sums while those are in
-// registers. It is portable C++ (vector extensions of GCC and Clang) that gru.py compiles for the CPU at hand.
+// registers. It is portable C++ (vector extensions of GCC and Clang) that kernels.py compiles for the CPU at hand.
 //
 // Precision: states, gates and sums are float32. The operands of the products are float32, or rounded to bfloat16: then
 // two neighbours along the depth of a product share 32 bits (a Pair), as the CPUs that multiply bfloat16 want them;
@@ -235,9 +235,9 @@ extern "C" {
 
 // gates [D, N, 3H]: the products with x in; r, z, n out. states [D, N, H] out. previous, q [D, N, H] out, or both null
 // and the gates not written. weights [3H, H], biases (of q) [H]: one pointer for each direction.
-void gru_forward(bool bfloat16, long directions, long H, long count, const int64_t* batch_sizes,
+void gru_forward(bool bfloat16, long threads, long directions, long H, long count, const int64_t* batch_sizes,
                  const float* const* weights, const float* const* biases, float* gates, float* states, float* previous,
-                 float* q, long threads) {
+                 float* q) {
   const long N = std::accumulate(batch_sizes, batch_sizes + count, 0L);
   with_number(bfloat16, [=](auto number) {
     using Number = decltype(number);
@@ -293,9 +293,9 @@ void gru_forward(bool bfloat16, long directions, long H, long count, const int64
 
 // d_gates [D, N, 3H] out: the gradients of the sums inside r, z, n. d_q [D, N, H] out. Both come from d_outputs [N, H],
 // the gradients of the layer's output, and from what forward kept.
-void gru_backward(bool bfloat16, long directions, long H, long count, const int64_t* batch_sizes,
+void gru_backward(bool bfloat16, long threads, long directions, long H, long count, const int64_t* batch_sizes,
                   const float* const* weights, const float* d_outputs, const float* gates, const float* previous,
-                  const float* q, float* d_gates, float* d_q, long threads) {
+                  const float* q, float* d_gates, float* d_q) {
   const long N = std::accumulate(batch_sizes, batch_sizes + count, 0L), panels_count = (H + WIDTH - 1) / WIDTH;
   with_number(bfloat16, [=](auto number) {
     using Number = decltype(number);

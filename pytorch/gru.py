@@ -4,8 +4,7 @@
     outputs = layer(pack_padded_sequence(inputs_TBI, lengths_B))  # a PackedSequence of [N, hidden_size]
 
 Parameters and state_dict are those of torch.nn.GRU (one layer). On a CPU the loop over time runs in C++ (gru.cpp),
-compiled at first use, or where that cannot be, in Python; kernel_status() says which and why. Other devices run nn.GRU,
-which on CUDA is cuDNN.
+or where that cannot be compiled, in Python (kernels.py). Other devices run nn.GRU, which on CUDA is cuDNN.
 
 Packed rows. A PackedSequence holds the B utterances sorted by decreasing length, and only their N valid frames: those
 of time step 0 first, then those of step 1, batch_sizes[t] rows for step t. Nothing is padded and nothing masked: the
@@ -26,17 +25,8 @@ not); states, gates and what the loop adds up stay in float32.
 Axes: N packed rows, D directions, H hidden units, G = 3H gates in the order r, z, n; B batch, T time, I input.
 """
 
-import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +35,7 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
-SOURCE = Path(__file__).with_name("gru.cpp")
+from pytorch import kernels
 
 
 class GRU(nn.GRU):
@@ -59,7 +49,7 @@ class GRU(nn.GRU):
         if sequence.data.device.type == "cpu":
             weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
             keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
-            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, rounds_to_bfloat16(), *weights)
+            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, kernels.rounds_to_bfloat16(), *weights)
         else:
             outputs_NH = super().forward(sequence)[0].data.unflatten(-1, (-1, self.hidden_size)).sum(1)
         return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
@@ -128,7 +118,7 @@ def _operand(x: Tensor, rounded: bool) -> Tensor:
     """x, or x rounded to bfloat16; kept as float32 where the CPU, and so torch, is slow at products of bfloat16."""
     if not rounded:
         return x
-    return x.bfloat16() if multiplies_bfloat16() else x.bfloat16().to(x.dtype)
+    return x.bfloat16() if kernels.multiplies_bfloat16() else x.bfloat16().to(x.dtype)
 
 
 def _loop_forward(
@@ -193,8 +183,10 @@ def _kernel_forward(
     """As _loop_forward, except that the gates are written, and h' and q returned, only if they are to be kept."""
     states_DNH = gates_DNG.new_empty(*gates_DNG.shape[:2], weights_hh[0].shape[1])
     kept = [torch.empty_like(states_DNH), torch.empty_like(states_DNH)] if keep else []
-    written = [tensor.data_ptr() for tensor in (gates_DNG, states_DNH, *kept)] + ([] if keep else [None, None])
-    _call("gru_forward", rounded, states_DNH, batch_sizes, [weights_hh, biases_n], written)
+    by_direction = [[tensor.contiguous() for tensor in tensors] for tensors in (weights_hh, biases_n)]
+    optional = kept or (None, None)
+    sizes = _sizes(rounded, states_DNH, batch_sizes)
+    kernels.call("gru_forward", *sizes, *by_direction, gates_DNG, states_DNH, *optional)
     return states_DNH, *kept
 
 
@@ -210,87 +202,16 @@ def _kernel_backward(
     """As _loop_backward."""
     d_gates_DNG, d_q_DNH = torch.empty_like(gates_DNG), torch.empty_like(q_DNH)
     tensors = (d_outputs_NH, gates_DNG, previous_DNH, q_DNH, d_gates_DNG, d_q_DNH)
-    _call("gru_backward", rounded, q_DNH, batch_sizes, [weights_hh], [tensor.data_ptr() for tensor in tensors])
+    weights = [weight.contiguous() for weight in weights_hh]
+    kernels.call("gru_backward", *_sizes(rounded, q_DNH, batch_sizes), weights, *tensors)
     return d_gates_DNG, d_q_DNH
 
 
-def rounds_to_bfloat16() -> bool:
-    """Whether the operands of products on a CPU are to be rounded to bfloat16: so autocast says."""
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-
-
-@functools.cache
-def multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that pyproject.toml allows
-        return False
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
-
-
-def build_kernel() -> None:
-    """Compile and load the kernel if this machine can, as the first forward pass would otherwise."""
-    _load_kernel()
-
-
-def kernel_status() -> str:
-    """What the layers run on a CPU and, if that is not the kernel, why."""
-    kernel = _load_kernel()
-    return f"plain PyTorch: {kernel}" if isinstance(kernel, str) else f"fused kernel ({Path(kernel._name).stem})"
-
-
-@functools.cache
-def _load_kernel() -> ctypes.CDLL | str:
-    """The kernel, compiled unless the cache has it; or why there is none."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if platform.machine() in ("aarch64", "arm64"):
-        flags = []
-    elif capability == "AVX2":
-        flags = ["-mavx2", "-mfma"]
-    elif capability == "AVX512":
-        flags = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-        flags += ["-mavx512bf16"] * multiplies_bfloat16()
-    else:
-        return f"no kernel for this CPU ({platform.machine()}, {capability}): it needs AVX2"
-    flags = ["-std=c++17", "-O3", *flags, "-fopenmp", "-fPIC", "-shared"]
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join([platform.machine(), *flags]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
-    library = folder / f"deepspeech2_gru_{key}" / f"{capability}.so"
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    try:
-        if not library.exists():
-            if not shutil.which(compiler[0]):
-                return f"no C++ compiler: {compiler[0]} not found (apt-get install g++, or set CXX)"
-            library.parent.mkdir(parents=True, exist_ok=True)
-            # Several processes may do this at once: a finished file takes its place in one step.
-            with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-                built = Path(scratch, library.name)
-                command = [*compiler, *flags, "-o", str(built), str(SOURCE)]
-                subprocess.run(command, check=True, capture_output=True, text=True)
-                built.replace(library)
-        return ctypes.CDLL(str(library))
-    except subprocess.CalledProcessError as error:
-        return f"{shlex.join(error.cmd)} failed: {error.stderr.strip()}"
-    except OSError as error:
-        return f"no library in {folder} (TORCH_EXTENSIONS_DIR): {error}"
+def _sizes(rounded: bool, like_DNH: Tensor, batch_sizes: Tensor) -> tuple[bool, int, int, int, int, Tensor]:
+    """What both functions of gru.cpp want first."""
+    directions, _, hidden = like_DNH.shape
+    return rounded, torch.get_num_threads(), directions, hidden, len(batch_sizes), batch_sizes
 
 
 def _has_kernel(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and isinstance(_load_kernel(), ctypes.CDLL)
-
-
-def _call(
-    name: str,
-    rounded: bool,
-    like_DNH: Tensor,
-    batch_sizes: Tensor,
-    by_direction: Sequence[Sequence[Tensor]],
-    data: Sequence[int | None],
-) -> None:
-    """Call a function of the kernel, without the global interpreter lock; gru.cpp has the order of arguments."""
-    directions, _, hidden = like_DNH.shape
-    by_direction = [[tensor.contiguous() for tensor in tensors] for tensors in by_direction]
-    arrays = [(ctypes.c_void_p * directions)(*(tensor.data_ptr() for tensor in tensors)) for tensors in by_direction]
-    sizes = [ctypes.c_bool(rounded), *(ctypes.c_long(size) for size in (directions, hidden, len(batch_sizes)))]
-    pointers = [ctypes.c_void_p(pointer) for pointer in (batch_sizes.data_ptr(), *data)]
-    threads = ctypes.c_long(torch.get_num_threads())
-    getattr(_load_kernel(), name)(*sizes, pointers[0], *arrays, *pointers[1:], threads)
+    return dtype == torch.float32 and kernels.available()

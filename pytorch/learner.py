@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pytorch import gru
+from pytorch import kernels
 from pytorch.batches import Batch
 from pytorch.config import Config
 from pytorch.decoder import BLANK
@@ -44,7 +44,7 @@ class Learner:
         ranks = ranks or Ranks()
         model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
         if device.type == "cpu":
-            gru.build_kernel()
+            kernels.load()
         network: nn.Module = model
         if ranks.size > 1:
             with warnings.catch_warnings():  # broadcast_buffers has a newer name that not all versions know
@@ -180,7 +180,7 @@ def make_optimizer(config: Config, model: DeepSpeech2) -> torch.optim.Optimizer:
     if config.optimizer == "muon":
         gates = [weight for weight in model.grus.parameters() if weight.ndim == 2]
         others = [weight for weight in model.parameters() if all(weight is not gate for gate in gates)]
-        natively = config.precision == "bf16" and (gates[0].device.type == "cuda" or gru.multiplies_bfloat16())
+        natively = config.precision == "bf16" and (gates[0].device.type == "cuda" or kernels.multiplies_bfloat16())
         products = torch.bfloat16 if natively else torch.float32
         return Muon(gates, others, config.learning_rate, betas, config.weight_decay, products)
     return torch.optim.AdamW(

@@ -33,6 +33,7 @@ from pytorch.gru import GRU
 
 GRU_LAYERS = 5
 TIME_STRIDE = 2
+CLIPPED = 0.0, 20.0  # what the rectifier behind a convolution lets through
 LABEL_NORM = 3.0  # of a label's initial weights; PyTorch's have 0.6
 OUTPUT_FREQUENCIES = 41  # 161 bins, halved twice and rounded up
 
@@ -53,9 +54,9 @@ class DeepSpeech2(nn.Module):
     def __init__(self, conv_channels: int = 32, hidden_size: int = 800) -> None:
         super().__init__()
         self.conv1 = Convolution(1, conv_channels, kernel=(41, 11), stride=(2, TIME_STRIDE))
-        self.norm1 = BatchNorm(conv_channels)
+        self.norm1 = BatchNorm(conv_channels, CLIPPED)
         self.conv2 = Convolution(conv_channels, conv_channels, kernel=(21, 11), stride=(2, 1))
-        self.norm2 = BatchNorm(conv_channels)
+        self.norm2 = BatchNorm(conv_channels, CLIPPED)
         sizes = [OUTPUT_FREQUENCIES * conv_channels] + [hidden_size] * (GRU_LAYERS - 1)
         self.grus = nn.ModuleList(GRU(size, hidden_size) for size in sizes)
         for name, parameter in self.grus.named_parameters():
@@ -101,8 +102,8 @@ class DeepSpeech2(nn.Module):
 
 
 def _normalise_and_clip(x_NFC: Tensor, norm: nn.Module) -> Tensor:
-    """Batch norm of each channel over rows and frequencies, then the clipped rectifier."""
-    return nn.functional.hardtanh(norm(x_NFC.flatten(0, 1)), 0.0, 20.0).view_as(x_NFC)
+    """Batch norm of each channel over rows and frequencies, clipped."""
+    return norm(x_NFC.flatten(0, 1)).view_as(x_NFC)
 
 
 class _PackLayout(NamedTuple):

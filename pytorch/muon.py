@@ -23,8 +23,8 @@ ROOT_MEAN_SQUARE, ITERATIONS = 0.6, 3
 class Muon(torch.optim.AdamW):
     """AdamW, but Muon for weights [3H, I], whose three gates [H, I] are matrices of their own.
 
-    torch.optim.Muon knows no gates, cannot leave out a step whose gradient is not finite, and always rounds to bfloat16,
-    with which it takes 20 times as long on a CPU that does not multiply that natively.
+    torch.optim.Muon knows no gates, cannot leave out a step whose gradient is not finite, and always rounds to
+    bfloat16, with which it takes 20 times as long on a CPU that does not multiply that natively.
 
     Args:
         gates: the GRUs' weights.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torchaudio.functional import forced_align
 
-from pytorch import checkpoint, gru
+from pytorch import checkpoint, kernels
 from pytorch.config import RunError
 from pytorch.decoder import BLANK, decode_greedily, encode
 from pytorch.devices import choose_device, out_of_memory_is
@@ -78,7 +78,7 @@ class Recogniser:
             problem = str(error).splitlines()[0]
             raise RunError(f"{path}: its weights are not those of a model of this project ({problem})") from error
         if device.type == "cpu":
-            gru.build_kernel()
+            kernels.load()
         recogniser.model.eval()
         return recogniser
 

@@ -36,7 +36,7 @@ from mlperf_logging.mllog import constants
 from torch import Tensor
 
 from data.packed import PackedDataset, open_dataset
-from pytorch import checkpoint, gru, mlperf
+from pytorch import checkpoint, kernels, mlperf
 from pytorch.batches import Utterances, deal, make_batch, plan_epoch, prefetch, split_evenly
 from pytorch.checkpoint import Progress
 from pytorch.command import LOST, Preempted, exit_status, progress_bar
@@ -179,7 +179,7 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
 
     torch.manual_seed(config.seed)
     learner = Learner.make(config, device, ranks)
-    log.event("gru_implementation", "cuDNN" if device.type == "cuda" else gru.kernel_status())
+    log.event("gru_implementation", "cuDNN" if device.type == "cuda" else kernels.status())
     learner.warm_up(_longest_training_utterance(dataset))
     run = Run(learner, dataset, log)
     progress = _resume(run) or Progress()

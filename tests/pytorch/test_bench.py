@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytorch import gru
+from pytorch import kernels
 from pytorch.bench import Arguments, StockPaddedGRU, Workload, benchmark, draw, made_up_batch, stock, training_flops
 from pytorch.config import CONFIGS, RunError
 from tests.processes import run_module_for_text
@@ -26,7 +26,7 @@ def test_the_benchmark_prints_one_json_object_with_the_figures_that_scripts_read
     for name in [*numbers, "achieved_gflops", "fraction_of_peak"]:
         assert figures[name] > 0, name
     assert (figures["config"], figures["hidden_size"], figures["batch_size"]) == ("synthetic", 16, 2)
-    assert figures["precision"] == ("bf16" if gru.multiplies_bfloat16() else "fp32")
+    assert figures["precision"] == ("bf16" if kernels.multiplies_bfloat16() else "fp32")
     assert 0 <= figures["data_wait_fraction"] < 1
     assert figures["parts"]["convolution"] > 0
 

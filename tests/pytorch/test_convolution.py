@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from pytorch import kernels
 from pytorch.convolution import Convolution
 
 SHAPES = [  # in, out, kernel, stride, frequencies
@@ -62,3 +63,36 @@ def test_padding_changes_no_output(padding: int) -> None:
     x_BTFC = torch.randn(2, 50, 81, 4)
     padded_BTFC = nn.functional.pad(x_BTFC, (0, 0, 0, 0, 0, padding))
     torch.testing.assert_close(convolution(padded_BTFC)[:, :50], convolution(x_BTFC), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "kernel", "stride", "frequencies"), SHAPES)
+def test_under_bfloat16_autocast_it_is_off_by_rounding_alone(
+    inputs: int,
+    outputs: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    frequencies: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)  # where it does not, this is slow
+    torch.manual_seed(0)
+    convolution = Convolution(inputs, outputs, kernel, stride)
+    x_BTFC = torch.rand(2, 20, frequencies, inputs, requires_grad=inputs > 1)
+    expected = convolution(x_BTFC)
+    upstream = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, [convolution.weight, x_BTFC][: 1 + (inputs > 1)], upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = convolution(x_BTFC)
+    assert output.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(output, [convolution.weight, x_BTFC][: 1 + (inputs > 1)], upstream.bfloat16())
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    for rounded, exact in zip((output, *gradients), (expected, *wanted), strict=True):
+        assert 1e-6 < (rounded - exact).norm() / exact.norm() < 0.015
+
+
+def test_a_cpu_that_does_not_multiply_bfloat16_convolves_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    convolution, x_BTFC = Convolution(4, 4, (21, 11), (2, 1)), torch.randn(2, 9, 81, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = convolution(x_BTFC.bfloat16())
+    assert torch.equal(output, convolution(x_BTFC.bfloat16().float()))

@@ -1,7 +1,6 @@
 """The GRU layer against nn.GRU in float64: with the kernel and with the loop in Python, on a CPU and on CUDA."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pytorch import gru
+from pytorch import kernels
 from pytorch.gru import GRU
 
 INPUTS = 7
@@ -20,9 +19,9 @@ INPUTS = 7
 def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test with each of the two CPU paths."""
     if request.param == "plain":
-        monkeypatch.setattr(gru, "_load_kernel", lambda: "not wanted")
-    elif gru.kernel_status().startswith("plain"):
-        pytest.skip(gru.kernel_status())
+        monkeypatch.setattr(kernels, "load", lambda: "not wanted")
+    elif kernels.status().startswith("plain"):
+        pytest.skip(kernels.status())
     return request.param
 
 
@@ -188,52 +187,3 @@ def test_the_order_of_the_batch_is_kept() -> None:
 def test_cuda_gives_what_stock_gru_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert_like_stock([23, 20, 11, 4, 1], 24, device="cuda")
-
-
-@pytest.fixture
-def fresh_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """As in a process that has no kernel yet, with an empty cache, whose folder this is."""
-    if "it needs AVX2" in gru.kernel_status():
-        pytest.skip(gru.kernel_status())
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    gru._load_kernel.cache_clear()
-    yield tmp_path / "cache"
-    gru._load_kernel.cache_clear()
-
-
-def test_a_missing_compiler_is_told(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    expected = "plain PyTorch: no C++ compiler: no-such-compiler not found (apt-get install g++, or set CXX)"
-    assert gru.kernel_status() == expected
-    assert_like_stock([3, 2], 8)
-
-
-def test_a_compiler_error_is_told_and_leaves_nothing(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = fresh_kernel.with_name("broken-compiler")
-    compiler.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    assert gru.kernel_status().startswith("plain PyTorch: ") and gru.kernel_status().endswith("failed: no space left")
-    assert [path for path in fresh_kernel.rglob("*") if path.is_file()] == []
-
-
-def test_a_cache_that_cannot_be_written_is_told(fresh_kernel: Path) -> None:
-    fresh_kernel.touch()
-    assert f"no library in {fresh_kernel} (TORCH_EXTENSIONS_DIR)" in gru.kernel_status()
-
-
-def test_an_older_cpu_is_told(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gru.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert gru.kernel_status() == "plain PyTorch: no kernel for this CPU (x86_64, DEFAULT): it needs AVX2"
-
-
-def test_a_built_kernel_needs_no_compiler(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gru.build_kernel()
-    status = gru.kernel_status()
-    if status.startswith("plain"):
-        pytest.skip(status)
-    assert status.startswith("fused kernel")
-    gru._load_kernel.cache_clear()
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert gru.kernel_status() == status

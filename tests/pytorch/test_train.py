@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.packed import open_dataset
-from pytorch import checkpoint, gru, launch, learner, train
+from pytorch import checkpoint, kernels, launch, learner, train
 from pytorch.batches import Utterances
 from pytorch.bench import made_up_batch
 from pytorch.command import PREEMPTED
@@ -124,7 +124,7 @@ def test_bfloat16_trains_as_float32_does_but_for_rounding(tones: Path, tmp_path:
         assert len(losses[precision]) == 6
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
-    if not gru.multiplies_bfloat16():
+    if not kernels.multiplies_bfloat16():
         assert "--precision bf16: this device has no bf16 arithmetic" in run.stderr
 
 

@@ -1,0 +1,107 @@
+"""What runs as C++ on a CPU: the recurrent layers' loop (gru.cpp) and batch norm (batch_norm.cpp).
+
+Compiled at first use into one library, which is kept for each CPU and version of the source; status() says what there
+is. The sources need no header of torch or Python, and so a compiler takes seconds: they get addresses and sizes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCES = [Path(__file__).with_name(name) for name in ("gru.cpp", "batch_norm.cpp")]
+
+
+def rounds_to_bfloat16() -> bool:
+    """Whether the operands of products on a CPU are to be rounded to bfloat16: so autocast says."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that pyproject.toml allows
+        return False
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
+def status() -> str:
+    """What computes on a CPU: the kernels, or plain PyTorch and why."""
+    library = load()
+    return f"plain PyTorch: {library}" if isinstance(library, str) else f"fused kernel ({Path(library._name).stem})"
+
+
+def available() -> bool:
+    """Whether there is a library; the first time, it is compiled."""
+    return isinstance(load(), ctypes.CDLL)
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """The library, compiled unless the cache has it; or why there is none."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.machine() in ("aarch64", "arm64"):
+        flags = []
+    elif capability == "AVX2":
+        flags = ["-mavx2", "-mfma"]
+    elif capability == "AVX512":
+        flags = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+        flags += ["-mavx512bf16"] * multiplies_bfloat16()
+    else:
+        return f"no kernel for this CPU ({platform.machine()}, {capability}): it needs AVX2"
+    flags = ["-std=c++17", "-O3", *flags, "-fopenmp", "-fPIC", "-shared"]
+    everything = [*(source.read_bytes() for source in SOURCES), " ".join([platform.machine(), *flags]).encode()]
+    key = hashlib.sha256(b"".join(everything)).hexdigest()[:16]
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
+    library = folder / f"deepspeech2_{key}" / f"{capability}.so"
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    try:
+        if not library.exists():
+            if not shutil.which(compiler[0]):
+                return f"no C++ compiler: {compiler[0]} not found (apt-get install g++, or set CXX)"
+            library.parent.mkdir(parents=True, exist_ok=True)
+            # Several processes may do this at once: a finished file takes its place in one step.
+            with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+                built = Path(scratch, library.name)
+                command = [*compiler, *flags, "-o", str(built), *map(str, SOURCES)]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                built.replace(library)
+        return ctypes.CDLL(str(library))
+    except subprocess.CalledProcessError as error:
+        return f"{shlex.join(error.cmd)} failed: {error.stderr.strip()}"
+    except OSError as error:
+        return f"no library in {folder} (TORCH_EXTENSIONS_DIR): {error}"
+
+
+def call(name: str, *arguments: bool | int | float | Tensor | list[Tensor] | None) -> None:
+    """Call a function of the library, without the global interpreter lock. The sources have the order of arguments.
+
+    Args:
+        name: of the function.
+        arguments: bool, long, float, a contiguous tensor as the address of its data, a list of them as an array of
+            addresses, or None for no address.
+    """
+    getattr(load(), name)(*map(_passed, arguments))
+
+
+def _passed(argument: bool | int | float | Tensor | list[Tensor] | None) -> ctypes._SimpleCData | ctypes.Array:
+    if isinstance(argument, bool):
+        return ctypes.c_bool(argument)
+    if isinstance(argument, int):
+        return ctypes.c_long(argument)
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    if isinstance(argument, list):
+        return (ctypes.c_void_p * len(argument))(*(tensor.data_ptr() for tensor in argument))
+    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
