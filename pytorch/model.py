@@ -15,7 +15,9 @@ statistic sees padding.
 Weights are initialised as PyTorch does: convolutions U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the GRUs'
 biases and the weights of their inputs U(-1/sqrt(H), 1/sqrt(H)), batch norm scale 1 and shift 0. But the GRUs' recurrent
 weights are orthogonal, gate by gate (Saxe et al., arXiv 1312.6120), and so are the labels' weights in the linear layer,
-each of norm 3: BENCHMARKS.md says what that gains.
+each of norm 3; and the last batch norm's shift makes blank likely. CTC's first lesson is that most frames are blank. A
+network that has to learn it moves all its layers that way, and forgets much of what they tell apart: BENCHMARKS.md says
+what the start gains.
 """
 
 from __future__ import annotations
@@ -28,13 +30,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from pytorch.batch_norm import BatchNorm
 from pytorch.convolution import Convolution
-from pytorch.decoder import LABELS
+from pytorch.decoder import BLANK, LABELS
 from pytorch.gru import GRU
 
 GRU_LAYERS = 5
 TIME_STRIDE = 2
 CLIPPED = 0.0, 20.0  # what the rectifier behind a convolution lets through
 LABEL_NORM = 3.0  # of a label's initial weights; PyTorch's have 0.6
+BLANK_LOGIT = 6.0  # of blank, at the beginning and in the mean; those of the other labels are 0
 OUTPUT_FREQUENCIES = 41  # 161 bins, halved twice and rounded up
 
 
@@ -66,6 +69,9 @@ class DeepSpeech2(nn.Module):
         self.norms = nn.ModuleList(BatchNorm(hidden_size) for _ in sizes)
         self.classifier = nn.Linear(hidden_size, len(LABELS), bias=False)
         nn.init.orthogonal_(self.classifier.weight, LABEL_NORM)
+        with torch.no_grad():
+            blank_H = self.classifier.weight[BLANK]
+            self.norms[-1].bias.copy_(BLANK_LOGIT * blank_H / blank_H.square().sum())  # type: ignore[union-attr, operator]
 
     def forward(self, features_BFT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
         """Label logits.

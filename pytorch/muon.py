@@ -72,7 +72,7 @@ class Muon(torch.optim.AdamW):
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         moved = torch.stack(buffers).lerp_(gradients, 1 - MOMENTUM)
         directions = gradients.lerp_(moved, MOMENTUM).unflatten(1, (GATES, -1)).flatten(0, 1)
-        steps = orthogonal(directions.to(self.products)).to(moved.dtype).view_as(moved)
+        steps = orthogonal(directions.to(self.products)).to(moved.dtype).reshape(moved.shape)
         steps *= lr * ROOT_MEAN_SQUARE * max(directions.shape[1:]) ** 0.5
         finite = torch.as_tensor(getattr(self, "found_inf", 0.0)) == 0
         for weight, buffer, momentum, step in zip(weights, buffers, moved, steps, strict=True):

@@ -184,7 +184,7 @@ def test_a_series_is_scored_and_one_that_is_started_again_keeps_what_is_there(
 @pytest.mark.parametrize(
     ("arguments", "variables", "said"),
     [
-        (["--batch-size", "16"], {}, "batch_size is 8 there, 16 now"),
+        (["--batch-size", "16"], {}, "batch_size is 6 there, 16 now"),
         (["--seed", "2"], {}, "seed is 1 there, 2 now"),
         ([], {"NPROC_PER_NODE": "4"}, "number_of_ranks is 1 there, 4 now"),
         ([], {"SUBMISSION_PLATFORM": "abacus"}, "now; use another --system"),

@@ -3,10 +3,10 @@ import torch
 from torch import nn
 
 from pytorch.config import CONFIGS
-from pytorch.decoder import decode_greedily
+from pytorch.decoder import BLANK, LABELS, decode_greedily
 from pytorch.features import FREQUENCY_BINS
 from pytorch.learner import ctc_loss
-from pytorch.model import DeepSpeech2, output_frames
+from pytorch.model import BLANK_LOGIT, DeepSpeech2, output_frames
 
 FRAMES = torch.tensor([61, 100, 33, 100, 7])
 
@@ -111,3 +111,11 @@ def test_ctc_loss_is_computed_in_float32_whatever_the_logits() -> None:
     loss = ctc_loss(logits.bfloat16(), *arguments)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, ctc_loss(logits.bfloat16().float(), *arguments))
+
+
+def test_at_the_beginning_blank_is_likely_and_the_other_labels_are_alike(features: torch.Tensor) -> None:
+    torch.manual_seed(3)
+    logits_TBV, frames_B = DeepSpeech2(conv_channels=2, hidden_size=32)(features, FRAMES)
+    valid_TB = torch.arange(len(logits_TBV))[:, None] < frames_B
+    mean_V = logits_TBV[valid_TB].mean(0)
+    torch.testing.assert_close(mean_V, torch.eye(len(LABELS))[BLANK] * BLANK_LOGIT, rtol=0, atol=1e-3)

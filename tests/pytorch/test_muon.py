@@ -36,8 +36,9 @@ def test_a_matrix_of_zeros_stays_one() -> None:
     assert torch.equal(orthogonal(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
 
 
-def test_each_gate_moves_as_under_torch_s_muon_and_all_else_as_under_adamw() -> None:
-    (gates, other), (same_other,) = parameters((48, 24), (7,)), parameters((48, 24), (7,))[1:]
+@pytest.mark.parametrize("shape", [(48, 24), (48, 8)])
+def test_each_gate_moves_as_under_torch_s_muon_and_all_else_as_under_adamw(shape: tuple[int, int]) -> None:
+    (gates, other), (same_other,) = parameters(shape, (7,)), parameters(shape, (7,))[1:]
     separate = [nn.Parameter(gate.detach().clone()) for gate in gates.chunk(3)]
     muon = Muon([gates], [other], LEARNING_RATE, BETAS, WEIGHT_DECAY)
     faster = ROOT_MEAN_SQUARE / 0.2  # the latter is what match_rms_adamw stands for

@@ -213,7 +213,7 @@ def test_resuming_another_configuration_is_refused_with_the_difference(tones: Pa
     small_run(tones, tmp_path, "--max-steps", "1")
     run = small_run(tones, tmp_path, "--resume", "--learning-rate", "0.5")
     assert run.returncode == 1
-    assert "learning-rate 0.0016 there, 0.5 now" in run.stderr
+    assert "learning-rate 0.0015 there, 0.5 now" in run.stderr
     other = write_packed_dataset(tmp_path / "other", {"train": 5, "validation": 2}, seed=9)
     assert "data set" in small_run(other, tmp_path, "--resume").stderr
 
