@@ -68,7 +68,7 @@ class _OverAllRows(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         x_NC = input.contiguous()
         mean_C, variance_C = _moments(x_NC)
-        count = mean_C.new_tensor(len(x_NC))
+        count = mean_C.new_full((), len(x_NC))
         if ranks.together():
             # float64, in which the difference of means of squares and squares of means loses nothing that counts
             sums = torch.cat([mean_C, variance_C + mean_C.square(), count.new_ones(1)]) * count

@@ -26,8 +26,8 @@ from torch.amp import custom_bwd, custom_fwd
 
 from pytorch import kernels
 
-# Columns of one matrix product with the unfolded input, since fewer are slower: those of some neighbouring output
-# frequencies with 8 channels, of more frequencies with fewer channels. Neighbouring products read many columns twice.
+# Columns of one matrix product of the unfolded input with up to 8 channels (with more channels it has more columns, for
+# as many frequencies). Products of fewer columns are slower; those of more multiply more zeros.
 COLUMNS, COLUMNS_IN_BFLOAT16 = 24, 48
 
 

@@ -11,6 +11,7 @@ from mlperf_logging.rcp_checker import rcp_checker
 
 from pytorch.config import CONFIGS, Config, RunError
 from pytorch.mlperf.__main__ import main
+from pytorch.mlperf.logs import RunLog
 from pytorch.mlperf.rcp import EPOCHS, describe, points, read_points
 from pytorch.mlperf.score import score
 from tests.conftest import ROOT
@@ -253,8 +254,14 @@ def test_the_file_for_librispeech_says_that_nobody_has_made_its_points_and_how_t
 
 
 @pytest.mark.parametrize("path", [path for path in RCPS.glob("*.json") if path.stem != "librispeech"], ids=str)
-def test_committed_points_are_read_by_the_packages_checker(path: Path) -> None:
-    assert describe(read_points(path))
+def test_committed_points_are_read_by_the_packages_checker_and_are_those_of_committed_runs(path: Path) -> None:
+    content = read_points(path)
+    assert describe(content)
+    (precision,) = {point["Precision"] for point in content.values()}
+    runs = [RunLog.read(log) for log in COMMITTED]
+    configuration = {"config": path.stem, "precision": precision}
+    mine = [run.path for run in runs if configuration.items() <= run.configuration.items()]
+    assert points(mine) == content
 
 
 # --- comparison
