@@ -12,16 +12,6 @@ from pytorch.batch_norm import BatchNorm, _OverAllRows
 LIMITS = [(float("-inf"), float("inf")), (-0.5, 1.0)]
 
 
-@pytest.fixture(params=["kernel", "plain"])
-def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run the test with each of the two CPU paths."""
-    if request.param == "plain":
-        monkeypatch.setattr(kernels, "load", lambda: "not wanted")
-    elif kernels.status().startswith("plain"):
-        pytest.skip(kernels.status())
-    return request.param
-
-
 def rows(count: int, channels: int) -> Tensor:
     """Rows whose channels have means far from zero, as those of clipped activations have, and unlike deviations."""
     generator = torch.Generator().manual_seed(count * channels)

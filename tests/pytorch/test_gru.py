@@ -15,16 +15,6 @@ from pytorch.gru import GRU
 INPUTS = 7
 
 
-@pytest.fixture(params=["kernel", "plain"])
-def cpu_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run the test with each of the two CPU paths."""
-    if request.param == "plain":
-        monkeypatch.setattr(kernels, "load", lambda: "not wanted")
-    elif kernels.status().startswith("plain"):
-        pytest.skip(kernels.status())
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """On tensors this small, more threads are slower; one test takes more."""
