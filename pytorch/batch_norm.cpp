@@ -47,6 +47,17 @@ struct Normal {
   float gradient(float d, float output) const { return (low < output) & (output < high) ? d : 0.f; }
 };
 
+// What a Normal points to.
+class OfBlock {
+ public:
+  OfBlock(const float* mean, const float* scale, const float* shift, long channels)
+      : mean_(repeated(mean, channels)), scale_(repeated(scale, channels)), shift_(repeated(shift, channels)) {}
+  Normal normal(float low, float high) const { return {mean_.data(), scale_.data(), shift_.data(), low, high}; }
+
+ private:
+  const std::vector<float> mean_, scale_, shift_;
+};
+
 // The loops over a block, which the compiler makes vectors of.
 template <class Number>
 void add_moments(const Number* x, const float* origin, long count, float* sum, float* square) {
@@ -168,8 +179,8 @@ void batch_norm_output(bool bfloat16, long rows, long channels, long threads, co
                        const float* scale, const float* shift, float low, float high, void* output) {
   with_number(bfloat16, [=](auto number) {
     using Number = decltype(number);
-    const auto means = repeated(mean, channels), scales = repeated(scale, channels), shifts = repeated(shift, channels);
-    const Normal normal = {means.data(), scales.data(), shifts.data(), low, high};
+    const OfBlock block(mean, scale, shift, channels);
+    const Normal normal = block.normal(low, high);
     for_blocks(rows, channels, threads, [=](long start, long count) {
       clip_output((const Number*)input + start, normal, count, (Number*)output + start);
     });
@@ -182,8 +193,8 @@ void batch_norm_sums(bool bfloat16, long rows, long channels, long threads, cons
                      double* product) {
   with_number(bfloat16, [=](auto number) {
     using Number = decltype(number);
-    const auto means = repeated(mean, channels), scales = repeated(scale, channels), shifts = repeated(shift, channels);
-    const Normal normal = {means.data(), scales.data(), shifts.data(), low, high};
+    const OfBlock block(mean, scale, shift, channels);
+    const Normal normal = block.normal(low, high);
     sum_up(rows, channels, threads, sum, product, [=](long start, long count, float* sum, float* product) {
       add_gradients((const Number*)input + start, (const Number*)d_output + start, normal, count, sum, product);
     });
@@ -196,9 +207,9 @@ void batch_norm_gradient(bool bfloat16, long rows, long channels, long threads, 
                          const float* offset, const float* slope, void* d_input) {
   with_number(bfloat16, [=](auto number) {
     using Number = decltype(number);
-    const auto means = repeated(mean, channels), scales = repeated(scale, channels), shifts = repeated(shift, channels);
+    const OfBlock block(mean, scale, shift, channels);
     const auto offsets = repeated(offset, channels), slopes = repeated(slope, channels);
-    const Normal normal = {means.data(), scales.data(), shifts.data(), low, high};
+    const Normal normal = block.normal(low, high);
     for_blocks(rows, channels, threads, [=, &offsets, &slopes](long start, long count) {
       pass_back((const Number*)input + start, (const Number*)d_output + start, normal, offsets.data(), slopes.data(),
                 count, (Number*)d_input + start);
