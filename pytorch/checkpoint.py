@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from data.packed import replace_durably
-from pytorch.config import Config, RunError
-from pytorch.decoder import LABELS
+from pytorch.cli import RunError
+from pytorch.config import Config
+from pytorch.ctc import LABELS
 
 FORMAT_VERSION = 3
 BEST = "checkpoint_best.pt"

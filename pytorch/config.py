@@ -18,15 +18,13 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
+from pytorch.cli import RunError
+
 ROOT = Path(__file__).resolve().parent.parent
 
 Optimizer = Literal["adamw", "sgd", "muon"]
 Schedule = Literal["cosine", "anneal"]
 Precision = Literal["auto", "fp32", "bf16"]
-
-
-class RunError(Exception):
-    """A fact that ends a run. The message is one line, complete for the user: the command line prints only that."""
 
 
 class Rule(NamedTuple):

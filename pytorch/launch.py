@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 from pytorch import train
-from pytorch.config import RunError
-from pytorch.ranks import LAUNCH
+from pytorch.cli import RunError
+from pytorch.distributed import LAUNCH
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun passes on; its own choice lacks SIGUSR1
 LONGEST_GRACE_SECONDS = 180  # of those in cluster/: how long processes have to save before torchrun kills them

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from pytorch.batch_norm import BatchNorm
-from pytorch.convolution import Convolution
-from pytorch.decoder import BLANK, LABELS
-from pytorch.gru import GRU
+from pytorch.ctc import BLANK, LABELS
+from pytorch.layers.batch_norm import BatchNorm
+from pytorch.layers.convolution import Convolution
+from pytorch.layers.gru import GRU
 
 GRU_LAYERS = 5
 TIME_STRIDE = 2

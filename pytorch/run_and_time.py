@@ -14,8 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pytorch import launch, mlperf
-from pytorch.config import RunError, parse_config
+from pytorch import launch, mllog
+from pytorch.cli import RunError
+from pytorch.config import parse_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,10 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     log = _keep_log(arguments)
     status = launch.main(arguments)
-    if log is not None and mlperf.partial_copy(log).exists():  # it could not start, or logs on another machine
-        mlperf.partial_copy(log).unlink()
+    if log is not None and mllog.partial_copy(log).exists():  # it could not start, or logs on another machine
+        mllog.partial_copy(log).unlink()
     elif log is not None and status in (0, 1):
-        command = [sys.executable, "-m", "pytorch.report", str(log), "--output", str(log.with_name(mlperf.REPORT))]
+        command = [sys.executable, "-m", "tools.report", str(log), "--output", str(log.with_name(mllog.REPORT))]
         subprocess.run(command, stdout=sys.stderr)  # if it fails, the run has not
     return status
 
@@ -34,16 +35,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _keep_log(arguments: list[str]) -> Path | None:
     """Have the log written into a file too; None where that cannot be, of which the run itself complains."""
     node = os.environ.get("NODE_RANK") or "0"  # torchrun chooses which of them logs
-    name = mlperf.LOG if node == "0" else f"{Path(mlperf.LOG).stem}_node{node}.log"
+    name = mllog.LOG if node == "0" else f"{Path(mllog.LOG).stem}_node{node}.log"
     try:
         folder = parse_config(
             arguments, program="sh run_and_time.sh", description=launch.train.__doc__ or ""
         ).output_dir
         folder.mkdir(parents=True, exist_ok=True)
-        mlperf.partial_copy(folder / name).write_text("")
+        mllog.partial_copy(folder / name).write_text("")
     except (RunError, OSError):
         return None
-    os.environ[mlperf.LOG_COPY] = str(folder / name)
+    os.environ[mllog.LOG_COPY] = str(folder / name)
     return folder / name
 
 

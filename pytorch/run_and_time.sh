@@ -13,7 +13,7 @@ use_environment run
 export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
 for argument; do
     case "$argument" in
-    --runs | --runs=*) exec "$python" -m pytorch.mlperf.runs "$@" ;; # which calls this script for each run
+    --runs | --runs=*) exec "$python" -m tools.mlperf.runs "$@" ;; # which calls this script for each run
     esac
 done
 exec "$python" -m pytorch.run_and_time "$@"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytorch.config import RunError
+from pytorch.cli import RunError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

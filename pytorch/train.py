@@ -8,7 +8,7 @@ Prints the MLPerf log on standard output and progress on standard error. Exit st
 not or something went wrong, 2 the command line was not understood, 130 interrupted, 75 told to end by SIGTERM or
 SIGUSR1: then the step under way was finished and saved, and --resume goes on from there; 74 lost another process.
 
-Started by torchrun, it is one of several processes (see ranks.py) that take the same steps together: each computes a
+Started by torchrun, it is one of several processes (distributed.py) that take the same steps together: each computes a
 part of every batch.
 """
 
@@ -31,22 +31,24 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from mlperf_logging import mllog
 from mlperf_logging.mllog import constants
+from mlperf_logging.mllog.mllog import MLLogger
 from torch import Tensor
 
 from data.packed import PackedDataset, open_dataset
-from pytorch import checkpoint, kernels, mlperf
-from pytorch.batches import Utterances, deal, make_batch, plan_epoch, prefetch, split_evenly
+from pytorch import checkpoint, machine, mllog
 from pytorch.checkpoint import Progress
-from pytorch.command import LOST, Preempted, exit_status, progress_bar
-from pytorch.config import Config, RunError, parse_config
-from pytorch.devices import choose_device, choose_precision, work_on
+from pytorch.cli import LOST, Preempted, RunError, exit_status, progress_bar
+from pytorch.config import Config, parse_config
+from pytorch.device import choose_device, choose_precision, work_on
+from pytorch.distributed import Ranks, leave, naming_lost_processes, seconds_waited
+from pytorch.evaluation import Evaluation, evaluate
 from pytorch.features import SAMPLE_RATE
-from pytorch.learner import Learner, learning_rate
-from pytorch.ranks import Ranks, leave, naming_lost_processes, seconds_waited
+from pytorch.layers import kernels
+from pytorch.loader import Utterances, deal, make_batch, plan_epoch, prefetch, split_evenly
+from pytorch.optimizer import learning_rate
 from pytorch.tensorboard import Scalars
-from pytorch.validation import Evaluation, evaluate
+from pytorch.trainer import Learner
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
 STATUS_FILE = "DEEPSPEECH2_STATUS_FILE"  # where launch.py wants to find the exit status
@@ -70,7 +72,7 @@ class Run:
 
     learner: Learner
     dataset: PackedDataset
-    log: mllog.mllog.MLLogger
+    log: MLLogger
     scalars: Scalars = field(default_factory=Scalars)
     clock: Clock = field(default_factory=Clock)
     saved_at: float = field(default_factory=time.monotonic)  # time.monotonic() of the newest checkpoint
@@ -151,7 +153,7 @@ def train(config: Config) -> bool:
 
 def _prepare(config: Config) -> tuple[Run, Progress]:
     """All that may be done before the clock starts: only the summary of the data is read."""
-    log = mlperf.get_logger()
+    log = mllog.get_logger()
     log.start(constants.INIT_START)
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
     device = choose_device(config.device, processes_here - 1)  # if there is one for the last, all go on
@@ -173,9 +175,9 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--output-dir {config.output_dir}: cannot be made: {error.strerror}") from error
-    cache = mlperf.clear_cache(dataset) if ranks.local_rank == 0 else None
-    mlperf.log_cache_clear(log, [each for each in ranks.gather(cache) if each is not None])
-    mlperf.log_submission(log, config, dataset, device, ranks.size)
+    cache = machine.clear_cache(dataset) if ranks.local_rank == 0 else None
+    mllog.log_cache_clear(log, [each for each in ranks.gather(cache) if each is not None])
+    mllog.log_submission(log, config, dataset, device, ranks.size)
 
     torch.manual_seed(config.seed)
     learner = Learner.make(config, device, ranks)
@@ -218,7 +220,7 @@ def _print_result(run: Run, progress: Progress, seconds: float, started_at: date
     if run.learner.ranks.first:
         kind, when = "RESUMED" if progress.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
         line = f"{kind},DEEPSPEECH2,{run.config.seed},{seconds:.0f},{getpass.getuser()},{when}"
-        mlperf.print_result(run.log, line)
+        mllog.print_result(run.log, line)
 
 
 def _longest_training_utterance(dataset: PackedDataset) -> int:

@@ -11,8 +11,9 @@ from torch import nn
 
 from pytorch import checkpoint
 from pytorch.checkpoint import Progress
-from pytorch.config import CONFIGS, RunError
-from pytorch.decoder import LABELS
+from pytorch.cli import RunError
+from pytorch.config import CONFIGS
+from pytorch.ctc import LABELS
 
 CONFIG = CONFIGS["synthetic"]
 

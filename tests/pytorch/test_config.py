@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from pytorch.config import CONFIGS, Config, RunError, hyperparameter_table, parse_config
+from pytorch.cli import RunError
+from pytorch.config import CONFIGS, Config, hyperparameter_table, parse_config
 
 ROOT = Path(__file__).resolve().parents[2]
 

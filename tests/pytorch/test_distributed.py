@@ -19,12 +19,11 @@ from torch import nn
 from torch.distributed import HashStore
 from torch.multiprocessing import spawn  # type: ignore[attr-defined]
 
-from pytorch import checkpoint, ranks
-from pytorch.batch_norm import BatchNorm
-from pytorch.batches import Utterances, deal
-from pytorch.command import PREEMPTED
-from pytorch.config import RunError
-from pytorch.ranks import Ranks
+from pytorch import checkpoint, distributed
+from pytorch.cli import PREEMPTED, RunError
+from pytorch.distributed import Ranks
+from pytorch.layers.batch_norm import BatchNorm
+from pytorch.loader import Utterances, deal
 from tests.conftest import write_packed_dataset
 from tests.processes import run_module_for_text
 from tests.pytorch.test_train import ENVIRONMENT, SMALL, events, values
@@ -201,8 +200,8 @@ def test_a_number_that_goes_wrong_in_one_process_makes_all_skip_the_step(uneven:
     sabotage.write_text(
         "import os, sys, time\n"
         "if os.environ.get('RANK') == '1' and '-m' in sys.orig_argv and 'pytorch.train' in sys.orig_argv:\n"
-        "    from pytorch import learner\n"
-        "    proper, calls = learner.ctc_loss, []\n"
+        "    from pytorch import trainer\n"
+        "    proper, calls = trainer.ctc_loss, []\n"
         "    def broken(*arguments):\n"
         "        calls.append(1)\n"  # the first is the warm-up's
         "        time.sleep(0.05)\n"
@@ -210,7 +209,7 @@ def test_a_number_that_goes_wrong_in_one_process_makes_all_skip_the_step(uneven:
         "        if len(calls) == 6:\n"
         "            loss.register_hook(lambda gradient: gradient * float('inf'))\n"
         "        return loss\n"
-        "    learner.ctc_loss = broken\n"
+        "    trainer.ctc_loss = broken\n"
     )
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     run = run_in(2, uneven, tmp_path / "run", "--max-steps", 17, "--target-wer", "0", PYTHONPATH=path)
@@ -230,7 +229,7 @@ def test_what_one_process_tells_all_of_them_know(monkeypatch: pytest.MonkeyPatch
     assert not Ranks().told("end")
     Ranks().tell("end")  # alone, it tells nobody
     assert not Ranks().told("end")
-    monkeypatch.setattr(ranks._talk, "store", HashStore())
+    monkeypatch.setattr(distributed._talk, "store", HashStore())
     assert not Ranks(1, 2).told("end")
     Ranks(0, 2).tell("end")
     assert Ranks(1, 2).told("end")

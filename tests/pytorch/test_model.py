@@ -3,9 +3,8 @@ import torch
 from torch import nn
 
 from pytorch.config import CONFIGS
-from pytorch.decoder import BLANK, LABELS, decode_greedily
+from pytorch.ctc import BLANK, LABELS, ctc_loss, decode_greedily
 from pytorch.features import FREQUENCY_BINS
-from pytorch.learner import ctc_loss
 from pytorch.model import BLANK_LOGIT, DeepSpeech2, output_frames
 
 FRAMES = torch.tensor([61, 100, 33, 100, 7])

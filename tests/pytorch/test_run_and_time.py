@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pytorch.mlperf.logs import RunLog
 from tests.conftest import ROOT
+from tools.mlperf.logs import RunLog
 
 SMALL = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
 SCRIPT = ROOT / "pytorch" / "run_and_time.sh"
@@ -59,6 +59,6 @@ def test_of_several_processes_the_first_ones_log_is_reported(tones: Path, tmp_pa
 
 
 def test_a_timed_run_imports_nothing_of_the_report() -> None:
-    code = "import sys, pytorch.run_and_time; print([name for name in sys.modules if 'pytorch.report' in name])"
+    code = "import sys, pytorch.run_and_time; print([name for name in sys.modules if 'tools.report' in name])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout == "[]\n", run.stderr

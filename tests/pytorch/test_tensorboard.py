@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pytorch.config import RunError
+from pytorch.cli import RunError
 from pytorch.tensorboard import Scalars
 
 

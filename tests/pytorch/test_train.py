@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 
 from data.packed import open_dataset
-from pytorch import checkpoint, kernels, launch, learner, train
-from pytorch.batches import Utterances
-from pytorch.bench import made_up_batch
-from pytorch.command import PREEMPTED
-from pytorch.config import CONFIGS, Config, RunError
-from pytorch.learner import Learner, learning_rate
-from pytorch.mlperf.logs import RunLog
-from pytorch.ranks import Ranks
-from pytorch.validation import Evaluation, evaluate
+from pytorch import checkpoint, launch, train, trainer
+from pytorch.cli import PREEMPTED, RunError
+from pytorch.config import CONFIGS, Config
+from pytorch.distributed import Ranks
+from pytorch.evaluation import Evaluation, evaluate
+from pytorch.layers import kernels
+from pytorch.loader import Utterances
+from pytorch.optimizer import learning_rate
+from pytorch.trainer import Learner
 from tests.conftest import ROOT, write_packed_dataset
 from tests.processes import run_module_for_text
+from tools.bench import made_up_batch
+from tools.mlperf.logs import RunLog
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = ["--config", "synthetic", "--hidden-size", "16", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
@@ -447,8 +449,8 @@ def small_config(**changes: Any) -> Config:
 def infinite(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Says of each loss to come, the last first, whether it is to be infinite."""
     left: list[bool] = []
-    proper: Callable[..., Tensor] = learner.ctc_loss
-    monkeypatch.setattr(learner, "ctc_loss", lambda *given: proper(*given) * (math.inf if left.pop() else 1))
+    proper: Callable[..., Tensor] = trainer.ctc_loss
+    monkeypatch.setattr(trainer, "ctc_loss", lambda *given: proper(*given) * (math.inf if left.pop() else 1))
     return left
 
 

@@ -1,0 +1,52 @@
+"""What the commands have in common: how they end, and how they show that they go on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from data.packed import DataError
+
+
+class RunError(Exception):
+    """A fact that ends a run. The message is one line, complete for the user: the command line prints only that."""
+
+
+class Preempted(Exception):
+    """The system has asked the process to end, and what it did is saved and said."""
+
+
+class LostProcess(Exception):
+    """Another process of the run is gone or hangs. The message names it."""
+
+
+LOST = os.EX_IOERR  # 74
+PREEMPTED = os.EX_TEMPFAIL  # 75
+
+
+def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted") -> int:
+    """Do a command's work; its exit status: 0, 1 if it returned False or failed, 130 if interrupted, LOST or PREEMPTED.
+
+    What was raised is printed as one line.
+    """
+    try:
+        return 1 if work() is False else 0
+    except (RunError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except LostProcess as error:
+        print(f"error: {error}", file=sys.stderr)
+        return LOST
+    except Preempted:
+        return PREEMPTED
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+
+
+def progress_bar(title: str, total: int, initial: int = 0, *, shown: bool = True) -> tqdm:
+    """Progress with time left on standard error, gone when done; silent where that is no terminal."""
+    return tqdm(total=total, initial=initial, desc=title, leave=False, disable=None if shown else True, unit="batch")

@@ -1,0 +1,57 @@
+"""Labels, and greedy decoding of CTC outputs into transcripts (Graves et al., ICML 2006, best path decoding)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+BLANK = 0
+LABELS = "_'ABCDEFGHIJKLMNOPQRSTUVWXYZ "  # index 0 is CTC's blank; the others are the alphabet of transcripts
+
+_INDEX = {character: index for index, character in enumerate(LABELS) if index != BLANK}
+
+
+def encode(transcript: str) -> list[int]:
+    """Label indices of a transcript.
+
+    Raises:
+        ValueError: a character that has no label.
+    """
+    try:
+        return [_INDEX[character] for character in transcript]
+    except KeyError as error:
+        raise ValueError(f"character {error.args[0]!r} in transcript {transcript!r} has no label") from None
+
+
+def frames_needed(transcript: str) -> int:
+    """Fewest output frames in which CTC can spell the transcript: one a label, and a blank between equal neighbours."""
+    return len(transcript) + sum(a == b for a, b in pairwise(transcript))
+
+
+def decode_greedily(logits_TBV: Tensor, frames_B: Tensor) -> list[str]:
+    """Most probable label of each frame, repeats merged, blanks removed.
+
+    Args:
+        logits_TBV: any monotonic function of the label probabilities.
+        frames_B: valid frames of each utterance; what lies beyond is not looked at.
+    """
+    return spell(logits_TBV.argmax(dim=2).cpu(), frames_B)
+
+
+def spell(best_TB: Tensor, frames_B: Tensor) -> list[str]:
+    """Transcripts of the label index of each frame [T, B]: repeats merged, blanks removed."""
+    transcripts = []
+    for best_T, frames in zip(best_TB.T, frames_B.tolist(), strict=True):
+        merged = torch.unique_consecutive(best_T[:frames])
+        transcripts.append("".join(LABELS[index] for index in merged.tolist() if index != BLANK))
+    return transcripts
+
+
+def ctc_loss(logits_TBV: Tensor, frames_B: Tensor, targets: Tensor, target_lengths_B: Tensor) -> Tensor:
+    """CTC loss in float32: mean over utterances of the negative log-likelihood (nats) of each transcript."""
+    log_probabilities = logits_TBV.float().log_softmax(2)
+    total = functional.ctc_loss(log_probabilities, targets, frames_B, target_lengths_B, blank=BLANK, reduction="sum")
+    return total / len(frames_B)

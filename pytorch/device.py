@@ -1,0 +1,87 @@
+"""Where and how precisely to compute, and copies from there that nothing waits for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from pytorch.cli import RunError
+from pytorch.config import Precision
+from pytorch.layers import kernels
+
+NO_MEMORY = "can't allocate memory", "not enough memory", "Storage size calculation overflowed"  # on a CPU
+
+
+def choose_device(name: str, number: int = 0) -> torch.device:
+    """Device of that name; `auto` is the GPU of that number if there is one.
+
+    Raises:
+        RunError: there is no such device, or no GPU of that number.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise RunError(f"--device {name}: unknown; one of auto, cpu, cuda")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise RunError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu or auto")
+    if number >= torch.cuda.device_count():
+        raise RunError(
+            f"{number + 1} processes on this machine, one a GPU, of which it has {torch.cuda.device_count()}; "
+            "set NPROC_PER_NODE"
+        )
+    return torch.device(name, number)
+
+
+def work_on(device: torch.device) -> None:
+    """Make a GPU the one that this process means where none is named: for events, and for NCCL."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+@contextmanager
+def out_of_memory_is(advice: str) -> Iterator[None]:
+    """Turn any failure to find memory, on a GPU or a CPU, into an error that gives advice.
+
+    Raises:
+        RunError: there was not enough memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # a CPU's allocator raises a plain RuntimeError
+        no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not no_memory and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        raise RunError(advice) from error
+
+
+def choose_precision(name: Precision, device: torch.device) -> Precision:
+    """fp32 or bf16; `auto` is bf16 where the device multiplies it natively. Allows TF32 on a GPU."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = kernels.multiplies_bfloat16()
+    if name == "bf16" and not native:
+        print("--precision bf16: this device has no bf16 arithmetic, so fp32 would be faster", file=sys.stderr)
+    return name if name != "auto" else "bf16" if native else "fp32"
+
+
+def read_later(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the CPU. What is returned waits for that copy, not for what was started after it."""
+    if tensor.device.type == "cpu":
+        return lambda: tensor
+    copy = tensor.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def read() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return read

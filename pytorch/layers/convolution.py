@@ -1,0 +1,274 @@
+"""The 2-d convolutions of DeepSpeech2, over activations of shape [B, T, F, C]: time first, channels last.
+
+    conv = Convolution(1, 16, kernel=(41, 11), stride=(2, 2))    # (frequency, time); 'same' padding
+    outputs_BTFC = conv(features_BTFC)
+
+Parameters and state_dict are those of torch.nn.Conv2d on [B, C, F, T], and so are the results. On a GPU cuDNN computes
+them. On a CPU other forms of the same sums are faster than oneDNN's direct convolution (figures in BENCHMARKS.md):
+
+- One input channel: a matrix product. The input is unfolded along time only, so that the window of an output frequency
+  is one contiguous run; a few neighbouring outputs share a slightly longer run, whose weights form a band (Toeplitz)
+  matrix. The unfolded input is 11 times the input, not 451 times as with the usual im2col.
+- More channels: a product of Fourier transforms, of tiles of a few frames so that a tile's padding stays small. The
+  transforms are matrix products too.
+
+Under bfloat16 autocast both are computed in bfloat16, sums in float32, if the CPU multiplies that natively; else they
+stay in float32.
+
+Axes: B batch, T time, F frequency, C channels; N = B x T rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.amp import custom_bwd, custom_fwd
+
+from pytorch.layers import kernels
+
+# Columns of one matrix product of the unfolded input with up to 8 channels (with more channels it has more columns, for
+# as many frequencies). Products of fewer columns are slower; those of more multiply more zeros.
+COLUMNS, COLUMNS_IN_BFLOAT16 = 24, 48
+
+
+class Convolution(nn.Conv2d):
+    """'Same'-padded 2-d convolution without bias: it is always followed by a batch norm, which would take it out.
+
+    Args:
+        in_channels: C of the input.
+        out_channels: C of the output.
+        kernel: odd size along (frequency, time).
+        stride: along (frequency, time).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int]) -> None:
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        super().__init__(in_channels, out_channels, kernel, stride, padding, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve [B, T, F, C] to [B, T', F', C'], where T' and F' are T and F over the stride, rounded up."""
+        if input.device.type != "cpu":
+            return super().forward(input.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
+        dtype = torch.bfloat16 if kernels.rounds_to_bfloat16() and kernels.multiplies_bfloat16() else self.weight.dtype
+        input, weight = input.to(dtype), self.weight.to(dtype)
+        with torch.autocast("cpu", enabled=False):
+            if self.in_channels == 1:
+                return _UnfoldedConvolution.apply(input.squeeze(3), weight, self.stride)
+            return _FourierConvolution.apply(input, weight, self.stride[0])[:, :: self.stride[1]]
+
+
+class _UnfoldedConvolution(torch.autograd.Function):
+    """One input channel, as matrix products; no gradient of the input, which is the features."""
+
+    @staticmethod
+    @custom_fwd(device_type="cpu")
+    def forward(ctx, input_BTF: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(input_BTF, weight)
+        ctx.stride = stride
+        channels, frequencies = len(weight), -(-input_BTF.shape[2] // stride[0])
+        unfolded_NK, times = _unfold(input_BTF, weight.shape, stride)
+        output_NFC = input_BTF.new_empty(len(unfolded_NK), frequencies, channels)
+        for outputs, columns in _groups(frequencies, weight, stride):
+            band = _band(weight, outputs.stop - outputs.start, stride[0])
+            torch.mm(unfolded_NK[:, columns], band, out=output_NFC[:, outputs].flatten(1))
+        return output_NFC.view(len(input_BTF), times, frequencies, channels)
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    def backward(ctx, d_output_BTFC: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[no-untyped-def, override]
+        input_BTF, weight = ctx.saved_tensors
+        unfolded_NK, _ = _unfold(input_BTF, weight.shape, ctx.stride)
+        d_output_NFC = d_output_BTFC.contiguous().flatten(0, 1)
+        sums = torch.promote_types(weight.dtype, torch.float32)
+        d_weight_fkC = weight.new_zeros(*weight.shape[2:], len(weight), dtype=sums)
+        for outputs, columns in _groups(d_output_NFC.shape[1], weight, ctx.stride):
+            d_band = unfolded_NK[:, columns].t() @ d_output_NFC[:, outputs].flatten(1)
+            d_band = d_band.view(-1, weight.shape[3], outputs.stop - outputs.start, len(weight))
+            for position in range(d_band.shape[2]):
+                first = position * ctx.stride[0]
+                d_weight_fkC += d_band[first : first + weight.shape[2], :, position]
+        return None, d_weight_fkC.permute(2, 0, 1).unsqueeze(1), None
+
+
+def _unfold(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int]) -> tuple[Tensor, int]:
+    """Rows of one output frame each, with the kernel's frames of each padded frequency; and the number of frames T'."""
+    kernel_frequency, kernel_time = weight_shape[2:]
+    padded_BTF = nn.functional.pad(input_BTF, (kernel_frequency // 2,) * 2 + (kernel_time // 2,) * 2)
+    unfolded_BTFk = padded_BTF.unfold(1, kernel_time, stride[1])
+    return unfolded_BTFk.reshape(-1, padded_BTF.shape[2] * kernel_time), unfolded_BTFk.shape[1]
+
+
+def _groups(frequencies: int, weight: Tensor, stride: tuple[int, int]) -> list[tuple[slice, slice]]:
+    """Output frequencies of each matrix product, and the columns of the unfolded input that they need."""
+    channels, _, kernel_frequency, kernel_time = weight.shape
+    size = (COLUMNS_IN_BFLOAT16 if weight.dtype == torch.bfloat16 else COLUMNS) // min(channels, 8)
+    groups = []
+    for start in range(0, frequencies, size):
+        stop = min(start + size, frequencies)
+        last = (stop - 1) * stride[0] + kernel_frequency
+        groups.append((slice(start, stop), slice(start * stride[0] * kernel_time, last * kernel_time)))
+    return groups
+
+
+def _band(weight: Tensor, count: int, stride: int) -> Tensor:
+    """Weights of `count` neighbouring output frequencies: [columns, count x C], zero outside each one's window."""
+    channels, _, kernel_frequency, kernel_time = weight.shape
+    width = kernel_frequency + (count - 1) * stride
+    band = weight.new_zeros(width, kernel_time, count, channels)
+    for position in range(count):
+        first = position * stride
+        band[first : first + kernel_frequency, :, position] = weight[:, 0].permute(1, 2, 0)
+    return band.view(width * kernel_time, count * channels)
+
+
+class _FourierConvolution(torch.autograd.Function):
+    """Several input channels, stride 1 along time: products of Fourier transforms of overlapping tiles.
+
+    As many neighbouring frequencies as the stride become one row j of so many times the channels. Then the stride is 1,
+    a kernel of 21 frequencies has 11 rows q, and, without the padding,
+
+        output[t, j] = sum over k, q of weight[k, q] @ input[t + k, j + q]
+
+    Along time the output is cut into tiles of up to twice the kernel's frames, each computed from the frames of the
+    input that it needs (overlap-save). The transform along rows spans the whole axis. With exp(-2 pi i (u t + v j)) for
+    the bin of rates (u, v), taken at (t, j) for the input, at -(k, q) for the weight and at -(t, j) for the output,
+
+        output = real part of outputs^T (inputs(input) @ weights(weight)^T)
+
+    where inputs, weights and outputs are the three transforms. This is linear in the output's bins and in either
+    factor, so each gradient has the same form: a product of the bins of the other two, and a transposed transform.
+
+    Every bin is one complex matrix product over the channels, with a row for each tile. With 32 channels that and the
+    transforms take a tenth of the multiplications of the direct form.
+    """
+
+    @staticmethod
+    @custom_fwd(device_type="cpu")
+    def forward(ctx, input_BTFC: Tensor, weight: Tensor, stride: int) -> Tensor:  # type: ignore[no-untyped-def, override]
+        weight_CTFI = weight.permute(0, 3, 2, 1)  # its output channels are to the transform what a batch is
+        inputs, weights, outputs = ctx.transforms = _transforms(input_BTFC, weight_CTFI, stride)
+        input_bins, weight_bins = inputs(input_BTFC), weights(weight_CTFI)
+        ctx.save_for_backward(input_bins, weight_bins)
+        return outputs.transposed(_multiply(input_bins, weight_bins.mT))
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    def backward(ctx, d_output_BTFC: Tensor) -> tuple[Tensor | None, Tensor, None]:  # type: ignore[no-untyped-def, override]
+        inputs, weights, outputs = ctx.transforms
+        input_bins, weight_bins = ctx.saved_tensors
+        d_bins = outputs(d_output_BTFC)
+        d_weight_CTFI = weights.transposed(_multiply(d_bins.mT, input_bins))
+        d_input_BTFC = inputs.transposed(_multiply(d_bins, weight_bins)) if ctx.needs_input_grad[0] else None
+        return d_input_BTFC, d_weight_CTFI.permute(0, 3, 2, 1), None
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """Complex matrix products [2, bins, M, K] @ [2, bins, K, N]: the real parts come first, then the imaginary ones."""
+    product = left.new_empty(*left.shape[:3], right.shape[3])
+    torch.bmm(left[0], right[0], out=product[0]).baddbmm_(left[1], right[1], alpha=-1)
+    torch.bmm(left[0], right[1], out=product[1]).baddbmm_(left[1], right[0])
+    return product
+
+
+class _Transform:
+    """Fourier bins [2, bins, B x tiles, phases x C] (real, imaginary) of x [B, T, F, C], and the transposed map.
+
+    Both axes are products with matrices of cosines and sines. For so few points these take no longer than fast
+    transforms, and they leave the channels innermost, as the bins' products need them.
+
+    Args:
+        shape: of x.
+        time_waves: complex, [rates, frames of a tile].
+        row_waves: complex, [rates, rows].
+        dtype: of x and of the bins.
+        phases: neighbouring frequencies of one row.
+        padding: zeros before the first frame, and before the first frequency.
+        tiles: of each utterance.
+        step: frames from a tile's start to the next one's.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        time_waves: Tensor,
+        row_waves: Tensor,
+        dtype: torch.dtype,
+        *,
+        phases: int = 1,
+        padding: tuple[int, int] = (0, 0),
+        tiles: int = 1,
+        step: int,
+    ) -> None:
+        self.shape, self.phases, self.padding, self.tiles, self.step = shape, phases, padding, tiles, step
+        self.frames, self.rows = time_waves.shape[1], row_waves.shape[1]
+        # Along rows from real to (real, imaginary), along time from (real, imaginary) of each frame to that of bins.
+        self.of_rows = torch.cat((row_waves.real, row_waves.imag)).to(dtype)
+        of_real, of_imaginary = (torch.cat((x.real, x.imag)) for x in (time_waves, 1j * time_waves))
+        self.of_frames = torch.stack((of_real, of_imaginary), 2).flatten(1).to(dtype)
+        # The real part of (real, imaginary)^T bins: the imaginary part of the bins comes in negated.
+        self.of_bins = torch.cat((self.of_frames[: len(time_waves)], -self.of_frames[len(time_waves) :])).t()
+
+    def __call__(self, x_BTFC: Tensor) -> Tensor:
+        tiles_tjrc = self._cut(x_BTFC)
+        x = torch.bmm(self.of_rows.expand(self.frames, -1, -1), tiles_tjrc.flatten(2))
+        return torch.mm(self.of_frames, x.view(2 * self.frames, -1)).view(2, -1, *tiles_tjrc.shape[2:])
+
+    def transposed(self, bins: Tensor) -> Tensor:
+        """The real part of the transposed map."""
+        x = torch.mm(self.of_bins, bins.view(len(self.of_frames), -1))
+        x = torch.bmm(self.of_rows.t().expand(self.frames, -1, -1), x.view(self.frames, len(self.of_rows), -1))
+        return self._join(x)
+
+    def _cut(self, x_BTFC: Tensor) -> Tensor:
+        """Tiles [frames, rows, B x tiles, phases x C] of x and zeros around it."""
+        batch, time, frequencies, channels = self.shape
+        before, below = self.padding
+        after = (self.tiles - 1) * self.step + self.frames - before - time
+        above = self.rows * self.phases - below - frequencies
+        x = nn.functional.pad(x_BTFC, (0, 0, below, above, before, after))
+        tiles_brjct = x.view(batch, -1, self.rows, self.phases * channels).unfold(1, self.frames, self.step)
+        return tiles_brjct.permute(4, 2, 0, 1, 3).flatten(2, 3).contiguous()
+
+    def _join(self, tiles: Tensor) -> Tensor:
+        """The transpose of cutting: the sum of the tiles, each in its place."""
+        batch, time, frequencies, channels = self.shape
+        before, below = self.padding
+        blocks = [
+            x.permute(2, 3, 0, 1, 4) for x in tiles.view(self.frames, self.rows, batch, self.tiles, -1).split(self.step)
+        ]
+        x = tiles.new_empty(batch, self.tiles + len(blocks) - 1, self.step, self.rows, self.phases * channels)
+        x[:, : self.tiles], x[:, self.tiles :] = blocks[0], 0
+        for i, block in enumerate(blocks[1:], start=1):
+            x[:, i : i + self.tiles, : block.shape[2]] += block
+        x_BTFC = x.view(batch, -1, self.rows * self.phases, channels)
+        return x_BTFC[:, before : before + time, below : below + frequencies].contiguous()
+
+
+def _transforms(input_BTFC: Tensor, weight_CTFI: Tensor, stride: int) -> tuple[_Transform, _Transform, _Transform]:
+    """The transforms of input, weight and output."""
+    batch, time, frequencies, _ = input_BTFC.shape
+    channels, kernel_time, kernel_frequency, _ = weight_CTFI.shape
+    tiles = -(-time // (2 * kernel_time))
+    step = -(-time // tiles)
+    frames = step + kernel_time - 1
+    # Of the padding below the frequencies, whole rows need no zeros: instead, the weight's rows start so much earlier.
+    skipped, below = divmod(kernel_frequency // 2, stride)
+    rows, kernel_rows, output_rows = (-(-n // stride) for n in (below + frequencies, kernel_frequency, frequencies))
+    # So many that nothing wraps around. At half-integer rates two real rows give one complex bin, and none is real.
+    row_bins = -(-max(skipped + rows, output_rows + kernel_rows - 1 - skipped) // 2)
+
+    def waves(times: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        time_turns = torch.outer(torch.arange(frames), times).double() / frames
+        row_turns = torch.outer(torch.arange(row_bins) + 0.5, rows).double() / (2 * row_bins)
+        scale = (row_bins * frames) ** (-1 / 6)  # of either axis; every product is of three transforms
+        return scale * torch.exp(-2j * torch.pi * time_turns), scale * torch.exp(-2j * torch.pi * row_turns)
+
+    of_input = waves(torch.arange(frames), torch.arange(rows))
+    of_weight = waves(-torch.arange(kernel_time), skipped - torch.arange(kernel_rows))
+    of_output = waves(-torch.arange(step), -torch.arange(output_rows))
+    padding, dtype = (kernel_time // 2, below), weight_CTFI.dtype
+    return (
+        _Transform(input_BTFC.shape, *of_input, dtype, phases=stride, padding=padding, tiles=tiles, step=step),
+        _Transform(weight_CTFI.shape, *of_weight, dtype, phases=stride, step=kernel_time),
+        _Transform((batch, time, output_rows, channels), *of_output, dtype, tiles=tiles, step=step),
+    )

@@ -1,0 +1,123 @@
+"""The machine that a run is on: hardware, software, commit, and the operating system's page cache."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import shutil
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.packed import PackedDataset, content_files
+from pytorch.config import ROOT
+
+if TYPE_CHECKING:
+    import torch  # slow to import: not for those who only read logs
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Hardware and software of this machine that bear on a result."""
+    import torch
+
+    packages = "torch", "numpy", "mlperf-logging"
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "operating_system": platform.platform(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        "accelerators": 0,
+    }
+    if device.type == "cuda":
+        found["accelerators"] = torch.cuda.device_count()
+        found["accelerator"] = torch.cuda.get_device_name()
+        found["accelerator_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+        found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_state() -> tuple[str, bool | None]:
+    """Commit of this repository, and whether files differ from it; "unknown" and None without git or its folder."""
+    if told := os.environ.get("DEEPSPEECH2_COMMIT"):  # by docker/run-dev.sh: an image needs no git
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
+    if shutil.which("git") is None:
+        return "unknown", None
+    git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
+    answers = [
+        subprocess.run([*git, *command], capture_output=True, text=True)
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+    ]
+    if any(answer.returncode for answer in answers):
+        return "unknown", None
+    return answers[0].stdout.strip(), bool(answers[1].stdout.strip())
+
+
+def clear_cache(dataset: PackedDataset) -> str:
+    """Drop a data set from the operating system's page cache.
+
+    Returns:
+        Why that was not possible, for the first file of which some of it is still there; empty if nothing is.
+    """
+    if not hasattr(os, "posix_fadvise") or not hasattr(ctypes.CDLL(None), "mincore"):
+        return "this operating system offers no way to do so"
+    for name in content_files(dataset.subsets):
+        try:
+            if left := _drop(dataset.path / name):
+                return f"{left} pages of {name} are still cached: another process may be using it"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return ""
+
+
+def _drop(path: Path) -> int:
+    """Drop a file from the page cache; how many of its pages are still there.
+
+    A page that is just being read or written goes a moment later.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for _ in range(10):
+            os.fsync(descriptor)  # what is not yet on the disk is not dropped
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            if not (left := _cached_pages(descriptor)):
+                break
+            time.sleep(0.1)
+        return left
+    finally:
+        os.close(descriptor)
+
+
+def _cached_pages(descriptor: int) -> int:
+    """How many pages of a file are in memory. To read some of it, even without waiting, would bring them there."""
+    size = os.fstat(descriptor).st_size
+    if not size:
+        return 0
+    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as mapped:
+        start = np.frombuffer(mapped, np.uint8)
+        cached = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
+        library = ctypes.CDLL(None, use_errno=True)
+        failed = library.mincore(
+            ctypes.c_void_p(start.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(cached.ctypes.data)
+        )
+        del start  # else the mapping could not be closed
+        if failed:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return int(np.count_nonzero(cached & 1))

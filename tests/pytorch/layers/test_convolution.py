@@ -1,0 +1,98 @@
+import pytest
+import torch
+from torch import nn
+
+from pytorch.layers import kernels
+from pytorch.layers.convolution import Convolution
+
+SHAPES = [  # in, out, kernel, stride, frequencies
+    (1, 4, (41, 11), (2, 2), 161),
+    (1, 5, (7, 3), (1, 1), 10),
+    (4, 4, (21, 11), (2, 1), 81),
+    (3, 8, (5, 3), (2, 1), 12),
+    (2, 3, (7, 5), (3, 2), 11),
+    (2, 1, (1, 1), (1, 1), 1),
+]
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "kernel", "stride", "frequencies"), SHAPES)
+@pytest.mark.parametrize("time", [1, 2, 37])
+def test_convolution_and_its_gradients_equal_those_of_conv2d(
+    inputs: int, outputs: int, kernel: tuple[int, int], stride: tuple[int, int], frequencies: int, time: int
+) -> None:
+    torch.manual_seed(0)
+    convolution = Convolution(inputs, outputs, kernel, stride)
+    oracle = nn.Conv2d(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False).double()
+    oracle.load_state_dict(convolution.state_dict())
+    x_BTFC = torch.randn(3, time, frequencies, inputs, requires_grad=inputs > 1)
+    x_BCFT = x_BTFC.detach().double().permute(0, 3, 2, 1).requires_grad_()
+    ours, expected = convolution(x_BTFC), oracle(x_BCFT).permute(0, 3, 2, 1)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+    upstream = torch.randn_like(ours)
+    ours.backward(upstream)
+    expected.backward(upstream.double())
+    assert convolution.weight.grad is not None and oracle.weight.grad is not None and x_BCFT.grad is not None
+    torch.testing.assert_close(convolution.weight.grad.double(), oracle.weight.grad, rtol=1e-4, atol=1e-4)
+    if inputs > 1:
+        assert x_BTFC.grad is not None
+        torch.testing.assert_close(x_BTFC.grad.double().permute(0, 3, 2, 1), x_BCFT.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_output_is_contiguous_with_time_first_and_channels_last() -> None:
+    output = Convolution(1, 4, (41, 11), (2, 2))(torch.randn(2, 9, 161, 1))
+    assert output.shape == (2, 5, 81, 4)
+    assert output.is_contiguous()
+
+
+@pytest.mark.parametrize("time", [1, 8])
+def test_gradients_with_several_input_channels_are_those_of_finite_differences(time: int) -> None:
+    torch.manual_seed(0)
+    convolution = Convolution(2, 3, (5, 3), (2, 1)).double()
+    x_BTFC = torch.randn(2, time, 7, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x_BTFC, weight: torch.func.functional_call(convolution, {"weight": weight}, x_BTFC),
+        (x_BTFC, convolution.weight.detach().requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("padding", [1, 13, 60])
+def test_padding_changes_no_output(padding: int) -> None:
+    torch.manual_seed(0)
+    convolution = Convolution(4, 4, (21, 11), (2, 1))
+    x_BTFC = torch.randn(2, 50, 81, 4)
+    padded_BTFC = nn.functional.pad(x_BTFC, (0, 0, 0, 0, 0, padding))
+    torch.testing.assert_close(convolution(padded_BTFC)[:, :50], convolution(x_BTFC), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "kernel", "stride", "frequencies"), SHAPES)
+def test_under_bfloat16_autocast_it_is_off_by_rounding_alone(
+    inputs: int,
+    outputs: int,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    frequencies: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)  # where it does not, this is slow
+    torch.manual_seed(0)
+    convolution = Convolution(inputs, outputs, kernel, stride)
+    x_BTFC = torch.rand(2, 20, frequencies, inputs, requires_grad=inputs > 1)
+    expected = convolution(x_BTFC)
+    upstream = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, [convolution.weight, x_BTFC][: 1 + (inputs > 1)], upstream)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = convolution(x_BTFC)
+    assert output.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(output, [convolution.weight, x_BTFC][: 1 + (inputs > 1)], upstream.bfloat16())
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    for rounded, exact in zip((output, *gradients), (expected, *wanted), strict=True):
+        assert 1e-6 < (rounded - exact).norm() / exact.norm() < 0.015
+
+
+def test_a_cpu_that_does_not_multiply_bfloat16_convolves_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    convolution, x_BTFC = Convolution(4, 4, (21, 11), (2, 1)), torch.randn(2, 9, 81, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = convolution(x_BTFC.bfloat16())
+    assert torch.equal(output, convolution(x_BTFC.bfloat16().float()))

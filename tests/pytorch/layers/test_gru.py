@@ -1,0 +1,178 @@
+"""The GRU layer against nn.GRU in float64: with the kernel and with the loop in Python, on a CPU and on CUDA."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from pytorch.layers.gru import GRU
+
+INPUTS = 7
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On tensors this small, more threads are slower; one test takes more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pack(lengths: list[int], dtype: torch.dtype = torch.float32, device: str = "cpu") -> PackedSequence:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    inputs_TBI = torch.randn(max(lengths), len(lengths), INPUTS, generator=generator).to(device, dtype)
+    return pack_padded_sequence(inputs_TBI, torch.tensor(lengths), enforce_sorted=False)
+
+
+def run(layer: nn.GRU, sequence: PackedSequence) -> tuple[Tensor, ...]:
+    """Outputs, and the gradients of inputs and parameters for some gradient of the outputs."""
+    data = sequence.data.detach().clone().requires_grad_()
+    packed = PackedSequence(data, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
+    if isinstance(layer, GRU):
+        outputs_NH = layer(packed).data
+    else:
+        outputs_NH = layer(packed)[0].data.unflatten(1, (-1, layer.hidden_size)).sum(1)
+    d_outputs_NH = torch.randn(outputs_NH.shape, generator=torch.Generator().manual_seed(0)).to(outputs_NH)
+    return outputs_NH.detach(), *torch.autograd.grad(outputs_NH, [data, *layer.parameters()], d_outputs_NH)
+
+
+def assert_like_stock(lengths: list[int], hidden_size: int, bidirectional: bool = True, device: str = "cpu") -> None:
+    torch.manual_seed(0)
+    layer = GRU(INPUTS, hidden_size, bidirectional).to(device)
+    stock = nn.GRU(INPUTS, hidden_size, bidirectional=bidirectional).double()
+    stock.load_state_dict(layer.state_dict())
+    actual, expected = run(layer, pack(lengths, device=device)), run(stock, pack(lengths, torch.float64))
+    assert len(actual) == len(expected) == 2 + len(list(stock.parameters()))
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape and a.dtype == torch.float32
+        assert (a.cpu().double() - e).abs().max() <= 2e-6 * max(1.0, e.abs().max().item())
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("hidden_size", [1, 5, 8, 17, 24, 50, 96])
+def test_outputs_and_gradients_are_those_of_stock_gru_for_any_hidden_size(
+    hidden_size: int, bidirectional: bool, cpu_path: str
+) -> None:
+    assert_like_stock([23, 20, 20, 17, 11, 10, 4, 3, 1], hidden_size, bidirectional)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [30], [1, 1, 1], [9] * 5, [5, 1], [12, 12, 12, 12, 1, 1, 1], [3, 9, 7]], ids=str
+)
+def test_outputs_and_gradients_are_those_of_stock_gru_for_any_lengths(lengths: list[int], cpu_path: str) -> None:
+    assert_like_stock(lengths, 24)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.integers(1, 60), st.booleans())
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_outputs_and_gradients_are_those_of_stock_gru_for_random_shapes(
+    cpu_path: str, lengths: list[int], hidden_size: int, bidirectional: bool
+) -> None:
+    assert_like_stock(lengths, hidden_size, bidirectional)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_the_number_of_threads_does_not_matter(bidirectional: bool, cpu_path: str) -> None:
+    for count in (1, 2, 3, 5, 8):
+        torch.set_num_threads(count)
+        assert_like_stock([9, 8, 8, 5, 2], 50, bidirectional)
+
+
+def test_gradients_in_float64_are_those_of_finite_differences() -> None:
+    torch.manual_seed(0)
+    layer, sequence = GRU(INPUTS, 3).double(), pack([4, 3, 1], torch.float64)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def outputs_NH(data: Tensor, *parameters: Tensor) -> Tensor:
+        packed = PackedSequence(data, sequence.batch_sizes)
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (packed,)).data
+
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
+    assert torch.autograd.gradcheck(outputs_NH, (sequence.data.requires_grad_(), *parameters))
+
+
+def test_the_same_input_gives_the_same_bits(cpu_path: str) -> None:
+    torch.manual_seed(0)
+    layer, sequence = GRU(INPUTS, 50), pack([40, 33, 30, 21, 9])
+    expected = run(layer, sequence)
+    for _ in range(5):
+        assert all(map(torch.equal, run(layer, sequence), expected))
+
+
+def test_an_utterance_does_not_depend_on_what_else_is_in_the_batch(cpu_path: str) -> None:
+    torch.manual_seed(0)
+    layer, lengths = GRU(INPUTS, 40), [30, 28, 17, 16, 9, 2]
+    inputs_TBI = torch.randn(max(lengths), len(lengths), INPUTS)
+    outputs_TBH, _ = pad_packed_sequence(layer(pack_padded_sequence(inputs_TBI, torch.tensor(lengths))))
+    for b, length in enumerate(lengths):
+        alone = layer(pack_padded_sequence(inputs_TBI[:length, b : b + 1], torch.tensor([length])))
+        torch.testing.assert_close(outputs_TBH[:length, b], alone.data, rtol=0, atol=1e-6)
+
+
+def test_inference_gives_what_training_gives(cpu_path: str) -> None:
+    torch.manual_seed(0)
+    layer, sequence = GRU(INPUTS, 29), pack([12, 9, 9, 4])
+    training = layer(sequence).data
+    assert training.requires_grad
+    with torch.no_grad():
+        assert torch.equal(layer(sequence).data, training)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients(cpu_path: str) -> None:
+    layer, sequence = GRU(INPUTS, 9), pack([5, 3])
+    loss = layer(sequence).data.square().sum()
+    first = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
+    assert all(map(torch.equal, torch.autograd.grad(loss, list(layer.parameters())), first))
+
+
+def test_what_is_not_finite_stays_so(cpu_path: str) -> None:
+    layer, sequence = GRU(INPUTS, 16), pack([6, 4])
+    sequence.data[2, 3] = float("nan")
+    assert layer(sequence).data[2].isnan().all()
+
+
+def test_large_inputs_saturate_the_gates(cpu_path: str) -> None:
+    layer, sequence = GRU(INPUTS, 16), pack([6, 4])
+    outputs, *gradients = run(layer, sequence._replace(data=sequence.data * 1e4))
+    assert outputs.abs().max() <= 2 and all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("hidden_size", [5, 17, 50, 96])
+def test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size: int, bidirectional: bool, cpu_path: str) -> None:
+    torch.manual_seed(0)
+    layer = GRU(INPUTS, hidden_size, bidirectional)
+    stock = nn.GRU(INPUTS, hidden_size, bidirectional=bidirectional).double()
+    stock.load_state_dict(layer.state_dict())
+    lengths = [23, 20, 20, 17, 11, 10, 4, 3, 1]
+    expected = run(stock, pack(lengths, torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(layer, pack(lengths))
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert 1e-5 < (a - e).norm() / e.norm() < 1e-2  # one rounding: up to 2 ** -9 = 2e-3
+
+
+def test_state_dicts_are_those_of_stock_gru() -> None:
+    layer, stock = GRU(INPUTS, 6), nn.GRU(INPUTS, 6, bidirectional=True)
+    layer.load_state_dict(stock.state_dict())
+    stock.load_state_dict(layer.state_dict())
+    assert list(layer.state_dict()) == list(stock.state_dict())
+
+
+def test_the_order_of_the_batch_is_kept() -> None:
+    packed = pack([3, 9, 7])
+    outputs = GRU(INPUTS, 4)(packed)
+    assert outputs.batch_sizes is packed.batch_sizes
+    assert outputs.sorted_indices is packed.sorted_indices and outputs.unsorted_indices is packed.unsorted_indices
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_what_stock_gru_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert_like_stock([23, 20, 11, 4, 1], 24, device="cuda")

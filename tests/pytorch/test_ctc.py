@@ -1,0 +1,48 @@
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.packed import TRANSCRIPT_CHARACTERS
+from pytorch.ctc import BLANK, LABELS, decode_greedily, encode, frames_needed
+
+
+def logits_for(paths: list[list[int]]) -> torch.Tensor:
+    """Logits [T, B, V] whose most probable labels are the given paths, padded with label 5."""
+    longest = max(map(len, paths))
+    padded = torch.tensor([path + [5] * (longest - len(path)) for path in paths])
+    return torch.nn.functional.one_hot(padded, len(LABELS)).float().transpose(0, 1)
+
+
+def test_labels_are_the_blank_and_the_characters_of_transcripts() -> None:
+    assert LABELS[BLANK] == "_"
+    assert LABELS[1:] == TRANSCRIPT_CHARACTERS
+    assert len(LABELS) == 29
+
+
+def test_greedy_decoding_merges_repeats_and_then_drops_blanks() -> None:
+    path = [LABELS.index(character) for character in "__HHH_EE_LL_LLO__ _"]
+    assert decode_greedily(logits_for([path]), torch.tensor([len(path)])) == ["HELLO "]
+
+
+def test_frames_beyond_an_utterances_end_are_not_decoded() -> None:
+    paths = [encode("AB"), encode("ABCD")]
+    assert decode_greedily(logits_for(paths), torch.tensor([2, 4])) == ["AB", "ABCD"]
+
+
+@given(st.text(alphabet=TRANSCRIPT_CHARACTERS, min_size=1, max_size=20))
+def test_a_transcript_spelled_with_the_fewest_frames_decodes_to_itself(transcript: str) -> None:
+    labels = encode(transcript)
+    path = labels[:1]
+    for previous, label in pairwise(labels):
+        path += [BLANK, label] if previous == label else [label]
+    assert len(path) == frames_needed(transcript)
+    assert decode_greedily(logits_for([path]), torch.tensor([len(path)])) == [transcript]
+
+
+@pytest.mark.parametrize("transcript", ["é", "a", "1", "A-B", "_"])
+def test_a_character_without_a_label_is_refused_by_name(transcript: str) -> None:
+    with pytest.raises(ValueError, match="has no label"):
+        encode(transcript)

@@ -1,0 +1,135 @@
+import dataclasses
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.packed import open_dataset
+from data.prepare import alignable
+from pytorch.config import CONFIGS
+from pytorch.ctc import LABELS
+from pytorch.loader import Batch, Utterances, make_batch, plan_epoch, prefetch, split_by_size, split_evenly
+
+CONFIG = CONFIGS["synthetic"]
+
+
+@pytest.fixture(scope="module")
+def utterances(tones: Path) -> Utterances:
+    return Utterances(open_dataset(tones).split("train"))
+
+
+def epoch(utterances: Utterances, number: int, seed: int = 1) -> list[list[int]]:
+    plan = plan_epoch(utterances, np.arange(len(utterances)), 4, seed, number)
+    return [batch.tolist() for batch in plan]
+
+
+def test_utterances_of_several_subsets_are_one_sequence_by_length(tones: Path) -> None:
+    dataset = open_dataset(tones)
+    both = Utterances(dataset.split("train") + dataset.split("validation"))
+    assert len(both) == 28
+    assert (np.diff(both.samples) >= 0).all()
+    assert [len(both.waveform(index)) for index in range(28)] == both.samples.tolist()
+    assert len({both.id(index) for index in range(28)}) == 28
+
+
+def test_the_first_epoch_is_in_order_of_length(utterances: Utterances) -> None:
+    assert list(chain(*epoch(utterances, 1))) == list(range(21))
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_every_epoch_has_every_utterance_once(utterances: Utterances, number: int) -> None:
+    batches = epoch(utterances, number)
+    assert sorted(chain(*batches)) == list(range(21))
+    assert sorted(map(len, batches)) == [3, 3, 3, 4, 4, 4]
+
+
+def test_later_epochs_are_shuffled_by_seed_and_epoch_alone(utterances: Utterances) -> None:
+    assert epoch(utterances, 2) == epoch(utterances, 2)
+    assert epoch(utterances, 2) != epoch(utterances, 3)
+    assert epoch(utterances, 2) != epoch(utterances, 2, seed=2)
+
+
+def test_batches_of_later_epochs_hold_utterances_of_like_length(utterances: Utterances) -> None:
+    for batch in epoch(utterances, 2):
+        lengths = utterances.samples[batch]
+        assert lengths.max() / lengths.min() < 2
+
+
+def test_a_batch_holds_the_samples_and_transcripts_of_its_utterances(utterances: Utterances) -> None:
+    batch = make_batch(utterances, np.array([20, 0, 7]))
+    assert batch.augmentation is None
+    assert batch.waveforms_BS.shape == (3, utterances.samples[20])
+    position = 0
+    for row, index in enumerate(batch.indices):
+        length = int(batch.samples_B[row])
+        assert np.array_equal(batch.waveforms_BS[row, :length].numpy(), utterances.waveform(index))
+        assert batch.waveforms_BS[row, length:].abs().sum() == 0
+        labels = batch.targets[position : position + int(batch.target_lengths_B[row])]
+        assert "".join(LABELS[label] for label in labels) == utterances.transcript(index) == batch.transcripts[row]
+        position += len(labels)
+    assert position == len(batch.targets)
+
+
+def test_an_utterance_is_augmented_alike_in_any_batch_and_anew_in_each_epoch(utterances: Utterances) -> None:
+    def tempo(indices: list[int], epoch: int) -> list[float]:
+        drawn = make_batch(utterances, np.array(indices), augment=(CONFIG, epoch)).augmentation
+        assert drawn is not None
+        return drawn.tempo.tolist()
+
+    assert tempo([3, 9], 2)[1] == tempo([9], 2)[0]
+    assert tempo([9], 2) != tempo([9], 3)
+
+
+def test_utterances_too_short_for_their_transcripts_are_found(utterances: Utterances) -> None:
+    assert utterances.alignable().all()
+    short = dataclasses.replace(utterances.subsets[0], transcripts=["A" * 200] * 21)
+    assert not Utterances([short]).alignable().any()
+
+
+def test_preparation_and_training_agree_on_what_ctc_can_align(utterances: Utterances) -> None:
+    for length in range(1, 70):
+        transcripts = [("AAB" * length)[:length]] * 21
+        changed = Utterances([dataclasses.replace(utterances.subsets[0], transcripts=transcripts)])
+        expected = [alignable(int(samples), transcripts[0]) for samples in changed.samples]
+        assert changed.alignable().tolist() == expected
+
+
+def test_augmentation_never_makes_an_utterance_too_short_for_its_transcript(utterances: Utterances) -> None:
+    frames = (utterances.samples // 160 // 2 + 1).tolist()
+    tight = dataclasses.replace(utterances.subsets[0], transcripts=["AB" * (count // 2) for count in frames])
+    fast = dataclasses.replace(CONFIG, tempo_min=1.5, tempo_max=2.0)
+    drawn = make_batch(Utterances([tight]), np.arange(21), augment=(fast, 1)).augmentation
+    assert drawn is not None
+    for tempo, samples, transcript in zip(drawn.tempo, utterances.samples, tight.transcripts, strict=True):
+        new_frames = int((samples // 160) / tempo) + 1
+        assert (new_frames - 1) // 2 + 1 >= len(transcript)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40).map(sorted), st.integers(1, 200))
+def test_batches_by_size_hold_every_utterance_once_and_as_many_as_fit(samples: list[int], capacity: int) -> None:
+    batches = [batch.tolist() for batch in split_by_size(np.array(samples), capacity)]
+    assert list(chain(*batches)) == list(range(len(samples)))
+    for batch, following in zip(batches, [*batches[1:], []], strict=True):
+        assert len(batch) == 1 or len(batch) * samples[batch[-1]] <= capacity
+        assert not following or (len(batch) + 1) * samples[following[0]] > capacity
+
+
+def test_prefetching_keeps_the_order_and_passes_errors_on(utterances: Utterances) -> None:
+    plan = split_evenly(np.arange(21), 2)
+    assert [batch.indices.tolist() for batch in prefetch(plan, lambda i: make_batch(utterances, i))] == [
+        indices.tolist() for indices in plan
+    ]
+
+    def fail(indices: np.ndarray) -> Batch:
+        raise OSError("disk gone")
+
+    with pytest.raises(OSError, match="disk gone"):
+        next(iter(prefetch(plan, fail)))
+
+
+def test_waveforms_reach_the_batch_as_int16(utterances: Utterances) -> None:
+    assert make_batch(utterances, np.array([0])).waveforms_BS.dtype == torch.int16

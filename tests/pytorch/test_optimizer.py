@@ -1,0 +1,82 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pytorch.optimizer import COEFFICIENTS, ITERATIONS, MOMENTUM, ROOT_MEAN_SQUARE, Muon, orthogonal
+
+LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-2, (0.9, 0.98), 0.1
+
+
+def parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def set_gradients(weights: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 40), (2, 40, 24), (1, 1, 7)])
+def test_singular_values_become_about_one_and_singular_vectors_stay(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    left, before, right = torch.linalg.svd(matrices, full_matrices=False)
+    after = left.mT @ orthogonal(matrices) @ right.mT
+    expected = before / before.norm(dim=1, keepdim=True)
+    is_large = expected > 1 / 40
+    for _ in range(ITERATIONS):
+        expected = sum(number * expected**power for number, power in zip(COEFFICIENTS, (1, 3, 5), strict=True))
+    assert torch.allclose(after, torch.diag_embed(expected), atol=1e-4)
+    assert expected[is_large].min() > 0.5
+    assert expected.max() < 1.3
+
+
+def test_a_matrix_of_zeros_stays_one() -> None:
+    assert torch.equal(orthogonal(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
+
+
+@pytest.mark.parametrize("shape", [(48, 24), (48, 8)])
+def test_each_gate_moves_as_under_torch_s_muon_and_all_else_as_under_adamw(shape: tuple[int, int]) -> None:
+    (gates, other), (same_other,) = parameters(shape, (7,)), parameters(shape, (7,))[1:]
+    separate = [nn.Parameter(gate.detach().clone()) for gate in gates.chunk(3)]
+    muon = Muon([gates], [other], LEARNING_RATE, BETAS, WEIGHT_DECAY)
+    faster = ROOT_MEAN_SQUARE / 0.2  # the latter is what match_rms_adamw stands for
+    theirs = torch.optim.Muon(
+        separate,
+        LEARNING_RATE * faster,
+        WEIGHT_DECAY / faster,
+        MOMENTUM,
+        ns_steps=ITERATIONS,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adamw = torch.optim.AdamW([same_other], LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    start = gates.detach().clone()
+    for step in range(3):
+        set_gradients([gates, other], step)
+        same_other.grad = other.grad
+        assert gates.grad is not None
+        for weight, gradient in zip(separate, gates.grad.chunk(3), strict=True):
+            weight.grad = gradient.clone()
+        for optimizer in (muon, theirs, adamw):
+            optimizer.step()
+    assert torch.equal(other, same_other)
+    moved, expected = gates.detach() - start, torch.cat([*separate]).detach() - start
+    assert (moved - expected).norm() < 0.02 * expected.norm()  # torch's rounds to bfloat16
+
+
+def test_a_step_that_is_left_out_changes_nothing_and_leaves_no_trace() -> None:
+    def run(found: list[int]) -> list[Tensor]:
+        weights = parameters((12, 4), (3,))
+        muon = Muon(weights[:1], weights[1:], LEARNING_RATE, BETAS, WEIGHT_DECAY)
+        for number in found:
+            set_gradients(weights, 0)
+            if number:
+                for weight in weights:
+                    assert weight.grad is not None
+                    weight.grad.fill_(float("nan"))
+            muon.found_inf = torch.tensor(float(number))  # type: ignore[attr-defined]
+            muon.step()
+        return [*weights, *(value for state in muon.state.values() for value in state.values())]
+
+    assert all(map(torch.equal, run([0, 0]), run([1, 0, 1, 0])))

@@ -1,0 +1,104 @@
+"""Which folder and module may import which: `ls` explains the benchmark only as long as these rules hold."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# A module of pytorch/ imports only from rows above its own.
+LAYERS = [
+    ["cli", "metrics"],
+    ["config", "ctc", "distributed", "layers.kernels"],
+    ["features", "machine", "device", "layers.batch_norm", "layers.convolution", "layers.gru"],
+    ["model", "checkpoint", "mllog", "tensorboard"],
+    ["loader", "optimizer"],
+    ["trainer"],
+    ["evaluation"],
+    ["train"],
+    ["launch"],
+    ["run_and_time"],
+]
+DATA_FOR_PYTORCH = {"data.packed", "data.files"}
+PACKAGES = {  # third parties of a timed run; README.md says what each is for
+    "torch",
+    "torchaudio",
+    "numpy",
+    "Levenshtein",
+    "tqdm",
+    "tyro",
+    "mlperf_logging",
+}
+COMMANDS_OF_TOOLS = {"tools.evaluate", "tools.transcribe", "tools.bench", "tools.language_model.tune"}
+
+MODULES = sorted(path for folder in ("data", "pytorch", "tools") for path in (ROOT / folder).rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path, source: str) -> Iterator[str]:
+    """Modules that a file imports, those inside of functions and of `if TYPE_CHECKING` too."""
+    for node in ast.walk(ast.parse(source, str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{path}:{node.lineno} is a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [name for name in names if any((ROOT / Path(*name.split("."))).glob("__init__.py"))]
+            modules += [name for name in names if (ROOT / Path(*name.split("."))).with_suffix(".py").exists()]
+            yield from modules or [node.module]
+
+
+def layer_of(module: str) -> int:
+    inside = module.removeprefix("pytorch.")
+    return next(number for number, row in enumerate(LAYERS) if inside in row)
+
+
+def violations(path: Path, source: str) -> list[str]:
+    module = name_of(path)
+    found = []
+    for imported in set(imports(path, source)):
+        top = imported.split(".")[0]
+        ours = top in ("data", "pytorch", "tools", "tests")
+        allowed = {"data": {"data"}, "pytorch": {"data", "pytorch"}, "tools": {"data", "pytorch", "tools"}}
+        if ours and top not in allowed[module.split(".")[0]]:
+            found.append(f"{module} imports {imported}: a higher folder")
+        elif module.startswith("data") and top in ("torch", "torchaudio"):
+            found.append(f"{module} imports {imported}: data/ knows no framework")
+        elif module.startswith("pytorch.") and top == "data" and imported not in DATA_FOR_PYTORCH:
+            found.append(f"{module} imports {imported}: pytorch/ reads the packed data set alone")
+        elif module.startswith("pytorch.") and not ours and top not in {*PACKAGES, *sys.stdlib_module_names}:
+            found.append(f"{module} imports {imported}: not one of a timed run's packages")
+        elif module.startswith("pytorch.") and top == "pytorch" and layer_of(imported) >= layer_of(module):
+            found.append(f"{module} imports {imported}, which is no lower layer")
+        elif module.startswith("tools.") and imported in COMMANDS_OF_TOOLS:
+            found.append(f"{module} imports {imported}: a command of its own")
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_a_module_imports_only_from_below(path: Path) -> None:
+    assert violations(path, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "statement"),
+    [
+        ("data/packed.py", "import pytorch.config"),
+        ("data/prepare.py", "import torch"),
+        ("pytorch/train.py", "from tools import evaluate"),
+        ("pytorch/model.py", "def late():\n    from data.corpora import CORPORA"),
+        ("pytorch/metrics.py", "from pytorch.config import Config"),
+        ("pytorch/features.py", "import soundfile"),
+        ("tools/bench.py", "from tools.evaluate import main"),
+    ],
+)
+def test_an_import_from_above_is_found(module: str, statement: str) -> None:
+    assert len(violations(ROOT / module, statement)) == 1

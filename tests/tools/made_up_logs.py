@@ -1,0 +1,72 @@
+"""Logs of runs that never were, with all that the report shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pytorch.config import CONFIGS
+from tests.tools.forged import Forged, made_up
+
+SUBSETS = ("dev-clean", "dev-other")
+SAID = [
+    ("THE CAT SAT ON THE MAT", "A DOG"),
+    ("HE CAME HOME", "HE COME HOME"),
+    ("IT WAS LATE", "IT WAS VERY LATE"),
+    ("SHE DID NOT ANSWER", "SHE DID ANSWER"),
+    ("GOOD NIGHT", "GOOD NIGHT"),
+    ("SO THEY SAY", "SO THEY SAY"),
+]
+
+
+def add(log: Forged, after: str, key: str, value: Any, number: int = 0, seconds: float = 0.0, **metadata: Any) -> None:
+    """Put an event behind one of a log's events, and move what follows by so many seconds."""
+    position = log.positions(after)[number]
+    before = log.events[position]
+    for event in log.events[position + 1 :]:
+        event["time_ms"] += round(1000 * seconds)
+    added = {"key": key, "value": value, "metadata": metadata, "time_ms": before["time_ms"] + round(1000 * seconds)}
+    log.events.insert(position + 1, {**before, **added})
+
+
+def made_up_log(
+    *,
+    seed: int = 1,
+    epochs: int = 3,
+    steps: int = 40,
+    reached: bool = True,
+    said: list[tuple[str, str]] = SAID,
+    config: dict[str, Any] | None = None,
+    dirty: bool = False,
+    cleared: bool = True,
+    resumed: float | None = None,
+    official: bool = True,
+    synthetic: bool = False,
+) -> Forged:
+    """A run of so many epochs of so many steps each: 20 s of training, 10 s of evaluation, 0.5 s for a checkpoint."""
+    wers = [(15 if reached else 30) + 60 * (1 - epoch / epochs) for epoch in range(1, epochs + 1)]
+    log = made_up(
+        dataclasses.replace(CONFIGS["librispeech"], seed=seed, batch_size=8),
+        wers=wers,
+        train_samples=8 * steps,
+        validation=dict.fromkeys(SUBSETS, 100),
+        seconds_of_epoch=20.0,
+    )
+    log.edit("configuration", **(config or {}))
+    log.edit("train_samples", 281241)
+    log.edit("dataset", official_archives=official, synthetic=synthetic)
+    log.edit("git_commit", ("0123456789abcdef" * 3)[:40], uncommitted_changes=dirty)
+    if not cleared:
+        log.edit("cache_clear", False, reason="audio.npy is still cached")
+    if resumed is not None:
+        add(log, "git_commit", "resumed", True, elapsed_seconds=resumed)
+    add(log, "git_commit", "checkpoint", 0.5, step_num=0)  # before the clock starts
+    for number in range(epochs):
+        other = log.events[log.positions("validation_errors")[3 * number + 2]]["metadata"]
+        other["word_errors"] += 20  # of 1000
+        if number < epochs - 1:
+            add(log, "eval_stop", "checkpoint", 0.5, number, 0.5, step_num=steps * (number + 1))
+    for number, (reference, hypothesis) in reversed(list(enumerate(said))):
+        words: dict[str, Any] = {"reference": reference, "hypothesis": hypothesis, "wer": 50.0}
+        add(log, "run_stop", "transcript", f"84-{number:04d}", subset=SUBSETS[number % 2], **words)
+    return log

@@ -1,0 +1,197 @@
+"""Evaluation of a trained model, by the command that a user types."""
+
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import pytest
+
+from tests.processes import run_module_for_text
+from tests.pytorch.test_train import small_run
+from tests.tools.conftest import Trained
+from tools.evaluate import Edits, Recognised, bootstrap_intervals, count_edits, score
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_module_for_text("tools.evaluate", *arguments)
+
+
+def summary(folder: Path) -> dict[str, dict[str, object]]:
+    return json.loads((folder / "summary.json").read_text())["scores"]
+
+
+def pairs(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "utterances.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of one epoch, which makes many errors."""
+    folder = tmp_path_factory.mktemp("untrained")
+    assert small_run(tones, folder, "--max-epochs", "1", "--target-wer", "1000").returncode == 0
+    return folder / "checkpoint_best.pt"
+
+
+@pytest.fixture(scope="module")
+def evaluated(tones: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    run = command(checkpoint, "--dataset-dir", tones, "--split", "tones-train,tones-validation", "--output", folder)
+    assert run.returncode == 0, run.stderr
+    assert "tones-train" in run.stdout
+    assert "real-time factor" in run.stdout
+    return folder
+
+
+def test_the_figures_of_each_subset_and_of_all_equal_those_of_jiwer(evaluated: Path) -> None:
+    everything = pairs(evaluated)
+    assert len(everything) == 28
+    for name, figures in summary(evaluated).items():
+        chosen = [pair for pair in everything if name in ("all", pair["subset"])]
+        references, hypotheses = ([pair[side] for pair in chosen] for side in ("reference", "hypothesis"))
+        words, characters = (
+            jiwer.process_words(references, hypotheses),
+            jiwer.process_characters(references, hypotheses),
+        )
+        assert figures["wer"] == pytest.approx(100 * words.wer)
+        assert figures["cer"] == pytest.approx(100 * characters.cer)
+        for edits, measured in (("word_edits", words), ("character_edits", characters)):
+            expected = {kind: getattr(measured, kind) for kind in ("insertions", "deletions", "substitutions")}
+            assert figures[edits] == expected
+        each = [jiwer.wer(reference, hypothesis) for reference, hypothesis in zip(references, hypotheses, strict=True)]
+        assert figures["mean_utterance_wer"] == pytest.approx(100 * np.mean(each))
+
+
+def test_a_trained_model_has_the_error_rate_that_its_training_logged(trained: Trained, tmp_path: Path) -> None:
+    run = command(trained.checkpoint, "--dataset-dir", trained.dataset, "--output", tmp_path)
+    assert run.returncode == 0, run.stderr
+    import torch
+
+    logged = torch.load(trained.checkpoint, weights_only=True)["progress"]["best_wer"]
+    assert summary(tmp_path)["all"]["wer"] == pytest.approx(logged)
+    assert logged < 5
+
+
+@pytest.mark.parametrize("options", [["--batch-size", "1"], ["--batch-size", "28"]])
+def test_the_batch_size_changes_nothing(
+    options: list[str], tones: Path, checkpoint: Path, evaluated: Path, tmp_path: Path
+) -> None:
+    subsets = "tones-train,tones-validation"
+    assert not command(
+        checkpoint, "--dataset-dir", tones, "--split", subsets, "--output", tmp_path, *options
+    ).returncode
+    assert pairs(tmp_path) == pairs(evaluated)
+
+
+def test_two_processes_report_the_same_as_one_and_recognise_each_utterance_once(
+    tones: Path, checkpoint: Path, evaluated: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m"]
+    subsets = "tones-train,tones-validation"
+    options: list[str | Path] = ["--dataset-dir", tones, "--split", subsets, "--batch-size", "3", "--output", tmp_path]
+    run = run_module_for_text(*torchrun, "tools.evaluate", checkpoint, *options)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("real-time factor") == 1
+    assert pairs(tmp_path) == pairs(evaluated)
+    assert summary(tmp_path) == summary(evaluated)
+
+
+def test_transcription_files_hold_every_pair_under_ids_that_begin_with_the_speaker(evaluated: Path) -> None:
+    expected = [pair for pair in pairs(evaluated) if pair["subset"] == "tones-validation"]
+    for side, key in (("ref", "reference"), ("hyp", "hypothesis")):
+        lines = (evaluated / f"tones-validation.{side}.trn").read_text().splitlines()
+        assert lines == [f"{pair[key]} (1-{pair['id']})" for pair in expected]
+    assert not list(evaluated.glob("*.partial"))
+
+
+def test_edits_are_told_apart() -> None:
+    pairs = [(["A", "B", "C"], ["A", "X", "B"]), (["A"], []), (["A", "B"], ["A", "D"])]
+    assert count_edits(pairs) == Edits(insertions=1, deletions=2, substitutions=1)
+
+
+def test_bootstrap_intervals_cover_the_rate_and_shrink_with_the_square_root_of_the_utterances() -> None:
+    random = np.random.default_rng(1)
+
+    def interval(utterances: int) -> tuple[float, float]:
+        words = random.integers(5, 15, utterances)
+        errors = random.binomial(words, 0.2)
+        return bootstrap_intervals(np.stack([errors, words, errors, words], axis=1))[0]
+
+    low, high = interval(400)
+    assert low < 20 < high
+    # 4000 words with 20 % errors: a standard deviation of 0.63
+    assert high - low == pytest.approx(2 * 1.96 * 0.63, rel=0.2)
+    assert (high - low) / np.subtract(*interval(6400)[::-1]) == pytest.approx(4, rel=0.2)
+
+
+def test_a_fixed_set_has_the_same_interval_every_time_and_equal_utterances_have_none() -> None:
+    counts = np.random.default_rng(2).integers(1, 9, (50, 4))
+    assert bootstrap_intervals(counts) == bootstrap_intervals(counts)
+    assert bootstrap_intervals(np.tile([1, 4, 2, 16], (9, 1))) == ((25, 25), (12.5, 12.5))
+
+
+def test_where_speakers_differ_the_interval_over_speakers_is_the_wider_one() -> None:
+    texts = {"good": "A B C D", "bad": "X X X X"}
+    spoken = [
+        Recognised("s", f"{name}{who}-{number}", f"{name}{who}", "A B C D", text)
+        for name, text in texts.items()
+        for who in range(5)
+        for number in range(20)
+    ]
+    figures = score(spoken)
+    assert figures.wer == 50
+    assert figures.speakers == 10
+    assert figures.wer_interval_over_speakers is not None
+    low, high = figures.wer_interval_over_speakers
+    assert high - low > 3 * (figures.wer_interval[1] - figures.wer_interval[0])
+    assert score(spoken[:20]).wer_interval_over_speakers is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "test"], "has no test subset; it has: tones-train, tones-validation"),
+        (["--split", "dev-clean"], "has no subset 'dev-clean'"),
+        (["--batch-size", "0"], "--batch-size is 0; it must be a positive integer"),
+        (["--lm", "nowhere.arpa"], "nowhere.arpa"),
+        (["--beam", "0"], "--beam is 0"),
+        (["--alpha", "nan"], "--alpha is nan"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_of_one_line(
+    options: list[str], message: str, tones: Path, checkpoint: Path
+) -> None:
+    run = command(checkpoint, "--dataset-dir", tones, *options)
+    assert run.returncode == 1
+    assert message in run.stderr
+    assert run.stderr.count("\n") == 1
+
+
+def test_damaged_checkpoints_absent_data_sets_and_unwritable_folders_are_named(
+    tones: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "damaged.pt").write_bytes(checkpoint.read_bytes()[:1000])
+    cases: list[tuple[list[str | Path], str]] = [
+        ([tmp_path / "damaged.pt", "--dataset-dir", tones], "damaged.pt"),
+        ([tmp_path / "nowhere.pt", "--dataset-dir", tones], "nowhere.pt"),
+        ([checkpoint, "--dataset-dir", tmp_path / "nothing"], "nothing"),
+        ([checkpoint, "--dataset-dir", tones, "--output", tmp_path / "damaged.pt"], "--output"),
+    ]
+    for arguments, named in cases:
+        run = command(*arguments)
+        assert run.returncode == 1
+        assert named in run.stderr
+        assert run.stderr.count("\n") == 1, run.stderr
+
+
+def test_help_shows_options_with_their_defaults() -> None:
+    run = command("--help")
+    assert run.returncode == 0
+    for option in ("--dataset-dir", "--split", "--output", "--lm", "--alpha", "--beta", "--beam"):
+        assert option in run.stdout
+    assert "default: validation" in run.stdout

@@ -1,0 +1,267 @@
+"""Language models: estimated, downloaded, decoded with, and their weights tuned."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.packed import DataError
+from pytorch.cli import RunError
+from pytorch.ctc import BLANK, LABELS, encode
+from tests.conftest import ROOT
+from tests.processes import run_module_for_text
+from tests.tools.conftest import Trained
+from tools.language_model.__main__ import arpa_lines, check_arpa, estimate_ngrams
+from tools.language_model.beam_search import BeamSearch, LanguageModel, read_words
+from tools.language_model.tune import left_one_out
+from tools.recognizer import align, greedy
+
+needs_flashlight = pytest.mark.skipif(
+    importlib.util.find_spec("flashlight") is None, reason="flashlight-text is not installed (extra lm)"
+)
+TRANSCRIPTS = ["THE CAT SAT", "THE CAT RAN", "A CAT SAT DOWN", "THE DOG SAT"]
+SENTENCES = st.lists(st.lists(st.sampled_from("ABCD"), max_size=5).map(" ".join), min_size=1, max_size=6)
+
+
+def command(module: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return run_module_for_text(module, *arguments)
+
+
+def write_arpa(path: Path, transcripts: Sequence[str] = TRANSCRIPTS, order: int = 3) -> Path:
+    path.write_text("".join(f"{line}\n" for line in arpa_lines(estimate_ngrams(transcripts, order))))
+    return path
+
+
+class Arpa:
+    """An ARPA file read back: probabilities by the rule of the format."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.entries = {}
+        for line in lines:
+            if line.count("\t"):
+                logarithm, ngram, *backoff = line.split("\t")
+                self.entries[tuple(ngram.split())] = (float(logarithm), float(backoff[0]) if backoff else 0.0)
+
+    def log10(self, word: str, history: tuple[str, ...]) -> float:
+        if (*history, word) in self.entries:
+            return self.entries[(*history, word)][0]
+        if not history:
+            return self.entries[("<unk>",)][0]
+        return self.entries.get(history, (0.0, 0.0))[1] + self.log10(word, history[1:])
+
+
+def test_a_bigram_of_two_sentences_is_what_witten_and_bell_s_formula_says_by_hand() -> None:
+    unigrams, bigrams = estimate_ngrams(["A B", "A"], 2)
+    # 5 tokens (A, B, </s>, A, </s>) of 3 types; uniform over 3 types and the unknown word
+    a, b = (2 + 3 / 4) / 8, (1 + 3 / 4) / 8
+    assert unigrams[("A",)][0] == pytest.approx(a)
+    assert unigrams[("B",)][0] == pytest.approx(b)
+    assert unigrams[("<unk>",)][0] == pytest.approx(3 / 4 / 8)
+    # A was followed by B once and by the end once
+    assert bigrams[("A", "B")][0] == pytest.approx((1 + 2 * b) / 4)
+    assert unigrams[("A",)][1] == pytest.approx(2 / 4)
+    assert bigrams[("<s>", "A")][0] == pytest.approx((2 + 1 * a) / 3)
+
+
+@given(SENTENCES, st.integers(1, 4))
+def test_the_probabilities_of_all_words_sum_to_one_after_every_history(sentences: list[str], order: int) -> None:
+    arpa = Arpa(list(arpa_lines(estimate_ngrams(sentences, order))))
+    words = [ngram[0] for ngram in arpa.entries if len(ngram) == 1 and ngram != ("<s>",)]
+    histories = [ngram for ngram in arpa.entries if len(ngram) < order and ngram[-1] not in ("</s>", "<unk>")]
+    for history in [(), *histories]:
+        assert sum(10 ** arpa.log10(word, history) for word in words) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_model_is_estimated_from_the_training_transcripts_alone(trained: Trained, tmp_path: Path) -> None:
+    run = command(
+        "tools.language_model", "estimate", "--dataset-dir", trained.dataset, "--output", tmp_path / "lm.arpa"
+    )
+    assert run.returncode == 0, run.stderr
+    assert "from 240 transcripts" in run.stderr
+    assert {"AN", "OLD", "BELL", "RINGS", "IT'S", "NOON"} <= set(read_words(tmp_path / "lm.arpa"))
+    assert [path.name for path in tmp_path.iterdir()] == ["lm.arpa"]
+    nowhere = command("tools.language_model", "estimate", "--dataset-dir", tmp_path, "--output", tmp_path / "x")
+    assert nowhere.returncode == 1
+    assert nowhere.stderr.count("\n") == 1
+
+
+def test_a_downloaded_model_is_checked_whole(tmp_path: Path) -> None:
+    content = write_arpa(tmp_path / "lm.arpa").read_bytes()
+    file = tmp_path / "lm.arpa.gz"
+    file.write_bytes(gzip.compress(content))
+    check_arpa(file)
+    lines = content.splitlines(keepends=True)
+    for damaged in (
+        gzip.compress(content)[:-20],
+        gzip.compress(b"".join(line for line in lines if not line.endswith(b"CAT SAT\n"))),
+        b"<html>not found</html>",
+        gzip.compress(b"nothing"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"lm.arpa.gz"):
+            check_arpa(file)
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Iterator[str]:
+    """The address of a server with one intact and one damaged model."""
+    served = tmp_path / "served"
+    served.mkdir()
+    content = gzip.compress(write_arpa(tmp_path / "lm.arpa").read_bytes())
+    (served / "3-gram.arpa.gz").write_bytes(content)
+    (served / "4-gram.arpa.gz").write_bytes(content[:-9])
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(served))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_models_are_downloaded_and_only_intact_ones_are_kept(mirror: str, tmp_path: Path) -> None:
+    def fetched(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+        where = ["--mirror", mirror, "--output-dir", str(tmp_path / "models")]
+        return command("tools.language_model", "download", "--name", name, *where, *options)
+
+    md5 = hashlib.md5((tmp_path / "served" / "3-gram.arpa.gz").read_bytes()).hexdigest()
+    refused = fetched("3-gram", "--md5", "0" * 32)
+    assert refused.returncode == 1
+    assert "expected 0000" in refused.stderr
+    done = fetched("3-gram", "--md5", md5)
+    assert done.returncode == 0, done.stderr
+    assert f"MD5 {md5}" in done.stderr
+    assert "CAT" in read_words(tmp_path / "models" / "3-gram.arpa.gz")
+    other = fetched("4-gram")
+    assert other.returncode == 1
+    assert "expected 6abdcd5b055bd482e4f9defe91d40408" in other.stderr
+    damaged = fetched("4-gram", "--md5", hashlib.md5((tmp_path / "served" / "4-gram.arpa.gz").read_bytes()).hexdigest())
+    assert damaged.returncode == 1
+    assert "4-gram.arpa.gz is no intact gzipped ARPA file" in damaged.stderr
+    assert [path.name for path in (tmp_path / "models").glob("*.gz")] == ["3-gram.arpa.gz"]
+
+
+def test_an_unknown_model_is_an_error_that_lists_those_there_are(tmp_path: Path) -> None:
+    run = command("tools.language_model", "download", "--name", "5-gram", "--output-dir", tmp_path)
+    assert run.returncode == 1
+    assert "unknown language model '5-gram'; there are: 3-gram.pruned.3e-7," in run.stderr
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no model", b"\x1f\x8b cut short", b"\\data\\\n\\2-grams:\n", b"\xff\xfe\x00"]
+)
+def test_what_is_no_arpa_file_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "lm").write_bytes(content)
+    with pytest.raises(RunError, match="lm is no ARPA file"):
+        read_words(tmp_path / "lm")
+    with pytest.raises(RunError, match="there is no such language model"):
+        read_words(tmp_path / "absent")
+
+
+def emission_of(text: str, confusable: dict[int, str] | None = None) -> torch.Tensor:
+    """Log probabilities of output frames that spell a text; at some characters another is a little more probable."""
+    rows = []
+    for position, label in enumerate(encode(text)):
+        row = torch.full((len(LABELS),), 1e-4)
+        row[label] = 0.4
+        if confusable and position in confusable:
+            row[encode(confusable[position])[0]] = 0.5
+        blank = torch.full((len(LABELS),), 1e-4)
+        blank[BLANK] = 1.0
+        rows += [row, blank]
+    probabilities = torch.stack(rows)
+    return (probabilities / probabilities.sum(1, keepdim=True)).log()
+
+
+@needs_flashlight
+@pytest.mark.parametrize("name", ["lm.arpa", "lm.arpa.gz"])
+def test_the_language_model_decides_between_what_sounds_alike(name: str, tmp_path: Path) -> None:
+    path = write_arpa(tmp_path / "lm.arpa")
+    if name.endswith(".gz"):
+        (tmp_path / name).write_bytes(gzip.compress(path.read_bytes()))
+    emission_TV = emission_of("THE CAT SAT", {4: "B", 10: "D"})
+    assert greedy(emission_TV) == "THE BAT SAD"
+    decode = BeamSearch(LanguageModel(tmp_path / name), alpha=1.0, beta=0.0, beam=20)
+    assert decode(emission_TV) == "THE CAT SAT"
+    assert [word.text for word in align(decode(emission_TV), emission_TV)] == ["THE", "CAT", "SAT"]
+
+
+@needs_flashlight
+def test_a_word_bonus_and_the_weight_of_the_model_do_what_they_say(tmp_path: Path) -> None:
+    model = LanguageModel(write_arpa(tmp_path / "lm.arpa", ["A B", "AB", "A B A"]))
+    probabilities = torch.full((3, len(LABELS)), 1e-5)
+    probabilities[0, encode("A")[0]] = probabilities[2, encode("B")[0]] = 1.0
+    probabilities[1, BLANK] = 0.5
+    probabilities[1, encode(" ")[0]] = 0.5
+    emission_TV = probabilities.log()
+    assert BeamSearch(model, 0.0, 5.0, 50)(emission_TV) == "A B"
+    assert BeamSearch(model, 0.0, -5.0, 50)(emission_TV) == "AB"
+
+
+@needs_flashlight
+def test_scores_of_the_model_are_those_of_the_file(tmp_path: Path) -> None:
+    path = write_arpa(tmp_path / "lm.arpa")
+    model, arpa = LanguageModel(path), Arpa(path.read_text().splitlines())
+    state = model.model.start(False)
+    history: tuple[str, ...] = ("<s>",)
+    for word in ("THE", "CAT", "DOWN", "A", "DOG"):
+        state, score = model.model.score(state, model.spellings.index(word))
+        assert score == pytest.approx(arpa.log10(word, history), abs=1e-4)
+        history = (*history, word)[-2:]
+
+
+@needs_flashlight
+def test_silence_is_an_empty_transcript(tmp_path: Path) -> None:
+    silence_TV = torch.full((30, len(LABELS)), math.log(1e-4))
+    silence_TV[:, BLANK] = -0.003
+    assert BeamSearch(LanguageModel(write_arpa(tmp_path / "lm.arpa")), 0.5, 1.0, 50)(silence_TV) == ""
+
+
+@needs_flashlight
+def test_tuning_and_evaluation_with_a_language_model_agree(trained: Trained, tmp_path: Path) -> None:
+    lm = tmp_path / "lm.arpa"
+    estimate: list[str | Path] = ["estimate", "--dataset-dir", trained.dataset, "--output", lm, "--order", "2"]
+    assert command("tools.language_model", *estimate).returncode == 0
+    tuned = command(
+        "tools.language_model.tune", trained.checkpoint, "--dataset-dir", trained.dataset, "--lm", lm, "--beam", "20"
+    )
+    assert tuned.returncode == 0, tuned.stderr
+    *_, best, _, options = tuned.stdout.splitlines()
+    arguments: list[str | Path] = ["--dataset-dir", trained.dataset, *options.split(), "--output", tmp_path / "out"]
+    run = command("tools.evaluate", trained.checkpoint, *arguments)
+    assert run.returncode == 0, run.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["scores"]["all"]["wer"] == pytest.approx(float(best.split("WER")[1]), abs=0.01)
+    assert summary["decoding"]["beam"] == "20"
+
+
+def test_what_is_left_out_has_no_say_in_the_choice() -> None:
+    errors_PN = np.array([[0, 0, 5], [1, 1, 0]])  # each pair is best for somebody
+    assert left_one_out(errors_PN, ["x", "x", "y"]) == 2 + 5
+    assert left_one_out(errors_PN[:1], ["x", "x", "y"]) == 5
+
+
+def test_without_the_library_the_error_says_what_to_install(tmp_path: Path) -> None:
+    path = write_arpa(tmp_path / "lm.arpa")
+    code = (
+        "import sys; sys.modules['flashlight'] = None; from pathlib import Path; from pytorch.config import RunError\n"
+        f"from tools.language_model.beam_search import LanguageModel\ntry:\n    LanguageModel(Path({str(path)!r}))\n"
+        "except RunError as error:\n    print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "pip install -e '.[lm]'" in run.stdout
+    assert run.stdout.count("\n") == 1

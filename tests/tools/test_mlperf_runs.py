@@ -1,0 +1,415 @@
+"""A series of runs: the tree that it leaves, and how it goes on; with runs that are made up, but for two of them."""
+
+import dataclasses
+import fcntl
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mlperf_logging.system_desc_checker import system_desc_checker
+
+from data.packed import DataError, open_dataset
+from pytorch import mllog
+from pytorch.cli import RunError
+from pytorch.config import CONFIGS
+from pytorch.machine import environment
+from tests.conftest import ROOT
+from tests.pytorch.test_train import ENVIRONMENT, SMALL
+from tests.tools.forged import Forged, made_up
+from tests.tools.made_up_logs import add
+from tools.mlperf import runs as series
+from tools.mlperf.check import RULESET
+from tools.mlperf.logs import RunLog
+from tools.mlperf.system import describe_system, system_name
+from tools.mlperf.tree import Tree
+
+CPU = torch.device("cpu")
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+# --- real runs, by the command that a user types
+
+
+def test_a_series_leaves_logs_and_the_machine_where_the_rules_want_them_and_a_page_of_all(
+    tones: Path, tmp_path: Path
+) -> None:
+    """The target is so high that the first evaluation reaches it."""
+    tree, checkpoints = tmp_path / "tree", tmp_path / "checkpoints"
+    command = ["sh", ROOT / "pytorch" / "run_and_time.sh", "--runs", "2", "--tree", tree, "--system", "box", *SMALL]
+    command += ["--dataset-dir", tones, "--output-dir", checkpoints, "--target-wer", "1000", "--seed", "5"]
+    command += ["--tensorboard", tmp_path / "curves"]
+    run = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=300, env=ENVIRONMENT
+    )
+    assert run.returncode == 0, run.stderr
+    folder = tree / "results" / "box" / "deepspeech2"
+    assert sorted(stamps(folder)) == ["result_0.txt", "result_1.txt"]
+    assert [RunLog.read(folder / f"result_{number}.txt").seed for number in range(2)] == [5, 6]
+    assert "epochs to target of 2 runs, mean +- standard deviation:  1.0 +- 0.0" in run.stdout
+    assert "Run 2 of 2, seed 6: target reached in" in run.stderr
+    description = tree / "systems" / "box.json"
+    assert system_desc_checker.check_system_desc(str(description), "training", RULESET)[:2] == (True, "box")
+    assert system_desc_checker.check_system_desc(str(description), "training", "6.1.0")[0]
+    page = (checkpoints / "report.html").read_text()
+    assert "2 of 2" in page
+    assert "result_0" in page and "result_1" in page
+    assert len(list((tmp_path / "curves").glob("events.*"))) == 2
+
+
+def test_an_interrupted_series_keeps_the_log_of_the_run_and_says_how_to_go_on(tones: Path, tmp_path: Path) -> None:
+    command = [
+        "sh",
+        str(ROOT / "pytorch" / "run_and_time.sh"),
+        "--runs",
+        "3",
+        "--tree",
+        str(tmp_path),
+        "--system",
+        "box",
+    ]
+    command += [*SMALL, "--dataset-dir", str(tones), "--output-dir", str(tmp_path / "out"), "--target-wer", "0"]
+    command += ["--max-epochs", "1000"]
+    # a shell's background commands, as these tests may be, ignore Ctrl-C, and so would what they start
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
+    partial = tmp_path / "results" / "box" / "deepspeech2" / "result_0.txt.partial"
+    until = time.monotonic() + 120
+    while not (partial.exists() and "train_loss" in partial.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on" in errors
+    assert "Traceback" not in errors
+    assert sorted(stamps(partial.parent)) == ["failed_0_1.txt"]
+
+
+# --- series whose runs are made up
+
+
+@dataclasses.dataclass
+class MadeUpRuns:
+    """Stands in for run_and_time.sh: instead of training with a seed, it prints the log that was given for it."""
+
+    folder: Path
+    dataset: Path
+
+    @property
+    def tree(self) -> Tree:
+        return Tree(self.folder / "tree", "box")
+
+    def log(self, seed: int, *, reached: bool = True) -> Forged:
+        config = dataclasses.replace(CONFIGS["synthetic"], precision="fp32", device="cpu", seed=seed)
+        log = made_up(
+            config,
+            wers=(50.0, 20.0 if reached else 40.0),
+            corpus="tones",
+            train_samples=21,
+            validation={"tones-validation": 7},
+        )
+        machine = environment(CPU)
+        add(log, "number_of_ranks", "gru_implementation", "fused kernel (AVX2)")
+        log.edit("dataset", open_dataset(self.dataset).digest)
+        log.edit("submission_platform", mllog.chosen_platform(machine, 1))
+        log.edit("environment", **machine)
+        return log
+
+    def give(self, seed: int, log: Forged, status: int = 0) -> None:
+        log.write(self.folder / f"{seed}.log")
+        (self.folder / f"{seed}.status").write_text(str(status))
+
+    def run(self, *arguments: str) -> int:
+        given = ["--tree", str(self.tree.root), "--system", "box", "--config", "synthetic", "--device", "cpu"]
+        given += ["--dataset-dir", str(self.dataset), "--output-dir", str(self.folder / "checkpoints")]
+        return series.main([*given, *arguments])
+
+
+@pytest.fixture
+def made(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MadeUpRuns]:
+    """Three runs that reach their target."""
+    script = tmp_path / "script.sh"
+    script.write_text(
+        f'for last; do :; done\ncat "{tmp_path}/$last.log"\necho started >>"{tmp_path}/$last.started"\n'
+        f'exit "$(cat "{tmp_path}/$last.status")"\n'
+    )
+    monkeypatch.setattr(series, "SCRIPT", script)
+    monkeypatch.setattr(series, "git_state", lambda: ("0" * 40, False))
+    monkeypatch.setattr(series, "_write_page", lambda results, page: print(f"page of {len(results)} runs: {page}"))
+    for variable in ("NPROC_PER_NODE", "SUBMISSION_ORG", "SUBMISSION_DIVISION", "SUBMISSION_PLATFORM"):
+        monkeypatch.delenv(variable, raising=False)
+    runs = MadeUpRuns(tmp_path, tones)
+    for seed in (1, 2, 3):
+        runs.give(seed, runs.log(seed))
+    yield runs
+
+
+def started(made: MadeUpRuns) -> list[str]:
+    return sorted(path.stem for path in made.folder.glob("*.started"))
+
+
+def test_a_series_is_scored_and_one_that_is_started_again_keeps_what_is_there(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert made.run("--runs", "2") == 0
+    output = capsys.readouterr().out
+    assert "No score: it drops the fastest and the slowest run, so it needs 3 runs." in output
+    assert f"page of 2 runs: {made.folder / 'checkpoints' / 'report.html'}" in output
+    before = stamps(made.tree.folder)
+    made.tree.partial(2).write_text("of a series that was killed")
+    made.tree.description.write_text(made.tree.description.read_text().replace("not known", "air", 1))
+    described = json.loads(made.tree.description.read_text())
+    assert made.run("--runs", "3") == 0
+    after = stamps(made.tree.folder)
+    assert {name: after[name] for name in before} == before
+    assert set(after) - set(before) == {"result_2.txt", "failed_2_1.txt"}
+    assert started(made) == ["1", "2", "3"]
+    assert [(made.folder / f"{seed}.started").read_text() for seed in (1, 2, 3)] == ["started\n"] * 3
+    assert json.loads(made.tree.description.read_text()) == described
+    said = capsys.readouterr()
+    assert "(done before)" in said.err
+    assert "Score: 220.0 s, the mean without the fastest and the slowest of 3 runs." in said.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "said"),
+    [
+        (["--batch-size", "16"], {}, "batch_size is 6 there, 16 now"),
+        (["--seed", "2"], {}, "seed is 1 there, 2 now"),
+        ([], {"NPROC_PER_NODE": "4"}, "number_of_ranks is 1 there, 4 now"),
+        ([], {"SUBMISSION_PLATFORM": "abacus"}, "now; use another --system"),
+    ],
+)
+def test_what_is_known_to_be_another_series_is_refused_before_the_first_run(
+    arguments: list[str],
+    variables: dict[str, str],
+    said: str,
+    made: MadeUpRuns,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert made.run("--runs", "1") == 0
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert made.run("--runs", "3", *arguments) == 1
+    error = capsys.readouterr().err
+    assert "result_0.txt is of another series: " in error
+    assert said in error
+    assert started(made) == ["1"]
+
+
+def test_another_data_set_is_another_series(made: MadeUpRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    assert made.run("--runs", "1") == 0
+    log = Forged.of(made.tree.result(0))
+    log.edit("dataset", "1" * 64)
+    log.write(made.tree.result(0))
+    assert made.run("--runs", "2") == 1
+    assert "data set is " + "1" * 64 + " there" in capsys.readouterr().err
+    assert started(made) == ["1"]
+
+
+def test_a_result_that_would_be_refused_in_the_end_is_refused_before_the_first_run(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert made.run("--runs", "1") == 0
+    log = Forged.of(made.tree.result(0))
+    log.edit("eval_accuracy", 1.0, number=-1)
+    log.write(made.tree.result(0))
+    assert made.run("--runs", "2") == 1
+    assert "the WER is 1.0, but" in capsys.readouterr().err
+    assert started(made) == ["1"]
+
+
+def test_a_run_that_misses_its_target_is_a_result_and_the_series_goes_on(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.give(1, made.log(1, reached=False), status=1)
+    assert made.run("--runs", "2") == 1
+    assert sorted(stamps(made.tree.folder)) == ["result_0.txt", "result_1.txt"]
+    said = capsys.readouterr()
+    assert "Run 1 of 2, seed 1: target not reached" in said.err
+    assert "runs that did not reach the target: 1" in said.out
+
+
+def diverge(log: Forged) -> None:
+    """The run breaks off in its first epoch."""
+    del log.events[log.positions("train_loss")[0] : log.positions("run_stop")[0]]
+    add(log, "epoch_start", "skipped_step", 1, reason="not finite", utterances=["a"])
+    log.edit("run_stop", status="aborted")
+    log.result = None
+
+
+def falsify(log: Forged) -> None:
+    log.edit("eval_accuracy", 1.0, number=-1)
+
+
+@pytest.mark.parametrize(("damage", "said"), [(diverge, "but found 0"), (falsify, "the WER is 1.0, but")])
+def test_a_run_whose_log_is_refused_is_set_aside_and_the_series_goes_on(
+    damage: Callable[[Forged], None], said: str, made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = made.log(1)
+    damage(log)
+    made.give(1, log, status=1)
+    assert made.run("--runs", "2") == 1
+    assert sorted(stamps(made.tree.folder)) == ["failed_0_1.txt", "result_1.txt"]
+    error = capsys.readouterr().err
+    assert "refused: " in error
+    assert said in error
+
+
+def test_a_run_that_is_refused_for_what_was_so_before_its_clock_ends_the_series(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = made.log(1)
+    log.edit("git_commit", "unknown")
+    made.give(1, log)
+    assert made.run("--runs", "3") == 1
+    error = capsys.readouterr().err
+    assert "failed_0_1.txt:" in error
+    assert "git_commit: the commit is not known (every run would be refused for that)" in error
+    assert started(made) == ["1"]
+
+
+def test_a_run_of_another_series_than_those_before_it_ends_the_series(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = made.log(2)
+    log.edit("gru_implementation", "plain PyTorch: no compiler")
+    made.give(2, log)
+    assert made.run("--runs", "3") == 1
+    assert "they differ in gru_implementation" in capsys.readouterr().err
+    assert sorted(stamps(made.tree.folder)) == ["failed_1_1.txt", "result_0.txt"]
+    assert started(made) == ["1", "2"]
+
+
+def test_a_run_that_cannot_start_ends_the_series_and_its_log_is_kept(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = made.log(1)
+    del log.events[log.positions("init_stop")[0] :]
+    made.give(1, log, status=1)
+    assert made.run("--runs", "3") == 1
+    assert sorted(stamps(made.tree.folder)) == ["failed_0_1.txt"]
+    assert "the run failed before it started" in capsys.readouterr().err
+    assert started(made) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--runs", "0"], "--runs is 0; it must be a positive integer"),
+        (["--runs", "2", "--resume"], "a resumed run is no result"),
+        (["--runs=2", "--system", "../box"], "--system is '../box'"),
+        (["--runs", "2", "--batch-size", "0"], "--batch-size is 0; it must be any positive integer"),
+        (["--runs", "2", "--dataset-dir", "nowhere"], "no data set in nowhere"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_first_run(
+    arguments: list[str], said: str, made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert made.run(*arguments) == 1
+    assert said in capsys.readouterr().err
+    assert not made.tree.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "state", "said"),
+    [
+        ({}, ("unknown", None), "the commit is not known"),
+        ({"SUBMISSION_DIVISION": "closed"}, ("0" * 40, True), "files differ from the commit"),
+        ({"SUBMISSION_DIVISION": "ajar"}, ("0" * 40, False), "SUBMISSION_DIVISION is 'ajar'; it must be one of closed"),
+        ({"SUBMISSION_STATUS": "sold"}, ("0" * 40, False), "SUBMISSION_STATUS is 'sold'; it must be one of onprem"),
+        ({"NPROC_PER_NODE": "all"}, ("0" * 40, False), "NPROC_PER_NODE is 'all'"),
+    ],
+)
+def test_surroundings_in_which_no_log_would_be_accepted_are_refused_before_the_first_run(
+    variables: dict[str, str],
+    state: tuple[str, bool | None],
+    said: str,
+    made: MadeUpRuns,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(series, "git_state", lambda: state)
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    assert made.run("--runs", "2") == 1
+    assert said in capsys.readouterr().err
+    assert not made.tree.root.exists()
+
+
+def test_wrong_options_are_refused_before_pytorch_is_imported() -> None:
+    code = "import sys; from tools.mlperf.runs import main; main(['--runs', '0']); print('torch' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=True
+    )
+    assert run.stdout == "False\n"
+
+
+def test_two_series_in_one_folder_are_refused(tmp_path: Path) -> None:
+    tree = Tree(tmp_path, "box")
+    tree.folder.mkdir(parents=True)
+    other = os.open(tree.folder, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(DataError, match="another series of runs is working in"), tree.locked():
+        pass
+    os.close(other)
+    with tree.locked():
+        pass
+
+
+def test_the_description_of_another_machine_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    tree, here = Tree(tmp_path, "box"), describe_system("box", CPU)
+    tree.describe(here)
+    tree.describe(here)
+    with pytest.raises(RunError, match="describes another machine"):
+        tree.describe({**here, "host_processor_model_name": "Abacus"})
+    tree.description.write_text("[]")
+    with pytest.raises(RunError, match="no description of a machine"):
+        tree.describe(here)
+
+
+def test_a_description_that_contradicts_the_environment_is_kept_and_this_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = Tree(tmp_path, "box")
+    tree.describe(describe_system("box", CPU))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("SUBMISSION_ORG", "ACME")
+    tree.describe(describe_system("box", CPU))
+    said = capsys.readouterr().err
+    assert "submitter is 'reference' there, SUBMISSION_ORG makes it 'ACME'" in said
+    assert json.loads(tree.description.read_text())["submitter"] == "reference"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "systems").glob("*.json")), ids=lambda path: path.stem)
+def test_committed_descriptions_pass_mlcommons_checker(path: Path) -> None:
+    assert system_desc_checker.check_system_desc(str(path), "training", RULESET)[0]
+
+
+@pytest.mark.parametrize(
+    ("processor", "cores", "accelerator", "accelerators", "name"),
+    [
+        ("Intel(R) Xeon(R) CPU E5-2686 v4 @ 2.30GHz", "8", "none", "0", "8x-intel-xeon-cpu-e5-2686-v4"),
+        ("AMD EPYC", "2", "none", "0", "2x-amd-epyc"),
+        ("AMD EPYC", "64", "NVIDIA H100 80GB HBM3", "8", "8x-nvidia-h100-80gb-hbm3"),
+    ],
+)
+def test_a_machine_has_a_name_for_files(
+    processor: str, cores: str, accelerator: str, accelerators: str, name: str
+) -> None:
+    description = {"host_processor_model_name": processor, "host_processor_vcpu_count": cores}
+    description |= {"accelerator_model_name": accelerator, "accelerators_per_node": accelerators}
+    assert system_name(description) == name

@@ -1,0 +1,240 @@
+"""The report as a person meets it: in headless Chromium, light and dark, wide and narrow, by keyboard, on paper."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.tools.made_up_logs import SAID, made_up_log
+from tools.report.page import render
+from tools.report.runs import read_runs
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: test)")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed (extra: test)")
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium; or set CHROMIUM)"
+)
+MEASURED = ROOT / "results" / "2-cores-zen5-synthetic" / "deepspeech2"
+SHOWN = {
+    "one run": [made_up_log()],
+    "three runs": [made_up_log(seed=seed, reached=seed != 2, dirty=True, config={"b": seed}) for seed in (1, 2, 3)],
+    "ten runs": [made_up_log(seed=seed, epochs=2 + seed % 3, resumed=9.0, synthetic=True) for seed in range(10)],
+    "a run that was cut off": [made_up_log(epochs=1, steps=5, said=[], reached=False)],
+}
+
+
+class Watched:
+    """A page, and all that must not happen on it."""
+
+    def __init__(self, page: Any, path: Path) -> None:
+        self.page, self.address, self.wrong = page, path.as_uri(), list[str]()
+        page.on("console", lambda message: self.wrong.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: self.wrong.append(f"error: {error}"))
+        page.on("request", self._asked)
+        page.on("dialog", self._asked_back)
+        page.goto(path.as_uri())
+
+    def _asked(self, request: Any) -> None:
+        if request.url != self.address:
+            self.wrong.append(f"asks for {request.url}")
+
+    def _asked_back(self, dialog: Any) -> None:
+        self.wrong.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def charts(self) -> list[str]:
+        """Ids of the canvases on which something is drawn in more than one colour."""
+        return self.page.evaluate(
+            """() => [...document.querySelectorAll("canvas")].filter((canvas) => {
+                 const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+                 const colours = new Set();
+                 for (let i = 0; i < data.length; i += 4) {
+                   if (data[i + 3] > 200) colours.add(`${data[i]} ${data[i + 1]} ${data[i + 2]}`);
+                 }
+                 return colours.size > 3;
+               }).map((canvas) => canvas.id)"""
+        )
+
+    def lines(self, chart: str) -> list[str]:
+        """Labels of a chart's lines."""
+        return self.page.evaluate("(id) => Chart.getChart(id).data.datasets.map((line) => line.label)", chart)
+
+    def overflow(self) -> int:
+        """By how many pixels the page is wider than its window."""
+        return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+
+
+Opener = Callable[..., Watched]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        # Chromium's own sandbox cannot start as root, nor in most containers.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pages by what they show."""
+    folder = tmp_path_factory.mktemp("reports")
+    logs = {
+        title: [log.write(folder / f"{title} {number}.log") for number, log in enumerate(made)]
+        for title, made in SHOWN.items()
+    }
+    logs["measured runs"] = sorted(MEASURED.glob("*.txt"))
+    for title, paths in logs.items():
+        (folder / f"{title}.html").write_text(render(read_runs(paths)))
+    return {title: folder / f"{title}.html" for title in logs}
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Opener]:
+    """Opens a file in a window of its own, so wide, with Playwright's other options; closed after the test."""
+    contexts = []
+
+    def opened(path: Path, width: int = 1280, **options: Any) -> Watched:
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, offline=True, **options))
+        return Watched(contexts[-1].new_page(), path)
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("title", [*SHOWN, "measured runs"])
+def test_every_chart_is_drawn_and_nothing_goes_wrong(title: str, open_page: Opener, reports: dict[str, Path]) -> None:
+    shown = open_page(reports[title])
+    canvases = shown.page.locator("canvas")
+    assert len(shown.charts()) == canvases.count() >= 5
+    for number in range(canvases.count()):
+        assert canvases.nth(number).get_attribute("aria-label")
+    assert shown.wrong == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("title", ["one run", "ten runs", "measured runs"])
+def test_the_page_is_accessible(title: str, scheme: str, open_page: Opener, reports: dict[str, Path]) -> None:
+    """By axe's rules: contrast, names, order of headings, language, tables, keyboard."""
+    shown = open_page(reports[title], color_scheme=scheme)
+    for details in shown.page.locator("details").all():
+        details.evaluate("(element) => (element.open = true)")
+    found = axe.Axe().run(shown.page).response["violations"]
+    assert [(rule["id"], [node["html"] for node in rule["nodes"]][:3]) for rule in found] == []
+
+
+def test_runs_are_hidden_and_shown_by_keyboard(open_page: Opener, reports: dict[str, Path]) -> None:
+    shown = open_page(reports["three runs"])
+    rows = shown.page.locator("#scores ~ .card tbody tr:visible")
+    assert (rows.count(), len(shown.lines("wer-time")), len(shown.lines("loss"))) == (3, 3, 6)
+    box = shown.page.get_by_role("checkbox", name="three runs 1")
+    box.focus()
+    shown.page.keyboard.press("Space")
+    assert (rows.count(), len(shown.lines("wer-time")), len(shown.lines("loss"))) == (2, 2, 4)
+    assert "three runs 1" not in " ".join(shown.lines("wer-time"))
+    assert shown.page.get_by_role("status").inner_text() == "2 of 3 runs shown"
+    assert shown.page.locator("main [data-run='2']:visible").count() == 0
+    shown.page.keyboard.press("Space")
+    assert (rows.count(), len(shown.lines("wer-time"))) == (3, 3)
+    for box in shown.page.get_by_role("checkbox").all():
+        box.uncheck()
+    assert (rows.count(), shown.lines("loss")) == (0, [])
+    assert shown.wrong == []
+
+
+def test_the_subset_is_chosen(open_page: Opener, reports: dict[str, Path]) -> None:
+    shown = open_page(reports["one run"])
+    select, said = shown.page.get_by_label("Validation set"), shown.page.locator(".transcripts li:visible")
+    assert (shown.lines("wer-epoch"), said.count()) == (["one run 0"], len(SAID))
+    select.select_option("dev-other")
+    value = shown.page.evaluate("Chart.getChart('wer-epoch').data.datasets[0].data[0].y")
+    assert (shown.lines("wer-epoch"), value, said.count()) == (["one run 0"], 57, len(SAID) // 2)
+    select.select_option("each by itself")
+    subsets = [label.partition(" · ")[2] for label in shown.lines("wer-epoch")]
+    assert (subsets, said.count()) == (["all utterances", "dev-clean", "dev-other"], len(SAID))
+    assert shown.wrong == []
+
+
+def test_errors_differ_in_more_than_colour(open_page: Opener, reports: dict[str, Path]) -> None:
+    shown = open_page(reports["one run"])
+    drawn = {
+        kind: shown.page.locator(f".transcripts .{kind}").first.evaluate(
+            """(word) => [...word.children].map((part) => getComputedStyle(part)).map(
+                 (style) => `${style.textDecorationLine} ${style.textDecorationStyle}`)"""
+        )
+        for kind in ("substituted", "deleted", "inserted")
+    }
+    assert drawn["substituted"][1] == "underline wavy"
+    assert drawn["deleted"][0] == "line-through solid"
+    assert drawn["inserted"][1] == "underline solid"
+    heard = shown.page.locator(".transcripts li .unseen").all_inner_texts()
+    assert "Errors: COME for CAME." in " ".join(heard)
+
+
+def test_the_charts_follow_the_screen_and_paper_is_light(
+    open_page: Opener, reports: dict[str, Path], tmp_path: Path
+) -> None:
+    ink = "Chart.getChart('loss').options.scales.x.title.color"
+    back = "getComputedStyle(document.body).backgroundColor"
+    shown = open_page(reports["three runs"])
+    light = shown.page.evaluate(f"[{ink}, {back}]")
+    shown.page.emulate_media(color_scheme="dark")
+    deadline = time.monotonic() + 10  # wait_for_function evaluates text in the page, which its policy forbids
+    while shown.page.evaluate(ink) == light[0]:
+        assert time.monotonic() < deadline
+        shown.page.wait_for_timeout(50)
+    dark = shown.page.evaluate(f"[{ink}, {back}]")
+    assert dark[1] != light[1]
+    # What is printed is drawn between these two events.
+    shown.page.evaluate("window.inks = []; addEventListener('beforeprint', () => inks.push(" + ink + "))")
+    shown.page.evaluate(
+        "addEventListener('beforeprint', () => (window.stillClosed = document.querySelectorAll('details:not([open])')))"
+    )
+    closed = shown.page.locator("details:not([open])").count()
+    assert shown.page.pdf(path=tmp_path / "report.pdf", format="A4").startswith(b"%PDF")
+    assert shown.page.evaluate("inks") == [light[0]]
+    assert shown.page.evaluate("stillClosed.length") == 0 < closed == shown.page.locator("details:not([open])").count()
+    assert shown.page.evaluate(f"[{ink}, {back}]") == dark
+    assert shown.wrong == []
+
+
+@pytest.mark.parametrize("width", [320, 390, 768])
+@pytest.mark.parametrize("title", [*SHOWN, "measured runs"])
+def test_a_narrow_screen_needs_no_scrolling_sideways(
+    title: str, width: int, open_page: Opener, reports: dict[str, Path]
+) -> None:
+    shown = open_page(reports[title], width)
+    for details in shown.page.locator("details").all():
+        details.evaluate("(element) => (element.open = true)")
+    assert shown.overflow() == 0
+    assert all(canvas.bounding_box()["width"] <= width for canvas in shown.page.locator("canvas").all())
+
+
+def test_what_a_log_says_is_never_run(open_page: Opener, tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    log = made_up_log(said=[(evil, f"\"'{evil}")] * 3, config={evil: evil}).write(
+        tmp_path / "<img src=x onerror=alert(3)>.log"
+    )
+    (tmp_path / "report.html").write_text(render(read_runs([log])))
+    shown = open_page(tmp_path / "report.html")
+    assert evil in shown.page.locator("body").inner_text()
+    assert shown.wrong == []
+
+
+def test_without_scripts_the_figures_are_in_tables(open_page: Opener, reports: dict[str, Path]) -> None:
+    shown = open_page(reports["three runs"], java_script_enabled=False)
+    assert "The charts need JavaScript" in shown.page.locator("main").inner_text()
+    shown.page.get_by_text("Figures of: Word error rate by epoch").click()
+    assert shown.page.get_by_role("region", name="Figures: Word error rate by epoch").locator("tbody tr").count() == 9

@@ -1,0 +1,383 @@
+"""Transcription, by the command that a user types, of a language that a model has learnt, and of everything else."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import Levenshtein
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.packed import DataError
+from tests.conftest import ROOT, SPEECH
+from tests.processes import run_module
+from tests.tools.conftest import Trained
+from tests.tools.speaking import RATE, random_words, speak
+from tools.recognizer import Word
+from tools.recordings import CONTEXT_S, LONGEST_S, SHORTEST_S, Piece, cut, read_file, seam
+from tools.transcribe import captions, main
+
+LONG = random_words(150, 5)
+
+
+def command(*arguments: str | Path, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return run_module("tools.transcribe", *arguments, given=given)
+
+
+@pytest.fixture(scope="module")
+def sentence(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A recording and its transcript."""
+    words = random_words(3, 8)
+    file = tmp_path_factory.mktemp("sentence") / "sentence.wav"
+    soundfile.write(file, speak(words, 8)[0], RATE)
+    return file, " ".join(words)
+
+
+@pytest.fixture(scope="module")
+def long(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What is heard of a recording much longer than a piece, as JSON objects."""
+    file = tmp_path_factory.mktemp("long") / "long.flac"
+    soundfile.write(file, speak(LONG, 5)[0], RATE)
+    run = command(trained.checkpoint, file, "--format", "json")
+    assert run.returncode == 0, run.stderr
+    assert re.search(rb"real-time factor 0\.\d+, .* MiB of memory", run.stderr)
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_a_long_recording_has_every_word_once_across_all_seams(long: list[dict]) -> None:
+    assert len(long) > 5
+    heard = [word["word"] for piece in long for word in piece["words"]]
+    kinds = [kind for kind, *_ in Levenshtein.editops(LONG, heard)]
+    assert kinds.count("insert") == kinds.count("delete") == 0
+    assert len(kinds) <= len(LONG) / 20  # a word heard wrong now and then
+
+
+def test_words_have_the_times_at_which_they_were_spoken_and_confidences(long: list[dict]) -> None:
+    times = speak(LONG, 5)[1]
+    words = [word for piece in long for word in piece["words"]]
+    assert len(words) == len(times)
+    middles = np.array([(word["start"] + word["end"]) / 2 for word in words])
+    errors = np.abs(middles - np.mean(times, axis=1))
+    assert np.median(errors) < 0.15
+    assert errors.max() < 0.5
+    assert all(0 < word["confidence"] <= 1 for word in words)
+    assert all(piece["text"] == " ".join(word["word"] for word in piece["words"]) for piece in long)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_any_rate_and_channels_give_the_same_transcript(
+    rate: int, channels: int, sentence: tuple[Path, str], trained: Trained, tmp_path: Path
+) -> None:
+    import soxr
+
+    file, expected = sentence
+    samples = soxr.resample(soundfile.read(file)[0], RATE, rate)
+    frames = np.stack([2 * samples, np.zeros_like(samples)], axis=1) if channels == 2 else samples
+    soundfile.write(tmp_path / "other.flac", frames, rate)
+    run = command(trained.checkpoint, tmp_path / "other.flac")
+    assert run.stdout.decode() == f"{expected}\n"
+
+
+def test_standard_input_is_a_file_or_raw_audio(sentence: tuple[Path, str], trained: Trained) -> None:
+    file, expected = sentence
+    assert command(trained.checkpoint, "-", given=file.read_bytes()).stdout.decode() == f"{expected}\n"
+    raw = soundfile.read(file, dtype="int16")[0].astype("<i2").tobytes()
+    assert command(trained.checkpoint, "-", "--raw-rate", "16000", given=raw).stdout.decode() == f"{expected}\n"
+    odd = command(trained.checkpoint, "-", "--raw-rate", "16000", given=raw + b"x")
+    assert odd.stdout.decode() == f"{expected}\n"
+    assert odd.returncode == 1
+    assert b"standard input ends in the middle of a 16-bit sample" in odd.stderr
+
+
+def test_a_bad_file_among_many_is_named_and_the_others_are_done(
+    sentence: tuple[Path, str], trained: Trained, tmp_path: Path
+) -> None:
+    file, expected = sentence
+    (tmp_path / "bad.wav").write_text("no audio at all\n" * 100)
+    copy = shutil.copy(file, tmp_path / "copy.wav")
+    run = command(trained.checkpoint, file, tmp_path / "bad.wav", tmp_path / "absent.wav", copy)
+    assert run.returncode == 1
+    assert run.stdout.decode().splitlines() == [f"{file}\t{expected}", f"{copy}\t{expected}"]
+    errors = [line for line in run.stderr.decode().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert "bad.wav" in errors[0]
+    assert "absent.wav is missing" in errors[1]
+    assert b"2 of 4 recordings could not be read" in run.stderr
+
+
+def test_folders_are_searched_and_each_recording_gets_a_file_of_its_own(
+    sentence: tuple[Path, str], trained: Trained, tmp_path: Path
+) -> None:
+    file, expected = sentence
+    for name in ("talks/one.wav", "talks/deep/one.wav", "talks/deep/two.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / name)
+    (tmp_path / "talks" / "notes.txt").write_text("no audio")
+    for form, suffix in (("text", "txt"), ("json", "jsonl"), ("srt", "srt"), ("vtt", "vtt")):
+        run = command(trained.checkpoint, tmp_path / "talks", "--output-dir", tmp_path / form, "--format", form)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout == b""
+        written = sorted(str(path.relative_to(tmp_path / form)) for path in (tmp_path / form).rglob("*.*"))
+        assert written == [f"deep/one.{suffix}", f"deep/two.{suffix}", f"one.{suffix}"]
+    assert (tmp_path / "text" / "one.txt").read_text() == f"{expected}\n"
+    caption = (tmp_path / "srt" / "one.srt").read_text().splitlines()
+    assert caption[0] == "1"
+    assert caption[1].startswith("00:00:00,") and " --> 00:00:0" in caption[1]
+    assert caption[2] == expected
+    assert (tmp_path / "vtt" / "one.vtt").read_text().startswith("WEBVTT\n\n00:00:00.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to transcribe"),
+        (["a.wav", "--raw-rate", "8000"], "--raw-rate is for standard input alone"),
+        (["a.wav", "b.wav", "--format", "srt"], "needs an --output-dir"),
+        (["a.wav", "a.flac", "--output-dir", "out"], "would both be written"),
+        (["a.wav", "--batch-size", "0"], "--batch-size is 0"),
+        (["a.wav", "--lm", "nowhere.arpa"], "nowhere.arpa"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error_of_one_line(
+    arguments: list[str], message: str, trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(trained.checkpoint), *arguments, "--device", "cpu"]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_an_empty_folder_and_an_absent_checkpoint_are_named(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(trained.checkpoint), str(tmp_path)]) == 1
+    assert f"{tmp_path} is a folder without audio files" in capsys.readouterr().err
+    assert main([str(tmp_path / "none.pt"), "a.wav"]) == 1
+    assert "none.pt: there is no such checkpoint" in capsys.readouterr().err
+
+
+def blocks_of(waveform: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (waveform[start : start + size] for start in range(0, len(waveform), size))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 70 * RATE), st.integers(1000, 40 * RATE), st.integers(0, 99))
+def test_pieces_cover_a_recording_once_between_their_cuts(samples: int, block: int, seed: int) -> None:
+    waveform = np.random.default_rng(seed).integers(-9, 9, samples).astype(np.int16)
+    position = 0
+    pieces = list(cut(blocks_of(waveform, block)))
+    for piece in pieces:
+        begin, end = round(piece.start * RATE), round(piece.end * RATE)
+        assert np.array_equal(piece.waveform, waveform[begin:end])
+        assert begin == max(0, position - CONTEXT_S * RATE)
+        cut_at = samples if piece.cut is None else round(piece.cut * RATE)
+        assert end == min(samples, cut_at + CONTEXT_S * RATE)
+        if piece.cut is not None:
+            assert SHORTEST_S * RATE <= cut_at - position <= LONGEST_S * RATE
+        position = cut_at
+    assert position == samples
+    assert [piece.cut is None for piece in pieces] == [False] * (len(pieces) - 1) + [True] * bool(pieces)
+
+
+def test_a_cut_is_made_in_the_pause() -> None:
+    waveform = np.random.default_rng(0).integers(-999, 999, 30 * RATE).astype(np.int16)
+    waveform[int(8.1 * RATE) : int(8.5 * RATE)] //= 100
+    first = next(cut([waveform]))
+    assert first.cut == pytest.approx(8.3, abs=0.06)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.1, 0.6), st.floats(0.02, 0.5)), max_size=12), st.integers(0, 99))
+def test_words_that_both_pieces_hear_come_once_though_their_times_differ_a_little(
+    spans: list[tuple[float, float]], seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    at, words = 0.0, []
+    for gap, length in spans:
+        words.append((at + gap, at + gap + length))
+        at += gap + length
+    middle = at / 2
+
+    def heard(low: float, high: float) -> list[Word]:
+        return [
+            Word(str(number), start + random.uniform(-0.02, 0.02), end + random.uniform(-0.02, 0.02), 1.0)
+            for number, (start, end) in enumerate(words)
+            if end > low and start < high
+        ]
+
+    before, after = heard(-1, middle + CONTEXT_S), heard(middle - CONTEXT_S, at + 1)
+    joint = seam(middle, before, after)
+    kept = [word.text for word in before if word.start + word.end < 2 * joint]
+    kept += [word.text for word in after if word.start + word.end >= 2 * joint]
+    assert kept == [str(number) for number in range(len(words))]
+
+
+def test_captions_end_at_pauses_and_are_short() -> None:
+    starts = [0.3 * number + (5 if number >= 50 else 0) for number in range(100)]
+    words = [Word("WORD", start, start + 0.2, 1.0) for start in starts]
+    groups = captions(words)
+    assert [word for group in groups for word in group] == words
+    assert all(group[-1].end - group[0].start <= 7 and len(" ".join(w.text for w in group)) <= 84 for group in groups)
+    assert any(group[0] is words[50] for group in groups)
+
+
+def test_what_is_digitally_silent_is_not_listened_to() -> None:
+    assert Piece(np.full(100, -7, dtype=np.int16), 0.0, None).silent
+    assert not Piece(np.array([0, 0, 1], dtype=np.int16), 0.0, None).silent
+
+
+def hostile_files(folder: Path) -> list[Path]:
+    """100 files that claim to be audio."""
+    folder.mkdir()
+    places = random.Random(4)
+    speech = speak(random_words(3, 8), 8)[0]
+    made: dict[str, bytes] = {}
+
+    def encoded(name: str, frames: np.ndarray, rate: int, **options: str) -> bytes:
+        soundfile.write(folder / name, frames, rate, **options)
+        made[name] = (folder / name).read_bytes()
+        return made[name]
+
+    wholes = {suffix: encoded(f"whole.{suffix}", speech, 16000) for suffix in ("wav", "flac", "ogg", "mp3", "aiff")}
+    for suffix, whole in wholes.items():
+        for number in range(7):
+            made[f"truncated{number}.{suffix}"] = whole[: places.randrange(len(whole))]
+            at = places.randrange(min(len(whole), 200))
+            made[f"flipped{number}.{suffix}"] = (
+                whole[:at] + bytes([whole[at] ^ 1 << places.randrange(8)]) + whole[at + 1 :]
+            )
+        made[f"empty.{suffix}"] = b""
+        made[f"text.{suffix}"] = b"This is not audio.\n" * 500
+    for rate in (1, 7, 999, 1000, 4001, 96000, 384000, 2**31 - 1):
+        encoded(f"rate{rate}.wav", speech[:2000], rate)
+    for name, value in (("nan", np.nan), ("infinity", np.inf), ("huge", 1e30)):
+        floats = speech.astype(np.float32) / 32768
+        floats[1000] = value
+        encoded(f"{name}.wav", floats, 16000, subtype="FLOAT")
+    encoded("all_nan.wav", np.full(9000, np.nan), 16000, subtype="DOUBLE")
+    encoded("channels32.wav", np.repeat(speech[:, None], 32, axis=1), 16000)
+    encoded("channels255.w64", np.repeat(speech[:500, None], 255, axis=1), 8000, format="W64")
+    encoded("no_frames.wav", speech[:0], 16000)
+    encoded("one_sample.wav", speech[:1], 16000)
+    encoded("one_sample.flac", speech[:1], 48000)
+    encoded("constant.wav", np.full(48000, 1234, dtype=np.int16), 16000)
+    encoded("rate.flac", speech, 655350)
+    header = wholes["wav"]
+    made["absurd_length.wav"] = header[:40] + b"\xff\xff\xff\xff" + header[44:]
+    made["absurd_flac.flac"] = (
+        wholes["flac"][:18] + (16000 << 44 | 15 << 36 | (1 << 36) - 1).to_bytes(8, "big") + wholes["flac"][26:]
+    )
+    made["zeros.flac"] = bytes(5000)
+    made["noise.mp3"] = speech.tobytes()
+    made["noise.gsm"] = speech.tobytes()
+    for name, content in made.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.wav").mkdir()
+    (folder / "nowhere.wav").symlink_to("missing")
+    os.mkfifo(folder / "pipe.wav")
+    return sorted(folder.iterdir())
+
+
+def test_each_of_a_hundred_hostile_inputs_gives_a_transcript_or_an_error_that_names_it(
+    trained: Trained, tmp_path: Path
+) -> None:
+    files = [file for file in hostile_files(tmp_path / "hostile") if file.name != "folder.wav"]
+    assert len(files) >= 100
+    run = command(trained.checkpoint, *files, "--output-dir", tmp_path / "out", "--format", "json")
+    assert run.returncode == 1
+    assert b"would both be written" in run.stderr  # whole.wav and whole.flac, such as
+
+    run = command(trained.checkpoint, *files, "--format", "json")
+    assert run.returncode == 1
+    said = run.stderr.decode()
+    assert "Traceback" not in said
+    heard = {json.loads(line)["file"] for line in run.stdout.splitlines()}
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    named = {str(file) for file in files for line in errors if f"{file} " in f"{line} " or f"{file}:" in line}
+    assert len(errors) == len(named)
+    for kind in ("empty", "text.", "nan", "infinity", "pipe", "nowhere", "no_frames", "rate1.", "rate7.", "rate999."):
+        assert all(str(file) in named for file in files if file.name.startswith(kind)), kind
+    for name in ("whole.wav", "whole.flac", "whole.ogg", "channels32.wav", "huge.wav"):
+        assert str(tmp_path / "hostile" / name) not in named
+    for name in ("whole.wav", "whole.flac", "channels32.wav"):
+        assert str(tmp_path / "hostile" / name) in heard
+
+
+def test_four_hours_of_silence_pass_in_little_memory(trained: Trained, tmp_path: Path) -> None:
+    file = tmp_path / "silence.wav"
+    samples = 4 * 3600 * RATE
+    soundfile.write(file, np.zeros(0, dtype=np.int16), RATE)
+    header = bytearray(file.read_bytes()[:44])
+    header[4:8], header[40:44] = (36 + 2 * samples).to_bytes(4, "little"), (2 * samples).to_bytes(4, "little")
+    with file.open("wb") as stream:  # sparse: it takes no room on the disk
+        stream.write(header)
+        stream.truncate(44 + 2 * samples)
+    code = (
+        "import resource, sys; from tools.transcribe import main; "
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; status = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before); sys.exit(status)"
+    )
+    line = [sys.executable, "-c", code, str(trained.checkpoint), str(file)]
+    run = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert "14400.0 s of audio" in run.stderr
+    (grown,) = run.stdout.splitlines()  # KiB; no word
+    assert int(grown) < 300_000
+
+
+def test_what_comes_before_damage_is_read(tmp_path: Path) -> None:
+    whole = np.random.default_rng(0).integers(-999, 999, 2_000_000).astype(np.int16)
+    soundfile.write(tmp_path / "whole.wav", whole, RATE)
+    (tmp_path / "cut.wav").write_bytes((tmp_path / "whole.wav").read_bytes()[:3_000_000])
+    blocks = []
+    with pytest.raises(DataError, match=r"cut.wav is cut short: it ends after 93.75 s"):
+        for block in read_file(tmp_path / "cut.wav"):
+            blocks.append(block)
+    assert np.array_equal(np.concatenate(blocks), whole[: (3_000_000 - 44) // 2])
+
+
+def test_samples_that_are_no_numbers_are_an_error_that_says_where(tmp_path: Path) -> None:
+    samples = np.zeros(30000, dtype=np.float32)
+    samples[24000] = np.nan
+    soundfile.write(tmp_path / "nan.wav", samples, RATE, subtype="FLOAT")
+    with pytest.raises(DataError, match=r"nan.wav holds samples that are not finite numbers, the first at 1.50 s"):
+        list(read_file(tmp_path / "nan.wav"))
+
+
+@pytest.mark.skipif(shutil.which("sox") is None, reason="sox is not installed")
+def test_what_libsndfile_does_not_know_is_read_by_sox(
+    sentence: tuple[Path, str], trained: Trained, tmp_path: Path
+) -> None:
+    file, expected = sentence
+    subprocess.run(["sox", file, tmp_path / "sentence.vox.sox"], check=True)  # sox's own format
+    run = command(trained.checkpoint, tmp_path / "sentence.vox.sox")
+    assert run.stdout.decode() == f"{expected}\n"
+
+
+@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"real speech is not there: {SPEECH}")
+def test_the_samples_of_real_speech_are_those_of_the_packed_data_set(tmp_path: Path) -> None:
+    import tarfile
+
+    from data.audio import decode_flac
+
+    with tarfile.open(SPEECH / "librispeech" / "test-clean.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    files = sorted(tmp_path.rglob("*.flac"))
+    assert len(files) == 4
+    for file in files:
+        waveform = np.concatenate(list(read_file(file)))
+        assert np.array_equal(waveform, decode_flac(file))
+        pieces = list(cut([waveform]))
+        assert all(np.isfinite(piece.waveform).all() for piece in pieces)

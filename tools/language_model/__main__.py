@@ -1,0 +1,183 @@
+"""N-gram language models: estimated from the training transcripts of a data set, or downloaded.
+
+    python -m tools.language_model.__main__ estimate --dataset-dir AN4_dataset --output an4.arpa
+    python -m tools.language_model.__main__ download --name 3-gram.pruned.3e-7
+
+The estimate is interpolated Witten-Bell smoothing (S. F. Chen and J. Goodman, "An empirical study of smoothing
+techniques for language modeling", 1999, section 2.6): after a history h that was seen c(h) times with N(h) different
+words,
+
+    p(w | h) = (c(h w) + N(h) p(w | h')) / (c(h) + N(h))
+
+where h' is h without its first word; below the single words lies the uniform distribution over all words, the end of
+the sentence and the unknown word. In contrast to Kneser-Ney it asks nothing of the counts of counts, which in small
+corpora such as AN4 are not there. It is written in the ARPA format, whose back-off weight is N(h) / (c(h) + N(h)).
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import sys
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from data.corpora import LANGUAGE_MODELS, REPOSITORY
+from data.fetch import fetch
+from data.packed import DataError, open_dataset, replace_durably
+from data.prepare import progress_bar
+
+START, END, UNKNOWN = "<s>", "</s>", "<unk>"
+
+Ngram = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Estimate an n-gram language model from the training transcripts of a packed data set."""
+
+    dataset_dir: Path
+    """packed data set, as download_dataset.sh makes it; only its training subsets are read"""
+    output: Path
+    """where the ARPA file goes"""
+    order: int = 3
+    """words in the longest n-grams"""
+
+
+@dataclass(frozen=True)
+class Download:
+    """Download one of the language models of LibriSpeech (openslr.org/11)."""
+
+    name: Annotated[str, tyro.conf.arg(help=f"which one: {', '.join(LANGUAGE_MODELS.md5s)}")]
+    mirror: str = ""
+    """comma-separated addresses, tried in this order; empty: those of OpenSLR"""
+    md5: str = ""
+    """MD5 that the file must have, instead of the published file's"""
+    output_dir: Path = REPOSITORY / "language_models"
+    """folder for the file"""
+
+
+def main() -> None:
+    command = tyro.cli(Estimate | Download, prog="python -m tools.language_model.__main__", description=__doc__)  # type: ignore[arg-type]
+    try:
+        if isinstance(command, Estimate):
+            estimate(command)
+        else:
+            download(command)
+    except (DataError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+
+
+def estimate(options: Estimate) -> None:
+    """Writes the ARPA file whole or not at all; DataError where there are no training transcripts."""
+    if options.order < 1:
+        raise DataError(f"--order is {options.order}; at least 1 is needed")
+    subsets = open_dataset(options.dataset_dir).split("train")
+    if not subsets:
+        raise DataError(f"{options.dataset_dir} has no training subset to estimate a language model from")
+    transcripts = [transcript for subset in subsets for transcript in subset.transcripts]
+    model = estimate_ngrams(transcripts, options.order)
+    partial = options.output.with_name(options.output.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.writelines(f"{line}\n" for line in arpa_lines(model))
+    replace_durably(partial, options.output)
+    counts = ", ".join(f"{len(grams)} {size}-grams" for size, grams in enumerate(model, 1))
+    print(f"{options.output}: {counts}, from {len(transcripts)} transcripts", file=sys.stderr)
+
+
+def estimate_ngrams(transcripts: Iterable[str], order: int) -> list[dict[Ngram, tuple[float, float]]]:
+    """Probability and back-off weight of each n-gram that occurs, for n from 1 to `order`."""
+    counts: list[Counter[Ngram]] = [Counter() for _ in range(order)]
+    for transcript in transcripts:
+        words = [START, *transcript.split(), END]
+        for position in range(1, len(words)):
+            for size in range(1, min(order, position + 1) + 1):
+                counts[size - 1][tuple(words[position + 1 - size : position + 1])] += 1
+
+    seen, followers = Counter[Ngram](), Counter[Ngram]()  # c(h) and N(h)
+    for grams in counts:
+        for ngram, count in grams.items():
+            seen[ngram[:-1]] += count
+            followers[ngram[:-1]] += 1
+
+    uniform = 1 / (len(counts[0]) + 1)
+    probabilities: dict[Ngram, float] = defaultdict(lambda: uniform)
+    for grams in counts:
+        for ngram, count in grams.items():
+            history = ngram[:-1]
+            lower = probabilities[ngram[1:]] if len(ngram) > 1 else uniform
+            probabilities[ngram] = (count + followers[history] * lower) / (seen[history] + followers[history])
+
+    def backoff(history: Ngram) -> float:
+        return followers[history] / (seen[history] + followers[history]) if history in seen else 1.0
+
+    model = [{ngram: (probabilities[ngram], backoff(ngram)) for ngram in sorted(grams)} for grams in counts]
+    model[0][(UNKNOWN,)] = (uniform * backoff(()), 1.0)
+    model[0][(START,)] = (0.0, backoff((START,)))  # it is a history, never a word that follows one
+    return model
+
+
+def arpa_lines(model: list[dict[Ngram, tuple[float, float]]]) -> Iterator[str]:
+    """The lines of an ARPA file (decimal logarithms; -99 stands for the probability 0)."""
+    yield "\\data\\"
+    yield from (f"ngram {size}={len(grams)}" for size, grams in enumerate(model, 1))
+    for size, grams in enumerate(model, 1):
+        yield ""
+        yield f"\\{size}-grams:"
+        for ngram, (probability, backoff) in grams.items():
+            logarithm = math.log10(probability) if probability else -99
+            yield f"{logarithm:.7f}\t{' '.join(ngram)}" + (f"\t{math.log10(backoff):.7f}" if size < len(model) else "")
+    yield ""
+    yield "\\end\\"
+
+
+def download(options: Download) -> None:
+    """Fetches and checks a language model; DataError says what went wrong. An unfinished download is gone on with."""
+    archive = LANGUAGE_MODELS.find(options.name, options.md5)
+    mirrors = [part.strip() for part in options.mirror.split(",") if part.strip()] or LANGUAGE_MODELS.mirrors
+    target = options.output_dir / archive.file
+    if not target.exists():
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        with progress_bar(archive.file, archive.bytes, "B") as bar:
+            md5, sha256 = fetch(archive, mirrors, target, bar.update)
+        print(f"{archive.file}: MD5 {md5}, SHA-256 {sha256}", file=sys.stderr)
+        try:
+            check_arpa(target)
+        except DataError:
+            target.unlink()
+            raise
+    print(f"{target} is complete", file=sys.stderr)
+
+
+def check_arpa(path: Path) -> None:
+    """DataError unless a gzipped ARPA file is intact (gzip's own sum) and holds as many n-grams as it says."""
+    announced: dict[int, int] = {}
+    found: Counter[int] = Counter()
+    size = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                if line.startswith("ngram "):
+                    length, _, count = line.removeprefix("ngram ").partition("=")
+                    announced[int(length)] = int(count)
+                elif line.startswith("\\"):
+                    name = line.strip("\\\n").removesuffix("-grams:")
+                    size = int(name) if name.isdigit() else 0
+                elif size and line.strip():
+                    found[size] += 1
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path} is no intact gzipped ARPA file ({error})") from error
+    if not announced or announced != found:
+        raise DataError(f"{path} announces n-grams {announced}, it holds {dict(found)}")
+
+
+if __name__ == "__main__":
+    main()

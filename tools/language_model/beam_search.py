@@ -1,0 +1,164 @@
+"""Beam search over CTC outputs with an n-gram language model.
+
+    decode = BeamSearch(LanguageModel(Path("an4.arpa")), alpha=1.0, beta=1.0, beam=100)
+    transcript = decode(log_probabilities_TV)
+
+A transcript's score is log p(labels | audio) + alpha * log p(words) + beta * number of words, as in Deep Speech (arXiv
+1412.5567, section 2.2), with natural logarithms. Only words of the language model can be recognised. The search is
+flashlight-text's, which brings KenLM to read the model; it is the extra `lm` (pip install -e '.[lm]').
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from torch import Tensor
+
+from pytorch.cli import RunError
+from pytorch.ctc import BLANK, LABELS, encode
+from tools.recognizer import greedy
+
+SCORE_THRESHOLD = 50.0  # nats by which a kept transcript may be worse than the best one at an output frame
+MARKERS = ("<s>", "</s>", "<unk>", "<UNK>")
+_SPACE = LABELS.index(" ")
+
+Decode = Callable[[Tensor], str]  # log probabilities [T, V] -> transcript
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How transcripts are found: greedily, or by beam search with a language model."""
+
+    lm: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """n-gram language model: an ARPA file, plain or gzip; without one decoding is greedy, as in a timed run"""
+    alpha: float = 0.5
+    """weight of the language model"""
+    beta: float = 1.0
+    """what each word adds to a transcript's score"""
+    beam: int = 100
+    """transcripts kept at each output frame"""
+
+    def make(self) -> Decode:
+        """The decoder; RunError where it cannot be had."""
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            if not math.isfinite(value):
+                raise RunError(f"--{name} is {value}; it must be a finite number")
+        if self.beam < 1:
+            raise RunError(f"--beam is {self.beam}; it must be a positive integer")
+        if self.lm is None:
+            return greedy
+        return BeamSearch(LanguageModel(self.lm), self.alpha, self.beta, self.beam)
+
+
+class LanguageModel:
+    """An n-gram model with its words as a tree of labels.
+
+    Raises:
+        RunError: the extra `lm` is not installed, or the file is not an ARPA model with words of our labels.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            from flashlight.lib.text import decoder, dictionary
+            from flashlight.lib.text.decoder.kenlm import KenLM
+        except ImportError as error:
+            raise RunError(
+                f"--lm needs flashlight-text, which has packages for Python 3.11 and 3.12 ({error}): "
+                "install it with pip install -e '.[lm]'"
+            ) from None
+        self.library = decoder
+        spelled = {
+            word: word.upper() for word in read_words(path) if word not in MARKERS and set(word.upper()) < _KNOWN
+        }
+        if not spelled:
+            raise RunError(f"{path}: not one of its words is spelled with A to Z and apostrophe alone")
+        indices = dictionary.Dictionary()
+        for word in (*spelled, "<unk>"):
+            indices.add_entry(word)
+        self.unknown = indices.get_index("<unk>")
+        self.spellings = list(spelled.values())  # by index
+        try:
+            self.model = KenLM(str(path), indices)
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise RunError(f"{path}: KenLM cannot read it: {str(error).splitlines()[-1]}") from error
+        self.words = decoder.Trie(len(LABELS), _SPACE)
+        start = self.model.start(False)
+        for index, spelling in enumerate(self.spellings):
+            # A space ends every word, so that a word and its beginnings differ.
+            self.words.insert(encode(f"{spelling} "), index, self.model.score(start, index)[1])
+        self.words.smear(decoder.SmearingMode.MAX)
+
+
+_KNOWN = set(LABELS[1:]) - {" "}
+
+
+class BeamSearch:
+    """The decoder for one language model and one pair of weights."""
+
+    def __init__(self, language_model: LanguageModel, alpha: float, beta: float, beam: int) -> None:
+        library = language_model.library
+        options = library.LexiconDecoderOptions(
+            beam_size=beam,
+            beam_size_token=len(LABELS),
+            beam_threshold=SCORE_THRESHOLD,
+            lm_weight=alpha * math.log(10),  # KenLM's logarithms are decimal
+            word_score=beta,
+            unk_score=-math.inf,
+            sil_score=0.0,
+            log_add=True,
+            criterion_type=library.CriterionType.CTC,
+        )
+        self._language_model = language_model  # the decoder does not keep it alive
+        self._decoder: Any = library.LexiconDecoder(
+            options,
+            language_model.words,
+            language_model.model,
+            _SPACE,
+            BLANK,
+            language_model.unknown,
+            [],
+            False,
+        )
+
+    def __call__(self, log_probabilities_TV: Tensor) -> str:
+        """The best transcript of float32 [T, V] on the CPU."""
+        # One frame more, in which a space or nothing costs nothing: the last word must end too.
+        end_1V = torch.full((1, len(LABELS)), -1e4)
+        end_1V[0, [BLANK, _SPACE]] = 0.0
+        emission_TV = torch.cat([log_probabilities_TV, end_1V]).contiguous()
+        best = self._decoder.decode(emission_TV.data_ptr(), *emission_TV.shape)[0]
+        return " ".join(self._language_model.spellings[index] for index in best.words if index >= 0)
+
+
+def read_words(path: Path) -> list[str]:
+    """The words of an ARPA file, in its order.
+
+    Raises:
+        RunError: there is no such file, or it is no ARPA file.
+    """
+    words: list[str] = []
+    try:
+        with path.open("rb") as probe:
+            compressed = probe.read(2) == b"\x1f\x8b"
+        with (gzip.open if compressed else open)(path, "rt", encoding="utf-8") as lines:  # type: ignore[operator]
+            if not any(line.strip() == "\\1-grams:" for line in lines):
+                raise RunError(f"{path} is no ARPA file (it has no line \\1-grams:); KenLM's binary files do not serve")
+            for line in lines:
+                if re.match(r"\\.*[-a-z]", line):  # the next section
+                    break
+                if fields := line.split():
+                    words.append(fields[1])
+    except FileNotFoundError:
+        raise RunError(f"{path}: there is no such language model") from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, IndexError) as error:
+        raise RunError(f"{path} is no ARPA file, or damaged ({type(error).__name__})") from error
+    return words

@@ -1,0 +1,140 @@
+"""The weights of a language model: the alpha and beta that give the lowest word error rate on a data set.
+
+    python -m tools.language_model.tune results/an4/checkpoint_best.pt --dataset-dir AN4_dataset --lm an4.arpa
+
+The network runs once; then every utterance is decoded with every pair of the grid, and again with a finer grid around
+the best pair. Prints word error rates, and last the options to give to tools.evaluate and tools.transcribe.
+
+Tuned and measured on the same utterances, a rate is too good. The one for comparisons is the left-one-out rate: each
+speaker is scored with the pair that is best for all other speakers. (Where there is only one speaker, each utterance.)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from data.packed import open_dataset
+from pytorch.cli import RunError, exit_status
+from pytorch.loader import Utterances
+from pytorch.metrics import count_errors
+from tools.language_model.beam_search import BeamSearch, LanguageModel
+from tools.recognizer import Recogniser, emissions, greedy, select_subsets
+
+ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.0, 1.0, 2.0, 4.0)
+FINE_ALPHAS, FINE_BETAS = (-0.1, 0.0, 0.1), (-0.5, 0.0, 0.5)  # added to the best pair
+
+Pair = tuple[float, float]  # alpha, beta
+
+
+@dataclass(frozen=True)
+class Options:
+    """Find the weights of a language model."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """checkpoint of a training run, such as results/an4/checkpoint_best.pt"""
+    dataset_dir: Path
+    """packed data set, as download_dataset.sh makes it"""
+    lm: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """n-gram language model: an ARPA file, plain or gzip"""
+    split: str = "validation"
+    """validation, or comma-separated names of subsets; never the one whose word error rate you want to report"""
+    beam: int = 100
+    """transcripts kept at each output frame"""
+    batch_size: int = 16
+    """utterances recognised together; changes no figure"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute; auto: the GPU if there is one"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    options = tyro.cli(Options, args=arguments, prog="python -m tools.language_model.tune", description=__doc__)
+    return exit_status(lambda: tune(options))
+
+
+def tune(options: Options) -> Pair:
+    """Prints the rates and the best pair, and returns it.
+
+    Raises:
+        RunError: checkpoint, language model or options will not do.
+        DataError: the data set is absent or damaged, or has no such subset.
+    """
+    for name, value in (("batch-size", options.batch_size), ("beam", options.beam)):
+        if value < 1:
+            raise RunError(f"--{name} is {value}; it must be a positive integer")
+    utterances = Utterances(select_subsets(open_dataset(options.dataset_dir), options.split))
+    recogniser = Recogniser.load(options.checkpoint, options.device)
+    language_model = LanguageModel(options.lm)
+    recognised = sorted(emissions(recogniser, utterances, options.batch_size))
+    references = [utterances.transcript(index) for index, _ in recognised]
+
+    def errors(decode: Callable[..., str]) -> np.ndarray:
+        """Word errors of each utterance."""
+        hypotheses = [decode(emission_TV) for _, emission_TV in recognised]
+        pairs = zip(references, hypotheses, strict=True)
+        return np.array([count_errors([reference], [hypothesis]).word_errors for reference, hypothesis in pairs])
+
+    words = sum(len(reference.split()) for reference in references)
+    errors_by_pair: dict[Pair, np.ndarray] = {}
+
+    def search(alphas: Sequence[float], betas: Sequence[float]) -> Pair:
+        """Decodes with every new pair; returns the best one of all."""
+        pairs = [pair for pair in product(alphas, betas) if pair[0] >= 0 and pair not in errors_by_pair]
+        for alpha, beta in tqdm(pairs, desc="decoding", unit="pair", leave=False, disable=None):
+            errors_by_pair[alpha, beta] = errors(BeamSearch(language_model, alpha, beta, options.beam))
+            tqdm.write(f"alpha {alpha:.2f}  beta {beta:5.2f}  WER {rate(errors_by_pair[alpha, beta].sum()):6.2f}")
+        return min(errors_by_pair, key=lambda pair: int(errors_by_pair[pair].sum()))
+
+    def rate(count: int) -> float:
+        return 100 * count / words
+
+    alpha, beta = search(ALPHAS, BETAS)
+    alpha, beta = search([alpha + step for step in FINE_ALPHAS], [beta + step for step in FINE_BETAS])
+    best = alpha, beta
+    groups = speaker_of_each(utterances, [index for index, _ in recognised])
+    held_out = left_one_out(np.stack(list(errors_by_pair.values())), groups)
+    print(f"greedy decoding:  WER {rate(errors(greedy).sum()):.2f}")
+    print(f"best pair:        WER {rate(errors_by_pair[best].sum()):.2f}")
+    print(f"left-one-out:     WER {rate(held_out):.2f}")
+    print(f"--lm {options.lm} --alpha {alpha:g} --beta {beta:g} --beam {options.beam}")
+    return best
+
+
+def speaker_of_each(utterances: Utterances, indices: Sequence[int]) -> list[str]:
+    """Speakers of utterances, or, where all have the same one, their ids."""
+    speakers = {
+        (subset.name, name): speaker
+        for subset in utterances.subsets
+        for name, speaker in zip(subset.ids, subset.speakers, strict=True)
+    }
+    keys = [(utterances.subsets[utterances.subset_of[index]].name, utterances.id(index)) for index in indices]
+    if len(set(speakers.values())) == 1:
+        return [f"{subset} {name}" for subset, name in keys]
+    return [speakers[key] for key in keys]
+
+
+def left_one_out(errors_PN: np.ndarray, groups: Sequence[str]) -> int:
+    """Errors of all groups of utterances, each decoded with the pair that makes the fewest in all other groups.
+
+    Args:
+        errors_PN: word errors of each utterance with each pair.
+        groups: of each utterance.
+    """
+    total = 0
+    for group in sorted(set(groups)):
+        inside_N = np.array([other == group for other in groups])
+        total += int(errors_PN[errors_PN[:, ~inside_N].sum(1).argmin(), inside_N].sum())
+    return total
+
+
+if __name__ == "__main__":
+    sys.exit(main())
