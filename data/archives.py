@@ -6,16 +6,18 @@ Whatever they come from, each is handed out with its sums checked, and as soon a
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 from data.corpora import Archive, Corpus
-from data.fetch import HINT, announced_bytes, fetch, remove_leftovers
+from data.fetch import HINT, announced_bytes, fetch, forget, was_fetched
 from data.packed import CHUNK_BYTES, DataError
 from data.prepare import CheckedArchive, progress_bar
 
@@ -40,10 +42,13 @@ def read_checksums(file: Path) -> dict[str, str]:
     return sums
 
 
-def check_archive(
-    file: Path, archive: Archive, official_md5: str, progress: Callable[[int], object] = lambda count: None
-) -> CheckedArchive:
+def check_archive(file: Path, archive: Archive, official_md5: str) -> CheckedArchive:
     """Computes the sums of an archive on disk; DataError where they are not the expected ones."""
+    return _judge(file, archive, official_md5, *sums_of(file))
+
+
+def sums_of(file: Path, progress: Callable[[int], object] = lambda count: None) -> tuple[str, str]:
+    """MD5 and SHA-256 of a file."""
     md5, sha256 = hashlib.md5(), hashlib.sha256()
     with progress_bar(f"checking {file.name}", file.stat().st_size, "B") as bar, file.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
@@ -51,7 +56,7 @@ def check_archive(
             sha256.update(chunk)
             bar.update(len(chunk))
             progress(len(chunk))
-    return _judge(file, archive, official_md5, md5.hexdigest(), sha256.hexdigest())
+    return md5.hexdigest(), sha256.hexdigest()
 
 
 def _judge(file: Path, archive: Archive, official_md5: str, md5: str, sha256: str) -> CheckedArchive:
@@ -77,10 +82,10 @@ def check_space(path: Path, *, packed: float, archives: float, unpacked: float) 
 
 
 class Supply:
-    """The archives of a corpus; `folder` is where they are put. `mirror` is what the user gave, empty for nothing."""
+    """The archives of a corpus: downloaded into `folder`, or made in `work`. `mirror` is the user's, empty for none."""
 
-    def __init__(self, folder: Path, corpus: Corpus, mirror: str, keep: bool, jobs: int) -> None:
-        self._folder, self._corpus, self._keep, self._jobs = folder, corpus, keep, jobs
+    def __init__(self, folder: Path, work: Path, corpus: Corpus, mirror: str, keep: bool, jobs: int) -> None:
+        self._folder, self._work, self._corpus, self._keep, self._jobs = folder, work, corpus, keep, jobs
         self._official = {subset.archive.file: subset.archive.md5 for subset in corpus.subsets}
         named = [part.strip() for part in mirror.split(",") if part.strip()]
         addresses = [part for part in named if part.startswith(("http://", "https://"))]
@@ -101,20 +106,21 @@ class Supply:
             yield from self._fetched(wanted)
 
     def drop(self, archive: CheckedArchive) -> None:
-        """Removes an archive that is done with, unless it is the user's own or to be kept."""
-        if self._keep or archive.file.parent != self._folder:
-            return
-        archive.file.unlink()
-        remove_leftovers(archive.file)
-        if not any(self._folder.iterdir()):
-            self._folder.rmdir()
+        """Removes an archive that is done with, if it was made or downloaded here; one that is kept is the user's."""
+        if archive.file.parent == self._work:
+            archive.file.unlink()
+        elif self._local is None and was_fetched(archive.file, archive.md5):
+            forget(archive.file)
+            if not self._keep:
+                archive.file.unlink()
+            with suppress(OSError):  # it is not empty, or only a link
+                self._folder.rmdir()
 
     def _made(self, wanted: Sequence[Archive]) -> Iterator[CheckedArchive]:
         from data.synthetic import write_archive  # here, so that eSpeak NG is needed for this corpus alone
 
         for archive in wanted:
-            self._folder.mkdir(exist_ok=True)
-            target = self._folder / archive.file
+            target = self._work / archive.file
             write_archive(archive.file.removesuffix(".tar.gz"), target, self._jobs)
             yield check_archive(target, archive, "none")
 
@@ -157,12 +163,15 @@ class Supply:
 
     def _fetch(self, archive: Archive, progress: Callable[[int], object], stop: threading.Event) -> CheckedArchive:
         target = self._folder / archive.file
-        if target.exists():
+        if os.path.lexists(target):
+            found = sums_of(target, progress)
             try:
-                return check_archive(target, archive, self._official[archive.file], progress)
+                return _judge(target, archive, self._official[archive.file], *found)
             except DataError as error:
+                if not was_fetched(target, found[0]):
+                    raise DataError(f"{error}; it was not downloaded by this program: move it away") from error
+                # It stays until the new one is whole.
                 print(f"warning: {error}; fetching it anew", file=sys.stderr)
-                target.unlink()
         started = time.monotonic()
         with progress_bar(archive.file, archive.bytes, "B") as bar:
 
@@ -173,11 +182,7 @@ class Supply:
             md5, sha256 = fetch(archive, self._mirrors, target, advance, stop)
         size, seconds = target.stat().st_size, time.monotonic() - started
         print(f"{archive.file}: {size / 1e6:.1f} MB in {seconds:.1f} s", file=sys.stderr)
-        try:
-            return _judge(target, archive, self._official[archive.file], md5, sha256)
-        except DataError:
-            target.unlink()  # or the next run would find it again
-            raise
+        return _judge(target, archive, self._official[archive.file], md5, sha256)
 
     def _check_space(self, sizes: Sequence[int], archives: float) -> None:
         check_space(

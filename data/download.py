@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -29,7 +28,15 @@ from data.archives import Supply, check_space, read_checksums
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
 from data.manifest import read_manifest
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, DataError, PackedDataset, locked, read_dataset
-from data.prepare import UNPACKED, CheckedArchive, available_cores, finish_dataset, prepare_archive, prepare_subset
+from data.prepare import (
+    CheckedArchive,
+    available_cores,
+    check_place,
+    finish_dataset,
+    prepare_archive,
+    prepare_subset,
+    work_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,8 @@ def download(options: Options) -> PackedDataset:
     subsets = corpus.select([name.strip() for name in options.subsets.split(",") if name.strip()])
     _check_options(options, corpus, subsets)
     path = options.dataset_dir or corpus.default_dataset_dir
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path} is not a folder; give another --dataset-dir")
     try:
         if options.manifest:
             dataset = _prepare_manifest(path, corpus, subsets[0], options.manifest, options.jobs)
@@ -109,18 +118,19 @@ def _download_archives(path: Path, corpus: Corpus, subsets: Sequence[CorpusSubse
         missing = [
             subset for subset in subsets if not _is_prepared(dataset, subset.name, expected[subset.archive.file].md5)
         ]
-        shutil.rmtree(path / UNPACKED, ignore_errors=True)  # left by a run that was killed while it removed this
-        if not missing and dataset.digest:
-            return _report(dataset, "is complete already")
-        supply = Supply(path / "archives", corpus, options.mirror, options.keep_archives, options.jobs)
-        needed = {subset.archive.file: expected[subset.archive.file] for subset in missing}
-        # Closed explicitly: whatever goes wrong in here must end the downloads that run beside it.
-        with closing(supply.archives(list(needed.values()))) as archives:
-            for archive in archives:
-                members = [subset for subset in missing if subset.archive.file == archive.file.name]
-                dataset = prepare_archive(dataset, corpus, archive, members, options.jobs)
-                supply.drop(archive)
-        dataset = finish_dataset(dataset)
+        check_place(dataset, [subset.name for subset in missing])
+        with work_folder(path) as work:
+            if not missing and dataset.digest:
+                return _report(dataset, "is complete already")
+            supply = Supply(path / "archives", work, corpus, options.mirror, options.keep_archives, options.jobs)
+            needed = {subset.archive.file: expected[subset.archive.file] for subset in missing}
+            # Closed explicitly: whatever goes wrong in here must end the downloads that run beside it.
+            with closing(supply.archives(list(needed.values()))) as archives:
+                for archive in archives:
+                    members = [subset for subset in missing if subset.archive.file == archive.file.name]
+                    dataset = prepare_archive(dataset, corpus, archive, members, work, options.jobs)
+                    supply.drop(archive)
+            dataset = finish_dataset(dataset, work)
     if not dataset.official and not dataset.synthetic:
         print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
     return _report(dataset, "is complete")
@@ -128,18 +138,25 @@ def _download_archives(path: Path, corpus: Corpus, subsets: Sequence[CorpusSubse
 
 def _prepare_manifest(path: Path, corpus: Corpus, subset: CorpusSubset, manifest: Path, jobs: int) -> PackedDataset:
     """Adds the subset that a manifest lists to the data set in `path`; the manifest stands for the archive."""
-    utterances = read_manifest(manifest, jobs)
-    content = manifest.read_bytes()
+    try:
+        content = manifest.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the manifest {manifest}: {error.strerror}") from error
     source = CheckedArchive(manifest, hashlib.md5(content).hexdigest(), hashlib.sha256(content).hexdigest(), False)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
         dataset = _present_state(path, corpus)
-        if not _is_prepared(dataset, subset.name, source.md5):
-            check_space(path, packed=2 * sum(utterance.samples for utterance in utterances), archives=0, unpacked=0)
-            dataset = prepare_subset(dataset, corpus, source, subset.name, utterances, jobs)
-        elif dataset.digest:
-            return _report(dataset, "is complete already")
-        dataset = finish_dataset(dataset)
+        present = _is_prepared(dataset, subset.name, source.md5)
+        if not present:
+            check_place(dataset, [subset.name])
+        with work_folder(path) as work:
+            if present and dataset.digest:
+                return _report(dataset, "is complete already")
+            if not present:
+                utterances = read_manifest(manifest, jobs)
+                check_space(path, packed=2 * sum(utterance.samples for utterance in utterances), archives=0, unpacked=0)
+                dataset = prepare_subset(dataset, corpus, source, subset.name, utterances, work, jobs)
+            dataset = finish_dataset(dataset, work)
     return _report(dataset, "is complete")
 
 
@@ -153,6 +170,10 @@ def _expected(archive: Archive, sums: dict[str, str] | None, file: Path | None) 
 
 
 def _present_state(path: Path, corpus: Corpus) -> PackedDataset:
+    if (path / DATASET_FILE).is_symlink():
+        raise DataError(
+            f"{path / DATASET_FILE} is a link, which this program does not make; give another --dataset-dir"
+        )
     if not (path / DATASET_FILE).exists():
         return PackedDataset(path, corpus.name, corpus.synthetic, corpus.splits([]))
     dataset = read_dataset(path)

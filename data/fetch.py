@@ -2,6 +2,8 @@
 
 An unfinished archive is `<name>.part`; `<name>.part.json` beside it says where it came from and which version of the
 file it is. Any later run, after a kill or days, goes on from its last byte, if the server still has that version.
+When the archive is whole these notes hold its MD5, by which it is known to have been downloaded here; what has no such
+notes is somebody else's, and never changed.
 The library is urllib3: it has the timeouts, redirects and proxies, and no dependencies of its own.
 """
 
@@ -20,13 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import urllib3
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry, make_headers, parse_url
 
 from data.corpora import Archive
-from data.packed import CHUNK_BYTES, DataError, replace_durably
+from data.packed import CHUNK_BYTES, DataError, replace_durably, write_durably
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 20.0, 30.0
 ATTEMPTS = 6  # at a mirror, one after the other, none of which came further
@@ -67,11 +70,11 @@ class Partial:
 
     def __init__(self, target: Path, progress: Callable[[int], object]) -> None:
         self.file = target.with_name(target.name + ".part")
-        self._notes = target.with_name(target.name + ".part.json")
+        self._notes = _notes_of(target)
         self._progress = progress
+        self.source = self._claim()
         self.file.touch()
         self._stream = self.file.open("r+b", buffering=0)
-        self.source = self._read_notes()
         self.resumed = False  # whether its bytes came in several responses, perhaps of several mirrors
         self.size = 0
         self.md5, self.sha256 = hashlib.md5(), hashlib.sha256()
@@ -101,13 +104,13 @@ class Partial:
         self._progress(-self.size)
         self.size, self.resumed, self.source = 0, False, source
         self.md5, self.sha256 = hashlib.md5(), hashlib.sha256()
-        self._notes.write_text(json.dumps(asdict(source)), encoding="utf-8")
+        write_durably(self._notes, json.dumps(asdict(source)))
 
     def finish(self, target: Path) -> None:
         """Gives the archive its final name, when its bytes are on the disk."""
         os.fsync(self._stream.fileno())
+        write_durably(self._notes, json.dumps({**asdict(self.source), "md5": self.md5.hexdigest()}))
         replace_durably(self.file, target)
-        remove_leftovers(target)
 
     def _count(self, chunk: bytes) -> None:
         self.md5.update(chunk)
@@ -115,17 +118,39 @@ class Partial:
         self.size += len(chunk)
         self._progress(len(chunk))
 
-    def _read_notes(self) -> Source:
-        try:
-            return Source(**json.loads(self._notes.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return Source()
+    def _claim(self) -> Source:
+        """Reads the notes, or makes them. DataError where something else has these names."""
+        notes = _read_notes(self._notes)
+        if notes is None:
+            for file in (self._notes, self.file):
+                if os.path.lexists(file):
+                    raise DataError(f"{file} exists and was not made by this program; move it away")
+            notes = asdict(Source())
+            write_durably(self._notes, json.dumps(notes))
+        return Source(notes["address"], notes.get("version", ""), notes.get("length", 0))
 
 
-def remove_leftovers(target: Path) -> None:
-    """Removes what an unfinished download of `target` left beside it."""
-    for suffix in (".part", ".part.json"):
-        target.with_name(target.name + suffix).unlink(missing_ok=True)
+def was_fetched(target: Path, md5: str) -> bool:
+    """Whether the notes beside an archive say that it, with this MD5, was downloaded by this program."""
+    notes = _read_notes(_notes_of(target))
+    return notes is not None and notes.get("md5") == md5
+
+
+def forget(target: Path) -> None:
+    """Removes the notes of an archive, which from then on is not this program's."""
+    _notes_of(target).unlink(missing_ok=True)
+
+
+def _notes_of(target: Path) -> Path:
+    return target.with_name(target.name + ".part.json")
+
+
+def _read_notes(file: Path) -> dict[str, Any] | None:
+    try:
+        notes = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return notes if isinstance(notes, dict) and isinstance(notes.get("address"), str) else None
 
 
 def fetch(

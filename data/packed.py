@@ -20,6 +20,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import sys
 import tarfile
 from array import array
@@ -197,19 +198,25 @@ class PackedDataset:
 def read_dataset(path: Path) -> PackedDataset:
     """Reads dataset.json, be the data set finished or not. DatasetError where it is absent or of another format."""
     file = path / DATASET_FILE
+    if path.exists() and not path.is_dir():
+        raise DatasetError(f"{path} is not a folder, so not a data set")
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DatasetError(
             f"no data set in {path}: run 'sh download_dataset.sh' (with --corpus NAME and --dataset-dir {path})"
         ) from None
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"cannot read {file}: {error}; remove {path} and run download_dataset.sh again") from error
+    except OSError as error:
+        raise DatasetError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise DatasetError(f"{path} is not a data set of this program: cannot read {file}: {error}") from error
     version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(version, int):
+        raise DatasetError(f"{path} is not a data set of this program: {file} names no format version")
     if version != FORMAT_VERSION:
         raise DatasetError(
             f"{path} has format version {version}, this code reads version {FORMAT_VERSION}: "
-            "remove it and run download_dataset.sh again"
+            "run download_dataset.sh with another --dataset-dir"
         )
     try:
         summary = {
@@ -225,7 +232,9 @@ def read_dataset(path: Path) -> PackedDataset:
             summary=summary,
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{file} is damaged ({error}); remove {path} and run download_dataset.sh again") from error
+        raise DatasetError(
+            f"{file} is damaged or of another program ({error}): run download_dataset.sh with another --dataset-dir"
+        ) from error
 
 
 def open_dataset(path: Path) -> PackedDataset:
@@ -260,8 +269,8 @@ def locked(path: Path, *, shared: bool = False, other: str = "") -> Iterator[int
         os.close(folder)
 
 
-def write_dataset(dataset: PackedDataset) -> None:
-    """Writes dataset.json, whole or not at all."""
+def write_dataset(dataset: PackedDataset, scratch: Path | None = None) -> None:
+    """Writes dataset.json, whole or not at all, by way of a file in `scratch` (write_durably)."""
     subsets = {}
     for name, summary in dataset.summary.items():
         entry = {**asdict(summary), "hours": round(summary.hours, 4)}
@@ -275,17 +284,24 @@ def write_dataset(dataset: PackedDataset) -> None:
         "digest": dataset.digest,
         "subsets": subsets,
     }
-    write_durably(dataset.path / DATASET_FILE, json.dumps(content, indent=2) + "\n")
+    write_durably(dataset.path / DATASET_FILE, json.dumps(content, indent=2) + "\n", scratch)
 
 
-def write_durably(file: Path, text: str) -> None:
-    """Writes a file such that even a power cut leaves the old one or the new one."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    replace_durably(partial, file)
+def write_durably(file: Path, text: str, scratch: Path | None = None) -> None:
+    """Writes a file such that even a power cut leaves the old one or the new one.
+
+    It is written under a name that nothing has yet, in the folder `scratch` (by default the file's own).
+    """
+    partial = (scratch or file.parent) / f"{file.name}.{secrets.token_hex(4)}.partial"
+    with partial.open("x", encoding="utf-8") as stream:
+        try:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+            replace_durably(partial, file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def replace_durably(partial: Path, final: Path) -> None:

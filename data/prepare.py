@@ -1,7 +1,10 @@
 """From an archive to packed subsets: unpack, read the headers, allocate, decode in parallel into place.
 
-Nothing has its final name before it is complete: a subset is built in `<dataset>/<subset>.partial/`, flushed to disk
-and renamed, and only then entered into dataset.json. A run that was cut short is repeated from the last whole subset.
+Nothing has its final name before it is complete: a subset is built in `<dataset>/unfinished/`, flushed to disk, entered
+into dataset.json and renamed. A run that was cut short is repeated from the last whole subset.
+
+Nothing is removed or replaced that was not made here. A subset's folder is ours if dataset.json names it, and
+`unfinished/` if it holds the file MARK; an empty folder is nobody's loss. Anything else in their place is an error.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import tarfile
 import threading
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
@@ -46,7 +49,7 @@ from data.packed import (
 )
 from data.readers import Utterance, decode, read_utterances
 
-UNPACKED = "unpacked"  # folder in the data set's for the files of one archive, while its subsets are made
+UNFINISHED, MARK = "unfinished", "made-by-download_dataset.txt"
 UTTERANCES_PER_TASK = 16
 FRAME_STEP_SAMPLES = 160
 # Speech in FLAC or 16-bit samples hardly shrinks by gzip; what grows this much on unpacking is no speech.
@@ -77,18 +80,23 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def prepare_archive(
-    dataset: PackedDataset, corpus: Corpus, archive: CheckedArchive, subsets: Sequence[CorpusSubset], jobs: int
+    dataset: PackedDataset,
+    corpus: Corpus,
+    archive: CheckedArchive,
+    subsets: Sequence[CorpusSubset],
+    work: Path,
+    jobs: int,
 ) -> PackedDataset:
     """Adds the subsets that lie in one archive to a data set, which is unfinished then; returns its new state."""
-    with temporary_folder(dataset.path / UNPACKED) as unpacked:
-        unpack(archive.file, unpacked)
-        for subset in subsets:
-            utterances = read_utterances(unpacked, corpus.layout, subset)
-            if archive.official and subset.utterances not in (None, len(utterances)):
-                raise DataError(
-                    f"{archive.file}: {len(utterances)} utterances in {subset.name}, not {subset.utterances}"
-                )
-            dataset = prepare_subset(dataset, corpus, archive, subset.name, utterances, jobs)
+    unpacked = work / "unpacked"
+    unpacked.mkdir()
+    unpack(archive.file, unpacked)
+    for subset in subsets:
+        utterances = read_utterances(unpacked, corpus.layout, subset)
+        if archive.official and subset.utterances not in (None, len(utterances)):
+            raise DataError(f"{archive.file}: {len(utterances)} utterances in {subset.name}, not {subset.utterances}")
+        dataset = prepare_subset(dataset, corpus, archive, subset.name, utterances, work, jobs)
+    shutil.rmtree(unpacked)
     return dataset
 
 
@@ -98,15 +106,14 @@ def prepare_subset(
     archive: CheckedArchive,
     name: str,
     utterances: Sequence[Utterance],
+    work: Path,
     jobs: int,
 ) -> PackedDataset:
-    """Adds one subset to a data set, which is unfinished then; returns its new state."""
-    with temporary_folder(dataset.path / f"{name}.partial") as partial:
-        summary = _pack(utterances, partial, name, archive, jobs)
-        final = dataset.path / name
-        if final.exists():  # left by a run that ended between the renaming and dataset.json
-            shutil.rmtree(final)
-        replace_durably(partial, final)
+    """Adds one subset to a data set, which is unfinished then; returns its new state. `work` is work_folder's."""
+    partial = work / name
+    partial.mkdir()
+    summary = _pack(utterances, partial, name, archive, jobs)
+    check_place(dataset, [name])
     summaries = {**dataset.summary, name: summary}
     prepared = [known.name for known in corpus.subsets if known.name in summaries]
     dataset = replace(
@@ -115,7 +122,14 @@ def prepare_subset(
         splits=corpus.splits(prepared),
         summary={name: summaries[name] for name in prepared},
     )
-    write_dataset(dataset)
+    # Entered before it has its name: a kill in between leaves nothing at the final place that is not known to be ours.
+    write_dataset(dataset, work)
+    final = dataset.path / name
+    if final.is_dir():  # check_place has seen that only these two files can be in it
+        for file in (AUDIO_FILE, INDEX_FILE):
+            (final / file).unlink(missing_ok=True)
+        final.rmdir()
+    replace_durably(partial, final)
     print(f"{name}: prepared {summary.utterances} utterances", file=sys.stderr)
     if short := [utterance.id for utterance in utterances if not alignable(utterance.samples, utterance.transcript)]:
         print(
@@ -132,12 +146,12 @@ def alignable(samples: int, transcript: str) -> bool:
     return len(transcript) + sum(a == b for a, b in pairwise(transcript)) <= (frames - 1) // 2 + 1
 
 
-def finish_dataset(dataset: PackedDataset) -> PackedDataset:
+def finish_dataset(dataset: PackedDataset, work: Path | None = None) -> PackedDataset:
     """Computes the digest of everything and with it declares the data set finished."""
     total = sum((dataset.path / name).stat().st_size for name in content_files(dataset.subsets))
     with progress_bar("checksum", total, "B") as bar:
         dataset = replace(dataset, digest=content_digest(dataset.path, dataset.subsets, bar.update))
-    write_dataset(dataset)
+    write_dataset(dataset, work)
     return dataset
 
 
@@ -283,12 +297,52 @@ def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> l
     return digests
 
 
+def check_place(dataset: PackedDataset, subsets: Iterable[str]) -> None:
+    """DataError where the folder of a subset that is to be prepared is there already, and not this program's."""
+    for name in subsets:
+        folder = dataset.path / name
+        ours = {AUDIO_FILE, INDEX_FILE} if name in dataset.summary else set()
+        if os.path.lexists(folder) and not _holds_only(folder, ours):
+            raise _not_ours(folder)
+
+
 @contextmanager
-def temporary_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder of this name, removed at the end; what an earlier, killed run left in it goes first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def work_folder(dataset: Path) -> Iterator[Path]:
+    """A folder in the data set's for all that is unfinished, empty but for a mark, and removed at the end.
+
+    What an earlier, killed run left in it goes first. DataError where something else has its name.
+    """
+    folder = dataset / UNFINISHED
+    if os.path.lexists(folder):
+        if not (_holds_only(folder, set()) or (not folder.is_symlink() and (folder / MARK).is_file())):
+            raise _not_ours(folder)
+        _remove_work_folder(folder)
+    folder.mkdir()
     try:
+        (folder / MARK).write_text("Made by download_dataset.sh. Its next run removes this folder.\n", encoding="utf-8")
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            _remove_work_folder(folder)
+
+
+def _remove_work_folder(folder: Path) -> None:
+    """Removes the mark last, so that a folder that is half removed is still known."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != MARK:
+            entry.unlink()
+    (folder / MARK).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+def _holds_only(folder: Path, names: set[str]) -> bool:
+    """Whether this is a folder, no link to one, with no entries but files of these names."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(entry.name in names and entry.is_file() and not entry.is_symlink() for entry in folder.iterdir())
+
+
+def _not_ours(path: Path) -> DataError:
+    return DataError(f"{path} exists and was not made by this program; give another --dataset-dir")

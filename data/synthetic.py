@@ -34,7 +34,7 @@ import soundfile
 import soxr
 
 from data.packed import SAMPLE_RATE, DataError
-from data.prepare import progress_bar, temporary_folder
+from data.prepare import progress_bar
 from data.sentences import make_sentences
 
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc")
@@ -99,23 +99,20 @@ def plan() -> dict[str, list[Speaker]]:
 def write_archive(subset: str, target: Path, jobs: int) -> None:
     """Speaks one subset and writes it as <target>, a .tar.gz in LibriSpeech layout. DataError if a voice fails."""
     speakers = plan()[subset]
-    with temporary_folder(target.parent / "speaking") as scratch:
-        partial = scratch / target.name
-        with (
-            ThreadPoolExecutor(jobs) as pool,
-            progress_bar(f"speaking {subset}", len(speakers), " speakers") as bar,
-            partial.open("wb") as file,
-            gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream,
-            tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar,
-        ):
-            for speaker, audio in zip(speakers, pool.map(speak, speakers), strict=True):
-                for name, content in _chapter(subset, speaker, audio):
-                    entry = tarfile.TarInfo(name)
-                    entry.size = len(content)
-                    entry.mode = 0o644
-                    tar.addfile(entry, BytesIO(content))
-                bar.update(1)
-        partial.replace(target)
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        progress_bar(f"speaking {subset}", len(speakers), " speakers") as bar,
+        target.open("xb") as file,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for speaker, audio in zip(speakers, pool.map(speak, speakers), strict=True):
+            for name, content in _chapter(subset, speaker, audio):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                entry.mode = 0o644
+                tar.addfile(entry, BytesIO(content))
+            bar.update(1)
 
 
 def speak(speaker: Speaker) -> list[np.ndarray]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from data import fetch as fetching
 from data.corpora import Archive
-from data.fetch import Stopped, announced_bytes, fetch
+from data.fetch import Stopped, announced_bytes, fetch, was_fetched
 from data.packed import DataError
 from tests.data.made_up import files_below
 from tests.data.misbehaving import Answer, Server, serving
@@ -46,7 +46,9 @@ def target(tmp_path: Path) -> Path:
 
 
 def is_complete(target: Path) -> bool:
-    return target.read_bytes() == CONTENT and files_below(target.parent) == [NAME]
+    """Whether the archive is whole and known to be downloaded, and nothing else is left."""
+    known = was_fetched(target, WANTED.md5)
+    return target.read_bytes() == CONTENT and known and files_below(target.parent) == [NAME, f"{NAME}.part.json"]
 
 
 def cut(size: Callable[[int], int]) -> Callable[[str, int, Answer], None]:
@@ -61,8 +63,7 @@ def cut(size: Callable[[int], int]) -> Callable[[str, int, Answer], None]:
 def leave_partial(target: Path, content: bytes, **source: object) -> None:
     """What a killed download leaves behind."""
     target.with_name(NAME + ".part").write_bytes(content)
-    if source:
-        target.with_name(NAME + ".part.json").write_text(json.dumps(source))
+    target.with_name(NAME + ".part.json").write_text(json.dumps({"address": "", **source}))
 
 
 @pytest.mark.parametrize("wanted", [WANTED, OF_UNKNOWN_SIZE])
@@ -99,7 +100,8 @@ def test_wherever_connections_are_cut_the_archive_is_whole(
     server.ranges, server.validators = ranges, validators
     first = len(server.requests)
     server.behave = cut(lambda number: ([*sizes, len(CONTENT)] + [len(CONTENT)] * 20)[number - first])
-    target.unlink(missing_ok=True)
+    for file in target.parent.iterdir():
+        file.unlink()
     try:
         fetch(WANTED, [server.address], target)
     except DataError as error:
@@ -162,12 +164,15 @@ def test_whatever_an_earlier_run_left_the_archive_is_whole(
     assert is_complete(target)
 
 
-def test_notes_that_are_damaged_do_not_matter(server: Server, target: Path) -> None:
-    leave_partial(target, CONTENT[:1000])
-    for notes in ("", "[]", '{"address": 5}', '{"x": 1}'):
+@pytest.mark.parametrize("notes", [None, "", "[]", '{"address": 5}', '{"x": 1}'])
+def test_a_partial_download_of_something_else_is_left_alone(server: Server, target: Path, notes: str | None) -> None:
+    other = target.with_name(NAME + ".part")  # the name that Firefox gives, too
+    other.write_bytes(CONTENT[:1000])
+    if notes is not None:
         target.with_name(NAME + ".part.json").write_text(notes)
+    with pytest.raises(DataError, match=r"a.tar.gz.part(.json)? exists and was not made by this program"):
         fetch(WANTED, [server.address], target)
-        assert is_complete(target)
+    assert other.read_bytes() == CONTENT[:1000] and server.requests == []
 
 
 def test_a_partial_that_is_complete_needs_no_network(target: Path) -> None:

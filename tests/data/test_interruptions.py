@@ -19,6 +19,7 @@ import pytest
 
 from data.download import Options, download
 from data.packed import DataError, DatasetError, PackedDataset, locked, open_dataset
+from data.prepare import MARK
 from data.verify import find_problems
 from tests.data.made_up import REPOSITORY, command, files_below, librispeech_files, write_mirror
 from tests.data.misbehaving import serving
@@ -92,8 +93,9 @@ def test_a_preparation_killed_twenty_times_has_the_same_digest(options: Options,
 def test_files_left_by_a_run_that_was_killed_at_its_very_end_are_removed_by_the_next(options: Options) -> None:
     before = files_below(download(options).path)
     assert options.dataset_dir is not None
-    left = options.dataset_dir / "unpacked" / "LibriSpeech" / "dev-clean" / "84"
+    left = options.dataset_dir / "unfinished" / "unpacked" / "LibriSpeech" / "dev-clean" / "84"
     left.mkdir(parents=True)
+    (options.dataset_dir / "unfinished" / MARK).touch()
     (left / "84-1-0000.flac").write_bytes(b"fLaC")
     assert files_below(download(options).path) == before
 
@@ -105,7 +107,7 @@ def test_decoding_processes_end_when_their_parent_is_killed(options: Options, mi
     # The read end of a pipe that all of them inherit sees its end when the last of them is gone.
     with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
         assert run.stdout is not None and run.stdout.readline() == b"ready\n"
-        while not (tmp_path / "dataset" / "dev-clean.partial" / "audio.npy").exists() and run.poll() is None:
+        while not (tmp_path / "dataset" / "unfinished" / "dev-clean" / "audio.npy").exists() and run.poll() is None:
             time.sleep(0.005)
         time.sleep(0.3)  # the processes are starting, or at work
         run.send_signal(signal.SIGKILL)

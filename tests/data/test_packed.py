@@ -126,6 +126,14 @@ def test_a_damaged_dataset_json_is_an_error_of_one_line(tmp_path: Path, content:
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"name": "other"}', '{"format_version": "1.0"}'])
+def test_the_dataset_json_of_another_program_is_said_to_be_that(tmp_path: Path, content: str) -> None:
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(DatasetError, match=f"{tmp_path} is not a data set of this program") as error:
+        open_dataset(tmp_path)
+    assert "remove" not in str(error.value)
+
+
 def test_another_format_version_is_refused(dataset: PackedDataset) -> None:
     file = dataset.path / "dataset.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))

@@ -29,7 +29,7 @@ from typing import Annotated
 import tyro
 
 from data.corpora import LANGUAGE_MODELS, REPOSITORY
-from data.fetch import fetch
+from data.fetch import fetch, forget
 from data.packed import DataError, open_dataset, replace_durably
 from data.prepare import progress_bar
 
@@ -148,6 +148,7 @@ def download(options: Download) -> None:
         options.output_dir.mkdir(parents=True, exist_ok=True)
         with progress_bar(archive.file, archive.bytes, "B") as bar:
             md5, sha256 = fetch(archive, mirrors, target, bar.update)
+        forget(target)
         print(f"{archive.file}: MD5 {md5}, SHA-256 {sha256}", file=sys.stderr)
         try:
             check_arpa(target)
