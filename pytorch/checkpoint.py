@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from data.packed import replace_durably
+from data.files import atomic_replace
 from pytorch.cli import RunError
 from pytorch.config import Config
 from pytorch.ctc import LABELS
@@ -119,7 +119,7 @@ def save(
             _put(path, folder / PREVIOUS)
         if best:
             _put(partial, folder / BEST)
-        replace_durably(partial, path)  # which makes the folder's other names durable too
+        atomic_replace(partial, path)  # which makes the folder's other names durable too
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -159,7 +159,7 @@ def set_aside(folder: Path) -> Path | None:
         for name in (LAST, PREVIOUS, BEST):
             (earlier / name).unlink(missing_ok=True)
         for name in there:
-            replace_durably(folder / name, earlier / name)
+            atomic_replace(folder / name, earlier / name)
     except OSError as error:
         raise RunError(f"{earlier}: the earlier run's checkpoints cannot be moved there: {error.strerror}") from error
     return earlier

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from data.packed import DataError
+from data.files import DataError
 
 
 class RunError(Exception):

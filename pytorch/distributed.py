@@ -6,9 +6,7 @@ which one it is; `gloo` carries what CPUs say to each other, `nccl` what GPUs do
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
+from data.files import die_with_parent
 from pytorch.cli import LostProcess
 
 LAUNCH = "DEEPSPEECH2_LAUNCH"  # where launch.py on machine 0 tells the name of this launch
@@ -62,7 +61,7 @@ class Ranks:
         """
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
-        _end_with_parent()
+        die_with_parent()  # torchrun: orphans would go on beside the processes that take their place
         timeout = timedelta(seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         try:
@@ -111,12 +110,6 @@ class Ranks:
     def told(self, what: str) -> bool:
         """Whether one of them has told that."""
         return _talk.store is not None and bool(_talk.store.check([what]))
-
-
-def _end_with_parent() -> None:
-    """On Linux, be killed with torchrun: orphans would go on beside the processes that take their place."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def leave() -> None:

@@ -224,7 +224,7 @@ def _print_result(run: Run, progress: Progress, seconds: float, started_at: date
 
 
 def _longest_training_utterance(dataset: PackedDataset) -> int:
-    return max(dataset.summary[name].longest_samples for name in dataset.splits["train"])
+    return max(dataset.summary[name].max_samples for name in dataset.splits["train"])
 
 
 def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from data.archives import read_checksums
 from data.corpora import CORPORA, find_corpus
 from data.download import Options, download
-from data.packed import DataError, PackedDataset, open_dataset, read_dataset
+from data.fetch import read_checksums
+from data.files import DataError
+from data.packed import PackedDataset, open_dataset, read_dataset
 from data.prepare import MARK
 from tests.data.made_up import (
     REPOSITORY,
@@ -180,9 +181,9 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_read(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type(shutil.disk_usage("/"))(10, 10, 0)
-    monkeypatch.setattr("data.archives.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("data.fetch.shutil.disk_usage", lambda path: usage)
     with pytest.raises(
-        DataError, match=r"dataset needs 0.0 GB of free disk space \(.*\), 0.0 GB are free: make room there"
+        DataError, match=r"dataset needs 0.1 MB of free disk space \(.*\), 0.0 MB are free: make room there"
     ):
         download(options)
 
@@ -236,7 +237,7 @@ def test_a_downloaded_archive_that_is_no_longer_wanted_is_fetched_anew(
 ) -> None:
     lay_downloaded(tmp_path / "dataset" / "archives" / "dev-clean.tar.gz", b"of other --checksums")
     assert download(replace(options, mirror=server.address)).subsets == ["train-clean-100", "dev-clean"]
-    assert "fetching it anew" in capsys.readouterr().err
+    assert "downloading again" in capsys.readouterr().err
     assert files_below(tmp_path / "dataset") == COMPLETE
 
 
