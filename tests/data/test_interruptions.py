@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 
 from data.download import Options, download
-from data.files import DataError, locked
+from data.files import MARK, DataError, locked
 from data.packed import DatasetError, PackedDataset, open_dataset
-from data.prepare import MARK
 from data.verify import validate
 from tests.data.made_up import REPOSITORY, command, files_below, librispeech_files, write_mirror
 from tests.data.misbehaving import serving
