@@ -32,9 +32,8 @@ HEADERLESS = (
 )
 # What libsndfile logs of a file that is shorter than its header says; it then reads what is there without complaint.
 CUT_SHORT = re.compile(r"^\s*(?:data|SSND|riff|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-# What soundfile raises for files that it does not know, that are damaged, whose headers ask for absurd memory, or whose
-# names it takes for headerless audio (TypeError).
-SNDFILE_FAILURES = (soundfile.LibsndfileError, RuntimeError, MemoryError, ValueError, TypeError)
+# What soundfile raises for files that it does not know, that are damaged, or whose headers ask for absurd memory.
+SNDFILE_FAILURES = (soundfile.LibsndfileError, RuntimeError, MemoryError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,12 @@ def open_recording(file: Path) -> Iterator[soundfile.SoundFile]:
     """
     if not file.is_file():
         raise DataError(f"{file} is missing or not a file")
+    if file.stat().st_size == 0:
+        raise DataError(f"{file} is empty (0 bytes)")
     with ExitStack() as opened:
         try:
             audio = opened.enter_context(soundfile.SoundFile(file))
-        except SNDFILE_FAILURES as error:
+        except (*SNDFILE_FAILURES, TypeError) as error:  # which soundfile raises for names of headerless audio
             folder = opened.enter_context(tempfile.TemporaryDirectory())
             audio = opened.enter_context(_convert_by_sox(file, Path(folder), str(error).strip()))
         if not LOWEST_RATE <= audio.samplerate <= HIGHEST_RATE:

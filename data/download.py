@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +25,7 @@ import tyro
 
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
 from data.fetch import ArchiveSource, VerifiedArchive, check_space, read_checksums
-from data.files import DataError, available_cores, file_digest, locked, work_folder
+from data.files import UNFINISHED, DataError, available_cores, file_digest, locked, work_folder
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
 from data.prepare import Preparation, check_place
 from data.readers import read_manifest
@@ -119,8 +119,10 @@ def _complete(
     dataset = _present_state(path, corpus)
     missing = [subset for subset in subsets if not _is_prepared(dataset, subset.name, archives[subset.name].md5)]
     check_place(dataset, [subset.name for subset in missing])
-    with work_folder(path) as work:
-        if not missing and dataset.digest:
+    complete = dataset.digest and not missing
+    # A folder that a killed run has left is removed even then, but none is made, as the disk may be read-only.
+    with work_folder(path) if not complete or (path / UNFINISHED).exists() else nullcontext(path) as work:
+        if complete:
             return _report(dataset, "is complete already")
         preparation = Preparation(dataset, corpus, work, options.jobs)
         if options.manifest and missing:

@@ -8,6 +8,7 @@ The library is urllib3: it has the timeouts, redirects and proxies, and no depen
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import re
@@ -36,9 +37,7 @@ ATTEMPTS = 6  # at a mirror, one after the other, none of which came further
 BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 LONGEST_WAIT_S = 600.0  # give up on a mirror that asks for a longer delay
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-MISMATCH_HINT = (
-    "(LibriSpeech was re-issued once, so old copies differ; for a partial mirror give its sums by --checksums)"
-)
+MISMATCH_HINT = "(LibriSpeech was re-issued once; for a partial mirror, give its sums by --checksums)"
 HEADERS = {"User-Agent": "deepspeech2-benchmark", "Accept-Encoding": "identity"}
 # Of an archive's size: what its files take unpacked, and as packed 16-bit samples with their index.
 UNPACKED_RATIO = {"librispeech": 1.1, "an4": 1.5}
@@ -288,9 +287,7 @@ class PartialDownload:
             length = self._begin(response, address)
             with self.file.open("ab") as stream:
                 # read1 hands out what has arrived, so that a cut costs nothing that has.
-                while (length is None or self.size < length) and (
-                    chunk := response.read1(CHUNK_BYTES, decode_content=False)
-                ):
+                while self.size < length and (chunk := response.read1(CHUNK_BYTES, decode_content=False)):
                     if self._stop.is_set():
                         raise DataError("stopped")
                     stream.write(chunk)
@@ -301,11 +298,11 @@ class PartialDownload:
         finally:
             # Not back into the pool: what is left of the body may be gigabytes, or never come.
             response.close()
-        if length and self.size < length:
+        if self.size < length < math.inf:
             raise Transient("the connection ended early")
 
-    def _begin(self, response: urllib3.BaseHTTPResponse, address: str) -> int | None:
-        """Judge an answer by its status and headers; return the length of the whole file, None if nobody tells it."""
+    def _begin(self, response: urllib3.BaseHTTPResponse, address: str) -> float:
+        """Judge an answer by its status and headers; return the whole file's length, infinite where it is not known."""
         status, headers = response.status, response.headers
         if status in TRANSIENT:
             raise Transient(f"{address}: HTTP status {status}", _number(headers.get("Retry-After")) or 0)
@@ -325,7 +322,7 @@ class PartialDownload:
         else:
             self._discard()
             raise Transient("it has a shorter file, or sends another range than asked for")
-        return length or published or None
+        return length or published or math.inf
 
 
 def fetch(

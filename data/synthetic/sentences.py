@@ -12,20 +12,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-
-def _read_grammar() -> tuple[list[str], dict[str, list[str]]]:
-    """Return the templates of grammar.txt, and what fills their slots."""
-    templates, slots = [], {}
-    for line in Path(__file__).with_name("grammar.txt").read_text(encoding="utf-8").splitlines():
-        slot, colon, entries = line.partition(": ")
-        if colon and not line.startswith("#"):
-            slots[slot] = entries.split("|")
-        elif line and not line.startswith("#"):
-            templates.append(line)
-    return templates, slots
-
-
-TEMPLATES, SLOTS = _read_grammar()
+_LINES = Path(__file__).with_name("grammar.txt").read_text(encoding="utf-8").splitlines()
+TEMPLATES = [line for line in _LINES if line and not line.startswith(("#", "+"))]
+SLOTS = {line.split()[1]: line.split(maxsplit=2)[2].split("|") for line in _LINES if line.startswith("+")}
 
 
 class Decks:
