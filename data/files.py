@@ -1,4 +1,4 @@
-"""What every command needs of the system: errors, files that are whole or absent, locks, digests, processes, progress.
+"""The tools of every command: errors, files that are whole or absent, locks, digests, processes, progress bars.
 
 Nothing here knows what an archive or a data set is. What a command has not finished lies in a work_folder, and
 everything in that is this program's; outside of it, nothing is removed or replaced that the program did not make.
