@@ -26,7 +26,7 @@ import torch
 
 from data.packed import replace_durably
 from pytorch.cli import RunError
-from pytorch.config import Config
+from pytorch.config import Config, fields_of, with_current_names
 from pytorch.ctc import LABELS
 
 FORMAT_VERSION = 3
@@ -35,27 +35,9 @@ LAST = "checkpoint_last.pt"
 PREVIOUS = "checkpoint_previous.pt"
 EARLIER = "earlier"
 
-# Without these as they were, weights and the optimizer's moments cannot be used.
-_NEVER_FREE = {"hidden_size", "conv_channels", "optimizer"}
-
-# What a resumed run may change: where it runs and when it ends, not what it computes.
-_FREE_ON_RESUME = {
-    "dataset_dir",
-    "output_dir",
-    "resume",
-    "resume_with_changes",
-    "tensorboard",
-    "checkpoint_minutes",
-    "collective_timeout_seconds",
-    "device",
-    "target_wer",
-    "max_epochs",
-    "max_steps",
-}
-
 
 @dataclasses.dataclass
-class Progress:
+class TrainState:
     """How far a run has come."""
 
     epoch: int = 1  # the epoch under way, from 1
@@ -76,8 +58,8 @@ def save(
     folder: Path,
     config: Config,
     dataset_digest: str,
-    progress: Progress,
-    evaluated: torch.nn.Module,
+    progress: TrainState,
+    eval_model: torch.nn.Module,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
@@ -88,7 +70,7 @@ def save(
 
     Args:
         folder: of the run's checkpoints; the newest one there becomes the one before.
-        config, dataset_digest, progress, evaluated, model, optimizer: its content.
+        config, dataset_digest, progress, eval_model, model, optimizer: its content.
         launch: which start of the run it is from, see `pytorch.launch`; None if that started no processes.
         best: whether it is the best one as well.
 
@@ -98,12 +80,12 @@ def save(
     content = {
         "format_version": FORMAT_VERSION,
         "labels": LABELS,
-        "config": config.plain(),
+        "config": config.to_dict(),
         "dataset_digest": dataset_digest,
         "launch": launch,
         "progress": dataclasses.asdict(progress),
         "random_state": torch.get_rng_state(),
-        "model": evaluated.state_dict(),
+        "model": eval_model.state_dict(),
         "trained_model": model.state_dict(),  # takes no space where it is the same
         "optimizer": optimizer.state_dict(),
     }
@@ -116,9 +98,9 @@ def save(
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            _put(path, folder / PREVIOUS)
+            _link_or_copy(path, folder / PREVIOUS)
         if best:
-            _put(partial, folder / BEST)
+            _link_or_copy(partial, folder / BEST)
         replace_durably(partial, path)  # which makes the folder's other names durable too
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         with contextlib.suppress(OSError):
@@ -126,7 +108,7 @@ def save(
         raise RunError(f"{path}: the checkpoint could not be written: {error}") from error
 
 
-def _put(path: Path, second: Path) -> None:
+def _link_or_copy(path: Path, second: Path) -> None:
     """Make a file known by a second path too, replacing what is there; a copy where there are no hard links."""
     partial = second.with_name(second.name + ".partial")
     partial.unlink(missing_ok=True)
@@ -139,7 +121,7 @@ def _put(path: Path, second: Path) -> None:
     partial.rename(second)
 
 
-def set_aside(folder: Path) -> Path | None:
+def archive_previous_run(folder: Path) -> Path | None:
     """Move the checkpoints of an earlier run into a folder of their own, in place of those there.
 
     Nothing is moved if that run has not come further than its first checkpoint, which holds no training.
@@ -233,10 +215,10 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
     Raises:
         RunError: names each difference.
     """
-    there = content["config"]
-    different = [key for key, value in config.plain().items() if there.get(key) != value and key not in _FREE_ON_RESUME]
-    differences = [f"{key.replace('_', '-')} {there.get(key)} there, {getattr(config, key)} now" for key in different]
-    if config.resume_with_changes and _NEVER_FREE.intersection(different):
+    saved, current = with_current_names(content["config"]), config.to_dict()
+    different = [name for name in fields_of("training", "model") if saved.get(name) != current[name]]
+    differences = [f"{name.replace('_', '-')} {saved.get(name)} there, {current[name]} now" for name in different]
+    if config.resume_with_changes and set(fields_of("model")).intersection(different):
         raise RunError(
             f"{path}: cannot be resumed with this configuration, since its weights or the state of its optimizer "
             f"would not fit: {'; '.join(differences)}"

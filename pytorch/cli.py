@@ -19,27 +19,27 @@ class Preempted(Exception):
     """The system has asked the process to end, and what it did is saved and said."""
 
 
-class LostProcess(Exception):
+class RankFailure(Exception):
     """Another process of the run is gone or hangs. The message names it."""
 
 
-LOST = os.EX_IOERR  # 74
+RANK_FAILED = os.EX_IOERR  # 74
 PREEMPTED = os.EX_TEMPFAIL  # 75
 
 
 def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted") -> int:
-    """Do a command's work; its exit status: 0, 1 if it returned False or failed, 130 if interrupted, LOST or PREEMPTED.
+    """Do a command's work and return its exit status. What was raised is printed as one line.
 
-    What was raised is printed as one line.
+    The status is 0, 1 if the work returned False or failed, 130 if interrupted, RANK_FAILED or PREEMPTED.
     """
     try:
         return 1 if work() is False else 0
     except (RunError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except LostProcess as error:
+    except RankFailure as error:
         print(f"error: {error}", file=sys.stderr)
-        return LOST
+        return RANK_FAILED
     except Preempted:
         return PREEMPTED
     except KeyboardInterrupt:

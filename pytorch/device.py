@@ -16,7 +16,7 @@ from pytorch.layers import kernels
 NO_MEMORY = "can't allocate memory", "not enough memory", "Storage size calculation overflowed"  # on a CPU
 
 
-def choose_device(name: str, number: int = 0) -> torch.device:
+def select_device(name: str, number: int = 0) -> torch.device:
     """Device of that name; `auto` is the GPU of that number if there is one.
 
     Raises:
@@ -38,14 +38,14 @@ def choose_device(name: str, number: int = 0) -> torch.device:
     return torch.device(name, number)
 
 
-def work_on(device: torch.device) -> None:
+def set_device(device: torch.device) -> None:
     """Make a GPU the one that this process means where none is named: for events, and for NCCL."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 @contextmanager
-def out_of_memory_is(advice: str) -> Iterator[None]:
+def explain_oom(advice: str) -> Iterator[None]:
     """Turn any failure to find memory, on a GPU or a CPU, into an error that gives advice.
 
     Raises:
@@ -60,19 +60,19 @@ def out_of_memory_is(advice: str) -> Iterator[None]:
         raise RunError(advice) from error
 
 
-def choose_precision(name: Precision, device: torch.device) -> Precision:
+def select_precision(name: Precision, device: torch.device) -> Precision:
     """fp32 or bf16; `auto` is bf16 where the device multiplies it natively. Allows TF32 on a GPU."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = kernels.multiplies_bfloat16()
+        native = kernels.has_native_bf16()
     if name == "bf16" and not native:
         print("--precision bf16: this device has no bf16 arithmetic, so fp32 would be faster", file=sys.stderr)
     return name if name != "auto" else "bf16" if native else "fp32"
 
 
-def read_later(tensor: Tensor) -> Callable[[], Tensor]:
+def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:
     """Start to copy a tensor to the CPU. What is returned waits for that copy, not for what was started after it."""
     if tensor.device.type == "cpu":
         return lambda: tensor

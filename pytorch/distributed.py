@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 
-from pytorch.cli import LostProcess
+from pytorch.cli import RankFailure
 
 LAUNCH = "DEEPSPEECH2_LAUNCH"  # where launch.py on machine 0 tells the name of this launch
 Anything = TypeVar("Anything")
@@ -32,8 +32,8 @@ class _Talk:
     """What this module keeps of the processes' talk."""
 
     store: dist.Store | None = None  # what all of them can write to
-    group: Any = None  # of `add_up`: one of its own, so that small messages do not queue behind gradients
-    seconds: float = 0.0  # stood still in `add_up` and `note_gradients_are_there`
+    group: Any = None  # of `all_reduce_sum`: one of its own, so that small messages do not queue behind gradients
+    seconds: float = 0.0  # stood still in `all_reduce_sum` and `note_gradients_are_there`
     last_gradients: float = 0.0  # time.monotonic() when the last gradients of a backward pass were there
 
 
@@ -41,7 +41,7 @@ _talk = _Talk()
 
 
 @dataclass(frozen=True)
-class Ranks:
+class World:
     """This process among those of the run."""
 
     rank: int = 0
@@ -50,7 +50,7 @@ class Ranks:
     launch: str | None = None  # name of the launch, which stays when torchrun starts processes again; None: no torchrun
 
     @classmethod
-    def start(cls, device_type: str, timeout_seconds: float) -> Ranks:
+    def start(cls, device_type: str, timeout_seconds: float) -> World:
         """Meet the other processes, if torchrun has started this one.
 
         Args:
@@ -58,11 +58,11 @@ class Ranks:
             timeout_seconds: how long to wait for another process before it is taken for lost.
 
         Raises:
-            LostProcess: the others did not come.
+            RankFailure: the others did not come.
         """
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls()
-        _end_with_parent()
+        die_with_parent()
         timeout = timedelta(seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         try:
@@ -71,23 +71,23 @@ class Ranks:
             _talk.store = store
             _talk.group = dist.new_group(timeout=timeout)
         except RuntimeError as error:
-            raise LostProcess(f"the processes of this run did not find each other: {_first_line(error)}") from error
-        ranks = cls(rank, size, int(os.environ["LOCAL_RANK"]))
+            raise RankFailure(f"the processes of this run did not find each other: {_first_line(error)}") from error
+        world = cls(rank, size, int(os.environ["LOCAL_RANK"]))
         # torchrun's count of restarts tells less: those after a machine has joined again are not in it.
-        names = [name for name in ranks.gather(os.environ.get(LAUNCH)) if name]
-        return replace(ranks, launch=names[0] if names else None)
+        names = [name for name in world.all_gather_object(os.environ.get(LAUNCH)) if name]
+        return replace(world, launch=names[0] if names else None)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that logs and saves."""
         return self.rank == 0
 
-    def say(self, text: str) -> None:
+    def print_once(self, text: str) -> None:
         """Print on standard error, once for all of them."""
-        if self.first:
+        if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    def gather(self, thing: Anything) -> list[Anything]:
+    def all_gather_object(self, thing: Anything) -> list[Anything]:
         """What each of them gives, by rank; on all of them."""
         if self.size == 1:
             return [thing]
@@ -95,7 +95,7 @@ class Ranks:
         dist.all_gather_object(everything, thing)
         return everything
 
-    def send(self, thing: Anything, source: int) -> Anything:
+    def broadcast_object(self, thing: Anything, source: int) -> Anything:
         """What the process of that rank has, on all of them."""
         if self.size == 1:
             return thing
@@ -113,26 +113,26 @@ class Ranks:
         return _talk.store is not None and bool(_talk.store.check([what]))
 
 
-def _end_with_parent() -> None:
+def die_with_parent() -> None:
     """On Linux, be killed with torchrun: orphans would go on beside the processes that take their place."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def leave() -> None:
+def shutdown() -> None:
     """Leave the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def together() -> bool:
+def is_distributed() -> bool:
     """Whether there are other processes."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def add_up(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The tensor, replaced by its sum over all processes."""
-    if together():
+    if is_distributed():
         started = time.monotonic()
         dist.all_reduce(tensor, group=_talk.group)
         _talk.seconds += time.monotonic() - started
@@ -160,22 +160,22 @@ def seconds_waited() -> float:
 
 
 @contextmanager
-def naming_lost_processes() -> Iterator[None]:
-    """Turn the failure of an exchange into a LostProcess: those that do not report one too within some seconds."""
+def report_lost_ranks() -> Iterator[None]:
+    """Turn the failure of an exchange into a RankFailure: those that do not report one too within some seconds."""
     try:
         yield
     except RuntimeError as error:
         about_contact = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
-        if not (together() and about_contact):
+        if not (is_distributed() and about_contact):
             raise
         missing = "unknown, since the process that keeps the list is one of them"
         with suppress(RuntimeError):
-            missing = ", ".join(map(str, _silent_ranks()))
+            missing = ", ".join(map(str, _unresponsive_ranks()))
         text = f"rank {dist.get_rank()}: lost contact; ranks that hang or are gone: {missing} ({_first_line(error)})"
-        raise LostProcess(text) from error
+        raise RankFailure(text) from error
 
 
-def _silent_ranks(patience: float = 5.0) -> list[int]:
+def _unresponsive_ranks(patience: float = 5.0) -> list[int]:
     store, attempt = _talk.store, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if store is None:
         raise RuntimeError("no store")

@@ -15,11 +15,11 @@ from mlperf_logging.mllog import constants
 from torch import Tensor
 
 from pytorch.cli import RunError, progress_bar
-from pytorch.ctc import spell
-from pytorch.device import read_later
-from pytorch.loader import Batch, Utterances, deal, make_batch, prefetch, split_by_size
+from pytorch.ctc import collapse
+from pytorch.device import copy_to_cpu_async
+from pytorch.loader import Batch, Utterances, batch_by_padded_size, make_batch, prefetch, split_balanced
 from pytorch.metrics import ErrorCounts, count_errors
-from pytorch.trainer import Learner
+from pytorch.trainer import Trainer
 
 
 class Recognised(NamedTuple):
@@ -73,14 +73,14 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    learner: Learner, utterances: Utterances, capacity: int, told_to_end: Callable[[], bool] = lambda: False
+    trainer: Trainer, utterances: Utterances, capacity: int, told_to_end: Callable[[], bool] = lambda: False
 ) -> Evaluation | None:
     """Recognise **every** utterance by greedy decoding, each in one of the processes; all get what all found.
 
     The processes get like numbers of utterances and samples, so that none waits long for the others.
 
     Args:
-        learner: the model and where it is.
+        trainer: the model and where it is.
         utterances: what to evaluate.
         capacity: samples of a batch, padding included, but for an utterance that is longer than that. What a process
             computes at once in training is known to fit into memory, together with its gradients.
@@ -92,15 +92,15 @@ def evaluate(
     Raises:
         RunError: not every utterance was counted exactly once.
     """
-    learner.evaluated.eval()
-    ranks = learner.ranks
-    share = np.sort(deal(utterances, np.arange(len(utterances)), ranks.size)[ranks.rank])
-    plan = [share[batch] for batch in split_by_size(utterances.samples[share], capacity)]
-    make = partial(make_batch, utterances, pinned=learner.device.type == "cuda")
+    trainer.eval_model.eval()
+    world = trainer.world
+    share = np.sort(split_balanced(utterances, np.arange(len(utterances)), world.size)[world.rank])
+    plan = [share[batch] for batch in batch_by_padded_size(utterances.num_samples[share], capacity)]
+    make = partial(make_batch, utterances, pinned=trainer.device.type == "cuda")
     recognised: dict[int, Recognised] = {}
 
     def decode(batch: Batch, best_TB: Callable[[], Tensor], frames_B: Tensor) -> None:
-        hypotheses = spell(best_TB(), frames_B)
+        hypotheses = collapse(best_TB(), frames_B)
         for index, reference, hypothesis in zip(batch.indices.tolist(), batch.transcripts, hypotheses, strict=True):
             subset = utterances.subsets[utterances.subset_of[index]].name
             errors = count_errors([reference], [hypothesis])
@@ -108,20 +108,20 @@ def evaluate(
 
     started: tuple[Batch, Callable[[], Tensor], Tensor] | None = None  # decoded while the device works on the next one
     ended = False
-    with progress_bar("evaluation", len(plan), shown=ranks.first) as bar:
+    with progress_bar("evaluation", len(plan), shown=world.is_main) as bar:
         for batch in prefetch(plan, make):
             ended = told_to_end()
             if ended:
                 break
-            logits_TBV, frames_B = learner.logits(learner.evaluated, batch)
-            best_TB = read_later(logits_TBV.argmax(dim=2))
+            logits_TBV, frames_B = trainer.logits(trainer.eval_model, batch)
+            best_TB = copy_to_cpu_async(logits_TBV.argmax(dim=2))
             if started is not None:
                 decode(*started)
             started = batch, best_TB, frames_B
             bar.update()
     if started is not None:
         decode(*started)
-    found = ranks.gather((ended, list(recognised.items())))
+    found = world.all_gather_object((ended, list(recognised.items())))
     if any(ended for ended, _ in found):
         return None
     everything = [item for _, part in found for item in part]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.packed import Subset
 from pytorch.config import Config
-from pytorch.ctc import encode, frames_needed
+from pytorch.ctc import encode, min_ctc_frames
 from pytorch.features import Augmentation, draw_augmentation, frame_counts
 from pytorch.model import TIME_STRIDE, output_frames
 
@@ -33,12 +33,12 @@ class Utterances:
         self.subsets = list(subsets)
         samples = np.concatenate([subset.samples for subset in subsets])
         order = np.argsort(samples, kind="stable")
-        self.samples: np.ndarray = samples[order]
+        self.num_samples: np.ndarray = samples[order]
         self.subset_of = np.repeat(np.arange(len(subsets)), [len(subset) for subset in subsets])[order]
         self._position = np.concatenate([np.arange(len(subset)) for subset in subsets])[order]
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.num_samples)
 
     def waveform(self, index: int) -> np.ndarray:
         """int16 samples at 16 kHz."""
@@ -52,10 +52,10 @@ class Utterances:
         """The utterance's id in its corpus."""
         return self.subsets[self.subset_of[index]].ids[int(self._position[index])]
 
-    def alignable(self) -> np.ndarray:
+    def ctc_feasible(self) -> np.ndarray:
         """bool [N]: whether CTC can spell the transcript in the utterance's output frames."""
-        frames = output_frames(frame_counts(torch.from_numpy(self.samples))).numpy()
-        return np.array([frames_needed(self.transcript(index)) for index in range(len(self))]) <= frames
+        frames = output_frames(frame_counts(torch.from_numpy(self.num_samples))).numpy()
+        return np.array([min_ctc_frames(self.transcript(index)) for index in range(len(self))]) <= frames
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Batch:
 
     indices: np.ndarray  # [B], positions in Utterances
     waveforms_BS: Tensor  # int16
-    samples_B: Tensor  # int64, CPU
+    num_samples_B: Tensor  # int64, CPU
     targets: Tensor  # int64
     target_lengths_B: Tensor  # int64, CPU
     transcripts: list[str]
@@ -74,7 +74,7 @@ class Batch:
         return len(self.indices)
 
 
-def plan_epoch(
+def epoch_batches(
     utterances: Utterances, included: np.ndarray, batch_size: int, seed: int, epoch: int
 ) -> list[np.ndarray]:
     """Batches of one epoch, in order: every included utterance exactly once.
@@ -90,7 +90,7 @@ def plan_epoch(
         return split_evenly(included, batch_size)
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
     jitter = random.uniform(1 - LENGTH_JITTER / 2, 1 + LENGTH_JITTER / 2, len(included))
-    order = included[np.argsort(utterances.samples[included] * jitter, kind="stable")]
+    order = included[np.argsort(utterances.num_samples[included] * jitter, kind="stable")]
     batches = split_evenly(order, batch_size)
     return [batches[position] for position in random.permutation(len(batches))]
 
@@ -100,14 +100,14 @@ def split_evenly(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return np.array_split(indices, -(-len(indices) // batch_size))
 
 
-def deal(utterances: Utterances, indices: np.ndarray, parts: int) -> list[np.ndarray]:
+def split_balanced(utterances: Utterances, indices: np.ndarray, parts: int) -> list[np.ndarray]:
     """A batch in parts of like size and like total length: by length, dealt forth and back (1 2 3 3 2 1 1 2 ...)."""
-    longest_first = indices[np.argsort(-utterances.samples[indices], kind="stable")]
+    longest_first = indices[np.argsort(-utterances.num_samples[indices], kind="stable")]
     order = np.resize(np.concatenate([np.arange(parts), np.arange(parts)[::-1]]), len(indices))
     return [longest_first[order == part] for part in range(parts)]
 
 
-def split_by_size(samples: np.ndarray, capacity: int) -> list[np.ndarray]:
+def batch_by_padded_size(samples: np.ndarray, capacity: int) -> list[np.ndarray]:
     """Consecutive batches of as many utterances as, padded to the longest, have no more than `capacity` samples in all.
 
     Args:
@@ -133,12 +133,12 @@ def make_batch(
         augment: configuration and epoch to draw augmentation for; None for evaluation.
         pinned: put the waveforms into page-locked memory, from which a GPU copies without waiting.
     """
-    samples_B = utterances.samples[indices]
+    num_samples_B = utterances.num_samples[indices]
     # NumPy, since a torch operation on this much in the reader's thread would start a second pool of OpenMP threads;
     # with more threads than cores, the pools' threads sleep at every barrier instead of spinning.
-    waveforms = np.zeros((len(indices), int(samples_B.max())), dtype=np.int16)
+    waveforms = np.zeros((len(indices), int(num_samples_B.max())), dtype=np.int16)
     for row, index in enumerate(indices):
-        waveforms[row, : samples_B[row]] = utterances.waveform(index)
+        waveforms[row, : num_samples_B[row]] = utterances.waveform(index)
     waveforms_BS = torch.from_numpy(waveforms)
     transcripts = [utterances.transcript(index) for index in indices]
     encoded = [encode(transcript) for transcript in transcripts]
@@ -146,11 +146,11 @@ def make_batch(
     if augment is not None:
         config, epoch = augment
         seeds = np.stack([np.full(len(indices), config.seed), np.full(len(indices), epoch), indices], axis=1)
-        augmentation = draw_augmentation(config, seeds, _tempo_limits(samples_B, transcripts))
+        augmentation = draw_augmentation(config, seeds, _tempo_limits(num_samples_B, transcripts))
     return Batch(
         indices,
         waveforms_BS.pin_memory() if pinned else waveforms_BS,
-        torch.from_numpy(samples_B),
+        torch.from_numpy(num_samples_B),
         torch.tensor([label for labels in encoded for label in labels], dtype=torch.int64),
         torch.tensor([len(labels) for labels in encoded], dtype=torch.int64),
         transcripts,
@@ -158,10 +158,10 @@ def make_batch(
     )
 
 
-def _tempo_limits(samples_B: np.ndarray, transcripts: Sequence[str]) -> np.ndarray:
+def _tempo_limits(num_samples_B: np.ndarray, transcripts: Sequence[str]) -> np.ndarray:
     """Fastest tempo at which CTC still has the frames that each transcript needs."""
-    frames_B = frame_counts(torch.from_numpy(samples_B)).numpy()
-    needed_B = np.array([frames_needed(transcript) for transcript in transcripts])
+    frames_B = frame_counts(torch.from_numpy(num_samples_B)).numpy()
+    needed_B = np.array([min_ctc_frames(transcript) for transcript in transcripts])
     # needed <= output_frames(floor((frames - 1) / tempo) + 1); the last factor keeps rounding on the safe side
     return (frames_B - 1) / np.maximum(TIME_STRIDE * (needed_B - 1), 1) * (1 - 1e-9)
 

@@ -54,7 +54,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def git_state() -> tuple[str, bool | None]:
+def git_revision() -> tuple[str, bool | None]:
     """Commit of this repository, and whether files differ from it; "unknown" and None without git or its folder."""
     if told := os.environ.get("DEEPSPEECH2_COMMIT"):  # by docker/run-dev.sh: an image needs no git
         return told.removesuffix("-dirty"), told.endswith("-dirty")
@@ -80,14 +80,14 @@ def clear_cache(dataset: PackedDataset) -> str:
         return "this operating system offers no way to do so"
     for name in content_files(dataset.subsets):
         try:
-            if left := _drop(dataset.path / name):
+            if left := _evict(dataset.path / name):
                 return f"{left} pages of {name} are still cached: another process may be using it"
         except OSError as error:
             return f"{name}: {error.strerror}"
     return ""
 
 
-def _drop(path: Path) -> int:
+def _evict(path: Path) -> int:
     """Drop a file from the page cache; how many of its pages are still there.
 
     A page that is just being read or written goes a moment later.

@@ -14,8 +14,8 @@ from mlperf_logging.mllog import constants
 
 from data.packed import PackedDataset
 from pytorch.cli import RunError
-from pytorch.config import ROOT, Config
-from pytorch.machine import environment, git_state
+from pytorch.config import EVENTS, ROOT, Config
+from pytorch.machine import environment, git_revision
 
 if TYPE_CHECKING:
     import torch  # slow to import: not for those who only read logs
@@ -76,21 +76,13 @@ def log_submission(
     """
     log.event(constants.SUBMISSION_BENCHMARK, BENCHMARK)
     log.event(constants.SUBMISSION_ORG, os.environ.get("SUBMISSION_ORG", "reference"))
-    log.event(constants.SUBMISSION_DIVISION, chosen_division())
-    log.event(constants.SUBMISSION_STATUS, chosen_status())
+    log.event(constants.SUBMISSION_DIVISION, submission_division())
+    log.event(constants.SUBMISSION_STATUS, submission_status())
     machine = environment(device)
-    log.event(constants.SUBMISSION_PLATFORM, chosen_platform(machine, ranks))
-    log.event(constants.SEED, config.seed)
-    log.event(constants.GLOBAL_BATCH_SIZE, config.batch_size)
-    log.event(constants.GRADIENT_ACCUMULATION_STEPS, config.gradient_accumulation_steps)
-    log.event(constants.OPT_NAME, config.optimizer)
-    log.event(constants.OPT_BASE_LR, config.learning_rate)
-    log.event(constants.OPT_LR_WARMUP_STEPS, config.warmup_steps)
-    log.event(constants.OPT_LR_DECAY_SCHEDULE, config.schedule)
-    log.event(constants.OPT_WEIGHT_DECAY, config.weight_decay)
-    log.event(constants.OPT_GRADIENT_CLIP_NORM, config.gradient_clip_norm)
-    log.event(constants.MODEL_EVAL_EMA_FACTOR, config.averaging_decay)
-    log.event("configuration", config.config, metadata=config.plain())
+    log.event(constants.SUBMISSION_PLATFORM, submission_platform(machine, ranks))
+    for name, event in EVENTS.items():
+        log.event(event, getattr(config, name))
+    log.event("configuration", config.config, metadata=config.to_dict())
     log.event(
         "dataset",
         dataset.digest,
@@ -98,23 +90,23 @@ def log_submission(
     )
     log.event("number_of_ranks", ranks)
     log.event("environment", machine["processor"], metadata=machine)
-    commit, changed = git_state()
+    commit, changed = git_revision()
     log.event("git_commit", commit, metadata={"uncommitted_changes": changed})
     if image := os.environ.get("DEEPSPEECH2_IMAGE_ID"):  # set by docker/run-dev.sh
         log.event("container_image", image)
 
 
-def chosen_division() -> str:
+def submission_division() -> str:
     """Division of the runs that are started now; RunError where the rules do not know it."""
     return _chosen("SUBMISSION_DIVISION", constants.OPEN, DIVISIONS)
 
 
-def chosen_status() -> str:
+def submission_status() -> str:
     """Status of the system that runs; RunError where the rules do not know it."""
     return _chosen("SUBMISSION_STATUS", constants.RESEARCH, STATUSES)
 
 
-def chosen_platform(machine: dict[str, Any], ranks: int) -> str:
+def submission_platform(machine: dict[str, Any], ranks: int) -> str:
     """What a run uses of a machine (`environment`): each of its processes one accelerator, if there are any."""
     if named := os.environ.get("SUBMISSION_PLATFORM"):
         return named

@@ -89,12 +89,12 @@ class DeepSpeech2(nn.Module):
         batch, time = x_BTFC.shape[:2]
         rows_N = (layout.time_N + layout.utterance_N * time).to(x_BTFC.device, non_blocking=True)
 
-        x_NFC = _normalise_and_clip(x_BTFC.flatten(0, 1).index_select(0, rows_N), self.norm1)
+        x_NFC = _normalize_and_clip(x_BTFC.flatten(0, 1).index_select(0, rows_N), self.norm1)
         x_BTFC = (
             x_NFC.new_zeros(batch * time, *x_NFC.shape[1:]).index_copy(0, rows_N, x_NFC).unflatten(0, (batch, time))
         )
         x_BTFC = self.conv2(x_BTFC)
-        x_NFC = _normalise_and_clip(x_BTFC.flatten(0, 1).index_select(0, rows_N), self.norm2)
+        x_NFC = _normalize_and_clip(x_BTFC.flatten(0, 1).index_select(0, rows_N), self.norm2)
 
         packed = PackedSequence(x_NFC.flatten(1), layout.batch_sizes)
         for gru, norm in zip(self.grus, self.norms, strict=True):
@@ -107,7 +107,7 @@ class DeepSpeech2(nn.Module):
         return logits_TBV.unflatten(0, (time, batch)), output_frames_B
 
 
-def _normalise_and_clip(x_NFC: Tensor, norm: nn.Module) -> Tensor:
+def _normalize_and_clip(x_NFC: Tensor, norm: nn.Module) -> Tensor:
     """Batch norm of each channel over rows and frequencies, clipped."""
     return norm(x_NFC.flatten(0, 1)).view_as(x_NFC)
 

@@ -32,26 +32,26 @@ class Muon(torch.optim.AdamW):
     bfloat16, with which it takes 20 times as long on a CPU that does not multiply that natively.
 
     Args:
-        gates: the GRUs' weights.
-        others: all other parameters.
+        muon_params: the GRUs' weights.
+        adam_params: all other parameters.
         learning_rate: of both; a gate of full rank moves by 0.6 of it in root mean square.
         betas: AdamW's.
         weight_decay: decoupled, of both.
-        products: the precision in which matrices are made orthogonal; all that is kept is as precise as the weights.
+        compute_dtype: the precision of the Newton-Schulz products; all that is kept is as precise as the weights.
     """
 
     def __init__(
         self,
-        gates: Iterable[nn.Parameter],
-        others: Iterable[nn.Parameter],
+        muon_params: Iterable[nn.Parameter],
+        adam_params: Iterable[nn.Parameter],
         learning_rate: float,
         betas: tuple[float, float],
         weight_decay: float,
-        products: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        groups = [{"params": list(others)}, {"params": list(gates)}]
+        groups = [{"params": list(adam_params)}, {"params": list(muon_params)}]
         super().__init__(groups, learning_rate, betas, weight_decay=weight_decay, fused=True)
-        self.products = products
+        self.compute_dtype = compute_dtype
         for weight in self.param_groups[1]["params"]:
             # AdamW, when it loads a state, looks for the number of steps in all of it
             self.state[weight] = {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(weight)}
@@ -77,7 +77,7 @@ class Muon(torch.optim.AdamW):
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         moved = torch.stack(buffers).lerp_(gradients, 1 - MOMENTUM)
         directions = gradients.lerp_(moved, MOMENTUM).unflatten(1, (GATES, -1)).flatten(0, 1)
-        steps = orthogonal(directions.to(self.products)).to(moved.dtype).reshape(moved.shape)
+        steps = newton_schulz(directions.to(self.compute_dtype)).to(moved.dtype).reshape(moved.shape)
         steps *= lr * ROOT_MEAN_SQUARE * max(directions.shape[1:]) ** 0.5
         finite = torch.as_tensor(getattr(self, "found_inf", 0.0)) == 0
         for weight, buffer, momentum, step in zip(weights, buffers, moved, steps, strict=True):
@@ -85,7 +85,7 @@ class Muon(torch.optim.AdamW):
             torch.where(finite, weight * (1 - lr * weight_decay) - step, weight, out=weight)
 
 
-def orthogonal(matrices_NMK: Tensor) -> Tensor:
+def newton_schulz(matrices_NMK: Tensor) -> Tensor:
     """Each matrix with its singular values, but those below a fortieth of its norm, near 1 (0.5 to 1.3).
 
     That is an iteration like Newton and Schulz's: a polynomial of degree 5 of the singular values over and over.
@@ -119,11 +119,11 @@ def make_optimizer(config: Config, model: DeepSpeech2) -> torch.optim.Optimizer:
         return sgd
     betas = config.beta1, config.beta2
     if config.optimizer == "muon":
-        gates = [weight for weight in model.grus.parameters() if weight.ndim == 2]
-        others = [weight for weight in model.parameters() if all(weight is not gate for gate in gates)]
-        natively = config.precision == "bf16" and (gates[0].device.type == "cuda" or kernels.multiplies_bfloat16())
-        products = torch.bfloat16 if natively else torch.float32
-        return Muon(gates, others, config.learning_rate, betas, config.weight_decay, products)
+        muon_params = [weight for weight in model.grus.parameters() if weight.ndim == 2]
+        adam_params = [weight for weight in model.parameters() if all(weight is not gate for gate in muon_params)]
+        natively = config.precision == "bf16" and (muon_params[0].device.type == "cuda" or kernels.has_native_bf16())
+        compute_dtype = torch.bfloat16 if natively else torch.float32
+        return Muon(muon_params, adam_params, config.learning_rate, betas, config.weight_decay, compute_dtype)
     return torch.optim.AdamW(
         model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
     )
@@ -139,9 +139,9 @@ def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
     """
     rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "anneal":
-        fall = config.learning_rate_anneal ** -(step // steps_per_epoch)
+        fall = config.lr_gamma ** -(step // steps_per_epoch)
     else:
-        way = min(1.0, step / (config.schedule_epochs * steps_per_epoch))
-        end = config.final_learning_rate_fraction
+        way = min(1.0, step / (config.lr_decay_epochs * steps_per_epoch))
+        end = config.min_lr_ratio
         fall = end + (1 - end) * 0.5 * (1 + math.cos(math.pi * way))
     return config.learning_rate * rise * fall

@@ -1,15 +1,15 @@
 """The timed run: train DeepSpeech2 until the validation set's corpus WER reaches the target.
 
     python -m pytorch.train --config synthetic
-    python -m pytorch.train --config librispeech --recipe reference --seed 7
+    python -m pytorch.train --config librispeech-2018 --seed 7
     python -m pytorch.train --config an4 --resume
 
 Prints the MLPerf log on standard output and progress on standard error. Exit status: 0 the target was reached, 1 it was
 not or something went wrong, 2 the command line was not understood, 130 interrupted, 75 told to end by SIGTERM or
 SIGUSR1: then the step under way was finished and saved, and --resume goes on from there; 74 lost another process.
 
-Started by torchrun, it is one of several processes (distributed.py) that take the same steps together: each computes a
-part of every batch.
+Started by torchrun, it is one of several ranks (distributed.py) that take the same steps together: each computes a part
+of every batch.
 """
 
 from __future__ import annotations
@@ -37,23 +37,22 @@ from torch import Tensor
 
 from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, machine, mllog
-from pytorch.checkpoint import Progress
-from pytorch.cli import LOST, Preempted, RunError, exit_status, progress_bar
-from pytorch.config import Config, parse_config
-from pytorch.device import choose_device, choose_precision, work_on
-from pytorch.distributed import Ranks, leave, naming_lost_processes, seconds_waited
+from pytorch.checkpoint import TrainState
+from pytorch.cli import RANK_FAILED, Preempted, RunError, exit_status, progress_bar
+from pytorch.config import Config, fields_of, parse_config
+from pytorch.device import select_device, select_precision, set_device
+from pytorch.distributed import World, report_lost_ranks, seconds_waited, shutdown
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.features import SAMPLE_RATE
 from pytorch.layers import kernels
-from pytorch.loader import Utterances, deal, make_batch, plan_epoch, prefetch, split_evenly
+from pytorch.loader import Utterances, epoch_batches, make_batch, prefetch, split_balanced, split_evenly
 from pytorch.optimizer import learning_rate
 from pytorch.tensorboard import Scalars
-from pytorch.trainer import Learner
+from pytorch.trainer import Trainer
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
 STATUS_FILE = "DEEPSPEECH2_STATUS_FILE"  # where launch.py wants to find the exit status
-MAY_DIFFER = "dataset_dir", "output_dir", "tensorboard", "device"  # between the machines of a run
-UNREAD_STEPS = {"cpu": 0, "cuda": 4}  # whose losses are still to be read, so that a GPU never waits for the CPU
+PENDING_LOSSES = {"cpu": 0, "cuda": 4}  # whose losses are still to be read, so that a GPU never waits for the CPU
 
 
 class Clock:
@@ -67,10 +66,10 @@ class Clock:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What a run works with."""
 
-    learner: Learner
+    trainer: Trainer
     dataset: PackedDataset
     log: MLLogger
     scalars: Scalars = field(default_factory=Scalars)
@@ -78,20 +77,20 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)  # time.monotonic() of the newest checkpoint
     stop_asked: bool = False  # by a signal, of this process
 
-    def ask_to_stop(self, *_: object) -> None:
+    def request_stop(self, *_: object) -> None:
         """Handle a signal: the step under way goes on."""
         self.stop_asked = True
 
     def told_to_end(self) -> bool:
         """Whether this process was asked to stop, or has heard that another one was."""
         if self.stop_asked:
-            self.learner.ranks.tell("end")
-        return self.stop_asked or self.learner.ranks.told("end")
+            self.trainer.world.tell("end")
+        return self.stop_asked or self.trainer.world.told("end")
 
     @property
     def config(self) -> Config:
         """The run's configuration, its precision chosen."""
-        return self.learner.config
+        return self.trainer.config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,12 +103,12 @@ def main(arguments: list[str] | None = None) -> int:
             description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target. "
             "(run_and_time.sh --runs N [--system NAME] trains N times, with seeds of their own, and scores.)",
         )
-        with naming_lost_processes():
+        with report_lost_ranks():
             return train(config)
 
     status = exit_status(work, interrupted="interrupted; --resume goes on from the last checkpoint")
-    leave()
-    if STATUS_FILE in os.environ and status != LOST:
+    shutdown()
+    if STATUS_FILE in os.environ and status != RANK_FAILED:
         Path(os.environ[STATUS_FILE]).write_text(str(status))
         return 0
     return status
@@ -124,9 +123,9 @@ def train(config: Config) -> bool:
         Preempted: the process was told to end.
         RuntimeError: another process was lost.
     """
-    run, progress = _prepare(config)
-    ranks, log = run.learner.ranks, run.log
-    handlers = {number: signal.signal(number, run.ask_to_stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    run, progress = setup(config)
+    world, log = run.trainer.world, run.log
+    handlers = {number: signal.signal(number, run.request_stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
     started_at = datetime.now()
     log.start(constants.RUN_START)
     run.clock = Clock(progress.elapsed_seconds)
@@ -144,29 +143,29 @@ def train(config: Config) -> bool:
         _save(run, progress, best=progress.wer == progress.best_wer)  # off the clock, and no reason to lose the result
     finally:
         if reached:
-            _print_result(run, progress, seconds, started_at)
+            print_result(run, progress, seconds, started_at)
         else:
-            ranks.say(f"The target WER of {config.target_wer:g} was not reached; best: {progress.best_wer:.2f}.")
-    ranks.gather(None)  # none leaves while another is still busy
+            world.print_once(f"The target WER of {config.target_wer:g} was not reached; best: {progress.best_wer:.2f}.")
+    world.all_gather_object(None)  # none leaves while another is still busy
     return reached
 
 
-def _prepare(config: Config) -> tuple[Run, Progress]:
+def setup(config: Config) -> tuple[TrainingRun, TrainState]:
     """All that may be done before the clock starts: only the summary of the data is read."""
     log = mllog.get_logger()
     log.start(constants.INIT_START)
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
-    device = choose_device(config.device, processes_here - 1)  # if there is one for the last, all go on
-    ranks = Ranks.start(device.type, config.collective_timeout_seconds)
-    device = choose_device(config.device, ranks.local_rank)
-    work_on(device)
+    device = select_device(config.device, processes_here - 1)  # if there is one for the last, all go on
+    world = World.start(device.type, config.dist_timeout_seconds)
+    device = select_device(config.device, world.local_rank)
+    set_device(device)
     dataset = open_dataset(config.dataset_dir)
-    config = dataclasses.replace(config, precision=choose_precision(config.precision, device))
-    _check_agreement(ranks, config, dataset.digest)
+    config = dataclasses.replace(config, precision=select_precision(config.precision, device))
+    _check_agreement(world, config, dataset.digest)
     for split in ("train", "validation"):
         if not dataset.splits[split]:
             raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
-    parts = ranks.size * config.gradient_accumulation_steps
+    parts = world.size * config.gradient_accumulation_steps
     if config.batch_size < parts:
         raise RunError(
             f"--batch-size {config.batch_size}: cannot be divided into {parts} parts (devices x accumulation)"
@@ -175,35 +174,38 @@ def _prepare(config: Config) -> tuple[Run, Progress]:
         config.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"--output-dir {config.output_dir}: cannot be made: {error.strerror}") from error
-    cache = machine.clear_cache(dataset) if ranks.local_rank == 0 else None
-    mllog.log_cache_clear(log, [each for each in ranks.gather(cache) if each is not None])
-    mllog.log_submission(log, config, dataset, device, ranks.size)
+    cache = machine.clear_cache(dataset) if world.local_rank == 0 else None
+    mllog.log_cache_clear(log, [each for each in world.all_gather_object(cache) if each is not None])
+    mllog.log_submission(log, config, dataset, device, world.size)
 
     torch.manual_seed(config.seed)
-    learner = Learner.make(config, device, ranks)
+    trainer = Trainer.make(config, device, world)
     log.event("gru_implementation", "cuDNN" if device.type == "cuda" else kernels.status())
-    learner.warm_up(_longest_training_utterance(dataset))
-    run = Run(learner, dataset, log)
-    progress = _resume(run) or Progress()
+    trainer.warm_up(_longest_training_utterance(dataset))
+    run = TrainingRun(trainer, dataset, log)
+    progress = _resume(run) or TrainState()
     if config.max_steps is not None and progress.step >= config.max_steps and not progress.step_in_epoch:
         raise RunError(f"--max-steps {config.max_steps}: all of them are done already; give a larger number to go on")
-    run.scalars = Scalars(config.tensorboard if ranks.first else None, progress.step)
+    run.scalars = Scalars(config.tensorboard if world.is_main else None, progress.step)
     if not progress.resumed:
-        if ranks.first and (earlier := checkpoint.set_aside(config.output_dir)):
-            ranks.say(f"Checkpoints of an earlier run are now in {earlier}; --resume would have gone on from them.")
+        if world.is_main and (earlier := checkpoint.archive_previous_run(config.output_dir)):
+            world.print_once(
+                f"Checkpoints of an earlier run are now in {earlier}; --resume would have gone on from them."
+            )
         _save(run, progress, best=False)  # so that the disk is known to do
     log.end(constants.INIT_STOP)
     return run, progress
 
 
-def _check_agreement(ranks: Ranks, config: Config, dataset_digest: str) -> None:
+def _check_agreement(world: World, config: Config, dataset_digest: str) -> None:
     """Refuse to train together what differs between processes, such as after a mistake on one of many machines.
 
     Raises:
         RunError: names each difference from process 0.
     """
-    mine = {key: value for key, value in config.plain().items() if key not in MAY_DIFFER} | {"data_set": dataset_digest}
-    first, *others = ranks.gather(mine)
+    own = fields_of("machine")
+    mine = {key: value for key, value in config.to_dict().items() if key not in own} | {"data_set": dataset_digest}
+    first, *others = world.all_gather_object(mine)
     differences = [
         f"{key.replace('_', '-')} {other[key]} on rank {rank}, {first[key]} on rank 0"
         for rank, other in enumerate(others, start=1)
@@ -214,10 +216,10 @@ def _check_agreement(ranks: Ranks, config: Config, dataset_digest: str) -> None:
         raise RunError(f"the processes of this run were not told the same: {'; '.join(differences)}")
 
 
-def _print_result(run: Run, progress: Progress, seconds: float, started_at: datetime) -> None:
+def print_result(run: TrainingRun, progress: TrainState, seconds: float, started_at: datetime) -> None:
     target, resumed = run.config.target_wer, " (resumed: no uninterrupted benchmark result)" if progress.resumed else ""
-    run.learner.ranks.say(f"Target WER of {target:g} reached in {seconds:.0f} s{resumed}.")
-    if run.learner.ranks.first:
+    run.trainer.world.print_once(f"Target WER of {target:g} reached in {seconds:.0f} s{resumed}.")
+    if run.trainer.world.is_main:
         kind, when = "RESUMED" if progress.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
         line = f"{kind},DEEPSPEECH2,{run.config.seed},{seconds:.0f},{getpass.getuser()},{when}"
         mllog.print_result(run.log, line)
@@ -227,18 +229,18 @@ def _longest_training_utterance(dataset: PackedDataset) -> int:
     return max(dataset.summary[name].longest_samples for name in dataset.splits["train"])
 
 
-def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
+def _train_to_target(run: TrainingRun, progress: TrainState) -> tuple[bool, Evaluation]:
     """The part on the clock. Returns whether the target was reached, and the last evaluation."""
     config, dataset, log, clock = run.config, run.dataset, run.log, run.clock
     utterances = Utterances(dataset.split("train"))
     validation = Utterances(dataset.split("validation"))
-    alignable = utterances.alignable()
-    included = np.flatnonzero(alignable)
+    ctc_feasible = utterances.ctc_feasible()
+    included = np.flatnonzero(ctc_feasible)
     log.event(constants.TRAIN_SAMPLES, len(included))
     log.event(constants.EVAL_SAMPLES, len(validation))
-    left_out = [utterances.id(index) for index in np.flatnonzero(~alignable).tolist()]
+    left_out = [utterances.id(index) for index in np.flatnonzero(~ctc_feasible).tolist()]
     log.event("train_samples_left_out", len(left_out), metadata={"reason": "too short for CTC", "ids": left_out})
-    parts = run.learner.ranks.size * config.gradient_accumulation_steps
+    parts = run.trainer.world.size * config.gradient_accumulation_steps
     smallest = min(map(len, split_evenly(included, config.batch_size))) if len(included) else 0
     if smallest < parts:
         raise RunError(
@@ -255,9 +257,9 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
 
         evaluation_started = time.monotonic()
         log.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: epoch})
-        evaluation = evaluate(run.learner, validation, capacity, run.told_to_end)
+        evaluation = evaluate(run.trainer, validation, capacity, run.told_to_end)
         if evaluation is None:  # resumed, the run has no step of this epoch left, and evaluates it
-            _save_and_end(run, progress)
+            save_and_exit(run, progress)
         evaluation.log_errors(log, epoch)
         total = evaluation.total
         progress.evaluation_seconds += time.monotonic() - evaluation_started
@@ -267,7 +269,7 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
         run.scalars.epoch(progress.step, wers, trained.utterances_per_second, trained.data_wait_fraction)
         reached = total.wer <= config.target_wer
         each = ", ".join(f"{name} {counts.wer:.2f}" for name, counts in evaluation.by_subset().items())
-        run.learner.ranks.say(
+        run.trainer.world.print_once(
             f"epoch {epoch:3d}  loss {trained.loss:8.3f}  WER {total.wer:6.2f} ({each})  CER {total.cer:6.2f}  "
             f"train {trained.seconds:.0f} s (waited for data {trained.data_wait_fraction:.1%})  "
             f"clock {clock.seconds():.0f} s (evaluation {fraction:.0%})"
@@ -283,26 +285,26 @@ def _train_to_target(run: Run, progress: Progress) -> tuple[bool, Evaluation]:
     raise RunError(f"--max-epochs {config.max_epochs}: all of them are done already; give a larger number to go on")
 
 
-def _save_and_end(run: Run, progress: Progress) -> NoReturn:
+def save_and_exit(run: TrainingRun, progress: TrainState) -> NoReturn:
     _save(run, progress, best=False)
-    run.learner.ranks.say(f"Told to end: step {progress.step} is done and saved; --resume goes on from there.")
+    run.trainer.world.print_once(f"Told to end: step {progress.step} is done and saved; --resume goes on from there.")
     raise Preempted
 
 
-def _save(run: Run, progress: Progress, *, best: bool) -> None:
-    learner, started = run.learner, time.monotonic()
+def _save(run: TrainingRun, progress: TrainState, *, best: bool) -> None:
+    trainer, started = run.trainer, time.monotonic()
     progress.elapsed_seconds = run.clock.seconds()
-    if learner.ranks.first:
-        models = learner.evaluated, learner.model
+    if trainer.world.is_main:
+        models = trainer.eval_model, trainer.model
         folder, digest = run.config.output_dir, run.dataset.digest
-        state = run.config, digest, progress, *models, learner.optimizer
-        checkpoint.save(folder, *state, launch=learner.ranks.launch, best=best)
+        state = run.config, digest, progress, *models, trainer.optimizer
+        checkpoint.save(folder, *state, launch=trainer.world.launch, best=best)
         run.log.event("checkpoint", time.monotonic() - started, metadata={"step_num": progress.step})
     run.saved_at = time.monotonic()
 
 
 @dataclass(frozen=True)
-class Trained:
+class EpochStats:
     """What an epoch, or the rest of one, came to."""
 
     finished: bool  # whether to its end: max_steps may come before
@@ -311,35 +313,35 @@ class Trained:
     utterances_per_second: float
     audio_seconds_per_second: float  # of speech as it is in the corpus, before augmentation
     data_wait_fraction: float  # of the time, in the process that waited most
-    # Of the time, what each process stood still in messages, see ranks.seconds_waited (not measured on GPUs) ...
+    # Of the time, what each process stood still in messages, see distributed.seconds_waited (not measured on GPUs) ...
     rank_wait_fractions: list[float]
     # ... and what the messages themselves took: of each step, what the process that waited least stood still.
     communication_fraction: float
     skipped_steps: int  # of the run so far
 
 
-def _train_epoch(run: Run, utterances: Utterances, included: np.ndarray, progress: Progress) -> Trained:
+def _train_epoch(run: TrainingRun, utterances: Utterances, included: np.ndarray, progress: TrainState) -> EpochStats:
     """The rest of the epoch under way.
 
     Raises:
-        RunError: see `_account`.
+        RunError: see `log_step`.
         Preempted: the process was told to end.
     """
-    config, learner, ranks = run.config, run.learner, run.learner.ranks
-    plan = plan_epoch(utterances, included, config.batch_size, config.seed, progress.epoch)
+    config, trainer, world = run.config, run.trainer, run.trainer.world
+    plan = epoch_batches(utterances, included, config.batch_size, config.seed, progress.epoch)
     parts = config.gradient_accumulation_steps
     mine = [
         share
         for indices in plan[progress.step_in_epoch :]
-        for share in deal(utterances, indices, parts * ranks.size)[ranks.rank :: ranks.size]
+        for share in split_balanced(utterances, indices, parts * world.size)[world.rank :: world.size]
     ]
-    augment = (config, progress.epoch) if progress.epoch >= config.augmentation_start_epoch else None
-    make = partial(make_batch, utterances, augment=augment, pinned=learner.device.type == "cuda")
+    augment = (config, progress.epoch) if progress.epoch >= config.augment_from_epoch else None
+    make = partial(make_batch, utterances, augment=augment, pinned=trainer.device.type == "cuda")
     batches = prefetch(mine, make)
     unread: deque[tuple[int, float, np.ndarray, Callable[[], Tensor]]] = deque()
     started, waiting, done, samples = time.monotonic(), 0.0, 0, 0
     waits: list[float] = []  # of each step
-    learner.model.train()
+    trainer.model.train()
     stop = save = False
 
     def read(most_unread: int) -> None:
@@ -348,53 +350,55 @@ def _train_epoch(run: Run, utterances: Utterances, included: np.ndarray, progres
             step, rate, indices, result = unread.popleft()
             loss, norm, asked_to_stop, asked_to_save = result().tolist()
             stop, save = stop or asked_to_stop > 0, save or asked_to_save > 0
-            if _account(run, progress, step, rate, loss, norm, [utterances.id(index) for index in indices]):
+            if log_step(run, progress, step, rate, loss, norm, [utterances.id(index) for index in indices]):
                 progress.losses_in_epoch += 1
                 progress.sum_of_losses_in_epoch += loss
                 bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
 
-    with progress_bar(f"epoch {progress.epoch}", len(plan), progress.step_in_epoch, shown=ranks.first) as bar:
+    with progress_bar(f"epoch {progress.epoch}", len(plan), progress.step_in_epoch, shown=world.is_main) as bar:
         while progress.step_in_epoch < len(plan) and (config.max_steps is None or progress.step < config.max_steps):
             asked = time.monotonic()
             shares = [next(batches) for _ in range(parts)]
             waiting += time.monotonic() - asked
             indices = plan[progress.step_in_epoch]
             rate = learning_rate(config, progress.step, len(plan))
-            due = ranks.first and time.monotonic() - run.saved_at > 60 * config.checkpoint_minutes
+            due = world.is_main and time.monotonic() - run.saved_at > 60 * config.checkpoint_interval_minutes
             waited = seconds_waited()
-            result = learner.step(shares, len(indices), rate, (run.stop_asked, due))
+            result = trainer.step(shares, len(indices), rate, (run.stop_asked, due))
             waits.append(seconds_waited() - waited)
-            done, samples = done + len(indices), samples + int(utterances.samples[indices].sum())
+            done, samples = done + len(indices), samples + int(utterances.num_samples[indices].sum())
             progress.step += 1
             progress.step_in_epoch += 1
             unread.append((progress.step, rate, indices, result))
-            read(UNREAD_STEPS[learner.device.type])
+            read(PENDING_LOSSES[trainer.device.type])
             bar.update()
             if stop or save:
                 read(0)
             if stop:
-                _save_and_end(run, progress)
+                save_and_exit(run, progress)
             if save:
                 _save(run, progress, best=False)
                 save = False
         read(0)
     batches.close()  # type: ignore[attr-defined]  # stops the reader when max_steps ended the epoch early
     seconds = time.monotonic() - started
-    waits_RS = np.array(ranks.gather(waits))
-    return Trained(
+    waits_RS = np.array(world.all_gather_object(waits))
+    return EpochStats(
         finished=progress.step_in_epoch == len(plan),
         loss=progress.sum_of_losses_in_epoch / progress.losses_in_epoch if progress.losses_in_epoch else math.nan,
         seconds=seconds,
         utterances_per_second=done / seconds,
         audio_seconds_per_second=samples / SAMPLE_RATE / seconds,
-        data_wait_fraction=max(ranks.gather(waiting)) / seconds,
+        data_wait_fraction=max(world.all_gather_object(waiting)) / seconds,
         rank_wait_fractions=(waits_RS.sum(1) / seconds).tolist(),
         communication_fraction=float(waits_RS.min(0).sum() / seconds),
         skipped_steps=progress.skipped_steps,
     )
 
 
-def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, norm: float, ids: list[str]) -> bool:
+def log_step(
+    run: TrainingRun, progress: TrainState, step: int, rate: float, loss: float, norm: float, ids: list[str]
+) -> bool:
     """Log a step that is done. Returns whether its loss and gradient were finite.
 
     Raises:
@@ -416,46 +420,46 @@ def _account(run: Run, progress: Progress, step: int, rate: float, loss: float, 
     return False
 
 
-def _resume(run: Run) -> Progress | None:
+def _resume(run: TrainingRun) -> TrainState | None:
     """Go on from a checkpoint, if that was asked for or torchrun has started the processes of this launch again.
 
     Processes of several machines may find different checkpoints, or none: the newest that one of them has is used, one
     of this launch before any other.
     """
-    learner, config, ranks = run.learner, run.config, run.learner.ranks
-    if not (config.resume or ranks.launch):
+    trainer, config, world = run.trainer, run.config, run.trainer.world
+    if not (config.resume or world.launch):
         return None
     path, content, trouble = config.output_dir / checkpoint.LAST, None, None
-    if ranks.local_rank == 0:
+    if world.local_rank == 0:
         try:
             path, content = checkpoint.load_newest(config.output_dir)
         except RunError as error:
             trouble = error
-    ours = content is not None and content.get("launch") == ranks.launch
+    ours = content is not None and content.get("launch") == world.launch
     if not (ours or config.resume):
         content = None  # of an earlier run
-    found = ranks.gather((ours, content["progress"]["step"] if content is not None else -1))
+    found = world.all_gather_object((ours, content["progress"]["step"] if content is not None else -1))
     newest = found.index(max(found))
     nothing = found[newest][1] < 0
     if nothing and not config.resume:
         return None  # the processes start for the first time, or one was lost before the first checkpoint
     if nothing:
         raise trouble or RunError(f"{path}: there is no such checkpoint")
-    content = ranks.send(content, newest)
+    content = world.broadcast_object(content, newest)
     assert content is not None
     checkpoint.check_resumable(path, content, config, run.dataset.digest)
-    progress = Progress(**{**content["progress"], "resumed": True})
+    progress = TrainState(**{**content["progress"], "resumed": True})
     torch.set_rng_state(content["random_state"])
-    learner.model.load_state_dict(content["trained_model"])
-    if learner.averaged is not None:
-        learner.averaged.module.load_state_dict(content["model"])
-        learner.averaged.n_averaged.fill_(progress.step)  # not zero, at which it would start with the model's weights
+    trainer.model.load_state_dict(content["trained_model"])
+    if trainer.ema is not None:
+        trainer.ema.module.load_state_dict(content["model"])
+        trainer.ema.n_averaged.fill_(progress.step)  # not zero, at which it would start with the model's weights
     # Hyperparameters are those of the configuration, which are others if it was resumed with changes.
-    groups = learner.optimizer.state_dict()["param_groups"]
-    learner.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
     known = {name: value for name, value in vars(progress).items() if value is not None}
     run.log.event("resumed", True, metadata=known)
-    ranks.say(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.")
+    world.print_once(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.")
     return progress
 
 

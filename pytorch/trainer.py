@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pytorch.config import Config
 from pytorch.ctc import ctc_loss
-from pytorch.device import out_of_memory_is, read_later
-from pytorch.distributed import Ranks, add_up, average_gradients, note_gradients_are_there
+from pytorch.device import copy_to_cpu_async, explain_oom
+from pytorch.distributed import World, all_reduce_sum, average_gradients, note_gradients_are_there
 from pytorch.features import SAMPLE_RATE, LogSpectrogram
 from pytorch.layers import kernels
 from pytorch.loader import Batch
@@ -25,52 +25,52 @@ from pytorch.optimizer import make_optimizer
 
 
 @dataclass
-class Learner:
-    """What a training step works with. The configuration's precision is fp32 or bf16: choose_precision has chosen."""
+class Trainer:
+    """What a training step works with. The configuration's precision is fp32 or bf16: select_precision has chosen."""
 
     config: Config
     device: torch.device
-    ranks: Ranks
+    world: World
     spectrogram: LogSpectrogram
     model: DeepSpeech2
-    network: nn.Module  # the model; with several processes, wrapped to average gradients over them
-    averaged: AveragedModel | None  # exponential moving average of the model's weights and batch-norm statistics
+    ddp_model: nn.Module  # the model; with several processes, wrapped to average gradients over them
+    ema: AveragedModel | None  # exponential moving average of the model's weights and batch-norm statistics
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def make(cls, config: Config, device: torch.device, ranks: Ranks | None = None) -> Learner:
+    def make(cls, config: Config, device: torch.device, world: World | None = None) -> Trainer:
         """A new model, initialised from torch's global generator; on a CPU its kernel is built."""
-        ranks = ranks or Ranks()
+        world = world or World()
         model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
         if device.type == "cpu":
             kernels.load()
-        network: nn.Module = model
-        if ranks.size > 1:
+        ddp_model: nn.Module = model
+        if world.size > 1:
             with warnings.catch_warnings():  # broadcast_buffers has a newer name that not all versions know
                 warnings.simplefilter("ignore", FutureWarning)
-                network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+                ddp_model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
             if device.type == "cpu":
                 # a lambda, since it wants no annotations that are text
-                network.register_comm_hook(None, lambda _, bucket: average_gradients(bucket))
-        averaged = AveragedModel(model, use_buffers=True) if config.averaging_decay > 0 else None
+                ddp_model.register_comm_hook(None, lambda _, bucket: average_gradients(bucket))
+        ema = AveragedModel(model, use_buffers=True) if config.ema_decay > 0 else None
         optimizer = make_optimizer(config, model)
-        return cls(config, device, ranks, LogSpectrogram().to(device), model, network, averaged, optimizer)
+        return cls(config, device, world, LogSpectrogram().to(device), model, ddp_model, ema, optimizer)
 
     @property
-    def evaluated(self) -> nn.Module:
-        """What is evaluated and kept: the average if there is one."""
-        return self.model if self.averaged is None else self.averaged.module
+    def eval_model(self) -> nn.Module:
+        """Return the model that is evaluated and kept: the EMA if there is one."""
+        return self.model if self.ema is None else self.ema.module
 
     def logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """A model's logits [T, B, V] and output frames [B] of a batch, augmented if the batch says so."""
         waveforms_BS = batch.waveforms_BS.to(self.device, non_blocking=True)
-        features = self.spectrogram(waveforms_BS, batch.samples_B, batch.augmentation)
+        features = self.spectrogram(waveforms_BS, batch.num_samples_B, batch.augmentation)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return model(*features)
 
     def loss(self, batch: Batch) -> Tensor:
         """The model's loss on a batch: mean over its utterances."""
-        logits_TBV, frames_B = self.logits(self.network, batch)
+        logits_TBV, frames_B = self.logits(self.ddp_model, batch)
         return ctc_loss(logits_TBV, frames_B, batch.targets.to(self.device, non_blocking=True), batch.target_lengths_B)
 
     def step(
@@ -91,34 +91,34 @@ class Learner:
             What waits for the step and gives loss, gradient norm and, for each thing, by how many it was asked.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        before = [statistic.clone() for statistic in self._statistics()]
+        before = [statistic.clone() for statistic in self._batch_norm_buffers()]
         said = torch.tensor([0.0, *asked], dtype=torch.float64).to(self.device, non_blocking=True)
         for share in shares:
-            gradients_are_whole = share is shares[-1] or self.ranks.size == 1
-            with nullcontext() if gradients_are_whole else self.network.no_sync():  # type: ignore[operator]
+            gradients_are_whole = share is shares[-1] or self.world.size == 1
+            with nullcontext() if gradients_are_whole else self.ddp_model.no_sync():  # type: ignore[operator]
                 loss = self.loss(share) * (len(share) / count)
-                (loss * self.ranks.size).backward()  # what averages the gradients divides by that
+                (loss * self.world.size).backward()  # what averages the gradients divides by that
             said[0] += loss.detach()
-        if self.ranks.size > 1 and self.device.type == "cpu":
+        if self.world.size > 1 and self.device.type == "cpu":
             note_gradients_are_there()
-        add_up(said)
+        all_reduce_sum(said)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
         result = torch.cat([said[:1], norm.double().view(1), said[1:]])
         finite = result[:2].isfinite().all()
-        for statistic, old in zip(self._statistics(), before, strict=True):
+        for statistic, old in zip(self._batch_norm_buffers(), before, strict=True):
             torch.where(finite, statistic, old, out=statistic)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.optimizer.step()
-        if self.averaged is not None:
-            self._average(self.averaged, finite)
-        return read_later(result)
+        if self.ema is not None:
+            self._update_ema(self.ema, finite)
+        return copy_to_cpu_async(result)
 
-    def _average(self, averaged: AveragedModel, finite: Tensor) -> None:
+    def _update_ema(self, ema: AveragedModel, finite: Tensor) -> None:
         """Move the average towards the model, if the step was finite: a bool on the device, not to be waited for."""
-        steps = int(averaged.n_averaged)  # of the run, skipped ones included, as for the learning rate
-        decay = min(self.config.averaging_decay, (1 + steps) / (10 + steps))  # the first steps are soon forgotten
+        steps = int(ema.n_averaged)  # of the run, skipped ones included, as for the learning rate
+        decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))  # the first steps are soon forgotten
         move = get_ema_multi_avg_fn(decay)
 
         def move_if_finite(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
@@ -126,10 +126,10 @@ class Learner:
             kept = [torch.where(finite, value, old) for value, old in zip(values, averages, strict=True)]
             move(averages, kept, count)
 
-        averaged.multi_avg_fn = move_if_finite
-        averaged.update_parameters(self.model)
+        ema.multi_avg_fn = move_if_finite
+        ema.update_parameters(self.model)
 
-    def _statistics(self) -> list[Tensor]:
+    def _batch_norm_buffers(self) -> list[Tensor]:
         """Running means and variances of the batch norms."""
         return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
@@ -142,9 +142,9 @@ class Learner:
             RunError: the largest batch does not fit into memory.
         """
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        parts = self.ranks.size * self.config.gradient_accumulation_steps
+        parts = self.world.size * self.config.gradient_accumulation_steps
         count, samples = -(-self.config.batch_size // parts), int(longest_samples / min(1.0, self.config.tempo_min))
-        with out_of_memory_is(
+        with explain_oom(
             f"a batch of {count} utterances of {samples / SAMPLE_RATE:.0f} s does not fit into memory; "
             f"use a smaller --batch-size than {self.config.batch_size}, or compute it in "
             f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"

@@ -49,7 +49,7 @@ class Convolution(nn.Conv2d):
         """Convolve [B, T, F, C] to [B, T', F', C'], where T' and F' are T and F over the stride, rounded up."""
         if input.device.type != "cpu":
             return super().forward(input.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
-        dtype = torch.bfloat16 if kernels.rounds_to_bfloat16() and kernels.multiplies_bfloat16() else self.weight.dtype
+        dtype = torch.bfloat16 if kernels.autocast_is_bf16() and kernels.has_native_bf16() else self.weight.dtype
         input, weight = input.to(dtype), self.weight.to(dtype)
         with torch.autocast("cpu", enabled=False):
             if self.in_channels == 1:

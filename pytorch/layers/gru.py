@@ -49,7 +49,7 @@ class GRU(nn.GRU):
         if sequence.data.device.type == "cpu":
             weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
             keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
-            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, kernels.rounds_to_bfloat16(), *weights)
+            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, kernels.autocast_is_bf16(), *weights)
         else:
             outputs_NH = super().forward(sequence)[0].data.unflatten(-1, (-1, self.hidden_size)).sum(1)
         return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
@@ -118,7 +118,7 @@ def _operand(x: Tensor, rounded: bool) -> Tensor:
     """x, or x rounded to bfloat16; kept as float32 where the CPU, and so torch, is slow at products of bfloat16."""
     if not rounded:
         return x
-    return x.bfloat16() if kernels.multiplies_bfloat16() else x.bfloat16().to(x.dtype)
+    return x.bfloat16() if kernels.has_native_bf16() else x.bfloat16().to(x.dtype)
 
 
 def _loop_forward(

@@ -23,13 +23,13 @@ from torch import Tensor
 SOURCES = [Path(__file__).with_name(name) for name in ("gru.cpp", "batch_norm.cpp")]
 
 
-def rounds_to_bfloat16() -> bool:
+def autocast_is_bf16() -> bool:
     """Whether the operands of products on a CPU are to be rounded to bfloat16: so autocast says."""
     return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 @functools.cache
-def multiplies_bfloat16() -> bool:
+def has_native_bf16() -> bool:
     """Whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
     if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that pyproject.toml allows
         return False
@@ -57,7 +57,7 @@ def load() -> ctypes.CDLL | str:
         flags = ["-mavx2", "-mfma"]
     elif capability == "AVX512":
         flags = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-        flags += ["-mavx512bf16"] * multiplies_bfloat16()
+        flags += ["-mavx512bf16"] * has_native_bf16()
     else:
         return f"no kernel for this CPU ({platform.machine()}, {capability}): it needs AVX2"
     flags = ["-std=c++17", "-O3", *flags, "-fopenmp", "-fPIC", "-shared"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pytorch import checkpoint
-from pytorch.checkpoint import Progress
+from pytorch.checkpoint import TrainState
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from pytorch.ctc import LABELS
@@ -22,7 +22,7 @@ def save(folder: Path) -> Path:
     """A small checkpoint."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
-    checkpoint.save(folder, CONFIG, "digest", Progress(), model, model, optimizer, launch=None, best=False)
+    checkpoint.save(folder, CONFIG, "digest", TrainState(), model, model, optimizer, launch=None, best=False)
     return folder / checkpoint.LAST
 
 

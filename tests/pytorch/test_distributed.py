@@ -21,9 +21,9 @@ from torch.multiprocessing import spawn  # type: ignore[attr-defined]
 
 from pytorch import checkpoint, distributed
 from pytorch.cli import PREEMPTED, RunError
-from pytorch.distributed import Ranks
+from pytorch.distributed import World
 from pytorch.layers.batch_norm import BatchNorm
-from pytorch.loader import Utterances, deal
+from pytorch.loader import Utterances, split_balanced
 from tests.conftest import write_packed_dataset
 from tests.processes import run_module_for_text
 from tests.pytorch.test_train import ENVIRONMENT, SMALL, events, values
@@ -147,18 +147,18 @@ def test_a_batch_is_dealt_into_parts_of_like_length(parts: int, uneven: Path) ->
 
     utterances = Utterances(open_dataset(uneven).split("train"))
     indices = np.array([40, 3, 17, 22, 9, 31, 5, 12, 28, 36])
-    shares = deal(utterances, indices, parts)
+    shares = split_balanced(utterances, indices, parts)
     assert sorted(np.concatenate(shares).tolist()) == sorted(indices.tolist())
     sizes = [len(share) for share in shares]
     assert max(sizes) - min(sizes) <= 1
-    lengths = [int(utterances.samples[share].sum()) for share in shares if len(share) == max(sizes)]
-    assert max(lengths) - min(lengths) <= int(utterances.samples[indices].max())
+    lengths = [int(utterances.num_samples[share].sum()) for share in shares if len(share) == max(sizes)]
+    assert max(lengths) - min(lengths) <= int(utterances.num_samples[indices].max())
 
 
 def _normalise_in_parts(rank: int, port: int, folder: Path) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK="0")
     os.environ["TORCHELASTIC_RUN_ID"] = "test"
-    assert Ranks.start("cpu", 60).size == 2
+    assert World.start("cpu", 60).size == 2
     content = torch.load(folder / "input.pt", weights_only=True)
     rows_NC = content["rows"][slice(0, 5) if rank == 0 else slice(5, None)].requires_grad_()
     norm = BatchNorm(rows_NC.shape[1])
@@ -226,13 +226,13 @@ def test_a_number_that_goes_wrong_in_one_process_makes_all_skip_the_step(uneven:
 
 
 def test_what_one_process_tells_all_of_them_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not Ranks().told("end")
-    Ranks().tell("end")  # alone, it tells nobody
-    assert not Ranks().told("end")
+    assert not World().told("end")
+    World().tell("end")  # alone, it tells nobody
+    assert not World().told("end")
     monkeypatch.setattr(distributed._talk, "store", HashStore())
-    assert not Ranks(1, 2).told("end")
-    Ranks(0, 2).tell("end")
-    assert Ranks(1, 2).told("end")
+    assert not World(1, 2).told("end")
+    World(0, 2).tell("end")
+    assert World(1, 2).told("end")
 
 
 def _wait_for(run: subprocess.Popen[str], key: str, count: int) -> None:
@@ -347,7 +347,7 @@ def test_changes_on_resuming_are_allowed_where_they_are_wanted(uneven: Path, tmp
 
 
 def test_checkpoints_come_by_time_as_well(uneven: Path, tmp_path: Path) -> None:
-    options = ["--target-wer", "0", "--max-steps", "6", "--checkpoint-minutes", "1e-9"]
+    options = ["--target-wer", "0", "--max-steps", "6", "--checkpoint-interval-minutes", "1e-9"]
     for processes in (1, 2):
         run = run_in(processes, uneven, tmp_path / str(processes), *options)
         steps = [event["metadata"]["step_num"] for event in events(run.stdout) if event["key"] == "checkpoint"]
@@ -355,7 +355,7 @@ def test_checkpoints_come_by_time_as_well(uneven: Path, tmp_path: Path) -> None:
 
 
 def test_a_lost_worker_is_named_and_the_run_starts_again_from_the_last_checkpoint(uneven: Path, tmp_path: Path) -> None:
-    options = ["--target-wer", "0", "--max-epochs", "6", "--checkpoint-minutes", "1e-9"]
+    options = ["--target-wer", "0", "--max-epochs", "6", "--checkpoint-interval-minutes", "1e-9"]
     whole = run_in(2, uneven, tmp_path / "whole", *options)
     run = start(2, uneven, tmp_path / "lost", *options, MAX_RESTARTS="1")
     _wait_for(run, "train_loss", 10)
@@ -369,7 +369,7 @@ def test_a_lost_worker_is_named_and_the_run_starts_again_from_the_last_checkpoin
 
 
 def test_a_worker_that_hangs_is_named(uneven: Path, tmp_path: Path) -> None:
-    options = ["--target-wer", "0", "--max-epochs", "200", "--collective-timeout-seconds", "8"]
+    options = ["--target-wer", "0", "--max-epochs", "200", "--dist-timeout-seconds", "8"]
     run = start(2, uneven, tmp_path, *options)
     _wait_for(run, "train_loss", 5)
     os.kill(_workers(run)[1], signal.SIGSTOP)
@@ -423,7 +423,7 @@ def test_runs_killed_at_random_moments_end_with_the_weights_of_an_undisturbed_on
 ) -> None:
     """In evaluation, while a checkpoint is written, or in training; KILLS sets how often."""
     moments = int(os.environ.get("KILLS", "2"))
-    options = ["--target-wer", "0", "--max-epochs", str(4 * moments), "--checkpoint-minutes", "0.002"]
+    options = ["--target-wer", "0", "--max-epochs", str(4 * moments), "--checkpoint-interval-minutes", "0.002"]
     run_in(processes, uneven, tmp_path / "undisturbed", *options)
     seen = _killed(processes, uneven, tmp_path / "killed", moments, options)
     print(f"killed in {dict(seen)}")

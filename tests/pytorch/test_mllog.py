@@ -54,7 +54,7 @@ def in_memory_only(folder: Path) -> bool:
     """Whether the folder is on a file system that has no disk, of which nothing can be dropped."""
     probe = folder / "probe"
     probe.write_bytes(bytes(mmap.PAGESIZE))
-    return this_machine._drop(probe) > 0
+    return this_machine._evict(probe) > 0
 
 
 def test_a_data_set_is_dropped_from_memory_to_the_last_page(tmp_path: Path) -> None:
@@ -117,26 +117,26 @@ def test_the_commit_is_that_of_the_repository_and_it_is_known_whether_files_diff
 ) -> None:
     monkeypatch.delenv("DEEPSPEECH2_COMMIT", raising=False)
     monkeypatch.setattr(this_machine, "ROOT", tmp_path)
-    assert this_machine.git_state() == ("unknown", None)
+    assert this_machine.git_revision() == ("unknown", None)
     git(tmp_path, "init", "--quiet")
-    assert this_machine.git_state() == ("unknown", None)  # there is no commit yet
+    assert this_machine.git_revision() == ("unknown", None)  # there is no commit yet
     (tmp_path / "file").write_text("")
     git(tmp_path, "add", "file")
     git(tmp_path, "commit", "--quiet", "--message", "first")
     commit = git(tmp_path, "rev-parse", "HEAD")
-    assert this_machine.git_state() == (commit, False)
+    assert this_machine.git_revision() == (commit, False)
     (tmp_path / "file").write_text("changed")
-    assert this_machine.git_state() == (commit, True)
+    assert this_machine.git_revision() == (commit, True)
     monkeypatch.setenv("DEEPSPEECH2_COMMIT", "f" * 40 + "-dirty")
-    assert this_machine.git_state() == ("f" * 40, True)
+    assert this_machine.git_revision() == ("f" * 40, True)
     monkeypatch.setenv("DEEPSPEECH2_COMMIT", "f" * 40)
-    assert this_machine.git_state() == ("f" * 40, False)
+    assert this_machine.git_revision() == ("f" * 40, False)
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DEEPSPEECH2_COMMIT", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert this_machine.git_state() == ("unknown", None)
+    assert this_machine.git_revision() == ("unknown", None)
 
 
 # --- submission
@@ -147,8 +147,8 @@ def test_the_platform_counts_the_accelerators_that_are_used_not_those_that_are_t
 ) -> None:
     monkeypatch.delenv("SUBMISSION_PLATFORM", raising=False)
     machine = {"accelerators": 8, "accelerator": "NVIDIA H100", "cores": 64, "processor": "Xeon"}
-    assert mllog.chosen_platform(machine, 2) == "2 x NVIDIA H100"
-    assert mllog.chosen_platform({**machine, "accelerators": 0}, 2) == "64 cores of Xeon"
+    assert mllog.submission_platform(machine, 2) == "2 x NVIDIA H100"
+    assert mllog.submission_platform({**machine, "accelerators": 0}, 2) == "64 cores of Xeon"
 
 
 @pytest.mark.parametrize("variable", ["SUBMISSION_DIVISION", "SUBMISSION_STATUS"])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pytorch.optimizer import COEFFICIENTS, ITERATIONS, MOMENTUM, ROOT_MEAN_SQUARE, Muon, orthogonal
+from pytorch.optimizer import COEFFICIENTS, ITERATIONS, MOMENTUM, ROOT_MEAN_SQUARE, Muon, newton_schulz
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-2, (0.9, 0.98), 0.1
 
@@ -22,7 +22,7 @@ def set_gradients(weights: list[nn.Parameter], seed: int) -> None:
 def test_singular_values_become_about_one_and_singular_vectors_stay(shape: tuple[int, ...]) -> None:
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     left, before, right = torch.linalg.svd(matrices, full_matrices=False)
-    after = left.mT @ orthogonal(matrices) @ right.mT
+    after = left.mT @ newton_schulz(matrices) @ right.mT
     expected = before / before.norm(dim=1, keepdim=True)
     is_large = expected > 1 / 40
     for _ in range(ITERATIONS):
@@ -33,14 +33,14 @@ def test_singular_values_become_about_one_and_singular_vectors_stay(shape: tuple
 
 
 def test_a_matrix_of_zeros_stays_one() -> None:
-    assert torch.equal(orthogonal(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
+    assert torch.equal(newton_schulz(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
 
 
 @pytest.mark.parametrize("shape", [(48, 24), (48, 8)])
 def test_each_gate_moves_as_under_torch_s_muon_and_all_else_as_under_adamw(shape: tuple[int, int]) -> None:
-    (gates, other), (same_other,) = parameters(shape, (7,)), parameters(shape, (7,))[1:]
-    separate = [nn.Parameter(gate.detach().clone()) for gate in gates.chunk(3)]
-    muon = Muon([gates], [other], LEARNING_RATE, BETAS, WEIGHT_DECAY)
+    (muon_params, other), (same_other,) = parameters(shape, (7,)), parameters(shape, (7,))[1:]
+    separate = [nn.Parameter(gate.detach().clone()) for gate in muon_params.chunk(3)]
+    muon = Muon([muon_params], [other], LEARNING_RATE, BETAS, WEIGHT_DECAY)
     faster = ROOT_MEAN_SQUARE / 0.2  # the latter is what match_rms_adamw stands for
     theirs = torch.optim.Muon(
         separate,
@@ -51,17 +51,17 @@ def test_each_gate_moves_as_under_torch_s_muon_and_all_else_as_under_adamw(shape
         adjust_lr_fn="match_rms_adamw",
     )
     adamw = torch.optim.AdamW([same_other], LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    start = gates.detach().clone()
+    start = muon_params.detach().clone()
     for step in range(3):
-        set_gradients([gates, other], step)
+        set_gradients([muon_params, other], step)
         same_other.grad = other.grad
-        assert gates.grad is not None
-        for weight, gradient in zip(separate, gates.grad.chunk(3), strict=True):
+        assert muon_params.grad is not None
+        for weight, gradient in zip(separate, muon_params.grad.chunk(3), strict=True):
             weight.grad = gradient.clone()
         for optimizer in (muon, theirs, adamw):
             optimizer.step()
     assert torch.equal(other, same_other)
-    moved, expected = gates.detach() - start, torch.cat([*separate]).detach() - start
+    moved, expected = muon_params.detach() - start, torch.cat([*separate]).detach() - start
     assert (moved - expected).norm() < 0.02 * expected.norm()  # torch's rounds to bfloat16
 
 

@@ -17,15 +17,15 @@ from data.packed import open_dataset
 from pytorch import checkpoint, launch, train, trainer
 from pytorch.cli import PREEMPTED, RunError
 from pytorch.config import CONFIGS, Config
-from pytorch.distributed import Ranks
+from pytorch.distributed import World
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.layers import kernels
 from pytorch.loader import Utterances
 from pytorch.optimizer import learning_rate
-from pytorch.trainer import Learner
+from pytorch.trainer import Trainer
 from tests.conftest import ROOT, write_packed_dataset
 from tests.processes import run_module_for_text
-from tools.bench import made_up_batch
+from tools.bench import random_batch
 from tools.mlperf.logs import RunLog
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -105,7 +105,7 @@ def test_losses_that_are_read_late_are_the_same(
 ) -> None:
     logged = []
     for unread in (0, 4):
-        monkeypatch.setitem(train.UNREAD_STEPS, "cpu", unread)
+        monkeypatch.setitem(train.PENDING_LOSSES, "cpu", unread)
         arguments = [*SMALL, "--dataset-dir", str(tones), "--output-dir", str(tmp_path), "--max-epochs", "2"]
         assert train.main(arguments) == 1
         output = "\n".join(caplog.messages)
@@ -126,7 +126,7 @@ def test_bfloat16_trains_as_float32_does_but_for_rounding(tones: Path, tmp_path:
         assert len(losses[precision]) == 6
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
-    if not kernels.multiplies_bfloat16():
+    if not kernels.has_native_bf16():
         assert "--precision bf16: this device has no bf16 arithmetic" in run.stderr
 
 
@@ -184,7 +184,7 @@ def test_two_runs_with_one_seed_have_the_same_losses_and_another_seed_has_others
 
 @pytest.mark.parametrize("decay", ["0", "0.9"])
 def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tones: Path, tmp_path: Path, decay: str) -> None:
-    options = ["--target-wer", "0", "--averaging-decay", decay]
+    options = ["--target-wer", "0", "--ema-decay", decay]
     whole = small_run(tones, tmp_path / "whole", "--max-epochs", "2", *options)
     first = small_run(tones, tmp_path / "parts", "--max-steps", "4", *options)  # in the middle of epoch 1
     second = small_run(tones, tmp_path / "parts", "--max-epochs", "2", *options, "--resume")
@@ -201,7 +201,7 @@ def test_the_evaluated_weights_are_the_moving_average_of_the_trained_ones(tones:
     contents = []
     for steps in ("1", "2"):
         output = tmp_path / steps
-        small_run(tones, output, "--averaging-decay", "0.75", "--max-steps", steps, "--target-wer", "0")
+        small_run(tones, output, "--ema-decay", "0.75", "--max-steps", steps, "--target-wer", "0")
         contents.append(checkpoint.load(output / "checkpoint_last.pt"))
     first, second = (content["trained_model"] for content in contents)
     for name in ("grus.0.weight_hh_l0", "norm1.running_mean", "classifier.weight"):
@@ -313,11 +313,11 @@ def test_asking_for_a_gpu_where_there_is_none_is_an_error(tones: Path, tmp_path:
 
 def test_the_cosine_schedule_warms_up_falls_and_stays() -> None:
     config = CONFIGS["synthetic"]
-    rates = [learning_rate(config, step, 100) for step in range(100 * config.schedule_epochs + 500)]
+    rates = [learning_rate(config, step, 100) for step in range(100 * config.lr_decay_epochs + 500)]
     top = config.learning_rate
     assert rates[0] == pytest.approx(top / config.warmup_steps)
     assert max(rates) <= top
-    assert rates[-1] == rates[-400] == pytest.approx(top * config.final_learning_rate_fraction)
+    assert rates[-1] == rates[-400] == pytest.approx(top * config.min_lr_ratio)
     after = rates[config.warmup_steps :]
     assert after == sorted(after, reverse=True)
 
@@ -347,7 +347,7 @@ def test_checkpoints_of_an_earlier_run_are_moved_aside_unless_they_hold_no_train
     assert checkpoint.load(tmp_path / checkpoint.EARLIER / checkpoint.LAST)["config"]["seed"] == 2
     for name in (checkpoint.PREVIOUS, checkpoint.BEST):
         (tmp_path / name).unlink()
-    assert checkpoint.set_aside(tmp_path) is None
+    assert checkpoint.archive_previous_run(tmp_path) is None
 
 
 def test_processes_that_torchrun_starts_again_go_on_from_checkpoints_of_their_own_launch_only(
@@ -355,7 +355,7 @@ def test_processes_that_torchrun_starts_again_go_on_from_checkpoints_of_their_ow
 ) -> None:
     steps: list[list[int]] = []
     for name in ("first", "first", "second"):
-        monkeypatch.setattr(Ranks, "start", lambda *_, name=name: Ranks(launch=name))
+        monkeypatch.setattr(World, "start", lambda *_, name=name: World(launch=name))
         run_here(tones, tmp_path, "--max-steps", str(len(steps) + 2), "--target-wer", "0")
         logged = [event for event in events("\n".join(caplog.messages)) if event["key"] == "train_loss"]
         steps.append([event["metadata"]["step_num"] for event in logged])
@@ -381,9 +381,9 @@ def test_hyperparameters_of_the_optimizer_may_change_on_resuming_but_not_its_kin
 def test_a_run_told_to_end_in_an_evaluation_saves_at_once_and_resumed_evaluates_that_epoch_first(
     tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def told(learner: Learner, utterances: Utterances, capacity: int, told_to_end: Any) -> Evaluation | None:
-        told_to_end.__self__.ask_to_stop()
-        return evaluate(learner, utterances, capacity, told_to_end)
+    def told(trainer: Trainer, utterances: Utterances, capacity: int, told_to_end: Any) -> Evaluation | None:
+        told_to_end.__self__.request_stop()
+        return evaluate(trainer, utterances, capacity, told_to_end)
 
     def log() -> list[tuple[str, Any]]:
         found = [(event["key"], event["value"]) for event in events("\n".join(caplog.messages))]
@@ -409,10 +409,10 @@ def test_a_run_told_to_end_in_an_evaluation_saves_at_once_and_resumed_evaluates_
 def test_processes_that_were_told_different_things_refuse_to_train_together(
     tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def gather(_: Ranks, mine: Any) -> list[Any]:
+    def all_gather_object(_: World, mine: Any) -> list[Any]:
         return [mine, {**mine, "seed": 9, "resume": True}, {**mine, "data_set": "another"}]
 
-    monkeypatch.setattr(Ranks, "gather", gather)
+    monkeypatch.setattr(World, "all_gather_object", all_gather_object)
     assert run_here(tones, tmp_path) == 1
     errors = capsys.readouterr().err
     assert "resume True on rank 1, False on rank 0; seed 9 on rank 1, 1 on rank 0; data-set another on rank 2" in errors
@@ -426,19 +426,21 @@ def test_evaluation_is_balanced_over_processes_and_no_batch_is_larger_than_in_tr
     )
     shares: list[list[int]] = []
 
-    def gather(_: Ranks, mine: tuple[bool, list[tuple[int, Any]]]) -> list[Any]:
+    def all_gather_object(_: World, mine: tuple[bool, list[tuple[int, Any]]]) -> list[Any]:
         shares.append([index for index, _ in mine[1]])
         return [mine]
 
-    monkeypatch.setattr(Ranks, "gather", gather)
-    alone = Learner.make(small_config(), torch.device("cpu"))
+    monkeypatch.setattr(World, "all_gather_object", all_gather_object)
+    alone = Trainer.make(small_config(), torch.device("cpu"))
     for rank in range(3):
         with pytest.raises(RunError, match="are not the 31 there are"):  # what the others found is missing
-            evaluate(dataclasses.replace(alone, ranks=Ranks(rank, 3)), utterances, 2 * int(utterances.samples.max()))
+            evaluate(
+                dataclasses.replace(alone, world=World(rank, 3)), utterances, 2 * int(utterances.num_samples.max())
+            )
     assert sorted(index for share in shares for index in share) == list(range(31))
-    samples = [int(utterances.samples[share].sum()) for share in shares]
+    samples = [int(utterances.num_samples[share].sum()) for share in shares]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert max(samples) - min(samples) <= utterances.samples.max()
+    assert max(samples) - min(samples) <= utterances.num_samples.max()
 
 
 def small_config(**changes: Any) -> Config:
@@ -456,26 +458,26 @@ def infinite(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[bool], optimizer: Any) -> None:
-    config = small_config(averaging_decay=0.9, optimizer=optimizer)
-    taught, batch = Learner.make(config, torch.device("cpu")), made_up_batch(config, 2, 0.3, 0.5)
-    assert taught.averaged is not None
+    config = small_config(ema_decay=0.9, optimizer=optimizer)
+    taught, batch = Trainer.make(config, torch.device("cpu")), random_batch(config, 2, 0.3, 0.5)
+    assert taught.ema is not None
     infinite[:] = [True, False, False]
     for _ in range(2):
         taught.step([batch], 2, 1e-3)
-    before = [weight.clone() for weight in (*taught.model.parameters(), *taught.averaged.module.parameters())]
-    assert not torch.equal(before[0], next(taught.averaged.module.parameters()))
+    before = [weight.clone() for weight in (*taught.model.parameters(), *taught.ema.module.parameters())]
+    assert not torch.equal(before[0], next(taught.ema.module.parameters()))
     result = taught.step([batch], 2, 1e-3)()
     assert not result[0].isfinite()
-    after = [*taught.model.parameters(), *taught.averaged.module.parameters()]
+    after = [*taught.model.parameters(), *taught.ema.module.parameters()]
     assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
 
 
 def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite: list[bool]) -> None:
     config = small_config(optimizer="sgd")
-    batch, weights = made_up_batch(config, 2, 0.3, 0.5), []
+    batch, weights = random_batch(config, 2, 0.3, 0.5), []
     for losses in ([False], [False, True]):
         torch.manual_seed(0)
-        taught = Learner.make(config, torch.device("cpu"))
+        taught = Trainer.make(config, torch.device("cpu"))
         infinite[:] = losses
         used = [torch.full_like(weight, 7.0) for weight in taught.model.parameters()]
         del used  # what is not initialised is likely to be this

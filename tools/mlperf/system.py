@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlperf_logging.mllog import constants
 
 from pytorch.machine import environment
-from pytorch.mllog import chosen_division, chosen_status
+from pytorch.mllog import submission_division, submission_status
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +57,8 @@ def describe_system(name: str, device: torch.device, ranks: int = 1) -> dict[str
         software.append(f"container image {image}")
     return {
         "submitter": os.environ.get("SUBMISSION_ORG", "reference"),
-        "division": chosen_division(),
-        "status": STATUSES[chosen_status()],
+        "division": submission_division(),
+        "status": STATUSES[submission_status()],
         "system_name": name,
         "number_of_nodes": "1",
         "host_processors_per_node": processor["sockets"],
