@@ -189,6 +189,8 @@ class Config:
             constraint, value = field.metadata["constraint"], getattr(self, field.name)
             if constraint is not None and value is not None and not constraint.check(value):
                 raise RunError(f"--{field.name.replace('_', '-')} is {value}; it must be {constraint.text}")
+        if self.resume_with_changes and not self.resume:
+            raise RunError("--resume-with-changes says how to resume; add --resume")
         ranges = ("tempo_min", "tempo_max"), ("gain_min_db", "gain_max_db"), ("noise_min_snr_db", "noise_max_snr_db")
         for low, high in ranges:
             if getattr(self, low) > getattr(self, high):

@@ -177,7 +177,7 @@ class Workload:
         self, config: Config, batch: Batch, device: torch.device, precision: Precision, stock_gru: type | None = None
     ) -> None:
         torch.manual_seed(0)
-        self.trainer = Trainer.make(replace(config, precision=precision, ema_decay=0.0), device)
+        self.trainer = Trainer(replace(config, precision=precision, ema_decay=0.0), device)
         self.batch = batch
         if stock_gru is not None:
             stock(self.trainer.model, stock_gru)
@@ -191,7 +191,7 @@ class Workload:
 
     def step(self) -> None:
         """A whole training step."""
-        self.trainer.step([self.batch], len(self.batch), self.trainer.config.learning_rate)
+        self.trainer.train_step([self.batch], len(self.batch), self.trainer.config.learning_rate)
 
 
 def gemm_peak(device: torch.device, precision: Precision, repetitions: int) -> float:
@@ -245,7 +245,7 @@ def data_wait(workload: Workload, steps: int) -> float:
     utterances = Utterances([Subset("noise", audio, offsets, samples, [""] * count, [""] * count, transcripts)])
     augment, pinned = (workload.trainer.config, 1), workload.trainer.device.type == "cuda"
     batches = prefetch(
-        [np.arange(count)] * (steps + 1), partial(make_batch, utterances, augment=augment, pinned=pinned)
+        [np.arange(count)] * (steps + 1), partial(make_batch, utterances, augment=augment, pin_memory=pinned)
     )
     next(batches)
     workload.step()  # time for the reader to get ahead, as it has in all steps of an epoch but the first

@@ -63,7 +63,11 @@ def load() -> ctypes.CDLL | str:
     flags = ["-std=c++17", "-O3", *flags, "-fopenmp", "-fPIC", "-shared"]
     everything = [*(source.read_bytes() for source in SOURCES), " ".join([platform.machine(), *flags]).encode()]
     key = hashlib.sha256(b"".join(everything)).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
+    try:
+        folder = Path(cache).expanduser()
+    except RuntimeError as error:  # no HOME, and no entry in the password file
+        return f"no folder for the library; set TORCH_EXTENSIONS_DIR: {error}"
     library = folder / f"deepspeech2_{key}" / f"{capability}.so"
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     try:

@@ -20,7 +20,7 @@ from data.packed import DataError, open_dataset
 from pytorch import mllog
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS
-from pytorch.machine import environment
+from pytorch.machine import describe_machine
 from tests.conftest import ROOT
 from tests.pytorch.test_train import ENVIRONMENT, SMALL
 from tests.tools.forged import Forged, made_up
@@ -120,7 +120,7 @@ class MadeUpRuns:
             train_samples=21,
             validation={"tones-validation": 7},
         )
-        machine = environment(CPU)
+        machine = describe_machine(CPU)
         add(log, "number_of_ranks", "gru_implementation", "fused kernel (AVX2)")
         log.edit("dataset", open_dataset(self.dataset).digest)
         log.edit("submission_platform", mllog.submission_platform(machine, 1))

@@ -24,7 +24,7 @@ from mlperf_logging.mllog import constants
 from data.packed import open_dataset
 from pytorch.cli import PREEMPTED, Preempted, RunError, exit_status
 from pytorch.config import ROOT, Config, parse_config
-from pytorch.machine import clear_cache, environment, git_revision
+from pytorch.machine import clear_cache, describe_machine, git_revision
 from pytorch.mllog import REPORT, submission_division, submission_platform
 from tools.mlperf.check import check, describe, sound
 from tools.mlperf.configuration import ENVIRONMENT, FREE, comparable
@@ -128,7 +128,7 @@ def _look_around(config: Config) -> Here:
     from pytorch.launch import processes_here
 
     device, ranks = select_device(config.device), processes_here()
-    machine = environment(device)
+    machine = describe_machine(device)
     logged = {
         "data set": dataset.digest,
         constants.SUBMISSION_DIVISION: division,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlperf_logging.mllog import constants
 
-from pytorch.machine import environment
+from pytorch.machine import describe_machine
 from pytorch.mllog import submission_division, submission_status
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def describe_system(name: str, device: torch.device, ranks: int = 1) -> dict[str
     Raises:
         RunError: SUBMISSION_DIVISION or SUBMISSION_STATUS is set to what the rules do not know.
     """
-    machine = environment(device)
+    machine = describe_machine(device)
     processor = _processor(_read("/proc/cpuinfo"))
     gpus = ranks if machine["accelerators"] else 0
     memory = f"{machine['accelerator_memory_gib']} GiB" if gpus else NONE
