@@ -1,7 +1,7 @@
-"""Audio files: how long they are without decoding them, and their samples at 16 kHz mono.
+"""Audio files: which can be read, how long they are, and their samples at 16 kHz mono.
 
 FLAC carries the MD5 of its samples, which is checked. Other formats are read by libsndfile, and what it does not know
-by sox, where that is installed. Whatever cannot be read whole is an error that names the file.
+by sox, where that is installed (open_recording). Whatever cannot be read whole is an error that names the file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,23 @@ import numpy as np
 import soundfile
 import soxr
 
-from data.packed import SAMPLE_RATE, DataError
+from data.files import DataError
+from data.packed import SAMPLE_RATE
 
 LONGEST_S = 3600  # an utterance is decoded in memory; no acoustic model is trained on longer ones either
-SOX_TIMEOUT_S = 600
+LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz
+# For which sox would guess rate or encoding.
+HEADERLESS = (
+    "raw pcm s8 u8 s16 s24 s32 u16 u24 u32 f32 f64 sb sw sl ub uw sln al ul la lu gsm vox cdr cdda cvs cvsd cvu "
+    "fssd ima lpc lpc10 snd"
+)
 # By the code in a FLAC frame's header.
 FLAC_RATES = (0, 88200, 176400, 192000, 8000, 16000, 22050, 24000, 32000, 44100, 48000, 96000, 0, 0, 0, 0)
 # What libsndfile logs of a file that is shorter than its header says; it then reads what is there without complaint.
 CUT_SHORT = re.compile(r"^\s*(?:data|SSND|riff|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-# What soundfile raises for files that it does not know, that are damaged, or whose headers ask for absurd memory.
-SNDFILE_FAILURES = (soundfile.LibsndfileError, RuntimeError, MemoryError, ValueError)
+# What soundfile raises for files that it does not know, that are damaged, whose headers ask for absurd memory, or whose
+# names it takes for headerless audio (TypeError).
+SNDFILE_FAILURES = (soundfile.LibsndfileError, RuntimeError, MemoryError, ValueError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class FlacHeader:
 
 
 def read_flac_header(file: Path) -> FlacHeader:
-    """The STREAMINFO block, which the format requires to come first. DataError for a file that has none."""
+    """Read the STREAMINFO block, which the format requires to come first. DataError for a file that has none."""
     with file.open("rb") as stream:
         head = stream.read(42)
     if len(head) < 42 or head[:4] != b"fLaC" or head[4] & 0x7F != 0:
@@ -62,19 +69,19 @@ def read_flac_header(file: Path) -> FlacHeader:
     return header
 
 
-def samples_at_16k(frames: int, rate: int) -> int:
-    """The length at 16 kHz, rounded, of so many frames."""
+def resampled_length(frames: int, rate: int) -> int:
+    """Return the length at 16 kHz, rounded, of so many frames."""
     return max(1, (2 * frames * SAMPLE_RATE + rate) // (2 * rate))
 
 
-def flac_samples(file: Path) -> int:
-    """Length at 16 kHz of a FLAC file, by its header."""
+def flac_num_samples(file: Path) -> int:
+    """Return the length at 16 kHz of a FLAC file, by its header."""
     header = read_flac_header(file)
-    return samples_at_16k(header.frames, header.rate)
+    return resampled_length(header.frames, header.rate)
 
 
 def decode_flac(file: Path) -> np.ndarray:
-    """The samples of a FLAC file at 16 kHz mono: int16 [samples]. DataError where they are not those of its header."""
+    """Return the samples of a FLAC file at 16 kHz mono: int16 [samples]. DataError if its header has another MD5."""
     header = read_flac_header(file)
     try:
         # libsndfile left-justifies in int32, so that any depth comes out without loss.
@@ -94,65 +101,91 @@ def decode_flac(file: Path) -> np.ndarray:
 
 
 def decode_raw(file: Path) -> np.ndarray:
-    """The samples of a headerless big-endian 16-bit file at 16 kHz: int16 [samples]."""
+    """Return the samples of a headerless big-endian 16-bit file at 16 kHz: int16 [samples]."""
     return np.fromfile(file, dtype=">i2").astype(np.int16)
 
 
-def any_samples(file: Path) -> int:
-    """Length at 16 kHz of an audio file of any format. DataError for what is no audio, or empty, or cut short."""
-    with _readable(file) as readable:
-        if _is_flac(readable):
-            return flac_samples(readable)
-        info = soundfile.info(readable, verbose=True)
-        if cut := CUT_SHORT.search(info.extra_info):
+@contextmanager
+def open_recording(file: Path) -> Iterator[soundfile.SoundFile]:
+    """Open an audio file of any format by libsndfile, or else what sox makes of it: 16 bits, 16 kHz, mono.
+
+    DataError for what neither reads, for headerless audio, and for rates that nobody records at.
+    """
+    if not file.is_file():
+        raise DataError(f"{file} is missing or not a file")
+    with ExitStack() as opened:
+        try:
+            audio = opened.enter_context(soundfile.SoundFile(file))
+        except SNDFILE_FAILURES as error:
+            folder = opened.enter_context(tempfile.TemporaryDirectory())
+            audio = opened.enter_context(_convert_by_sox(file, Path(folder), str(error).strip()))
+        if not LOWEST_RATE <= audio.samplerate <= HIGHEST_RATE:
+            raise DataError(
+                f"{file} has a rate of {audio.samplerate} Hz; from {LOWEST_RATE} to {HIGHEST_RATE} Hz are understood"
+            )
+        yield audio
+
+
+def tells_length(audio: soundfile.SoundFile) -> bool:
+    """Return whether the header must tell the length exactly, as those of MP3 and Ogg need not."""
+    return audio.format not in ("MP3", "OGG") and not audio.subtype.startswith("MPEG_LAYER")
+
+
+def any_num_samples(file: Path) -> int:
+    """Return the length at 16 kHz of an audio file. DataError for what is no audio, or empty, or cut short."""
+    with open_recording(file) as audio:
+        if audio.format == "FLAC":
+            return flac_num_samples(file)
+        if cut := CUT_SHORT.search(audio.extra_info):
             raise DataError(f"{file} is cut short: it has {cut[2]} of {cut[1]} bytes of audio")
-        frames, rate = info.frames, info.samplerate
-        _check_length(file, frames, rate)
-        if info.format == "MP3":  # the header of an MP3 file need not tell its length, or not exactly
-            try:
-                frames = len(soundfile.read(readable, dtype="int16", always_2d=True)[0])
-            except SNDFILE_FAILURES as error:
-                raise DataError(f"{file} cannot be decoded: {error}") from error
+        _check_length(file, audio.frames, audio.samplerate)
+        frames, rate = audio.frames, audio.samplerate
+        if not tells_length(audio):
+            frames = len(_read(file, audio, "int16"))
             _check_length(file, frames, rate)
-    return samples_at_16k(frames, rate)
+    return resampled_length(frames, rate)
 
 
 def decode_any(file: Path) -> np.ndarray:
-    """The samples of an audio file of any format at 16 kHz mono: int16 [samples]."""
-    with _readable(file) as readable:
-        if _is_flac(readable):
-            return decode_flac(readable)
-        try:
-            exact = soundfile.info(readable).subtype == "PCM_16"
-            frames, rate = soundfile.read(readable, dtype="int16" if exact else "float64", always_2d=True)
-        except SNDFILE_FAILURES as error:
-            raise DataError(f"{file} cannot be decoded: {error}") from error
+    """Return the samples of an audio file of any format at 16 kHz mono: int16 [samples]."""
+    with open_recording(file) as audio:
+        if audio.format == "FLAC":
+            return decode_flac(file)
+        exact, rate = audio.subtype == "PCM_16", audio.samplerate
+        frames = _read(file, audio, "int16" if exact else "float64")
     if exact and rate == SAMPLE_RATE and frames.shape[1] == 1:
         return frames[:, 0]
     return _mono_at_16k(file, frames, rate, 32768.0 if exact else 1.0)
+
+
+def _read(file: Path, audio: soundfile.SoundFile, dtype: str) -> np.ndarray:
+    try:
+        return audio.read(dtype=dtype, always_2d=True)
+    except SNDFILE_FAILURES as error:
+        raise DataError(f"{file} cannot be decoded: {error}") from error
 
 
 def _check_length(file: Path, frames: int, rate: int) -> None:
     if rate <= 0 or frames <= 0:
         raise DataError(f"{file} holds no audio, by its header")
     if frames > LONGEST_S * rate:
-        raise DataError(f"{file} is {frames / rate / 3600:.1f} h long, by its header; cut it: an hour is the most")
+        raise DataError(f"{file} is {frames / rate:.0f} s long, by its header; cut it: {LONGEST_S} s are the most")
 
 
 def _mono_at_16k(file: Path, frames: np.ndarray, rate: int, scale: float) -> np.ndarray:
-    """Channels averaged and resampled: `frames` [frames, channels] of full scale `scale` become int16 [samples]."""
+    """Average channels and resample: `frames` [frames, channels] of full scale `scale` become int16 [samples]."""
     mono = frames.mean(axis=1, dtype=np.float64) / scale
     if not np.isfinite(mono).all():
         raise DataError(f"{file} holds samples that are not finite numbers")
     if rate != SAMPLE_RATE:
-        samples = samples_at_16k(len(mono), rate)
+        samples = resampled_length(len(mono), rate)
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="VHQ")[:samples]
         mono = np.pad(mono, (0, samples - len(mono)))
     return np.clip(np.rint(mono * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def _first_frame_rate(file: Path) -> int:
-    """The rate that the first audio frame of a FLAC file states; 0 where it does so by no code, or there is none."""
+    """Return the rate that the first audio frame of a FLAC file states; 0 where it uses no code, or there is none."""
     with file.open("rb") as stream:
         stream.seek(4)
         last = False
@@ -164,7 +197,7 @@ def _first_frame_rate(file: Path) -> int:
 
 
 def _flac_md5(frames: np.ndarray, bits: int) -> bytes:
-    """MD5 as FLAC defines it: samples interleaved, little-endian, in the fewest whole bytes that hold `bits`."""
+    """Return the MD5 as FLAC defines it: of interleaved, little-endian samples, each in the fewest whole bytes."""
     if bits == 16:
         return hashlib.md5(np.ascontiguousarray(frames, dtype="<i2").data).digest()
     width = (bits + 7) // 8
@@ -172,42 +205,22 @@ def _flac_md5(frames: np.ndarray, bits: int) -> bytes:
     return hashlib.md5(samples.view(np.uint8).reshape(-1, 4)[:, :width].tobytes()).digest()
 
 
-def _is_flac(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(4) == b"fLaC"
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[Path]:
-    """The file itself where libsndfile can open it, else a WAV file that sox makes of it."""
-    if not file.is_file():
-        raise DataError(f"{file} is missing or not a file")
-    if file.suffix.lower() == ".raw":
+def _convert_by_sox(file: Path, folder: Path, reason: str) -> soundfile.SoundFile:
+    """Open the WAV file that sox makes of another in `folder`; `reason` is why libsndfile does not read that."""
+    if file.suffix.lower().removeprefix(".") in HEADERLESS.split():
         raise DataError(f"{file} has no header that tells rate and encoding; convert it, such as to WAV")
-    try:
-        soundfile.info(file)
-    except SNDFILE_FAILURES as error:
-        reason = error
-    else:
-        yield file
-        return
-    if _is_flac(file):  # its own checks say more about what is wrong with it than sox would
-        read_flac_header(file)
-        raise DataError(f"{file} cannot be decoded: {reason}")
     if shutil.which("sox") is None:
         raise DataError(
             f"{file} is in no format that libsndfile reads ({reason}), and sox, which knows more of them, is not "
             "installed; on Debian and Ubuntu: apt-get install sox libsox-fmt-all"
         )
-    with tempfile.TemporaryDirectory() as folder:
-        converted = Path(folder) / "audio.wav"
-        # An absolute path, and no globbing: sox would take '|...' for a command and '*' for a pattern.
-        command = ["sox", "-V1", "--no-dither", "--no-glob", str(file.absolute()), "-b", "32", str(converted)]
-        try:
-            run = subprocess.run(command, capture_output=True, timeout=SOX_TIMEOUT_S, stdin=subprocess.DEVNULL)
-        except subprocess.TimeoutExpired:
-            raise DataError(f"{file}: sox was not done with it after {SOX_TIMEOUT_S} s") from None
-        if run.returncode != 0 or not converted.exists():
-            told = run.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {run.returncode}"]
-            raise DataError(f"{file} can be read neither by libsndfile ({reason}) nor by sox ({told[-1]})")
-        yield converted
+    converted = folder / "audio.wav"
+    # An absolute path, and no globbing: sox would take '|...' for a command and '*' for a pattern.
+    command = ["sox", "-V1", "--no-dither", "--no-glob", str(file.absolute())]
+    command += ["-r", str(SAMPLE_RATE), "-c", "1", "-b", "16", "-e", "signed-integer", str(converted)]
+    run = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    with suppress(*SNDFILE_FAILURES):
+        if run.returncode == 0:
+            return soundfile.SoundFile(converted)
+    told = run.stderr.decode(errors="replace").strip().splitlines() or ["no audio"]
+    raise DataError(f"{file} can be read neither by libsndfile ({reason}) nor by sox ({told[-1]})")

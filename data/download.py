@@ -5,7 +5,7 @@ python -m data.download --corpus synthetic                     the embedded corp
 python -m data.download --subsets dev-clean,test-clean         only these; others can be added later
 python -m data.download --corpus an4 --mirror ~/archives       from a folder (read in place) or other addresses
 python -m data.download --mirror part --checksums part/md5sum.txt      archives other than the published ones
-python -m data.download --corpus manifest --manifest my.tsv    your own speech (manifest.py)
+python -m data.download --corpus manifest --manifest my.tsv    your own speech (readers.py)
 
 Archives are fetched several at a time, each prepared as soon as it is there, and removed as soon as it is prepared.
 After an interruption of any kind the same command goes on where it was.
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -25,11 +24,12 @@ from typing import Annotated
 
 import tyro
 
-from data.archives import Supply, check_space, read_checksums
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
-from data.manifest import read_manifest
-from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, DataError, PackedDataset, locked, read_dataset
-from data.prepare import UNPACKED, CheckedArchive, available_cores, finish_dataset, prepare_archive, prepare_subset
+from data.fetch import ArchiveSource, VerifiedArchive, check_space, read_checksums
+from data.files import DataError, available_cores, locked
+from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
+from data.prepare import check_place, finish_dataset, prepare_archive, prepare_subset, work_folder
+from data.readers import read_manifest
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,17 @@ def main() -> None:
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        sys.exit("Interrupted. Run the same command to resume.")
 
 
 def download(options: Options) -> PackedDataset:
-    """Brings the data set that `options` describe to completion; DataError where that is impossible."""
+    """Bring the data set that `options` describe to completion; DataError where that is impossible."""
     corpus = find_corpus(options.corpus)
     subsets = corpus.select([name.strip() for name in options.subsets.split(",") if name.strip()])
     _check_options(options, corpus, subsets)
     path = options.dataset_dir or corpus.default_dataset_dir
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path} is not a folder; give another --dataset-dir")
     try:
         if options.manifest:
             dataset = _prepare_manifest(path, corpus, subsets[0], options.manifest, options.jobs)
@@ -100,51 +102,61 @@ def _check_options(options: Options, corpus: Corpus, subsets: Sequence[CorpusSub
 
 
 def _download_archives(path: Path, corpus: Corpus, subsets: Sequence[CorpusSubset], options: Options) -> PackedDataset:
-    """Adds the subsets that are missing to the data set in `path`."""
+    """Add the subsets that are missing to the data set in `path`."""
     sums = read_checksums(options.checksums) if options.checksums else None
     expected = {subset.archive.file: _expected(subset.archive, sums, options.checksums) for subset in subsets}
     path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
+    with locked(path, "download or verification"):
         dataset = _present_state(path, corpus)
         missing = [
             subset for subset in subsets if not _is_prepared(dataset, subset.name, expected[subset.archive.file].md5)
         ]
-        shutil.rmtree(path / UNPACKED, ignore_errors=True)  # left by a run that was killed while it removed this
-        if not missing and dataset.digest:
-            return _report(dataset, "is complete already")
-        supply = Supply(path / "archives", corpus, options.mirror, options.keep_archives, options.jobs)
-        needed = {subset.archive.file: expected[subset.archive.file] for subset in missing}
-        # Closed explicitly: whatever goes wrong in here must end the downloads that run beside it.
-        with closing(supply.archives(list(needed.values()))) as archives:
-            for archive in archives:
-                members = [subset for subset in missing if subset.archive.file == archive.file.name]
-                dataset = prepare_archive(dataset, corpus, archive, members, options.jobs)
-                supply.drop(archive)
-        dataset = finish_dataset(dataset)
+        check_place(dataset, [subset.name for subset in missing])
+        with work_folder(path) as work:
+            if not missing and dataset.digest:
+                return _report(dataset, "is complete already")
+            source = ArchiveSource(path / "archives", work, corpus, options.mirror, options.keep_archives, options.jobs)
+            needed = {subset.archive.file: expected[subset.archive.file] for subset in missing}
+            # Closed explicitly: whatever goes wrong in here must end the downloads that run beside it.
+            with closing(source.archives(list(needed.values()))) as archives:
+                for archive in archives:
+                    members = [subset for subset in missing if subset.archive.file == archive.file.name]
+                    dataset = prepare_archive(dataset, corpus, archive, members, work, options.jobs)
+                    source.drop(archive)
+            dataset = finish_dataset(dataset, work)
     if not dataset.official and not dataset.synthetic:
         print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
     return _report(dataset, "is complete")
 
 
 def _prepare_manifest(path: Path, corpus: Corpus, subset: CorpusSubset, manifest: Path, jobs: int) -> PackedDataset:
-    """Adds the subset that a manifest lists to the data set in `path`; the manifest stands for the archive."""
-    utterances = read_manifest(manifest, jobs)
-    content = manifest.read_bytes()
-    source = CheckedArchive(manifest, hashlib.md5(content).hexdigest(), hashlib.sha256(content).hexdigest(), False)
+    """Add the subset that a manifest lists to the data set in `path`; the manifest stands for the archive."""
+    try:
+        content = manifest.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the manifest {manifest}: {error.strerror}") from error
+    source = VerifiedArchive(manifest, hashlib.md5(content).hexdigest(), hashlib.sha256(content).hexdigest(), False)
     path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
+    with locked(path, "download or verification"):
         dataset = _present_state(path, corpus)
-        if not _is_prepared(dataset, subset.name, source.md5):
-            check_space(path, packed=2 * sum(utterance.samples for utterance in utterances), archives=0, unpacked=0)
-            dataset = prepare_subset(dataset, corpus, source, subset.name, utterances, jobs)
-        elif dataset.digest:
-            return _report(dataset, "is complete already")
-        dataset = finish_dataset(dataset)
+        present = _is_prepared(dataset, subset.name, source.md5)
+        if not present:
+            check_place(dataset, [subset.name])
+        with work_folder(path) as work:
+            if present and dataset.digest:
+                return _report(dataset, "is complete already")
+            if not present:
+                utterances = read_manifest(manifest, jobs)
+                check_space(
+                    path, packed=2 * sum(utterance.num_samples for utterance in utterances), archives=0, unpacked=0
+                )
+                dataset = prepare_subset(dataset, corpus, source, subset.name, utterances, work, jobs)
+            dataset = finish_dataset(dataset, work)
     return _report(dataset, "is complete")
 
 
 def _expected(archive: Archive, sums: dict[str, str] | None, file: Path | None) -> Archive:
-    """What an archive must be: the published one, or, of a size that is not known, that of --checksums."""
+    """Return what an archive must be: the published one, or that of --checksums, of a size that is not known."""
     if sums is None:
         return archive
     if archive.file not in sums:
@@ -153,6 +165,10 @@ def _expected(archive: Archive, sums: dict[str, str] | None, file: Path | None) 
 
 
 def _present_state(path: Path, corpus: Corpus) -> PackedDataset:
+    if (path / DATASET_FILE).is_symlink():
+        raise DataError(
+            f"{path / DATASET_FILE} is a link, which this program does not make; give another --dataset-dir"
+        )
     if not (path / DATASET_FILE).exists():
         return PackedDataset(path, corpus.name, corpus.synthetic, corpus.splits([]))
     dataset = read_dataset(path)
@@ -162,7 +178,7 @@ def _present_state(path: Path, corpus: Corpus) -> PackedDataset:
 
 
 def _is_prepared(dataset: PackedDataset, name: str, md5: str) -> bool:
-    """Whether a subset is there already; DataError if it was made from another archive than is asked for now."""
+    """Return whether a subset is there already; DataError if it was made from another archive than is asked for now."""
     if name not in dataset.summary:
         return False
     found = dataset.summary[name].archive_md5

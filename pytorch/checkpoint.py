@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from data.packed import replace_durably
+from data.files import atomic_replace
 from pytorch.cli import RunError
 from pytorch.config import Config, fields_of, with_current_names
 from pytorch.ctc import LABELS
@@ -96,7 +96,7 @@ def save(
             os.fsync(file.fileno())
         if path.exists():
             _link_or_copy(path, folder / PREVIOUS)
-        replace_durably(partial, path)  # which makes the folder's other names durable too
+        atomic_replace(partial, path)  # which makes the folder's other names durable too
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -153,7 +153,7 @@ def archive_previous_run(folder: Path, others: Sequence[str] = ()) -> Path | Non
         for name in files:
             (archive / name).unlink(missing_ok=True)
         for name in found:
-            replace_durably(folder / name, archive / name)
+            atomic_replace(folder / name, archive / name)
     except OSError as error:
         raise RunError(f"{archive}: cannot move the earlier run's files there: {error.strerror}") from error
     return archive

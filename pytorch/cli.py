@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.packed import DataError
+from data.files import DataError
 
 RANK_FAILED = os.EX_IOERR  # 74
 PREEMPTED = os.EX_TEMPFAIL  # 75

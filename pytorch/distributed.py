@@ -6,9 +6,7 @@ which rank it is; `gloo` carries messages between CPUs, `nccl` those between GPU
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from data.files import die_with_parent
 from pytorch.cli import RankFailure
 
 Anything = TypeVar("Anything")
@@ -52,7 +51,7 @@ class World:
         global _store, _sums
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls(launch_id=launch_id)
-        die_with_parent()
+        die_with_parent()  # torchrun, so that no orphan outlives a restart
         timeout = timedelta(seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         try:
@@ -91,12 +90,6 @@ class World:
         box = [thing]
         dist.broadcast_object_list(box, src=source)
         return box[0]
-
-
-def die_with_parent() -> None:
-    """Die with torchrun (PR_SET_PDEATHSIG, Linux only), so that no orphan outlives a restart."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def shutdown() -> None:

@@ -37,7 +37,7 @@ class Utterances:
 
     def __init__(self, subsets: Sequence[Subset]) -> None:
         self.subsets = list(subsets)
-        samples = np.concatenate([subset.samples for subset in subsets])
+        samples = np.concatenate([subset.num_samples for subset in subsets])
         order = np.argsort(samples, kind="stable")
         self.num_samples: np.ndarray = samples[order]
         self.subset_of = np.repeat(np.arange(len(subsets)), [len(subset) for subset in subsets])[order]

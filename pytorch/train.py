@@ -33,7 +33,8 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 from torch import Tensor
 
-from data.packed import DataError, PackedDataset, locked, open_dataset
+from data.files import DataError, locked
+from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, machine, mllog
 from pytorch.checkpoint import TrainState
 from pytorch.cli import Preempted, RunError, exit_status, progress_bar
@@ -241,7 +242,7 @@ def lock_output_dir(world: World, config: Config, resources: ExitStack) -> None:
     if world.is_main:
         try:
             config.output_dir.mkdir(parents=True, exist_ok=True)
-            resources.enter_context(locked(config.output_dir, other="run"))
+            resources.enter_context(locked(config.output_dir, "run"))
         except (OSError, DataError) as error:
             failure = f"--output-dir {config.output_dir}: {getattr(error, 'strerror', None) or error}"
     if failure := world.broadcast_object(failure, source=0):
@@ -269,7 +270,7 @@ def require_steps_left(run: TrainingRun) -> None:
 
 def max_train_samples(dataset: PackedDataset) -> int:
     """Return the samples of the longest training utterance."""
-    return max(dataset.summary[name].longest_samples for name in dataset.splits["train"])
+    return max(dataset.summary[name].max_samples for name in dataset.splits["train"])
 
 
 def train_to_target(run: TrainingRun) -> Evaluation:

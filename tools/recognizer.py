@@ -25,7 +25,8 @@ from torch import Tensor
 from torchaudio.functional import forced_align
 from tqdm import tqdm
 
-from data.packed import DataError, PackedDataset, Subset
+from data.files import DataError
+from data.packed import PackedDataset, Subset
 from pytorch import checkpoint
 from pytorch.cli import RunError
 from pytorch.ctc import BLANK, encode, greedy_decode

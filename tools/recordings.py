@@ -9,9 +9,6 @@ pieces, the words of the first end and those of the second begin.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +18,16 @@ import numpy as np
 import soundfile
 import soxr
 
-from data.audio import CUT_SHORT, SNDFILE_FAILURES
-from data.packed import SAMPLE_RATE, DataError
+from data.audio import CUT_SHORT, HIGHEST_RATE, LOWEST_RATE, SNDFILE_FAILURES, open_recording, tells_length
+from data.files import DataError
+from data.packed import SAMPLE_RATE
 from tools.recognizer import Word
 
-LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz
 SHORTEST_S, LONGEST_S = 3.0, 12.0  # between two cuts; an utterance of LibriSpeech has 12 s on average
 CONTEXT_S = 0.5  # that a piece hears before and after its cuts
 PAUSE_S = 0.3  # a cut is made in the middle of the quietest stretch of this length
 _BLOCK_SAMPLES = 1 << 19  # read at once, of all channels together
 _ENERGY_SAMPLES = SAMPLE_RATE // 100
-_VARIABLE_LENGTH = ("MP3", "OGG")  # whose headers need not tell the length exactly
 
 
 @dataclass(frozen=True)
@@ -63,16 +59,10 @@ def read_file(path: Path) -> Iterator[np.ndarray]:
         DataError: it is no audio, or damaged, which may turn out after some blocks. The message names the file.
     """
     try:
-        if not path.is_file():
-            raise DataError(f"{path} is missing or not a file")
-        with soundfile.SoundFile(path) as audio:
+        with open_recording(path) as audio:
             yield from _read_sound(path, audio)
-            return
-    except SNDFILE_FAILURES as error:
-        reason = str(error).strip()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    yield from _read_by_sox(path, reason)
 
 
 def file_seconds(path: Path) -> float:
@@ -116,7 +106,7 @@ def _read_sound(path: Path, audio: soundfile.SoundFile) -> Iterator[np.ndarray]:
     if not frames:
         raise DataError(f"{path} holds no audio")
     cut = CUT_SHORT.search(audio.extra_info)
-    if cut or (frames < audio.frames and audio.format not in _VARIABLE_LENGTH):
+    if cut or (frames < audio.frames and tells_length(audio)):
         raise DataError(f"{path} is cut short: it ends after {frames / audio.samplerate:.2f} s, before its header says")
 
 
@@ -132,34 +122,6 @@ class _Resampler:
         if self._stream is not None:
             block = self._stream.resample_chunk(block, last)
         return np.clip(np.rint(block * 32768.0), -32768, 32767).astype(np.int16)
-
-
-def _read_by_sox(path: Path, reason: str) -> Iterator[np.ndarray]:
-    if shutil.which("sox") is None:
-        raise DataError(
-            f"{path} is in no format that libsndfile reads ({reason}), and sox, which knows more of them, is not "
-            "installed; on Debian and Ubuntu: apt-get install sox libsox-fmt-all"
-        )
-    # An absolute path, and no globbing: sox would take '|...' for a command and '*' for a pattern.
-    command = ["sox", "-V1", "--no-dither", "--no-glob", str(path.absolute())]
-    command += ["-t", "raw", "-r", str(SAMPLE_RATE), "-c", "1", "-b", "16", "-e", "signed-integer", "-L", "-"]
-    with tempfile.TemporaryFile() as complaints:
-        sox = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
-        assert sox.stdout is not None
-        heard = False
-        try:
-            for block in read_raw(sox.stdout, str(path), SAMPLE_RATE):  # type: ignore[arg-type]
-                heard = heard or len(block) > 0
-                yield block
-            status = sox.wait()
-        finally:
-            sox.kill()  # where the reader stopped early
-            sox.wait()
-            sox.stdout.close()
-        if status or not heard:
-            complaints.seek(0)
-            told = complaints.read().decode(errors="replace").strip().splitlines() or ["no audio"]
-            raise DataError(f"{path} can be read neither by libsndfile ({reason}) nor by sox ({told[-1]})")
 
 
 def cut(blocks: Iterable[np.ndarray]) -> Iterator[Piece]:

@@ -34,7 +34,7 @@ from typing import Annotated, Literal, TextIO
 import tyro
 from tqdm import tqdm
 
-from data.packed import DataError
+from data.files import DataError
 from pytorch.cli import RunError, exit_status
 from tools.language_model.beam_search import Decode, Decoding
 from tools.recognizer import Recognizer, Word, align, speed

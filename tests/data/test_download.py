@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -14,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from data.archives import read_checksums
 from data.corpora import CORPORA, find_corpus
 from data.download import Options, download
-from data.packed import DataError, PackedDataset, open_dataset, read_dataset
+from data.fetch import read_checksums
+from data.files import DataError
+from data.packed import PackedDataset, open_dataset, read_dataset
+from data.prepare import MARK
 from tests.data.made_up import (
     REPOSITORY,
     SPOKEN,
@@ -39,6 +43,14 @@ COMPLETE = [
     "train-clean-100/audio.npy",
     "train-clean-100/utterances.csv",
 ]
+
+
+def lay_downloaded(target: Path, content: bytes) -> None:
+    """An archive as a run leaves it that is killed before it is unpacked."""
+    target.parent.mkdir(parents=True)
+    target.write_bytes(content)
+    notes = {"address": "http://host/archive", "md5": hashlib.md5(content).hexdigest()}
+    target.with_name(target.name + ".part.json").write_text(json.dumps(notes))
 
 
 @pytest.fixture
@@ -92,10 +104,11 @@ def test_subsets_can_be_added_and_the_result_is_the_same_as_at_once(options: Opt
 
 
 def test_what_a_killed_run_left_behind_does_not_matter(options: Options, dataset: PackedDataset) -> None:
-    (dataset.path / "dataset.json").unlink()  # the kill came after the subsets were renamed, before they were entered
-    for name in ("unpacked/LibriSpeech", "dev-clean.partial"):
-        (dataset.path / name).mkdir(parents=True)
-        (dataset.path / name / "audio.npy").write_bytes(b"rest")
+    shutil.rmtree(dataset.path / "dev-clean")  # the kill came after it was entered, before it was renamed
+    for name in ("unpacked/LibriSpeech", "dev-clean"):
+        (dataset.path / "unfinished" / name).mkdir(parents=True)
+        (dataset.path / "unfinished" / name / "audio.npy").write_bytes(b"rest")
+    (dataset.path / "unfinished" / MARK).touch()
     assert download(options).digest == dataset.digest
     assert files_below(dataset.path) == COMPLETE
 
@@ -168,9 +181,9 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_read(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type(shutil.disk_usage("/"))(10, 10, 0)
-    monkeypatch.setattr("data.archives.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("data.fetch.shutil.disk_usage", lambda path: usage)
     with pytest.raises(
-        DataError, match=r"dataset needs 0.0 GB of free disk space \(.*\), 0.0 GB are free: make room there"
+        DataError, match=r"dataset needs 0.1 MB of free disk space \(.*\), 0.0 MB are free: make room there"
     ):
         download(options)
 
@@ -206,6 +219,7 @@ def test_archives_are_kept_on_request_and_then_not_fetched_again(
 ) -> None:
     keeping = replace(options, mirror=server.address, keep_archives=True)
     digest = download(keeping).digest
+    assert "dev-clean.tar.gz.part.json" not in str(files_below(tmp_path))  # kept archives are the user's
     kept = ["archives/dev-clean.tar.gz", "archives/train-clean-100.tar.gz"]
     assert files_below(tmp_path / "dataset") == [*kept, *COMPLETE]
     for file in COMPLETE:
@@ -218,13 +232,12 @@ def test_archives_are_kept_on_request_and_then_not_fetched_again(
     assert summed == digest
 
 
-def test_an_archive_that_lies_there_damaged_is_fetched_anew(
+def test_a_downloaded_archive_that_is_no_longer_wanted_is_fetched_anew(
     options: Options, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "dataset" / "archives").mkdir(parents=True)
-    (tmp_path / "dataset" / "archives" / "dev-clean.tar.gz").write_bytes(b"damaged")
+    lay_downloaded(tmp_path / "dataset" / "archives" / "dev-clean.tar.gz", b"of other --checksums")
     assert download(replace(options, mirror=server.address)).subsets == ["train-clean-100", "dev-clean"]
-    assert "fetching it anew" in capsys.readouterr().err
+    assert "downloading again" in capsys.readouterr().err
     assert files_below(tmp_path / "dataset") == COMPLETE
 
 
@@ -302,7 +315,7 @@ def test_a_download_killed_twenty_times_ends_bit_identical(tmp_path: Path) -> No
             sizes.append(part.stat().st_size if part.exists() else sizes[-1])
         subprocess.run(words, cwd=REPOSITORY, check=True)
     assert target.read_bytes() == (tmp_path / "m" / "dev-clean.tar.gz").read_bytes()
-    assert files_below(target.parent) == ["dev-clean.tar.gz"]
+    assert files_below(target.parent) == ["dev-clean.tar.gz", "dev-clean.tar.gz.part.json"]
     assert len(set(sizes)) > 3
 
 

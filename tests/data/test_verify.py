@@ -18,7 +18,7 @@ from data.packed import (
     write_dataset,
 )
 from data.prepare import finish_dataset
-from data.verify import find_problems
+from data.verify import validate
 from tests.data.made_up import command
 
 
@@ -49,12 +49,12 @@ def test_one_changed_bit_is_found_and_its_utterance_named(dataset: PackedDataset
     for index, name in enumerate(subset.ids):
         position = AUDIO_HEADER_BYTES + 2 * int(subset.offsets[index]) + 501
         edit_audio(dataset, position)
-        problems = find_problems(dataset)
+        problems = validate(dataset)
         assert len(problems) == 2
         assert f"dev-clean: utterance {name} has changed" in problems[0]
         assert "the checksum of" in problems[1]
         edit_audio(dataset, position)
-    assert find_problems(dataset) == []
+    assert validate(dataset) == []
 
 
 def test_the_command_tells_what_has_changed_and_exits_with_1(dataset: PackedDataset) -> None:
@@ -70,7 +70,7 @@ def test_a_missing_utterance_is_located(dataset: PackedDataset) -> None:
     file = dataset.path / "dev-clean" / INDEX_FILE
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:2] + lines[3:]))
-    problems = "\n".join(find_problems(dataset))
+    problems = "\n".join(validate(dataset))
     assert "dev-clean/utterances.csv has 3 utterances, dataset.json has 4" in problems
     assert "an utterance is missing between 85-1-0001 and 85-2-0000: samples 1000 to 3000" in problems
 
@@ -93,25 +93,25 @@ def test_a_changed_index_is_found_and_the_utterance_named(
     dataset: PackedDataset, old: str, new: str, message: str
 ) -> None:
     edit_index(dataset, old, new)
-    assert message in "\n".join(find_problems(dataset))
+    assert message in "\n".join(validate(dataset))
 
 
 def test_a_damaged_header_is_told_from_damaged_audio(dataset: PackedDataset) -> None:
     edit_audio(dataset, 100)
-    assert "audio.npy: the header" in find_problems(dataset)[0]
+    assert "audio.npy: the header" in validate(dataset)[0]
 
 
 def test_audio_that_ends_early_names_the_utterances_that_are_cut(dataset: PackedDataset) -> None:
     file = dataset.path / "dev-clean" / AUDIO_FILE
     file.write_bytes(file.read_bytes()[:-10])
-    problems = "\n".join(find_problems(dataset))
+    problems = "\n".join(validate(dataset))
     assert "dev-clean/audio.npy has 16118 bytes, not 16128" in problems
     assert "dev-clean: utterance 85-1-0000 is cut short" in problems
 
 
 def test_a_missing_file_is_named(dataset: PackedDataset) -> None:
     (dataset.path / "dev-clean" / AUDIO_FILE).unlink()
-    assert find_problems(dataset) == [f"{dataset.path}/dev-clean/audio.npy is missing"]
+    assert validate(dataset) == [f"{dataset.path}/dev-clean/audio.npy is missing"]
 
 
 def test_an_absent_data_set_fails_without_a_traceback(tmp_path: Path) -> None:
@@ -141,28 +141,28 @@ def test_the_quick_check_finds_a_file_of_another_length(dataset: PackedDataset, 
 @given(st.data())
 def test_damage_anywhere_is_found(tones: Path, data: st.DataObject) -> None:
     dataset = replace(open_dataset(tones), corpus="librispeech")  # one of the catalogue, though not that one
-    known = find_problems(dataset)
+    known = validate(dataset)
     file = tones / data.draw(st.sampled_from(content_files(dataset.subsets)))
     content = file.read_bytes()
     position = data.draw(st.integers(0, len(content) - 1))
     flipped = content[position] ^ 1 << data.draw(st.integers(0, 7))
     try:
         file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
-        assert len(find_problems(dataset)) > len(known)
+        assert len(validate(dataset)) > len(known)
     finally:
         file.write_bytes(content)
 
 
 def test_an_archive_that_only_passes_for_the_published_one_fails(dataset: PackedDataset) -> None:
     summary = {name: replace(subset, official=True) for name, subset in dataset.summary.items()}
-    problems = "\n".join(find_problems(replace(dataset, summary=summary), quick=True))
-    assert "dev-clean passes for the published archive, but its archive had MD5" in problems
+    problems = "\n".join(validate(replace(dataset, summary=summary), quick=True))
+    assert "dev-clean claims to be the published archive, but its archive had MD5" in problems
 
 
 def test_counts_other_than_the_published_ones_fail_for_a_published_archive(dataset: PackedDataset) -> None:
     summary = {name: replace(subset, official=True) for name, subset in dataset.summary.items()}
     write_dataset(replace(dataset, summary=summary))
-    problems = "\n".join(find_problems(replace(dataset, summary=summary)))
+    problems = "\n".join(validate(replace(dataset, summary=summary)))
     assert "dev-clean has 4 utterances, 2703 were published" in problems
     assert "train-clean-100 has 2 speakers, 251 were published" in problems
     assert "dev-clean has 0.00 h, 5.4 h were published" in problems
@@ -181,7 +181,7 @@ def test_a_checksum_other_than_the_reference_fails(dataset: PackedDataset) -> No
         name: replace(summaries.get(name, summaries[names[0]]), name=name) for name in [*names, "synthetic-test"]
     }
     other = finish_dataset(replace(dataset, corpus="synthetic", synthetic=True, summary=summary))
-    problems = find_problems(other)
+    problems = validate(other)
     assert f"the checksum of {dataset.path} is {other.digest}, the reference is" in problems[-1]
 
 

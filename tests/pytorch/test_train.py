@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.packed import locked, open_dataset
+from data.files import locked
+from data.packed import open_dataset
 from pytorch import checkpoint, launch, machine, train, trainer
 from pytorch.cli import PREEMPTED, RunError
 from pytorch.config import CONFIGS, Config
@@ -508,7 +509,7 @@ def test_a_port_that_cannot_be_is_an_error_of_one_line(
 def test_two_runs_in_one_output_folder_do_not_disturb_each_other(
     tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with locked(tmp_path):
+    with locked(tmp_path, "run"):
         assert run_here(tones, tmp_path) == 1
     assert f"another run is working in {tmp_path}" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

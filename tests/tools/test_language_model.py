@@ -21,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packed import DataError
+from data.files import DataError
 from pytorch.cli import RunError
 from pytorch.ctc import BLANK, LABELS, encode
 from tests.conftest import ROOT

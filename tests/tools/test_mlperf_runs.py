@@ -16,7 +16,8 @@ import pytest
 import torch
 from mlperf_logging.system_desc_checker import system_desc_checker
 
-from data.packed import DataError, open_dataset
+from data.files import DataError
+from data.packed import open_dataset
 from pytorch import mllog
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS

@@ -19,7 +19,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.packed import DataError
+from data.files import DataError
 from tests.conftest import ROOT, SPEECH
 from tests.processes import run_module
 from tests.tools.conftest import Trained

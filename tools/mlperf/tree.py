@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlperf_logging.system_desc_checker import system_desc_checker
 
-from data.packed import locked, write_durably
+from data.files import atomic_write, locked
 from pytorch.cli import RunError
 from pytorch.mllog import BENCHMARK
 from tools.mlperf.check import RULESET
@@ -68,7 +68,7 @@ class Tree:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{self.folder}: cannot be made: {error.strerror}") from error
-        with locked(self.folder, other="series of runs") as lock:
+        with locked(self.folder, "series of runs") as lock:
             yield lock
 
     def describe(self, description: dict[str, str]) -> None:
@@ -105,6 +105,6 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file that is whole or not there, and its folder; RunError where that is impossible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(path, text)
+        atomic_write(path, text)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import tyro
 
-from data.packed import write_durably
+from data.files import atomic_write
 from pytorch.cli import RunError, exit_status
 from tools.mlperf.score import FEWEST_RUNS, score, verdict
 from tools.report.page import render
@@ -51,7 +51,7 @@ def report(options: Options) -> None:
     runs = read_runs(options.logs)
     page = render(runs, _score(runs))
     try:
-        write_durably(options.output, page)
+        atomic_write(options.output, page)
     except OSError as error:
         raise RunError(f"--output {options.output}: cannot be written: {error.strerror}") from error
     print(f"Report: {options.output}")

@@ -1,6 +1,6 @@
 """The sentences of the synthetic corpus: templates over a small vocabulary, drawn evenly and without repetition.
 
-A slot in braces is filled from its list. Every list is dealt like a deck of cards, all of it before any of it again, so
+A slot in braces is filled from its list. Every list is drawn like a deck of cards, all of it before any of it again, so
 that each word occurs about equally often. Only `random.Random.random` is used: of the generator's methods, it alone
 is guaranteed to return the same numbers in every version of Python.
 """
@@ -77,25 +77,25 @@ TEMPLATES = (
 
 
 class Decks:
-    """Deals the entries of each list in random order, every entry once before any comes again."""
+    """Draws the entries of each list in random order, every entry once before any comes again."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._cards: dict[str, list[str]] = {}
 
-    def deal(self, name: str, entries: Sequence[str]) -> str:
+    def draw(self, name: str, entries: Sequence[str]) -> str:
         cards = self._cards.setdefault(name, [])
         if not cards:
             cards.extend(entries)
         return cards.pop(int(self._random.random() * len(cards)))
 
     def sentence(self) -> str:
-        template = self.deal("template", TEMPLATES)
-        return re.sub(r"{(\w+)}", lambda slot: self.deal(slot[1], SLOTS[slot[1]].split("|")), template)
+        template = self.draw("template", TEMPLATES)
+        return re.sub(r"{(\w+)}", lambda slot: self.draw(slot[1], SLOTS[slot[1]].split("|")), template)
 
 
 def make_sentences(count: int, seed: int, taken: set[str]) -> list[str]:
-    """`count` different sentences, none of them in `taken`, to which they are added."""
+    """Return `count` different sentences, none of them in `taken`, to which they are added."""
     decks = Decks(seed)
     sentences: list[str] = []
     while len(sentences) < count:
