@@ -56,6 +56,10 @@ class TrainState:
     evaluation_seconds: float = 0.0  # of those, spent in evaluations
     resumed: bool = False
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Count the steps of another epoch."""
+        self.epoch, self.step_in_epoch, self.losses_in_epoch, self.sum_of_losses_in_epoch = epoch, 0, 0, 0.0
+
 
 def save(
     folder: Path,

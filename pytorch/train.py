@@ -52,19 +52,6 @@ MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more me
 PENDING_LOSSES = {"cpu": 0, "cuda": 4}  # read that many steps late, so that a GPU never waits for the host
 
 
-class StopSignal:
-    """Remembers that this process was told to stop. The step under way goes on, and is saved."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.request)
-
-    def request(self, *_: object) -> None:
-        """Handle a signal."""
-        self.requested = True
-
-
 class Clock:
     """The benchmark's clock: seconds since it was started, and those of the run before it was resumed."""
 
@@ -85,6 +72,19 @@ class Clock:
         return self._before + (0.0 if math.isnan(self._started) else time.monotonic() - self._started)
 
 
+class StopSignal:
+    """Remembers that this process was told to stop. The step under way goes on, and is saved."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.request)
+
+    def request(self, *_: object) -> None:
+        """Handle a signal."""
+        self.requested = True
+
+
 @dataclass
 class TrainingRun:
     """What a run works with."""
@@ -98,23 +98,6 @@ class TrainingRun:
     stop: StopSignal
     clock: Clock = field(default_factory=Clock)
     saved: float = field(default_factory=time.monotonic)  # time.monotonic() when the newest checkpoint was written
-
-
-def main(arguments: list[str] | None = None, launch_id: str | None = None) -> int:
-    """Run a command line; returns the exit status."""
-
-    def work() -> bool:
-        config = parse_config(
-            sys.argv[1:] if arguments is None else arguments,
-            program="python -m pytorch.train",
-            description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target.",
-        )
-        with report_lost_ranks():
-            return train(config, launch_id)
-
-    status = exit_status(work, interrupted="Interrupted. --resume continues from the last checkpoint.")
-    shutdown()
-    return status
 
 
 def train(config: Config, launch_id: str | None = None) -> bool:
@@ -139,9 +122,7 @@ def train(config: Config, launch_id: str | None = None) -> bool:
         run.log.start(constants.RUN_START)
         run.clock.start(before=state.elapsed_seconds)
         try:
-            with explain_oom(
-                "memory ran out in training; use a smaller --batch-size, or --gradient-accumulation-steps"
-            ):
+            with explain_oom("memory ran out; use a smaller --batch-size, or more --gradient-accumulation-steps"):
                 evaluation = train_to_target(run)
             reached = evaluation.total.wer <= config.target_wer
         finally:
@@ -158,121 +139,6 @@ def train(config: Config, launch_id: str | None = None) -> bool:
         return reached
 
 
-def print_result(run: TrainingRun, reached: bool, seconds: float, user: str, started_at: datetime) -> None:
-    """Say how the run ended; a success has a last line of the log that MLPerf's scripts expect."""
-    config, state = run.config, run.state
-    if not reached:
-        run.world.print_once(f"The target WER of {config.target_wer:g} was not reached; best: {state.best_wer:.2f}.")
-        return
-    resumed = " (resumed: no uninterrupted benchmark result)" if state.resumed else ""
-    run.world.print_once(f"Target WER of {config.target_wer:g} reached in {seconds:.0f} s{resumed}.")
-    kind, when = "RESUMED" if state.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
-    run.log.logger.info(f"{kind},DEEPSPEECH2,{config.seed},{seconds:.0f},{user},{when}")
-
-
-def setup(config: Config, launch_id: str | None, resources: ExitStack) -> TrainingRun:
-    """Do all that may be done before the clock starts: of the data, only the summary is read."""
-    stop = StopSignal()
-    log, log_file = mllog.make_logger(config.output_dir / mllog.LOG)
-    log.start(constants.INIT_START)
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
-    device = select_device(config.device, local_world_size - 1)  # if there is one for the last, there is for all
-    world = World.init(device.type, config.dist_timeout_seconds, launch_id)
-    device = select_device(config.device, world.local_rank)
-    set_device(device)
-    dataset = open_dataset(config.dataset_dir)
-    config = dataclasses.replace(config, precision=select_precision(config.precision, device))
-    require_agreement(world, config, dataset)
-    require_batches(world, config, dataset)
-    lock_output_dir(world, config, resources)
-    cache = machine.clear_cache(dataset) if world.local_rank == 0 else None
-    mllog.log_cache_clear(log, [each for each in world.all_gather_object(cache) if each is not None])
-    mllog.log_submission(log, config, dataset, device, world.size)
-
-    torch.manual_seed(config.seed)
-    with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
-        trainer = Trainer(config, device, world)
-    log.event("gru_implementation", "cuDNN" if device.type == "cuda" else kernels.status())
-    trainer.warm_up(max_train_samples(dataset))
-
-    run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop)
-    saved = checkpoint.find_resumable(config, dataset.digest, world)
-    if saved is not None:
-        run.state = TrainState(**{**saved["progress"], "resumed": True})
-        torch.set_rng_state(saved["random_state"])
-        trainer.load_state_dict(saved, run.state.step)
-        log.event("resumed", True, metadata={k: v for k, v in vars(run.state).items() if v is not None})
-        # torchrun has started lost ranks again: the same run goes on, and so does its log
-        log_file.append = saved["launch"] is not None and saved["launch"] == world.launch_id
-    require_steps_left(run)
-    if config.tensorboard is not None and world.is_main:
-        log.logger.addHandler(mllog.TensorBoard(config.tensorboard, run.state.step))
-    if saved is None:
-        previous = (mllog.LOG, mllog.REPORT)
-        if world.is_main and (archive := checkpoint.archive_previous_run(config.output_dir, previous)):
-            world.print_once(f"The earlier run in this folder is now in {archive}; --resume would have continued it.")
-        save(run)  # proves that the disk can be written
-    log.end(constants.INIT_STOP)
-    mllog.require_sinks(log)
-    return run
-
-
-def require_agreement(world: World, config: Config, dataset: PackedDataset) -> None:
-    """Refuse to train together what differs between ranks, such as after a mistake on one of many machines.
-
-    Raises:
-        RunError: names each difference from rank 0.
-    """
-    own = fields_of("machine")
-    mine = {key: value for key, value in config.to_dict().items() if key not in own} | {"data_set": dataset.digest}
-    first, *others = world.all_gather_object(mine)
-    differences = [
-        f"{key.replace('_', '-')} {other[key]} on rank {rank}, {first[key]} on rank 0"
-        for rank, other in enumerate(others, start=1)
-        for key in first
-        if other[key] != first[key]
-    ]
-    if differences:
-        raise RunError(f"ranks disagree on the configuration: {'; '.join(differences)}")
-
-
-def lock_output_dir(world: World, config: Config, resources: ExitStack) -> None:
-    """Keep other runs out of the output folder as long as this process lives; RunError on all ranks if one is there."""
-    failure = None
-    if world.is_main:
-        try:
-            config.output_dir.mkdir(parents=True, exist_ok=True)
-            resources.enter_context(locked(config.output_dir, "run"))
-        except (OSError, DataError) as error:
-            failure = f"--output-dir {config.output_dir}: {getattr(error, 'strerror', None) or error}"
-    if failure := world.broadcast_object(failure, source=0):
-        raise RunError(failure)
-
-
-def require_batches(world: World, config: Config, dataset: PackedDataset) -> None:
-    """Raise RunError where a split is missing, or a batch cannot give every rank its microbatches."""
-    for split in ("train", "validation"):
-        if not dataset.splits[split]:
-            raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
-    parts = world.size * config.gradient_accumulation_steps
-    if config.batch_size < parts:
-        raise RunError(f"--batch-size {config.batch_size}: cannot be divided into {parts} parts (ranks x accumulation)")
-
-
-def require_steps_left(run: TrainingRun) -> None:
-    """Raise RunError where the run that is resumed has reached its limits."""
-    config, state = run.config, run.state
-    if config.max_steps is not None and state.step >= config.max_steps and not state.step_in_epoch:
-        raise RunError(f"--max-steps {config.max_steps}: already reached; increase it to continue")
-    if state.epoch > config.max_epochs:
-        raise RunError(f"--max-epochs {config.max_epochs}: already reached; increase it to continue")
-
-
-def max_train_samples(dataset: PackedDataset) -> int:
-    """Return the samples of the longest training utterance."""
-    return max(dataset.summary[name].max_samples for name in dataset.splits["train"])
-
-
 def train_to_target(run: TrainingRun) -> Evaluation:
     """Train and evaluate, on the clock, until the target or a limit is reached. Returns the last evaluation."""
     config, state = run.config, run.state
@@ -282,13 +148,9 @@ def train_to_target(run: TrainingRun) -> Evaluation:
         save(run)  # first, so that an evaluation may be interrupted at any time
         evaluation = evaluate_epoch(run, validation, stats)
         if state.step_in_epoch == len(loader):
-            state.epoch, state.step_in_epoch, state.losses_in_epoch = state.epoch + 1, 0, 0
-            state.sum_of_losses_in_epoch = 0.0
-        if (
-            evaluation.total.wer <= config.target_wer
-            or state.step == config.max_steps
-            or state.epoch > config.max_epochs
-        ):
+            state.begin_epoch(state.epoch + 1)
+        out_of_steps = config.max_steps is not None and state.step >= config.max_steps
+        if evaluation.total.wer <= config.target_wer or out_of_steps or state.epoch > config.max_epochs:
             return evaluation
         if state.wer == state.best_wer and run.world.is_main:
             checkpoint.mark_best(config.output_dir)
@@ -468,6 +330,138 @@ def raise_preempted(run: TrainingRun) -> NoReturn:
     """Tell the user how to continue, and end the run."""
     run.world.print_once(f"Told to stop: checkpoint saved at step {run.state.step}. Continue with --resume.")
     raise Preempted
+
+
+def print_result(run: TrainingRun, reached: bool, seconds: float, user: str, started_at: datetime) -> None:
+    """Say how the run ended; a success has a last line of the log that MLPerf's scripts expect."""
+    config, state = run.config, run.state
+    if not reached:
+        run.world.print_once(f"The target WER of {config.target_wer:g} was not reached; best: {state.best_wer:.2f}.")
+        return
+    resumed = " (resumed: no uninterrupted benchmark result)" if state.resumed else ""
+    run.world.print_once(f"Target WER of {config.target_wer:g} reached in {seconds:.0f} s{resumed}.")
+    kind, when = "RESUMED" if state.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
+    run.log.logger.info(f"{kind},DEEPSPEECH2,{config.seed},{seconds:.0f},{user},{when}")
+
+
+def setup(config: Config, launch_id: str | None, resources: ExitStack) -> TrainingRun:
+    """Do all that may be done before the clock starts: of the data, only the summary is read."""
+    stop = StopSignal()
+    log, log_file = mllog.make_logger(config.output_dir / mllog.LOG)
+    log.start(constants.INIT_START)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    device = select_device(config.device, local_world_size - 1)  # if there is one for the last, there is for all
+    world = World.init(device.type, config.dist_timeout_seconds, launch_id)
+    device = select_device(config.device, world.local_rank)
+    set_device(device)
+    dataset = open_dataset(config.dataset_dir)
+    config = dataclasses.replace(config, precision=select_precision(config.precision, device))
+    require_agreement(world, config, dataset)
+    require_batches(world, config, dataset)
+    lock_output_dir(world, config, resources)
+    cache = machine.clear_cache(dataset) if world.local_rank == 0 else None
+    mllog.log_cache_clear(log, [each for each in world.all_gather_object(cache) if each is not None])
+    mllog.log_submission(log, config, dataset, device, world.size)
+
+    torch.manual_seed(config.seed)
+    with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
+        trainer = Trainer(config, device, world)
+    log.event("gru_implementation", "cuDNN" if device.type == "cuda" else kernels.status())
+    trainer.warm_up(max_train_samples(dataset))
+
+    run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop)
+    saved = checkpoint.find_resumable(config, dataset.digest, world)
+    if saved is not None:
+        run.state = TrainState(**{**saved["progress"], "resumed": True})
+        torch.set_rng_state(saved["random_state"])
+        trainer.load_state_dict(saved, run.state.step)
+        log.event("resumed", True, metadata={k: v for k, v in vars(run.state).items() if v is not None})
+        # torchrun has started lost ranks again: the same run goes on, and so does its log
+        log_file.append = saved["launch"] is not None and saved["launch"] == world.launch_id
+    require_steps_left(run)
+    if config.tensorboard is not None and world.is_main:
+        log.logger.addHandler(mllog.TensorBoard(config.tensorboard, run.state.step))
+    if saved is None:
+        previous = (mllog.LOG, mllog.REPORT)
+        if world.is_main and (archive := checkpoint.archive_previous_run(config.output_dir, previous)):
+            world.print_once(f"The earlier run in this folder is now in {archive}; --resume would have continued it.")
+        save(run)  # proves that the disk can be written
+    log.end(constants.INIT_STOP)
+    mllog.require_sinks(log)
+    return run
+
+
+def require_agreement(world: World, config: Config, dataset: PackedDataset) -> None:
+    """Refuse to train together what differs between ranks, such as after a mistake on one of many machines.
+
+    Raises:
+        RunError: names each difference from rank 0.
+    """
+    own = fields_of("machine")
+    mine = {key: value for key, value in config.to_dict().items() if key not in own} | {"data_set": dataset.digest}
+    first, *others = world.all_gather_object(mine)
+    differences = [
+        f"{key.replace('_', '-')} {other[key]} on rank {rank}, {first[key]} on rank 0"
+        for rank, other in enumerate(others, start=1)
+        for key in first
+        if other[key] != first[key]
+    ]
+    if differences:
+        raise RunError(f"ranks disagree on the configuration: {'; '.join(differences)}")
+
+
+def require_batches(world: World, config: Config, dataset: PackedDataset) -> None:
+    """Raise RunError where a split is missing, or a batch cannot give every rank its microbatches."""
+    for split in ("train", "validation"):
+        if not dataset.splits[split]:
+            raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
+    parts = world.size * config.gradient_accumulation_steps
+    if config.batch_size < parts:
+        raise RunError(f"--batch-size {config.batch_size}: cannot be divided into {parts} parts (ranks x accumulation)")
+
+
+def lock_output_dir(world: World, config: Config, resources: ExitStack) -> None:
+    """Keep other runs out of the output folder as long as this process lives; RunError on all ranks if one is there."""
+    failure = None
+    if world.is_main:
+        try:
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            resources.enter_context(locked(config.output_dir, "run"))
+        except (OSError, DataError) as error:
+            failure = f"--output-dir {config.output_dir}: {getattr(error, 'strerror', None) or error}"
+    if failure := world.broadcast_object(failure, source=0):
+        raise RunError(failure)
+
+
+def require_steps_left(run: TrainingRun) -> None:
+    """Raise RunError where the run that is resumed has reached its limits."""
+    config, state = run.config, run.state
+    if config.max_steps is not None and state.step >= config.max_steps and not state.step_in_epoch:
+        raise RunError(f"--max-steps {config.max_steps}: already reached; increase it to continue")
+    if state.epoch > config.max_epochs:
+        raise RunError(f"--max-epochs {config.max_epochs}: already reached; increase it to continue")
+
+
+def max_train_samples(dataset: PackedDataset) -> int:
+    """Return the samples of the longest training utterance."""
+    return max(dataset.summary[name].max_samples for name in dataset.splits["train"])
+
+
+def main(arguments: list[str] | None = None, launch_id: str | None = None) -> int:
+    """Run a command line; returns the exit status."""
+
+    def work() -> bool:
+        config = parse_config(
+            sys.argv[1:] if arguments is None else arguments,
+            program="python -m pytorch.train",
+            description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target.",
+        )
+        with report_lost_ranks():
+            return train(config, launch_id)
+
+    status = exit_status(work, interrupted="Interrupted. --resume continues from the last checkpoint.")
+    shutdown()
+    return status
 
 
 if __name__ == "__main__":
