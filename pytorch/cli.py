@@ -1,52 +1,67 @@
-"""What the commands have in common: how they end, and how they show that they go on."""
+"""Exit statuses, errors and progress bars that all commands share."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
 
 from data.files import DataError
 
+RANK_FAILED = os.EX_IOERR  # 74
+PREEMPTED = os.EX_TEMPFAIL  # 75
+READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
+
 
 class RunError(Exception):
-    """A fact that ends a run. The message is one line, complete for the user: the command line prints only that."""
+    """A user-facing error; its one-line message is all that is printed."""
 
 
 class Preempted(Exception):
-    """The system has asked the process to end, and what it did is saved and said."""
+    """The system has asked the process to end. State is saved and the user informed."""
 
 
-class LostProcess(Exception):
-    """Another process of the run is gone or hangs. The message names it."""
+class RankFailure(Exception):
+    """Another rank of the run is gone or hangs. The message names it."""
 
 
-LOST = os.EX_IOERR  # 74
-PREEMPTED = os.EX_TEMPFAIL  # 75
+def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted.") -> int:
+    """Do a command's work and return its exit status. What was raised is printed as one line.
 
-
-def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted") -> int:
-    """Do a command's work; its exit status: 0, 1 if it returned False or failed, 130 if interrupted, LOST or PREEMPTED.
-
-    What was raised is printed as one line.
+    The status is 0, 1 if the work returned False or failed, 130 if interrupted, RANK_FAILED, PREEMPTED, or READER_GONE
+    if whoever read standard output has left, as `| head` does.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as by 2>&-
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     try:
-        return 1 if work() is False else 0
+        status = 1 if work() is False else 0
+        sys.stdout.flush()
+        return status
     except (RunError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except LostProcess as error:
-        print(f"error: {error}", file=sys.stderr)
-        return LOST
+        return _failed(error, 1)
+    except RankFailure as error:
+        return _failed(error, RANK_FAILED)
     except Preempted:
         return PREEMPTED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.filename is not None:  # not standard output
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would fail again when it ends
+        return READER_GONE if isinstance(error, BrokenPipeError) else _failed(f"standard output: {error.strerror}", 1)
+
+
+def _failed(error: object, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
 
 
 def progress_bar(title: str, total: int, initial: int = 0, *, shown: bool = True) -> tqdm:
-    """Progress with time left on standard error, gone when done; silent where that is no terminal."""
+    """Return a progress bar with the time left on standard error; silent where that is no terminal."""
     return tqdm(total=total, initial=initial, desc=title, leave=False, disable=None if shown else True, unit="batch")

@@ -1,13 +1,14 @@
-"""Configurations: every hyperparameter of a run, its default, and the rule that it obeys.
+"""Configurations: every hyperparameter of a run, its default, its constraint, and where it may differ.
 
     python -m pytorch.config            prints the table of hyperparameters that README.md holds
 
 A configuration is one `Config`. The named ones are in `CONFIGS`; any field can be changed on the command line of
-`pytorch.train`, which refuses unknown names and values against the rule. The command line wins.
+`pytorch.train`, which refuses unknown names and values that break a constraint. The command line wins.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 import typing
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import tyro
+from mlperf_logging.mllog import constants
 
 from pytorch.cli import RunError
 
@@ -26,111 +28,138 @@ Optimizer = Literal["adamw", "sgd", "muon"]
 Schedule = Literal["cosine", "anneal"]
 Precision = Literal["auto", "fp32", "bf16"]
 
+# Where a field may differ:
+#   machine   between the processes of a run
+#   session   when a run is resumed, and between the runs of a series
+#   limit     when a run is resumed
+#   training  nowhere, but --resume-with-changes allows it
+#   model     nowhere: weights and the state of the optimizer would not fit
+Scope = Literal["machine", "session", "limit", "training", "model"]
 
-class Rule(NamedTuple):
-    """What values a hyperparameter may take: in words for people, as a predicate for the command line."""
 
-    words: str
-    holds: Callable[[Any], bool]
+class Constraint(NamedTuple):
+    """What values a field may take: in words for people, as a predicate for the command line."""
+
+    text: str
+    check: Callable[[Any], bool]
 
 
-def _one_of(kind: Any) -> Rule:
+def _one_of(kind: Any) -> Constraint:
     choices = typing.get_args(kind)
-    return Rule(" or ".join(f"`{choice}`" for choice in choices), lambda value: value in choices)
+    return Constraint(" or ".join(f"`{choice}`" for choice in choices), lambda value: value in choices)
 
 
-POSITIVE_INTEGER = Rule("any positive integer", lambda value: value >= 1)
-NON_NEGATIVE_INTEGER = Rule("any integer >= 0", lambda value: value >= 0)
-POSITIVE = Rule("any number in (0, 1e30]", lambda value: 0 < value <= 1e30)  # float32 holds what steps make of it
-NON_NEGATIVE = Rule("any number in [0, 1e30]", lambda value: 0 <= value <= 1e30)
-FRACTION = Rule("any number in [0, 1)", lambda value: 0 <= value < 1)
-PROBABILITY = Rule("any number in [0, 1]", lambda value: 0 <= value <= 1)
-TEMPO = Rule("any number in [0.5, 2], minimum <= maximum", lambda value: 0.5 <= value <= 2)
-DECIBELS = Rule("any number in [-60, 60], minimum <= maximum", lambda value: -60 <= value <= 60)
-FREQUENCY_MASK = Rule("any integer in [0, 161]", lambda value: 0 <= value <= 161)
+POSITIVE_INTEGER = Constraint("any integer in [1, 2^31)", lambda value: 1 <= value < 2**31)
+NON_NEGATIVE_INTEGER = Constraint("any integer in [0, 2^31)", lambda value: 0 <= value < 2**31)
+SEED = Constraint("any integer in [0, 2^63)", lambda value: 0 <= value < 2**63)  # torch and the log take no larger one
+POSITIVE = Constraint("any number in (0, 1e30]", lambda value: 0 < value <= 1e30)  # float32 holds what steps make of it
+NON_NEGATIVE = Constraint("any number in [0, 1e30]", lambda value: 0 <= value <= 1e30)
+DURATION = Constraint("any number in (0, 1e6]", lambda value: 0 < value <= 1e6)
+FRACTION = Constraint("any number in [0, 1)", lambda value: 0 <= value < 1)
+PROBABILITY = Constraint("any number in [0, 1]", lambda value: 0 <= value <= 1)
+TEMPO = Constraint("any number in [0.5, 2], minimum <= maximum", lambda value: 0.5 <= value <= 2)
+DECIBELS = Constraint("any number in [-60, 60], minimum <= maximum", lambda value: -60 <= value <= 60)
+FREQUENCY_MASK = Constraint("any integer in [0, 161]", lambda value: 0 <= value <= 161)
 OPTIMIZER, SCHEDULE = _one_of(Optimizer), _one_of(Schedule)
 
 
-def _field(default: Any, rule: Rule, *, tunable: bool = True) -> Any:
-    return dataclasses.field(default=default, metadata={"rule": rule, "tunable": tunable})
+def _field(
+    default: Any,
+    constraint: Constraint | None = None,
+    *,
+    scope: Scope = "training",
+    event: str | None = None,
+    free_in_closed: bool = False,
+) -> Any:
+    """Declare a field.
+
+    Args:
+        default: that of `librispeech`.
+        constraint: what values it may take.
+        scope: where it may differ, see `Scope`.
+        event: the MLPerf event that logs it, besides the event `configuration` that has every field.
+        free_in_closed: whether MLPerf's closed division lets a submitter choose it.
+    """
+    metadata = {"constraint": constraint, "scope": scope, "event": event, "free_in_closed": free_in_closed}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run, complete. The defaults are those of `librispeech` with its modern recipe."""
+    """A run, complete. The defaults are those of `librispeech`."""
 
-    config: tyro.conf.Suppress[str] = "librispeech"
+    config: tyro.conf.Suppress[str] = _field("librispeech")
     """Name of the configuration that the values started from."""
-    recipe: tyro.conf.Suppress[str] = "modern"
-    """Name of the recipe that the values started from."""
 
     # --- the run
-    dataset_dir: Path = ROOT / "LibriSpeech_dataset"
+    dataset_dir: Path = _field(ROOT / "LibriSpeech_dataset", scope="machine")
     """Packed data set, as download_dataset.sh makes it."""
-    output_dir: Path = ROOT / "results" / "librispeech"
-    """Folder for checkpoint_best.pt, checkpoint_last.pt and checkpoint_previous.pt."""
-    resume: bool = False
-    """Go on from the newest checkpoint in the output folder."""
-    resume_with_changes: bool = False
+    output_dir: Path = _field(ROOT / "results" / "librispeech", scope="machine")
+    """Folder for checkpoint_best.pt, checkpoint_last.pt, checkpoint_previous.pt, the log and the report."""
+    resume: bool = _field(False, scope="session")
+    """Continue from the newest checkpoint in the output folder."""
+    resume_with_changes: bool = _field(False, scope="session")
     """Resume even where configuration or data set differ from those of the checkpoint."""
-    tensorboard: Path | None = None
-    """Folder to write curves for TensorBoard into while the run goes on."""
-    checkpoint_minutes: float = _field(30.0, POSITIVE, tunable=False)
-    """Longest time between checkpoints, which there are after each epoch in any case."""
-    collective_timeout_seconds: float = _field(600.0, POSITIVE, tunable=False)
-    """How long processes wait for each other before one is taken for lost."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    tensorboard: Path | None = _field(None, scope="machine")
+    """Folder for TensorBoard curves, written during the run."""
+    checkpoint_interval_minutes: float = _field(30.0, DURATION, scope="session")
+    """Maximum minutes between checkpoints; one is always written after each epoch."""
+    dist_timeout_seconds: float = _field(600.0, DURATION, scope="session")
+    """How long ranks wait for each other before one is taken for lost."""
+    device: Literal["auto", "cpu", "cuda"] = _field("auto", scope="machine")
     """Where to compute; auto: the GPU if there is one."""
-    precision: Precision = "auto"
+    precision: Precision = _field("auto")
     """Of the operands of matrix products and convolutions (sums, states, loss, batch norms and optimizer are always
     fp32); auto: bf16 where the device multiplies it natively. fp32 means TF32 on GPUs that have it."""
-    seed: int = _field(1, NON_NEGATIVE_INTEGER)
-    """Decides initial weights, data order and augmentation; a new one for every run."""
-    target_wer: float = _field(23.0, NON_NEGATIVE)
+    seed: int = _field(1, SEED, event=constants.SEED, free_in_closed=True)
+    """Determines initial weights, data order and augmentation; use a new one for every run."""
+    target_wer: float = _field(23.0, NON_NEGATIVE, scope="limit")
     """Corpus word error rate, in percent, of all validation utterances at which the run stops."""
-    max_epochs: int = _field(30, POSITIVE_INTEGER)
+    max_epochs: int = _field(30, POSITIVE_INTEGER, scope="limit", free_in_closed=True)
     """Give up after so many epochs."""
-    max_steps: int | None = _field(None, POSITIVE_INTEGER)
+    max_steps: int | None = _field(None, POSITIVE_INTEGER, scope="limit", free_in_closed=True)
     """Give up after so many optimizer steps, with an evaluation."""
 
     # --- the model
-    hidden_size: int = _field(800, POSITIVE_INTEGER)
+    hidden_size: int = _field(800, POSITIVE_INTEGER, scope="model")
     """Units of each direction of each of the five GRU layers."""
-    conv_channels: int = _field(32, POSITIVE_INTEGER)
+    conv_channels: int = _field(32, POSITIVE_INTEGER, scope="model")
     """Channels of both convolutions."""
 
-    # --- optimisation
-    batch_size: int = _field(128, POSITIVE_INTEGER)
-    """Global batch size, in utterances: those of one optimizer step, on all devices."""
-    gradient_accumulation_steps: int = _field(1, POSITIVE_INTEGER)
-    """Parts that each device's share of the batch is computed in, one after another."""
-    optimizer: Optimizer = _field("adamw", OPTIMIZER)
+    # --- optimization
+    batch_size: int = _field(128, POSITIVE_INTEGER, event=constants.GLOBAL_BATCH_SIZE, free_in_closed=True)
+    """Global batch size: utterances of one optimizer step, on all devices."""
+    gradient_accumulation_steps: int = _field(
+        1, POSITIVE_INTEGER, event=constants.GRADIENT_ACCUMULATION_STEPS, free_in_closed=True
+    )
+    """Microbatches that each device's share of the batch is computed in."""
+    optimizer: Optimizer = _field("adamw", OPTIMIZER, scope="model", event=constants.OPT_NAME)
     """adamw, sgd with Nesterov momentum, or muon: Muon for the GRUs' weights and AdamW for all others."""
-    learning_rate: float = _field(1e-3, POSITIVE)
+    learning_rate: float = _field(1e-3, POSITIVE, event=constants.OPT_BASE_LR, free_in_closed=True)
     """Base (highest) learning rate."""
-    schedule: Schedule = _field("cosine", SCHEDULE)
-    """cosine: falls over schedule_epochs; anneal: divided by learning_rate_anneal after each epoch."""
-    schedule_epochs: int = _field(15, POSITIVE_INTEGER)
+    schedule: Schedule = _field("cosine", SCHEDULE, event=constants.OPT_LR_DECAY_SCHEDULE)
+    """cosine: falls over lr_decay_epochs; anneal: divided by lr_gamma after each epoch."""
+    lr_decay_epochs: int = _field(15, POSITIVE_INTEGER)
     """Length of the cosine, in epochs."""
-    final_learning_rate_fraction: float = _field(0.03, FRACTION)
-    """Where the cosine ends, as a part of the learning rate."""
-    learning_rate_anneal: float = _field(1.1, POSITIVE)
+    min_lr_ratio: float = _field(0.03, FRACTION)
+    """Where the cosine ends, as a fraction of the learning rate."""
+    lr_gamma: float = _field(1.1, POSITIVE, free_in_closed=True)
     """Divisor of the learning rate after each epoch, for schedule anneal."""
-    warmup_steps: int = _field(1000, NON_NEGATIVE_INTEGER)
+    warmup_steps: int = _field(1000, NON_NEGATIVE_INTEGER, event=constants.OPT_LR_WARMUP_STEPS, free_in_closed=True)
     """Steps over which the learning rate rises linearly."""
     beta1: float = _field(0.9, FRACTION)
     """AdamW's first coefficient; sgd's momentum."""
     beta2: float = _field(0.98, FRACTION)
     """AdamW's second coefficient."""
-    weight_decay: float = _field(0.01, NON_NEGATIVE)
+    weight_decay: float = _field(0.01, NON_NEGATIVE, event=constants.OPT_WEIGHT_DECAY)
     """Decoupled weight decay of AdamW and Muon; L2 penalty of sgd."""
-    gradient_clip_norm: float = _field(100.0, POSITIVE)
-    """Largest norm of the gradient."""
-    averaging_decay: float = _field(0.0, FRACTION)
-    """Decay per step, in the end, of the moving average of the weights, which is what is evaluated; 0: no average."""
+    gradient_clip_norm: float = _field(100.0, POSITIVE, event=constants.OPT_GRADIENT_CLIP_NORM)
+    """Maximum norm of the gradient."""
+    ema_decay: float = _field(0.0, FRACTION, event=constants.MODEL_EVAL_EMA_FACTOR)
+    """Final decay per step of the exponential moving average of the weights, which is what is evaluated; 0: no EMA."""
 
     # --- augmentation of training utterances
-    augmentation_start_epoch: int = _field(1, POSITIVE_INTEGER)
+    augment_from_epoch: int = _field(1, POSITIVE_INTEGER)
     """First epoch with augmentation; those before it take the utterances as they are."""
     tempo_min: float = _field(0.85, TEMPO)
     """Slowest tempo."""
@@ -157,9 +186,11 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            rule, value = field.metadata.get("rule"), getattr(self, field.name)
-            if rule is not None and value is not None and not rule.holds(value):
-                raise RunError(f"--{field.name.replace('_', '-')} is {value}; it must be {rule.words}")
+            constraint, value = field.metadata["constraint"], getattr(self, field.name)
+            if constraint is not None and value is not None and not constraint.check(value):
+                raise RunError(f"--{field.name.replace('_', '-')} is {value}; it must be {constraint.text}")
+        if self.resume_with_changes and not self.resume:
+            raise RunError("--resume-with-changes says how to resume; add --resume")
         ranges = ("tempo_min", "tempo_max"), ("gain_min_db", "gain_max_db"), ("noise_min_snr_db", "noise_max_snr_db")
         for low, high in ranges:
             if getattr(self, low) > getattr(self, high):
@@ -168,9 +199,40 @@ class Config:
                     f"--{high.replace('_', '-')} {getattr(self, high)}"
                 )
 
-    def plain(self) -> dict[str, str | int | float | bool | None]:
-        """Fields as plain values, for logs and checkpoints; paths inside the repository are relative to it."""
+    def to_dict(self) -> dict[str, str | int | float | bool | None]:
+        """Return the fields as plain values, for logs and checkpoints; paths in the repository are relative to it."""
         return {key: _relative(value) if isinstance(value, Path) else value for key, value in vars(self).items()}
+
+
+def fields_of(*scopes: Scope) -> list[str]:
+    """Return the names of the fields that have one of these scopes."""
+    return [field.name for field in dataclasses.fields(Config) if field.metadata["scope"] in scopes]
+
+
+HYPERPARAMETERS = [
+    field.name
+    for field in dataclasses.fields(Config)
+    if field.metadata["constraint"] is not None and field.metadata["scope"] != "session"
+]
+EVENTS = {field.name: field.metadata["event"] for field in dataclasses.fields(Config) if field.metadata["event"]}
+
+_FORMER_NAMES = {  # in logs and checkpoints of earlier versions
+    "averaging_decay": "ema_decay",
+    "augmentation_start_epoch": "augment_from_epoch",
+    "final_learning_rate_fraction": "min_lr_ratio",
+    "learning_rate_anneal": "lr_gamma",
+    "schedule_epochs": "lr_decay_epochs",
+    "checkpoint_minutes": "checkpoint_interval_minutes",
+    "collective_timeout_seconds": "dist_timeout_seconds",
+}
+
+
+def with_current_names(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return `Config.to_dict()` of a log or checkpoint, perhaps an earlier version's, under today's names."""
+    renamed = {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
+    if renamed.pop("recipe", "modern") == "reference":  # which is a configuration of its own now
+        renamed["config"] = f"{renamed['config']}-2018"
+    return renamed
 
 
 def _relative(path: Path) -> str:
@@ -185,7 +247,7 @@ def _named(name: str, dataset: str, **values: Any) -> Config:
 CONFIGS: dict[str, Config] = {
     "librispeech": _named("librispeech", "LibriSpeech_dataset"),
     "librispeech-100": _named(
-        "librispeech-100", "LibriSpeech-100_dataset", batch_size=64, schedule_epochs=40, max_epochs=60
+        "librispeech-100", "LibriSpeech-100_dataset", batch_size=64, lr_decay_epochs=40, max_epochs=60
     ),
     "mini": _named(
         "mini",
@@ -193,7 +255,7 @@ CONFIGS: dict[str, Config] = {
         hidden_size=256,
         conv_channels=16,
         batch_size=16,
-        schedule_epochs=60,
+        lr_decay_epochs=60,
         max_epochs=80,
         warmup_steps=200,
     ),
@@ -205,12 +267,12 @@ CONFIGS: dict[str, Config] = {
         batch_size=6,
         optimizer="muon",
         learning_rate=1.5e-3,
-        schedule_epochs=20,
+        lr_decay_epochs=20,
         max_epochs=20,
         warmup_steps=30,
         weight_decay=0.1,
-        averaging_decay=0.99,
-        augmentation_start_epoch=6,
+        ema_decay=0.99,
+        augment_from_epoch=6,
         gain_min_db=0.0,
         gain_max_db=0.0,
         frequency_mask_bins=20,
@@ -224,11 +286,11 @@ CONFIGS: dict[str, Config] = {
         batch_size=6,
         optimizer="muon",
         learning_rate=1.5e-3,
-        schedule_epochs=8,
+        lr_decay_epochs=8,
         max_epochs=20,
         warmup_steps=30,
         weight_decay=0.1,
-        averaging_decay=0.99,
+        ema_decay=0.99,
         tempo_min=0.9,
         tempo_max=1.1,
         gain_min_db=0.0,
@@ -236,84 +298,56 @@ CONFIGS: dict[str, Config] = {
         frequency_mask_bins=10,
         time_masks=2,
     ),
+    # MLPerf v0.5 speech recognition, of 2018. Its tempo and gain came from one `sox` process per utterance;
+    # ours are computed on the device.
+    "librispeech-2018": _named(
+        "librispeech-2018",
+        "LibriSpeech_dataset",
+        optimizer="sgd",
+        learning_rate=3e-4,
+        beta1=0.9,
+        weight_decay=0.0,
+        schedule="anneal",
+        lr_gamma=1.1,
+        warmup_steps=0,
+        gradient_clip_norm=200.0,
+        ema_decay=0.0,
+        frequency_masks=0,
+        time_masks=0,
+    ),
 }
-
-# The recipe of 2018 (REFERENCE: MLPerf v0.5 speech recognition). Its tempo and gain came from one `sox` process per
-# utterance; ours are computed on the device.
-REFERENCE_RECIPE: dict[str, Any] = {
-    "recipe": "reference",
-    "optimizer": "sgd",
-    "learning_rate": 3e-4,
-    "beta1": 0.9,
-    "weight_decay": 0.0,
-    "schedule": "anneal",
-    "learning_rate_anneal": 1.1,
-    "warmup_steps": 0,
-    "gradient_clip_norm": 200.0,
-    "averaging_decay": 0.0,
-    "frequency_masks": 0,
-    "time_masks": 0,
-}
-RECIPES = ("modern", "reference")
 
 
 def parse_config(arguments: Sequence[str], *, program: str, description: str) -> Config:
-    """Configuration from a command line: `[--config NAME] [--recipe NAME] [--any-field VALUE ...]`.
+    """Parse a command line: `[--config NAME] [--any-field VALUE ...]`.
 
     Raises:
-        RunError: unknown configuration or recipe, or a value against its rule. Unknown field names end the process with
-            status 2 and a message, as is usual for command lines.
+        RunError: a value breaks its constraint. Unknown names end the process with status 2 and a message, as is usual
+            for command lines.
     """
-    rest = list(arguments)
-    name = _take(rest, "--config", tuple(CONFIGS), "librispeech")
-    recipe = _take(rest, "--recipe", RECIPES, "modern")
-    default = CONFIGS[name]
-    if recipe == "reference":
-        default = dataclasses.replace(default, **REFERENCE_RECIPE)
+    first = argparse.ArgumentParser(
+        prog=program, add_help=False, allow_abbrev=False, usage="%(prog)s [--config NAME] ..."
+    )
+    first.add_argument("--config", choices=CONFIGS, default="librispeech")
+    chosen, rest = first.parse_known_args(arguments)  # tyro needs the defaults before it parses the other options
     return tyro.cli(
         Config,
-        default=default,
+        default=CONFIGS[chosen.config],
         args=rest,
         prog=program,
-        description=f"{description}\n\nFirst of all: --config {{{','.join(CONFIGS)}}} (default: librispeech) and "
-        f"--recipe {{{','.join(RECIPES)}}} (default: modern) choose the defaults shown below; here: {name}, {recipe}.",
+        description=f"{description}\n\n--config {{{','.join(CONFIGS)}}} (default: librispeech) chooses the defaults "
+        f"shown below; here: {chosen.config}.",
     )
 
 
-def _take(arguments: list[str], option: str, choices: tuple[str, ...], default: str) -> str:
-    """Take `option VALUE` or `option=VALUE` out of `arguments`: tyro needs the defaults before it parses the rest."""
-    value = default
-    for position, argument in enumerate(arguments):
-        if argument == option:
-            if position + 1 == len(arguments):
-                raise RunError(f"{option} needs a value: one of {', '.join(choices)}")
-            value = arguments[position + 1]
-            del arguments[position : position + 2]
-            break
-        if argument.startswith(f"{option}="):
-            value = argument.partition("=")[2]
-            del arguments[position]
-            break
-    if value not in choices:
-        raise RunError(f"{option} {value}: unknown; one of {', '.join(choices)}")
-    return value
-
-
 def hyperparameter_table() -> str:
-    """Markdown table of every hyperparameter that the command line takes: rule and default of each configuration."""
-    names = list(CONFIGS)
-    reference = dataclasses.replace(CONFIGS["librispeech"], **REFERENCE_RECIPE)
-    rows = [
-        f"| hyperparameter | rule | {' | '.join(names)} | librispeech, recipe `reference` |",
-        "|" + "---|" * (len(names) + 3),
-    ]
+    """Return README.md's table of the hyperparameters: constraint, and default of each configuration."""
+    rows = [f"| hyperparameter | constraint | {' | '.join(CONFIGS)} |", "|" + "---|" * (len(CONFIGS) + 2)]
     for field in dataclasses.fields(Config):
-        if not field.metadata.get("tunable"):
-            continue
-        rule = field.metadata["rule"]
-        values = [getattr(config, field.name) for config in (*CONFIGS.values(), reference)]
-        shown = " | ".join("none" if value is None else f"{value}" for value in values)
-        rows.append(f"| `--{field.name.replace('_', '-')}` | {rule.words} | {shown} |")
+        if field.name in HYPERPARAMETERS:
+            values = [getattr(config, field.name) for config in CONFIGS.values()]
+            shown = " | ".join("none" if value is None else f"{value}" for value in values)
+            rows.append(f"| `--{field.name.replace('_', '-')}` | {field.metadata['constraint'].text} | {shown} |")
     return "\n".join(rows)
 
 

@@ -1,4 +1,4 @@
-"""Labels, and greedy decoding of CTC outputs into transcripts (Graves et al., ICML 2006, best path decoding)."""
+"""CTC (Graves et al., ICML 2006): labels, loss, greedy decoding, and the frames that a transcript needs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _INDEX = {character: index for index, character in enumerate(LABELS) if index !=
 
 
 def encode(transcript: str) -> list[int]:
-    """Label indices of a transcript.
+    """Return the label indices of a transcript.
 
     Raises:
         ValueError: a character that has no label.
@@ -26,23 +26,23 @@ def encode(transcript: str) -> list[int]:
         raise ValueError(f"character {error.args[0]!r} in transcript {transcript!r} has no label") from None
 
 
-def frames_needed(transcript: str) -> int:
-    """Fewest output frames in which CTC can spell the transcript: one a label, and a blank between equal neighbours."""
+def min_ctc_frames(transcript: str) -> int:
+    """Return the fewest output frames for a transcript: one a label, and a blank between equal neighbors."""
     return len(transcript) + sum(a == b for a, b in pairwise(transcript))
 
 
-def decode_greedily(logits_TBV: Tensor, frames_B: Tensor) -> list[str]:
-    """Most probable label of each frame, repeats merged, blanks removed.
+def greedy_decode(logits_TBV: Tensor, frames_B: Tensor) -> list[str]:
+    """Return transcripts by best-path decoding: most probable label of each frame, repeats merged, blanks removed.
 
     Args:
         logits_TBV: any monotonic function of the label probabilities.
         frames_B: valid frames of each utterance; what lies beyond is not looked at.
     """
-    return spell(logits_TBV.argmax(dim=2).cpu(), frames_B)
+    return collapse(logits_TBV.argmax(dim=2).cpu(), frames_B)
 
 
-def spell(best_TB: Tensor, frames_B: Tensor) -> list[str]:
-    """Transcripts of the label index of each frame [T, B]: repeats merged, blanks removed."""
+def collapse(best_TB: Tensor, frames_B: Tensor) -> list[str]:
+    """Return transcripts of the best label indices [T, B]: repeats merged, blanks removed."""
     transcripts = []
     for best_T, frames in zip(best_TB.T, frames_B.tolist(), strict=True):
         merged = torch.unique_consecutive(best_T[:frames])
@@ -51,7 +51,7 @@ def spell(best_TB: Tensor, frames_B: Tensor) -> list[str]:
 
 
 def ctc_loss(logits_TBV: Tensor, frames_B: Tensor, targets: Tensor, target_lengths_B: Tensor) -> Tensor:
-    """CTC loss in float32: mean over utterances of the negative log-likelihood (nats) of each transcript."""
+    """Return the CTC loss in float32: mean over utterances of the negative log-likelihood (nats) of the transcript."""
     log_probabilities = logits_TBV.float().log_softmax(2)
     total = functional.ctc_loss(log_probabilities, targets, frames_B, target_lengths_B, blank=BLANK, reduction="sum")
     return total / len(frames_B)

@@ -1,4 +1,4 @@
-"""Where and how precisely to compute, and copies from there that nothing waits for."""
+"""Device, precision, asynchronous copies to the host, advice where memory runs out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from pytorch.cli import RunError
 from pytorch.config import Precision
 from pytorch.layers import kernels
 
-NO_MEMORY = "can't allocate memory", "not enough memory", "Storage size calculation overflowed"  # on a CPU
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "Storage size calculation overflowed",
+    "could not create a primitive",
+)  # on a CPU
 
 
-def choose_device(name: str, number: int = 0) -> torch.device:
-    """Device of that name; `auto` is the GPU of that number if there is one.
+def select_device(name: str, number: int = 0) -> torch.device:
+    """Return the device of that name; `auto` is the GPU of that number if there is one.
 
     Raises:
         RunError: there is no such device, or no GPU of that number.
@@ -32,20 +37,19 @@ def choose_device(name: str, number: int = 0) -> torch.device:
         raise RunError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu or auto")
     if number >= torch.cuda.device_count():
         raise RunError(
-            f"{number + 1} processes on this machine, one a GPU, of which it has {torch.cuda.device_count()}; "
-            "set NPROC_PER_NODE"
+            f"{number + 1} processes but only {torch.cuda.device_count()} GPUs on this machine; set NPROC_PER_NODE"
         )
     return torch.device(name, number)
 
 
-def work_on(device: torch.device) -> None:
-    """Make a GPU the one that this process means where none is named: for events, and for NCCL."""
+def set_device(device: torch.device) -> None:
+    """Set the current CUDA device, which events and NCCL use."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 @contextmanager
-def out_of_memory_is(advice: str) -> Iterator[None]:
+def explain_oom(advice: str) -> Iterator[None]:
     """Turn any failure to find memory, on a GPU or a CPU, into an error that gives advice.
 
     Raises:
@@ -60,20 +64,20 @@ def out_of_memory_is(advice: str) -> Iterator[None]:
         raise RunError(advice) from error
 
 
-def choose_precision(name: Precision, device: torch.device) -> Precision:
-    """fp32 or bf16; `auto` is bf16 where the device multiplies it natively. Allows TF32 on a GPU."""
+def select_precision(name: Precision, device: torch.device) -> Precision:
+    """Return fp32 or bf16; `auto` is bf16 where the device multiplies it natively. Allows TF32 on a GPU."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = kernels.multiplies_bfloat16()
+        native = kernels.has_native_bf16()
     if name == "bf16" and not native:
         print("--precision bf16: this device has no bf16 arithmetic, so fp32 would be faster", file=sys.stderr)
     return name if name != "auto" else "bf16" if native else "fp32"
 
 
-def read_later(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the CPU. What is returned waits for that copy, not for what was started after it."""
+def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the CPU. Returns a function that waits for this copy, not for later work."""
     if tensor.device.type == "cpu":
         return lambda: tensor
     copy = tensor.to("cpu", non_blocking=True)

@@ -1,4 +1,4 @@
-"""Waveform -> normalised log-magnitude spectrogram, with augmentation; batched, on the device of the waveforms.
+"""Waveform -> normalized log-magnitude spectrogram, with augmentation; batched, on the device of the waveforms.
 
 Axes: B batch, S samples, F frequency, T time (frames). 16 kHz, 20 ms Hamming window, hop length 10 ms, n_fft 320 -> 161
 bins, log1p of the magnitude, mean and standard deviation of each utterance over its own frames (Deep Speech 2,
@@ -28,9 +28,9 @@ HOP_LENGTH = 160  # samples: 10 ms
 FREQUENCY_BINS = N_FFT // 2 + 1
 
 
-def frame_counts(samples: Tensor) -> Tensor:
-    """Frames of utterances of so many samples: one every hop length, the first centred on the first sample."""
-    return samples // HOP_LENGTH + 1
+def frame_counts(num_samples: Tensor) -> Tensor:
+    """Return the frames of so many samples: one every hop length, the first centered on the first sample."""
+    return num_samples // HOP_LENGTH + 1
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,21 @@ class LogSpectrogram(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, waveforms_BS: Tensor, samples_B: Tensor, augmentation: Augmentation | None = None
+        self, waveforms_BS: Tensor, num_samples_B: Tensor, augmentation: Augmentation | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Features of a batch.
+        """Return features [B, F, T] and frames [B] (CPU) of a batch.
 
         Args:
             waveforms_BS: int16, on any device.
-            samples_B: int64 on the CPU, valid samples of each utterance.
+            num_samples_B: int64 on the CPU, valid samples of each utterance.
             augmentation: None for evaluation.
         """
         device = waveforms_BS.device
         waveforms_BS = waveforms_BS.float() / 32768
         if augmentation is not None and augmentation.noise.any():
-            waveforms_BS = add_noise(waveforms_BS, samples_B, augmentation)
+            waveforms_BS = add_noise(waveforms_BS, num_samples_B, augmentation)
         magnitude_BFT = self.magnitude(waveforms_BS)
-        frames_B = frame_counts(samples_B)
+        frames_B = frame_counts(num_samples_B)
         if augmentation is not None:
             tempo_B = torch.from_numpy(augmentation.tempo)
             magnitude_BFT, frames_B = change_tempo(magnitude_BFT, frames_B, tempo_B)
@@ -103,13 +103,13 @@ class LogSpectrogram(nn.Module):
         time_T = torch.arange(features_BFT.shape[-1], device=device)
         frames_on_device_B = frames_B.to(device, non_blocking=True)
         valid_B1T = (time_T < frames_on_device_B[:, None])[:, None]
-        features_BFT = _normalise(features_BFT, valid_B1T, frames_on_device_B)
+        features_BFT = _normalize(features_BFT, valid_B1T, frames_on_device_B)
         if augmentation is not None:
             _mask(features_BFT, augmentation, frames_on_device_B)
         return features_BFT, frames_B
 
 
-def add_noise(waveforms_BS: Tensor, samples_B: Tensor, augmentation: Augmentation) -> Tensor:
+def add_noise(waveforms_BS: Tensor, num_samples_B: Tensor, augmentation: Augmentation) -> Tensor:
     """Add white noise, uniformly distributed, to the valid samples.
 
     Sample s of utterance b is a hash of s and the utterance's seed (two rounds of multiplying and mixing 64 bits, as in
@@ -117,7 +117,7 @@ def add_noise(waveforms_BS: Tensor, samples_B: Tensor, augmentation: Augmentatio
     """
     device = waveforms_BS.device
     seed_B1, samples_B1 = (
-        x.to(device, non_blocking=True)[:, None] for x in (torch.from_numpy(augmentation.noise_seed), samples_B)
+        x.to(device, non_blocking=True)[:, None] for x in (torch.from_numpy(augmentation.noise_seed), num_samples_B)
     )
     time_S = torch.arange(waveforms_BS.shape[1], device=device)
     bits_BS = seed_B1 + time_S * -7046029254386353131  # modulo 2**64, as all of this
@@ -157,8 +157,8 @@ def change_tempo(magnitude_BFT: Tensor, frames_B: Tensor, tempo_B: Tensor) -> tu
     return torch.lerp(frames_at(before_BT), frames_at(after_BT), fraction_B1T), new_frames_B
 
 
-def _normalise(features_BFT: Tensor, valid_B1T: Tensor, frames_B: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 of each utterance over its valid frames; zero elsewhere."""
+def _normalize(features_BFT: Tensor, valid_B1T: Tensor, frames_B: Tensor) -> Tensor:
+    """Give each utterance mean 0 and standard deviation 1 over its valid frames, and zeros elsewhere."""
     count_B11 = (frames_B * features_BFT.shape[1]).float()[:, None, None]
     mean_B11 = features_BFT.mul(valid_B1T).sum((1, 2), keepdim=True) / count_B11
     centred_BFT = (features_BFT - mean_B11).mul_(valid_B1T)
@@ -167,7 +167,7 @@ def _normalise(features_BFT: Tensor, valid_B1T: Tensor, frames_B: Tensor) -> Ten
 
 
 def _mask(features_BFT: Tensor, augmentation: Augmentation, frames_B: Tensor) -> None:
-    """SpecAugment (arXiv 1904.08779) without warping, in place: masked features become the mean, which is zero."""
+    """Apply SpecAugment (arXiv 1904.08779) without warping, in place: masked features become the mean, zero."""
     device = features_BFT.device
     _, bins, time = features_BFT.shape
     frequency_BM2 = _to(augmentation.frequency_masks, device)

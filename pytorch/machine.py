@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import getpass
 import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     import torch  # slow to import: not for those who only read logs
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware and software of this machine that bear on a result."""
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return the hardware and software of this machine that bear on a result."""
     import torch
 
     packages = "torch", "numpy", "mlperf-logging"
@@ -54,24 +56,38 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def git_state() -> tuple[str, bool | None]:
-    """Commit of this repository, and whether files differ from it; "unknown" and None without git or its folder."""
+def git_revision() -> tuple[str, bool | None]:
+    """Return the commit of this repository, and whether the code differs from it.
+
+    The code is what is tracked, and untracked sources that a command would run. "unknown" and None without git.
+    """
     if told := os.environ.get("DEEPSPEECH2_COMMIT"):  # by docker/run-dev.sh: an image needs no git
         return told.removesuffix("-dirty"), told.endswith("-dirty")
     if shutil.which("git") is None:
         return "unknown", None
     git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
+    sources = ("data/*.py", "pytorch/*.py", "pytorch/*.cpp", "tools/*.py")
+    untracked_sources = ["ls-files", "--others", "--exclude-standard", *sources]
     answers = [
         subprocess.run([*git, *command], capture_output=True, text=True)
-        for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"], untracked_sources)
     ]
     if any(answer.returncode for answer in answers):
         return "unknown", None
-    return answers[0].stdout.strip(), bool(answers[1].stdout.strip())
+    return answers[0].stdout.strip(), any(answer.stdout.strip() for answer in answers[1:])
+
+
+def user_name() -> str:
+    """Return the user's name, or number where there is none, fit for a field of comma-separated ASCII."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # no such variable, and no such entry in the password file
+        name = str(os.getuid())
+    return re.sub(r"[^!-~]|,", "_", name)
 
 
 def clear_cache(dataset: PackedDataset) -> str:
-    """Drop a data set from the operating system's page cache.
+    """Evict a data set from the operating system's page cache.
 
     Returns:
         Why that was not possible, for the first file of which some of it is still there; empty if nothing is.
@@ -80,15 +96,15 @@ def clear_cache(dataset: PackedDataset) -> str:
         return "this operating system offers no way to do so"
     for name in content_files(dataset.subsets):
         try:
-            if left := _drop(dataset.path / name):
+            if left := _evict(dataset.path / name):
                 return f"{left} pages of {name} are still cached: another process may be using it"
         except OSError as error:
             return f"{name}: {error.strerror}"
     return ""
 
 
-def _drop(path: Path) -> int:
-    """Drop a file from the page cache; how many of its pages are still there.
+def _evict(path: Path) -> int:
+    """Evict a file from the page cache; return how many of its pages are still there.
 
     A page that is just being read or written goes a moment later.
     """
@@ -106,7 +122,7 @@ def _drop(path: Path) -> int:
 
 
 def _cached_pages(descriptor: int) -> int:
-    """How many pages of a file are in memory. To read some of it, even without waiting, would bring them there."""
+    """Return how many pages of a file are in memory, without reading it, which would bring them there."""
     size = os.fstat(descriptor).st_size
     if not size:
         return 0

@@ -46,7 +46,7 @@ node() {
     NNODES=2 NODE_RANK="$number" NPROC_PER_NODE=1 MASTER_ADDR=10.77.0.10 MASTER_PORT=29400 MAX_RESTARTS=9 \
         OMP_NUM_THREADS=1 PET_LOCAL_ADDR="10.77.0.1$number" GLOO_SOCKET_IFNAME=cable \
         ip netns exec "$name-$number" sh "$root/pytorch/run_and_time.sh" --device cpu --dataset-dir "$dataset" \
-        --output-dir "$work/$run-$number" --collective-timeout-seconds 60 "$@" \
+        --output-dir "$work/$run-$number" --dist-timeout-seconds 60 "$@" \
         >>"$work/$run-$number.log" 2>>"$work/$run-$number.err" &
 }
 
@@ -88,9 +88,9 @@ undisturbed="$ended"
 tail -n 2 "$work/undisturbed-0.err"
 
 echo "== disturbed"
-node 0 disturbed --checkpoint-minutes 0.02 "$@"
+node 0 disturbed --checkpoint-interval-minutes 0.02 "$@"
 first=$!
-node 1 disturbed --checkpoint-minutes 0.02 "$@"
+node 1 disturbed --checkpoint-interval-minutes 0.02 "$@"
 wait_for_steps disturbed 5
 echo "the cable is out for 5 seconds after step $(steps disturbed)"
 ip -n "$name-0" link set cable down
@@ -100,7 +100,7 @@ wait_for_steps disturbed $(($(steps disturbed) + 5))
 echo "node 1 is killed after step $(steps disturbed), and started again 5 seconds later"
 ip netns pids "$name-1" | xargs kill -9
 sleep 5
-node 1 disturbed --checkpoint-minutes 0.02 "$@"
+node 1 disturbed --checkpoint-interval-minutes 0.02 "$@"
 second=$!
 both_end
 tail -n 2 "$work/disturbed-0.err"

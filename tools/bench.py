@@ -37,20 +37,20 @@ from data.packed import Subset
 from pytorch.cli import RunError, exit_status
 from pytorch.config import CONFIGS, Config, Precision
 from pytorch.ctc import LABELS
-from pytorch.device import choose_device, choose_precision
+from pytorch.device import select_device, select_precision
 from pytorch.features import FREQUENCY_BINS, SAMPLE_RATE, draw_augmentation, frame_counts
 from pytorch.layers import gru, kernels
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.layers.convolution import Convolution
 from pytorch.loader import Batch, Utterances, make_batch, prefetch
 from pytorch.model import GRU_LAYERS, OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
-from pytorch.trainer import Learner
+from pytorch.trainer import Trainer
 
 PARTS = {  # part of the step -> what the profiler calls its operations
     "convolution": ("convolution", "Convolution"),
     "recurrent loop": ("_Layer", "gru", "_cudnn_rnn"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::addmm_"),
-    "batch norm": ("batch_norm", "_OverAllRows"),
+    "batch norm": ("batch_norm", "_SyncBatchNorm"),
     "spectrogram": ("fft", "stft"),
     "CTC": ("ctc",),
     "optimizer": ("_foreach", "_fused", "clip_grad", "Optimizer"),
@@ -128,23 +128,23 @@ def stock(model: DeepSpeech2, layer: type[nn.GRU] = StockGRU) -> DeepSpeech2:
     return model
 
 
-def made_up_batch(config: Config, count: int, shortest: float, longest: float) -> Batch:
+def random_batch(config: Config, count: int, shortest: float, longest: float) -> Batch:
     """Noise of evenly spread durations, with random transcripts of 5 labels a second."""
     generator = torch.Generator().manual_seed(0)
-    samples_B = (torch.linspace(shortest, longest, count) * SAMPLE_RATE).long()
-    waveforms_BS = torch.randint(-1000, 1000, (count, int(samples_B.max())), dtype=torch.int16, generator=generator)
-    waveforms_BS[torch.arange(waveforms_BS.shape[1]) >= samples_B[:, None]] = 0
-    lengths_B = (samples_B * 5 // SAMPLE_RATE).clamp(min=1)
+    num_samples_B = (torch.linspace(shortest, longest, count) * SAMPLE_RATE).long()
+    waveforms_BS = torch.randint(-1000, 1000, (count, int(num_samples_B.max())), dtype=torch.int16, generator=generator)
+    waveforms_BS[torch.arange(waveforms_BS.shape[1]) >= num_samples_B[:, None]] = 0
+    lengths_B = (num_samples_B * 5 // SAMPLE_RATE).clamp(min=1)
     targets = torch.randint(1, len(LABELS), (int(lengths_B.sum()),), generator=generator)
     seeds = np.stack([np.arange(count)] * 2, axis=1)
     still = replace(config, tempo_min=1.0, tempo_max=1.0)  # so that durations are what was asked for
     augmentation = draw_augmentation(still, seeds, np.full(count, np.inf))
-    return Batch(np.arange(count), waveforms_BS, samples_B, targets, lengths_B, [""] * count, augmentation)
+    return Batch(np.arange(count), waveforms_BS, num_samples_B, targets, lengths_B, [""] * count, augmentation)
 
 
-def training_flops(config: Config, samples_B: Tensor) -> tuple[float, float]:
+def training_flops(config: Config, num_samples_B: Tensor) -> tuple[float, float]:
     """Floating-point operations (two for a multiplication with addition) of a forward pass and of a training step."""
-    frames = int(output_frames(frame_counts(samples_B)).sum())
+    frames = int(output_frames(frame_counts(num_samples_B)).sum())
     channels, hidden = config.conv_channels, config.hidden_size
     conv1 = -(-FREQUENCY_BINS // 2) * channels * 41 * 11
     conv2 = OUTPUT_FREQUENCIES * channels * channels * 21 * 11
@@ -154,7 +154,7 @@ def training_flops(config: Config, samples_B: Tensor) -> tuple[float, float]:
     return forward, 3 * forward - 2.0 * frames * conv1  # the features need no gradient
 
 
-def time_in_turn(variants: Sequence[Callable[[], object]], repetitions: int, device: torch.device) -> list[float]:
+def time_interleaved(variants: Sequence[Callable[[], object]], repetitions: int, device: torch.device) -> list[float]:
     """Median seconds of each variant: all warmed up, then run in turn."""
     seconds: list[list[float]] = [[] for _ in variants]
     for repetition in range(repetitions + 1):
@@ -177,21 +177,21 @@ class Workload:
         self, config: Config, batch: Batch, device: torch.device, precision: Precision, stock_gru: type | None = None
     ) -> None:
         torch.manual_seed(0)
-        self.learner = Learner.make(replace(config, precision=precision, averaging_decay=0.0), device)
+        self.trainer = Trainer(replace(config, precision=precision, ema_decay=0.0), device)
         self.batch = batch
         if stock_gru is not None:
-            stock(self.learner.model, stock_gru)
+            stock(self.trainer.model, stock_gru)
 
     def infer(self) -> None:
         """Forward only, with the loss."""
         with torch.inference_mode():
-            self.learner.model.eval()
-            self.learner.loss(self.batch)
-            self.learner.model.train()
+            self.trainer.model.eval()
+            self.trainer.loss(self.batch)
+            self.trainer.model.train()
 
     def step(self) -> None:
         """A whole training step."""
-        self.learner.step([self.batch], len(self.batch), self.learner.config.learning_rate)
+        self.trainer.train_step([self.batch], len(self.batch), self.trainer.config.learning_rate)
 
 
 def gemm_peak(device: torch.device, precision: Precision, repetitions: int) -> float:
@@ -199,24 +199,24 @@ def gemm_peak(device: torch.device, precision: Precision, repetitions: int) -> f
     size = 1024 if device.type == "cpu" else 8192
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
-    (seconds,) = time_in_turn([lambda: torch.mm(left, right)], repetitions * 4, device)
+    (seconds,) = time_interleaved([lambda: torch.mm(left, right)], repetitions * 4, device)
     return 2 * size**3 / seconds
 
 
-def step_parts(workload: Workload) -> dict[str, float]:
+def profile_step(workload: Workload) -> dict[str, float]:
     """Milliseconds of a step by part, from the profiler: own time of the operations, grouped."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if workload.learner.device.type == "cuda":
+    if workload.trainer.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         workload.step()
-        if workload.learner.device.type == "cuda":
+        if workload.trainer.device.type == "cuda":
             torch.cuda.synchronize()
     milliseconds = dict.fromkeys([*PARTS, "the rest"], 0.0)
     for event in profile.events():
         if event.device_type != torch.autograd.DeviceType.CPU:
             continue  # a GPU's time is that of the operation that started it
-        own = event.self_cpu_time_total if workload.learner.device.type == "cpu" else event.self_device_time_total
+        own = event.self_cpu_time_total if workload.trainer.device.type == "cpu" else event.self_device_time_total
         milliseconds[_part(event)] += own / 1000
     return milliseconds
 
@@ -237,15 +237,15 @@ def _part(event: Any) -> str:
 def data_wait(workload: Workload, steps: int) -> float:
     """Part of the time of some steps that is spent waiting for their batches, made in the background as in a run."""
     batch = workload.batch
-    samples = batch.samples_B.numpy()
+    samples = batch.num_samples_B.numpy()
     audio = np.concatenate([row[:length] for row, length in zip(batch.waveforms_BS.numpy(), samples, strict=True)])
     count = len(samples)
     transcripts = ["A" * int(length) for length in batch.target_lengths_B]
     offsets = np.cumsum(samples) - samples
     utterances = Utterances([Subset("noise", audio, offsets, samples, [""] * count, [""] * count, transcripts)])
-    augment, pinned = (workload.learner.config, 1), workload.learner.device.type == "cuda"
+    augment, pinned = (workload.trainer.config, 1), workload.trainer.device.type == "cuda"
     batches = prefetch(
-        [np.arange(count)] * (steps + 1), partial(make_batch, utterances, augment=augment, pinned=pinned)
+        [np.arange(count)] * (steps + 1), partial(make_batch, utterances, augment=augment, pin_memory=pinned)
     )
     next(batches)
     workload.step()  # time for the reader to get ahead, as it has in all steps of an epoch but the first
@@ -263,18 +263,18 @@ def data_wait(workload: Workload, steps: int) -> float:
 
 def measure(config: Config, arguments: Arguments, device: torch.device) -> dict[str, Any]:
     """One row: this configuration's step against stock layers and against the machine's limit."""
-    batch = made_up_batch(config, config.batch_size, arguments.shortest_seconds, arguments.longest_seconds)
-    precision = choose_precision(arguments.precision, device)
+    batch = random_batch(config, config.batch_size, arguments.shortest_seconds, arguments.longest_seconds)
+    precision = select_precision(arguments.precision, device)
     ours, ours_fp32 = Workload(config, batch, device, precision), Workload(config, batch, device, "fp32")
     packed, padded = (Workload(config, batch, device, "fp32", layer) for layer in (StockGRU, StockPaddedGRU))
     variants = [ours.step, packed.step, padded.step, ours.infer, packed.infer]
     variants += [ours_fp32.step, ours_fp32.infer] if precision != "fp32" else []
-    seconds = time_in_turn(variants, arguments.repetitions, device)
+    seconds = time_interleaved(variants, arguments.repetitions, device)
     step, stock_step, padded_step, infer, stock_infer = seconds[:5]
     fp32_step, fp32_infer = seconds[5:] or (step, infer)
     peak = gemm_peak(device, precision, arguments.repetitions)
-    forward_flops, step_flops = training_flops(config, batch.samples_B)
-    audio_seconds = float(batch.samples_B.sum()) / SAMPLE_RATE
+    forward_flops, step_flops = training_flops(config, batch.num_samples_B)
+    audio_seconds = float(batch.num_samples_B.sum()) / SAMPLE_RATE
     return {
         "config": config.config,
         "hidden_size": config.hidden_size,
@@ -298,8 +298,8 @@ def measure(config: Config, arguments: Arguments, device: torch.device) -> dict[
         "fraction_of_peak": step_flops / step / peak,
         "forward_fraction_of_peak": forward_flops / infer / peak,
         "data_wait_fraction": data_wait(ours, arguments.repetitions),
-        "parts": step_parts(ours),
-        "stock_parts": step_parts(packed),
+        "parts": profile_step(ours),
+        "stock_parts": profile_step(packed),
     }
 
 
@@ -394,7 +394,7 @@ def benchmark(arguments: Arguments) -> None:
         raise RunError(f"--repetitions is {arguments.repetitions}; it must be any positive integer")
     given = {"hidden_size": arguments.hidden_size, "batch_size": arguments.batch_size}
     config = replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-    device = choose_device(arguments.device)
+    device = select_device(arguments.device)
     row = measure(config, arguments, device)
     rows = sweep(config, arguments, device) if arguments.sweep else []
     if arguments.plot is not None:

@@ -46,7 +46,7 @@ from pytorch.features import SAMPLE_RATE
 from pytorch.loader import Utterances
 from pytorch.metrics import ErrorCounts, count_errors
 from tools.language_model.beam_search import Decoding
-from tools.recognizer import Recogniser, emissions, select_subsets, speed
+from tools.recognizer import Recognizer, emissions, select_subsets, speed
 
 BOOTSTRAP_SETS = 10_000
 BOOTSTRAP_SEED = 0
@@ -134,7 +134,7 @@ def evaluate(options: Options) -> dict[str, Score] | None:
         except OSError as error:
             raise RunError(f"--output {options.output}: cannot be made: {error.strerror}") from error
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    recogniser = Recogniser.load(options.checkpoint, options.device)
+    recognizer = Recognizer.load(options.checkpoint, options.device)
     decode = options.decoding.make()
     if processes > 1:
         torch.distributed.init_process_group("gloo")
@@ -142,7 +142,7 @@ def evaluate(options: Options) -> dict[str, Score] | None:
         started = time.monotonic()
         hypotheses = {
             index: " ".join(decode(emission_TV).split())
-            for index, emission_TV in emissions(recogniser, utterances, options.batch_size, rank, processes)
+            for index, emission_TV in emissions(recognizer, utterances, options.batch_size, rank, processes)
         }
         if processes > 1:
             gathered: list[dict[int, str]] | None = [{} for _ in range(processes)] if rank == 0 else None
@@ -162,7 +162,7 @@ def evaluate(options: Options) -> dict[str, Score] | None:
         subset.name: score([pair for pair in recognised if pair.subset == subset.name]) for subset in utterances.subsets
     }
     scores["all"] = score(recognised)
-    audio_seconds = int(utterances.samples.sum()) / SAMPLE_RATE
+    audio_seconds = int(utterances.num_samples.sum()) / SAMPLE_RATE
     print(table(scores))
     print(f"{audio_seconds:.0f} s of speech in {seconds:.1f} s: {speed(audio_seconds, seconds)}")
     if options.output is not None:

@@ -1,7 +1,7 @@
 """A trained model in use: waveforms -> label probabilities -> transcript, with the time and confidence of each word.
 
-    recogniser = Recogniser.load(Path("results/synthetic/checkpoint_best.pt"), "auto")
-    for log_probabilities_TV in recogniser.emissions([waveform]):
+    recognizer = Recognizer.load(Path("results/synthetic/checkpoint_best.pt"), "auto")
+    for log_probabilities_TV in recognizer.emissions([waveform]):
         words = align(greedy(log_probabilities_TV), log_probabilities_TV)
 
 Axes: T output frames (20 ms each), V labels.
@@ -29,8 +29,8 @@ from data.files import DataError
 from data.packed import PackedDataset, Subset
 from pytorch import checkpoint
 from pytorch.cli import RunError
-from pytorch.ctc import BLANK, decode_greedily, encode
-from pytorch.device import choose_device, out_of_memory_is
+from pytorch.ctc import BLANK, encode, greedy_decode
+from pytorch.device import explain_oom, select_device
 from pytorch.features import HOP_LENGTH, SAMPLE_RATE, LogSpectrogram
 from pytorch.layers import kernels
 from pytorch.loader import Utterances, split_evenly
@@ -55,7 +55,7 @@ class Word:
 
 
 @dataclass(frozen=True)
-class Recogniser:
+class Recognizer:
     """A model with the features that it was trained on, ready for use on one device."""
 
     name: str  # of the configuration that it was trained with
@@ -65,19 +65,19 @@ class Recogniser:
     model: DeepSpeech2
 
     @classmethod
-    def load(cls, path: Path, device_name: str) -> Recogniser:
+    def load(cls, path: Path, device_name: str) -> Recognizer:
         """The model of a checkpoint.
 
         Raises:
             RunError: the checkpoint is absent, damaged or of another version; or the device is not there.
         """
         content: dict[str, Any] = checkpoint.load(path)
-        device = choose_device(device_name)
+        device = select_device(device_name)
         try:
             config = content["config"]
             model = DeepSpeech2(config["conv_channels"], config["hidden_size"])
             model.load_state_dict(content["model"])
-            recogniser = cls(
+            recognizer = cls(
                 config["config"], content["dataset_digest"], device, LogSpectrogram().to(device), model.to(device)
             )
         except (KeyError, TypeError, RuntimeError) as error:
@@ -85,8 +85,8 @@ class Recogniser:
             raise RunError(f"{path}: its weights are not those of a model of this project ({problem})") from error
         if device.type == "cpu":
             kernels.load()
-        recogniser.model.eval()
-        return recogniser
+        recognizer.model.eval()
+        return recognizer
 
     @torch.inference_mode()
     def emissions(self, waveforms: Sequence[np.ndarray]) -> list[Tensor]:
@@ -98,14 +98,14 @@ class Recogniser:
         Raises:
             RunError: they do not fit into memory together.
         """
-        samples_B = torch.tensor([len(waveform) for waveform in waveforms])
-        waveforms_BS = torch.zeros(len(waveforms), int(samples_B.max()), dtype=torch.int16)
+        num_samples_B = torch.tensor([len(waveform) for waveform in waveforms])
+        waveforms_BS = torch.zeros(len(waveforms), int(num_samples_B.max()), dtype=torch.int16)
         for row, waveform in enumerate(waveforms):
             waveforms_BS[row, : len(waveform)] = torch.from_numpy(np.array(waveform, dtype=np.int16))
-        longest = int(samples_B.max()) / SAMPLE_RATE
+        longest = int(num_samples_B.max()) / SAMPLE_RATE
         advice = f"{len(waveforms)} pieces of up to {longest:.0f} s do not fit into memory; use a smaller --batch-size"
-        with out_of_memory_is(advice):
-            logits_TBV, frames_B = self.model(*self.spectrogram(waveforms_BS.to(self.device), samples_B))
+        with explain_oom(advice):
+            logits_TBV, frames_B = self.model(*self.spectrogram(waveforms_BS.to(self.device), num_samples_B))
         log_probabilities_BTV = logits_TBV.log_softmax(2).cpu().transpose(0, 1)
         return [
             emission_TV[:frames].contiguous()
@@ -115,7 +115,7 @@ class Recogniser:
 
 def greedy(log_probabilities_TV: Tensor) -> str:
     """Transcript by best path decoding, as in a timed run."""
-    return decode_greedily(log_probabilities_TV[:, None], torch.tensor([len(log_probabilities_TV)]))[0]
+    return greedy_decode(log_probabilities_TV[:, None], torch.tensor([len(log_probabilities_TV)]))[0]
 
 
 def align(transcript: str, log_probabilities_TV: Tensor) -> list[Word]:
@@ -158,10 +158,10 @@ def speed(audio_seconds: float, seconds: float) -> str:
 
 
 def emissions(
-    recogniser: Recogniser, utterances: Utterances, batch_size: int, rank: int = 0, processes: int = 1
+    recognizer: Recognizer, utterances: Utterances, batch_size: int, rank: int = 0, processes: int = 1
 ) -> Iterator[tuple[int, Tensor]]:
     """Position and log probabilities [T, V] of every utterance that this one of the processes has to recognise."""
     plan = split_evenly(np.arange(len(utterances)), batch_size)[rank::processes]
     for indices in tqdm(plan, desc="recognising", unit="batch", leave=False, disable=None if rank == 0 else True):
         waveforms = [utterances.waveform(index) for index in indices.tolist()]
-        yield from zip(indices.tolist(), recogniser.emissions(waveforms), strict=True)
+        yield from zip(indices.tolist(), recognizer.emissions(waveforms), strict=True)

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from data.files import DataError
 from pytorch.cli import RunError, exit_status
 from tools.language_model.beam_search import Decode, Decoding
-from tools.recognizer import Recogniser, Word, align, speed
+from tools.recognizer import Recognizer, Word, align, speed
 from tools.recordings import Piece, cut, file_seconds, read_file, read_raw, seam
 
 Format = Literal["text", "json", "srt", "vtt"]
@@ -115,9 +115,9 @@ def transcribe(options: Options) -> bool:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
     with tempfile.TemporaryDirectory() as scratch:
         recordings = find_recordings(options, Path(scratch))
-        recogniser = Recogniser.load(options.checkpoint, options.device)
+        recognizer = Recognizer.load(options.checkpoint, options.device)
         decode = options.decoding.make()
-        return _transcribe_all(options, recordings, recogniser, decode)
+        return _transcribe_all(options, recordings, recognizer, decode)
 
 
 def find_recordings(options: Options, scratch: Path) -> list[Recording]:
@@ -171,7 +171,7 @@ def _standard_input(raw_rate: int | None, copy: Path) -> Recording:
     return Recording(name, Path("stdin"), pieces)
 
 
-def _transcribe_all(options: Options, recordings: Sequence[Recording], recogniser: Recogniser, decode: Decode) -> bool:
+def _transcribe_all(options: Options, recordings: Sequence[Recording], recognizer: Recognizer, decode: Decode) -> bool:
     """Reads pieces of all recordings in turn, recognises them in batches, and writes them in the same order."""
     started = time.monotonic()
     failures, heard_seconds = 0, 0.0
@@ -182,7 +182,7 @@ def _transcribe_all(options: Options, recordings: Sequence[Recording], recognise
     def write_pending() -> None:
         nonlocal writer, failures
         pieces = [event for event in pending if isinstance(event, Piece)]
-        words = iter(recognise(recogniser, decode, pieces))
+        words = iter(recognise(recognizer, decode, pieces))
         for event in pending:
             if isinstance(event, Piece):
                 writer.add(event, next(words))
@@ -234,10 +234,10 @@ def _events(recording: Recording) -> Iterator[Piece | End]:
         yield End(None)
 
 
-def recognise(recogniser: Recogniser, decode: Decode, pieces: Sequence[Piece]) -> list[list[Word]]:
+def recognise(recognizer: Recognizer, decode: Decode, pieces: Sequence[Piece]) -> list[list[Word]]:
     """Words of pieces, with times in their recordings."""
     heard = [piece for piece in pieces if not piece.silent]
-    emissions = iter(recogniser.emissions([piece.waveform for piece in heard]) if heard else [])
+    emissions = iter(recognizer.emissions([piece.waveform for piece in heard]) if heard else [])
     words: list[list[Word]] = []
     for piece in pieces:
         if piece.silent:

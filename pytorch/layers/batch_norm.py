@@ -36,18 +36,18 @@ class BatchNorm(nn.BatchNorm1d):
 
     Args:
         channels: C.
-        limits: what the output is clipped to.
+        clamp: what the output is clipped to.
     """
 
-    def __init__(self, channels: int, limits: tuple[float, float] = NO_LIMITS) -> None:
+    def __init__(self, channels: int, clamp: tuple[float, float] = NO_LIMITS) -> None:
         super().__init__(channels)
-        self.limits = limits
+        self.clamp = clamp
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise rows [N, C]."""
-        if not self.training or not (distributed.together() or _has_kernel(input)):
+        """Normalize rows [N, C]."""
+        if not self.training or not (distributed.is_distributed() or _has_kernel(input)):
             return self.clip(super().forward(input))
-        output, mean_C, variance_C, count = _OverAllRows.apply(input, self.weight, self.bias, self.eps, self.limits)
+        output, mean_C, variance_C, count = _SyncBatchNorm.apply(input, self.weight, self.bias, self.eps, self.clamp)
         with torch.no_grad():
             momentum = self.momentum or 0.0
             self.get_buffer("running_mean").lerp_(mean_C, momentum)
@@ -56,32 +56,32 @@ class BatchNorm(nn.BatchNorm1d):
         return output
 
     def clip(self, output: Tensor) -> Tensor:
-        """The output within the limits."""
-        return output if self.limits == NO_LIMITS else nn.functional.hardtanh(output, *self.limits)
+        """Return the output within the limits."""
+        return output if self.clamp == NO_LIMITS else nn.functional.hardtanh(output, *self.clamp)
 
 
-class _OverAllRows(torch.autograd.Function):
+class _SyncBatchNorm(torch.autograd.Function):
     """Output [N, C], mean [C], variance [C] (both float32) and number of rows, which is a tensor."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight_C: Tensor, bias_C: Tensor, epsilon: float, limits: tuple[float, float]
+        ctx: Any, input: Tensor, weight_C: Tensor, bias_C: Tensor, epsilon: float, clamp: tuple[float, float]
     ) -> tuple[Tensor, ...]:
         x_NC = input.contiguous()
         mean_C, variance_C = _moments(x_NC)
         count = mean_C.new_full((), len(x_NC))
-        if distributed.together():
+        if distributed.is_distributed():
             # float64, in which the difference of means of squares and squares of means loses nothing that counts
             sums = torch.cat([mean_C, variance_C + mean_C.square(), count.new_ones(1)]) * count
-            distributed.add_up(sums)
+            distributed.all_reduce_sum(sums)
             count = sums[-1]
             mean_C, square_C = (sums[:-1] / count).chunk(2)
             variance_C = square_C - mean_C.square()
         inverse_C = (variance_C + epsilon).rsqrt().float()
         mean_C, variance_C, count = mean_C.float(), variance_C.float(), count.float()
-        normal = _Normal(mean_C, weight_C * inverse_C, bias_C, *limits)
+        normal = _Affine(mean_C, weight_C * inverse_C, bias_C, *clamp)
         ctx.save_for_backward(x_NC, *normal[:3], inverse_C, count)
-        ctx.limits = limits
+        ctx.clamp = clamp
         ctx.mark_non_differentiable(mean_C, variance_C, count)
         return _output(x_NC, normal), mean_C, variance_C, count
 
@@ -89,17 +89,17 @@ class _OverAllRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_output_NC: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_NC, mean_C, scale_C, bias_C, inverse_C, count = ctx.saved_tensors
-        normal = _Normal(mean_C, scale_C, bias_C, *ctx.limits)
+        normal = _Affine(mean_C, scale_C, bias_C, *ctx.clamp)
         d_output_NC = d_output_NC.contiguous()
         d_bias_C, product_C = _sums(x_NC, normal, d_output_NC)
-        offset_C, slope_C = (distributed.add_up(torch.cat([d_bias_C, product_C])) / count).float().chunk(2)
+        offset_C, slope_C = (distributed.all_reduce_sum(torch.cat([d_bias_C, product_C])) / count).float().chunk(2)
         slope_C = slope_C * inverse_C.square()
         d_input_NC = _gradient(x_NC, normal, d_output_NC, offset_C, slope_C)
         return d_input_NC, product_C.float() * inverse_C, d_bias_C.float(), None, None
 
 
-class _Normal(NamedTuple):
-    """What makes the output of the input."""
+class _Affine(NamedTuple):
+    """y = (x - mean) scale + bias, within limits."""
 
     mean_C: Tensor
     scale_C: Tensor
@@ -117,7 +117,7 @@ def _call(name: str, x_NC: Tensor, *arguments: float | Tensor) -> None:
 
 
 def _moments(x_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, float64."""
+    """Return mean and variance of each channel, float64."""
     if _has_kernel(x_NC):
         mean_C, variance_C = x_NC.new_empty(2, x_NC.shape[1], dtype=torch.float64)
         _call("batch_norm_moments", x_NC, mean_C, variance_C)
@@ -126,8 +126,8 @@ def _moments(x_NC: Tensor) -> tuple[Tensor, Tensor]:
     return mean_C.double(), variance_C.double()
 
 
-def _output(x_NC: Tensor, normal: _Normal) -> Tensor:
-    """y."""
+def _output(x_NC: Tensor, normal: _Affine) -> Tensor:
+    """Return y."""
     if _has_kernel(x_NC):
         output_NC = torch.empty_like(x_NC)
         _call("batch_norm_output", x_NC, *normal, output_NC)
@@ -136,8 +136,8 @@ def _output(x_NC: Tensor, normal: _Normal) -> Tensor:
     return (deviation_NC * normal.scale_C + normal.bias_C).clamp(normal.low, normal.high).to(x_NC.dtype)
 
 
-def _sums(x_NC: Tensor, normal: _Normal, d_output_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over rows of d and of d (x - mean), float64."""
+def _sums(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums over rows of d and of d (x - mean), float64."""
     if _has_kernel(x_NC):
         sum_C, product_C = x_NC.new_empty(2, x_NC.shape[1], dtype=torch.float64)
         _call("batch_norm_sums", x_NC, *normal, d_output_NC, sum_C, product_C)
@@ -146,8 +146,8 @@ def _sums(x_NC: Tensor, normal: _Normal, d_output_NC: Tensor) -> tuple[Tensor, T
     return d_NC.sum(0).double(), (d_NC * deviation_NC).sum(0).double()
 
 
-def _gradient(x_NC: Tensor, normal: _Normal, d_output_NC: Tensor, offset_C: Tensor, slope_C: Tensor) -> Tensor:
-    """scale (d - offset - slope (x - mean))."""
+def _gradient(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor, offset_C: Tensor, slope_C: Tensor) -> Tensor:
+    """Return scale (d - offset - slope (x - mean))."""
     if _has_kernel(x_NC):
         d_input_NC = torch.empty_like(x_NC)
         _call("batch_norm_gradient", x_NC, *normal, d_output_NC, offset_C, slope_C, d_input_NC)
@@ -156,8 +156,8 @@ def _gradient(x_NC: Tensor, normal: _Normal, d_output_NC: Tensor, offset_C: Tens
     return (normal.scale_C * (d_NC - offset_C - slope_C * deviation_NC)).to(x_NC.dtype)
 
 
-def _within_limits(x_NC: Tensor, normal: _Normal, d_output_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """d and x - mean."""
+def _within_limits(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return d and x - mean."""
     deviation_NC = x_NC.float() - normal.mean_C
     y_NC = deviation_NC * normal.scale_C + normal.bias_C
     return d_output_NC.float() * ((y_NC > normal.low) & (y_NC < normal.high)), deviation_NC

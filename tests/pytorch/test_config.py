@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pytorch.cli import RunError
-from pytorch.config import CONFIGS, Config, hyperparameter_table, parse_config
+from pytorch.config import CONFIGS, Config, hyperparameter_table, parse_config, with_current_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,7 +14,7 @@ def parse(*arguments: str) -> Config:
 
 
 def test_named_configurations_are_those_of_the_readme() -> None:
-    assert list(CONFIGS) == ["librispeech", "librispeech-100", "mini", "an4", "synthetic"]
+    assert list(CONFIGS) == ["librispeech", "librispeech-100", "mini", "an4", "synthetic", "librispeech-2018"]
 
 
 def test_the_command_line_wins_over_the_named_configuration() -> None:
@@ -23,16 +23,16 @@ def test_the_command_line_wins_over_the_named_configuration() -> None:
 
 def test_every_field_can_be_changed_on_the_command_line() -> None:
     for field in dataclasses.fields(Config):
-        if field.name not in ("config", "recipe", "resume", "resume_with_changes", "tensorboard"):
+        if field.name not in ("config", "resume", "resume_with_changes", "tensorboard"):
             value = getattr(CONFIGS["mini"], field.name)
             given = "3" if value is None else str(value)
             assert getattr(parse("--config=an4", f"--{field.name.replace('_', '-')}", given), field.name) is not None
 
 
-def test_the_reference_recipe_is_that_of_2018() -> None:
-    config = parse("--recipe", "reference")
+def test_the_reference_of_2018_is_a_configuration() -> None:
+    config = parse("--config", "librispeech-2018")
     assert (config.optimizer, config.learning_rate, config.beta1) == ("sgd", 3e-4, 0.9)
-    assert (config.schedule, config.learning_rate_anneal, config.gradient_clip_norm) == ("anneal", 1.1, 200)
+    assert (config.schedule, config.lr_gamma, config.gradient_clip_norm) == ("anneal", 1.1, 200)
     assert (config.tempo_min, config.tempo_max, config.gain_min_db, config.gain_max_db) == (0.85, 1.15, -6, 8)
     assert config.frequency_masks == config.time_masks == 0
 
@@ -49,10 +49,13 @@ def test_the_reference_recipe_is_that_of_2018() -> None:
         ("--frequency-mask-bins", "162"),
         ("--max-steps", "0"),
         ("--seed", "-1"),
+        ("--seed", str(2**63)),
+        ("--batch-size", "99999999999999999999"),
+        ("--dist-timeout-seconds", "1e30"),
         ("--target-wer", "nan"),
     ],
 )
-def test_a_value_against_its_rule_is_refused_by_name(option: str, value: str) -> None:
+def test_a_value_that_breaks_its_constraint_is_refused_by_name(option: str, value: str) -> None:
     with pytest.raises(RunError, match=f"{option} is .* must be"):
         parse(option, value)
 
@@ -74,12 +77,18 @@ def test_unknown_names_and_wrong_types_end_with_status_two(
     assert arguments[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("option", "known"), [("--config", "librispeech-100"), ("--recipe", "reference")])
-def test_an_unknown_configuration_or_recipe_is_refused_with_the_known_ones(option: str, known: str) -> None:
-    with pytest.raises(RunError, match=known):
-        parse(option, "nonsense")
-    with pytest.raises(RunError, match="needs a value"):
-        parse(option)
+def test_an_unknown_configuration_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--config", "nonsense"], ["--config"]):
+        with pytest.raises(SystemExit) as ended:
+            parse(*arguments)
+        assert ended.value.code == 2
+    assert "librispeech-100" in capsys.readouterr().err
+
+
+def test_a_configuration_of_an_earlier_version_is_read_under_todays_names() -> None:
+    saved = {"config": "librispeech", "recipe": "reference", "averaging_decay": 0.5, "schedule_epochs": 3}
+    assert with_current_names(saved) == {"config": "librispeech-2018", "ema_decay": 0.5, "lr_decay_epochs": 3}
+    assert with_current_names({"config": "an4", "recipe": "modern", "seed": 2}) == {"config": "an4", "seed": 2}
 
 
 def test_the_readme_holds_the_table_of_hyperparameters() -> None:

@@ -14,7 +14,7 @@ from tests.conftest import SPEECH
 CONFIG = CONFIGS["librispeech"]
 
 
-def made_up_batch(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     waveforms = torch.randint(-5000, 5000, (len(lengths), max(lengths)), dtype=torch.int16, generator=generator)
     for waveform, length in zip(waveforms, lengths, strict=True):
@@ -29,7 +29,7 @@ def nothing_drawn(count: int, **drawn: np.ndarray) -> Augmentation:
 
 
 def test_features_are_the_normalised_log1p_magnitude_of_torch_stft() -> None:
-    waveforms, samples = made_up_batch([8000])
+    waveforms, samples = random_batch([8000])
     features, frames = LogSpectrogram()(waveforms, samples)
     window = torch.hamming_window(320)
     spectrum = torch.stft(
@@ -44,12 +44,12 @@ def test_features_are_the_normalised_log1p_magnitude_of_torch_stft() -> None:
 
 def test_features_of_an_utterance_do_not_depend_on_the_others_in_its_batch() -> None:
     lengths = [3000, 16000, 9999, 320]
-    waveforms, samples = made_up_batch(lengths)
-    together, frames = LogSpectrogram()(waveforms, samples)
+    waveforms, samples = random_batch(lengths)
+    is_distributed, frames = LogSpectrogram()(waveforms, samples)
     for row, length in enumerate(lengths):
         alone, _ = LogSpectrogram()(waveforms[row : row + 1, :length], samples[row : row + 1])
-        torch.testing.assert_close(together[row, :, : frames[row]], alone[0], rtol=1e-5, atol=1e-5)
-        assert together[row, :, frames[row] :].abs().sum() == 0
+        torch.testing.assert_close(is_distributed[row, :, : frames[row]], alone[0], rtol=1e-5, atol=1e-5)
+        assert is_distributed[row, :, frames[row] :].abs().sum() == 0
 
 
 def test_digital_silence_gives_finite_features() -> None:
@@ -82,9 +82,9 @@ def draw(seeds: list[list[int]], limit: float = np.inf) -> Augmentation:
 
 
 def test_augmentation_is_a_function_of_each_utterances_seed_alone() -> None:
-    together, alone = draw([[1, 2, 3], [1, 2, 4]]), draw([[1, 2, 4]])
+    is_distributed, alone = draw([[1, 2, 3], [1, 2, 4]]), draw([[1, 2, 4]])
     for field in dataclasses.fields(Augmentation):
-        first, second = getattr(together, field.name)
+        first, second = getattr(is_distributed, field.name)
         assert np.array_equal(second, getattr(alone, field.name)[0])
         assert not np.array_equal(first, second)
 
@@ -105,7 +105,7 @@ def test_tempo_never_exceeds_what_the_transcript_allows() -> None:
 
 
 def test_masks_hide_what_was_drawn_and_nothing_else() -> None:
-    waveforms, samples = made_up_batch([16000, 16000])
+    waveforms, samples = random_batch([16000, 16000])
     frequency, time = np.zeros((2, 1, 2)), np.zeros((2, 1, 2))
     frequency[0, 0], time[1, 0] = (10, 5), (0.5, 0.1)
     plain, _ = LogSpectrogram()(waveforms, samples, nothing_drawn(2))
@@ -119,7 +119,7 @@ def test_masks_hide_what_was_drawn_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("gain", [0.5, 2.0])
 def test_gain_scales_the_magnitude_before_the_logarithm(gain: float) -> None:
-    waveforms, samples = made_up_batch([4000])
+    waveforms, samples = random_batch([4000])
     louder, _ = LogSpectrogram()(waveforms, samples, nothing_drawn(1, gain=np.array([gain])))
     expected, _ = LogSpectrogram()((waveforms.float() * gain).to(torch.int16), samples)
     torch.testing.assert_close(louder, expected, rtol=1e-2, atol=1e-2)
@@ -145,14 +145,14 @@ def test_noise_is_white_and_as_loud_as_asked_for() -> None:
 
 
 def test_noise_of_an_utterance_does_not_depend_on_its_batch_and_comes_as_often_as_asked_for() -> None:
-    waveforms, samples = made_up_batch([3000, 16000])
+    waveforms, samples = random_batch([3000, 16000])
     noisy = dataclasses.replace(CONFIG, noise_probability=1.0)
     seeds, limits = np.array([[1, 2, 3], [1, 2, 4]]), np.full(2, np.inf)
-    together, frames = LogSpectrogram()(waveforms, samples, draw_augmentation(noisy, seeds, limits))
+    is_distributed, frames = LogSpectrogram()(waveforms, samples, draw_augmentation(noisy, seeds, limits))
     alone, _ = LogSpectrogram()(waveforms[:1, :3000], samples[:1], draw_augmentation(noisy, seeds[:1], limits[:1]))
-    torch.testing.assert_close(alone[0], together[0, :, : frames[0]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(alone[0], is_distributed[0, :, : frames[0]], rtol=1e-4, atol=1e-4)
     clean, _ = LogSpectrogram()(waveforms, samples, draw_augmentation(CONFIG, seeds, limits))
-    assert not torch.equal(clean, together)
+    assert not torch.equal(clean, is_distributed)
     seeds = np.arange(400)[:, None]
     often = draw_augmentation(dataclasses.replace(CONFIG, noise_probability=0.25), seeds, np.full(400, np.inf))
     assert 60 < np.count_nonzero(often.noise) < 140

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from data.packed import open_dataset
 from pytorch.config import CONFIGS
-from pytorch.ctc import LABELS
-from pytorch.loader import Batch, Utterances, make_batch, plan_epoch, prefetch, split_by_size, split_evenly
+from pytorch.ctc import LABELS, encode
+from pytorch.loader import Batch, Utterances, batch_by_padded_size, epoch_batches, make_batch, prefetch, split_evenly
 
 CONFIG = CONFIGS["synthetic"]
 
@@ -22,7 +22,7 @@ def utterances(tones: Path) -> Utterances:
 
 
 def epoch(utterances: Utterances, number: int, seed: int = 1) -> list[list[int]]:
-    plan = plan_epoch(utterances, np.arange(len(utterances)), 4, seed, number)
+    plan = epoch_batches(utterances, np.arange(len(utterances)), 4, seed, number)
     return [batch.tolist() for batch in plan]
 
 
@@ -30,8 +30,8 @@ def test_utterances_of_several_subsets_are_one_sequence_by_length(tones: Path) -
     dataset = open_dataset(tones)
     both = Utterances(dataset.split("train") + dataset.split("validation"))
     assert len(both) == 28
-    assert (np.diff(both.samples) >= 0).all()
-    assert [len(both.waveform(index)) for index in range(28)] == both.samples.tolist()
+    assert (np.diff(both.num_samples) >= 0).all()
+    assert [len(both.waveform(index)) for index in range(28)] == both.num_samples.tolist()
     assert len({both.id(index) for index in range(28)}) == 28
 
 
@@ -54,17 +54,17 @@ def test_later_epochs_are_shuffled_by_seed_and_epoch_alone(utterances: Utterance
 
 def test_batches_of_later_epochs_hold_utterances_of_like_length(utterances: Utterances) -> None:
     for batch in epoch(utterances, 2):
-        lengths = utterances.samples[batch]
+        lengths = utterances.num_samples[batch]
         assert lengths.max() / lengths.min() < 2
 
 
 def test_a_batch_holds_the_samples_and_transcripts_of_its_utterances(utterances: Utterances) -> None:
     batch = make_batch(utterances, np.array([20, 0, 7]))
     assert batch.augmentation is None
-    assert batch.waveforms_BS.shape == (3, utterances.samples[20])
+    assert batch.waveforms_BS.shape == (3, utterances.num_samples[20])
     position = 0
     for row, index in enumerate(batch.indices):
-        length = int(batch.samples_B[row])
+        length = int(batch.num_samples_B[row])
         assert np.array_equal(batch.waveforms_BS[row, :length].numpy(), utterances.waveform(index))
         assert batch.waveforms_BS[row, length:].abs().sum() == 0
         labels = batch.targets[position : position + int(batch.target_lengths_B[row])]
@@ -84,34 +84,41 @@ def test_an_utterance_is_augmented_alike_in_any_batch_and_anew_in_each_epoch(utt
 
 
 def test_utterances_too_short_for_their_transcripts_are_found(utterances: Utterances) -> None:
-    assert utterances.alignable().all()
+    assert utterances.ctc_feasible().all()
     short = dataclasses.replace(utterances.subsets[0], transcripts=["A" * 200] * 21)
-    assert not Utterances([short]).alignable().any()
+    assert not Utterances([short]).ctc_feasible().any()
 
 
-def test_ctc_needs_an_output_frame_for_each_label_and_one_between_repeats(utterances: Utterances) -> None:
-    frames = utterances.samples // 160 // 2 + 1
+def can_align(frames: int, transcript: str) -> bool:
+    """Return whether PyTorch's CTC loss is finite, which it is if there is any alignment."""
+    targets = torch.tensor([encode(transcript)])
+    log_probs = torch.zeros(frames, 1, len(LABELS)).log_softmax(2)
+    lengths = torch.tensor([frames]), torch.tensor([len(transcript)])
+    return bool(torch.nn.functional.ctc_loss(log_probs, targets, *lengths, reduction="sum").isfinite())
+
+
+def test_ctc_is_feasible_exactly_where_pytorchs_loss_is_finite(utterances: Utterances) -> None:
     for length in range(1, 70):
-        transcript = ("AAB" * length)[:length]
-        changed = Utterances([dataclasses.replace(utterances.subsets[0], transcripts=[transcript] * 21)])
-        needed = length + transcript.count("AA")
-        assert changed.alignable().tolist() == (frames >= needed).tolist()
+        transcripts = [("AAB" * length)[:length]] * 21
+        changed = Utterances([dataclasses.replace(utterances.subsets[0], transcripts=transcripts)])
+        expected = [can_align(int(count) // 320 + 1, transcripts[0]) for count in changed.num_samples]
+        assert changed.ctc_feasible().tolist() == expected
 
 
 def test_augmentation_never_makes_an_utterance_too_short_for_its_transcript(utterances: Utterances) -> None:
-    frames = (utterances.samples // 160 // 2 + 1).tolist()
+    frames = (utterances.num_samples // 160 // 2 + 1).tolist()
     tight = dataclasses.replace(utterances.subsets[0], transcripts=["AB" * (count // 2) for count in frames])
     fast = dataclasses.replace(CONFIG, tempo_min=1.5, tempo_max=2.0)
     drawn = make_batch(Utterances([tight]), np.arange(21), augment=(fast, 1)).augmentation
     assert drawn is not None
-    for tempo, samples, transcript in zip(drawn.tempo, utterances.samples, tight.transcripts, strict=True):
+    for tempo, samples, transcript in zip(drawn.tempo, utterances.num_samples, tight.transcripts, strict=True):
         new_frames = int((samples // 160) / tempo) + 1
         assert (new_frames - 1) // 2 + 1 >= len(transcript)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40).map(sorted), st.integers(1, 200))
 def test_batches_by_size_hold_every_utterance_once_and_as_many_as_fit(samples: list[int], capacity: int) -> None:
-    batches = [batch.tolist() for batch in split_by_size(np.array(samples), capacity)]
+    batches = [batch.tolist() for batch in batch_by_padded_size(np.array(samples), capacity)]
     assert list(chain(*batches)) == list(range(len(samples)))
     for batch, following in zip(batches, [*batches[1:], []], strict=True):
         assert len(batch) == 1 or len(batch) * samples[batch[-1]] <= capacity

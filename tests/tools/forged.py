@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.corpora import CORPORA
-from pytorch.config import CONFIGS, REFERENCE_RECIPE, Config
+from pytorch.config import CONFIGS, EVENTS, Config
 from pytorch.metrics import ErrorCounts
 from pytorch.optimizer import learning_rate
 
@@ -72,9 +72,8 @@ class Forged:
 
 
 def reference(**changes: Any) -> Config:
-    """The reference recipe on LibriSpeech, at a batch size with few steps."""
-    config = dataclasses.replace(CONFIGS["librispeech"], **REFERENCE_RECIPE)
-    return dataclasses.replace(config, **{"batch_size": 4096, "precision": "bf16", **changes})
+    """The configuration of 2018 on LibriSpeech, at a batch size with few steps."""
+    return dataclasses.replace(CONFIGS["librispeech-2018"], **{"batch_size": 4096, "precision": "bf16", **changes})
 
 
 def made_up(
@@ -107,17 +106,9 @@ def made_up(
     log("submission_division", division)
     log("submission_status", "research")
     log("submission_platform", "made up")
-    log("seed", config.seed)
-    log("global_batch_size", config.batch_size)
-    log("gradient_accumulation_steps", config.gradient_accumulation_steps)
-    log("opt_name", config.optimizer)
-    log("opt_base_learning_rate", config.learning_rate)
-    log("opt_learning_rate_warmup_steps", config.warmup_steps)
-    log("opt_learning_rate_decay_schedule", config.schedule)
-    log("opt_weight_decay", config.weight_decay)
-    log("opt_gradient_clip_norm", config.gradient_clip_norm)
-    log("model_eval_ema_factor", config.averaging_decay)
-    log("configuration", config.config, **config.plain())
+    for name, event in EVENTS.items():
+        log(event, getattr(config, name))
+    log("configuration", config.config, **config.to_dict())
     digest = CORPORA[corpus].reference_digest if corpus in CORPORA else ""
     log(
         "dataset",

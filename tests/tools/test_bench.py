@@ -11,7 +11,7 @@ from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from pytorch.layers import kernels
 from tests.processes import run_module_for_text
-from tools.bench import Arguments, StockPaddedGRU, Workload, benchmark, draw, made_up_batch, stock, training_flops
+from tools.bench import Arguments, StockPaddedGRU, Workload, benchmark, draw, random_batch, stock, training_flops
 
 CONFIG = dataclasses.replace(CONFIGS["synthetic"], hidden_size=16, conv_channels=2)
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def test_the_benchmark_prints_one_json_object_with_the_figures_that_scripts_read
     for name in [*numbers, "achieved_gflops", "fraction_of_peak"]:
         assert figures[name] > 0, name
     assert (figures["config"], figures["hidden_size"], figures["batch_size"]) == ("synthetic", 16, 2)
-    assert figures["precision"] == ("bf16" if kernels.multiplies_bfloat16() else "fp32")
+    assert figures["precision"] == ("bf16" if kernels.has_native_bf16() else "fp32")
     assert 0 <= figures["data_wait_fraction"] < 1
     assert figures["parts"]["convolution"] > 0
 
@@ -71,24 +71,24 @@ def test_an_impossible_value_is_an_error_that_names_it(wrong: dict[str, Any], sa
 
 
 def test_the_stock_model_that_ours_is_compared_with_computes_the_same() -> None:
-    ours = Workload(CONFIG, made_up_batch(CONFIG, 3, 0.5, 1.0), CPU, "fp32")
+    ours = Workload(CONFIG, random_batch(CONFIG, 3, 0.5, 1.0), CPU, "fp32")
     theirs = copy.deepcopy(ours)
-    theirs.learner.model = stock(theirs.learner.model)
-    assert type(theirs.learner.model.grus[0]) is not type(ours.learner.model.grus[0])
-    torch.testing.assert_close(ours.learner.loss(ours.batch), theirs.learner.loss(theirs.batch), rtol=1e-5, atol=1e-5)
+    theirs.trainer.model = stock(theirs.trainer.model)
+    assert type(theirs.trainer.model.grus[0]) is not type(ours.trainer.model.grus[0])
+    torch.testing.assert_close(ours.trainer.loss(ours.batch), theirs.trainer.loss(theirs.batch), rtol=1e-5, atol=1e-5)
 
 
 def test_on_utterances_of_one_length_padded_layers_compute_the_same_as_well() -> None:
-    ours = Workload(CONFIG, made_up_batch(CONFIG, 2, 0.7, 0.7), CPU, "fp32")
+    ours = Workload(CONFIG, random_batch(CONFIG, 2, 0.7, 0.7), CPU, "fp32")
     theirs = copy.deepcopy(ours)
-    theirs.learner.model = stock(theirs.learner.model, StockPaddedGRU)
-    torch.testing.assert_close(ours.learner.loss(ours.batch), theirs.learner.loss(theirs.batch), rtol=1e-5, atol=1e-5)
+    theirs.trainer.model = stock(theirs.trainer.model, StockPaddedGRU)
+    torch.testing.assert_close(ours.trainer.loss(ours.batch), theirs.trainer.loss(theirs.batch), rtol=1e-5, atol=1e-5)
 
 
 def test_operations_are_counted_as_the_layers_have_weights() -> None:
     samples = torch.tensor([16000])  # 101 frames, 51 output frames
     forward, step = training_flops(CONFIG, samples)
-    model = Workload(CONFIG, made_up_batch(CONFIG, 1, 0.5, 0.5), CPU, "fp32").learner.model
+    model = Workload(CONFIG, random_batch(CONFIG, 1, 0.5, 0.5), CPU, "fp32").trainer.model
     grus = sum(weight.numel() for gru in model.grus for name, weight in gru.named_parameters() if "weight" in name)
     conv1, conv2 = model.conv1.weight.numel() * 81, model.conv2.weight.numel() * 41
     assert forward == pytest.approx(2 * 51 * (grus + conv1 + conv2 + model.classifier.weight.numel()))

@@ -29,7 +29,7 @@ from tests.processes import run_module_for_text
 from tests.tools.conftest import Trained
 from tools.language_model.__main__ import arpa_lines, check_arpa, estimate_ngrams
 from tools.language_model.beam_search import BeamSearch, LanguageModel, read_words
-from tools.language_model.tune import left_one_out
+from tools.language_model.tune import leave_one_out
 from tools.recognizer import align, greedy
 
 needs_flashlight = pytest.mark.skipif(
@@ -251,8 +251,8 @@ def test_tuning_and_evaluation_with_a_language_model_agree(trained: Trained, tmp
 
 def test_what_is_left_out_has_no_say_in_the_choice() -> None:
     errors_PN = np.array([[0, 0, 5], [1, 1, 0]])  # each pair is best for somebody
-    assert left_one_out(errors_PN, ["x", "x", "y"]) == 2 + 5
-    assert left_one_out(errors_PN[:1], ["x", "x", "y"]) == 5
+    assert leave_one_out(errors_PN, ["x", "x", "y"]) == 2 + 5
+    assert leave_one_out(errors_PN[:1], ["x", "x", "y"]) == 5
 
 
 def test_without_the_library_the_error_says_what_to_install(tmp_path: Path) -> None:

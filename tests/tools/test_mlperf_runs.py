@@ -21,7 +21,7 @@ from data.packed import open_dataset
 from pytorch import mllog
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS
-from pytorch.machine import environment
+from pytorch.machine import describe_machine
 from tests.conftest import ROOT
 from tests.pytorch.test_train import ENVIRONMENT, SMALL
 from tests.tools.forged import Forged, made_up
@@ -121,10 +121,10 @@ class MadeUpRuns:
             train_samples=21,
             validation={"tones-validation": 7},
         )
-        machine = environment(CPU)
+        machine = describe_machine(CPU)
         add(log, "number_of_ranks", "gru_implementation", "fused kernel (AVX2)")
         log.edit("dataset", open_dataset(self.dataset).digest)
-        log.edit("submission_platform", mllog.chosen_platform(machine, 1))
+        log.edit("submission_platform", mllog.submission_platform(machine, 1))
         log.edit("environment", **machine)
         return log
 
@@ -147,7 +147,7 @@ def made(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         f'exit "$(cat "{tmp_path}/$last.status")"\n'
     )
     monkeypatch.setattr(series, "SCRIPT", script)
-    monkeypatch.setattr(series, "git_state", lambda: ("0" * 40, False))
+    monkeypatch.setattr(series, "git_revision", lambda: ("0" * 40, False))
     monkeypatch.setattr(series, "_write_page", lambda results, page: print(f"page of {len(results)} runs: {page}"))
     for variable in ("NPROC_PER_NODE", "SUBMISSION_ORG", "SUBMISSION_DIVISION", "SUBMISSION_PLATFORM"):
         monkeypatch.delenv(variable, raising=False)
@@ -313,7 +313,7 @@ def test_a_run_that_cannot_start_ends_the_series_and_its_log_is_kept(
         (["--runs", "0"], "--runs is 0; it must be a positive integer"),
         (["--runs", "2", "--resume"], "a resumed run is no result"),
         (["--runs=2", "--system", "../box"], "--system is '../box'"),
-        (["--runs", "2", "--batch-size", "0"], "--batch-size is 0; it must be any positive integer"),
+        (["--runs", "2", "--batch-size", "0"], "--batch-size is 0; it must be any integer in [1, 2^31)"),
         (["--runs", "2", "--dataset-dir", "nowhere"], "no data set in nowhere"),
     ],
 )
@@ -343,7 +343,7 @@ def test_surroundings_in_which_no_log_would_be_accepted_are_refused_before_the_f
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(series, "git_state", lambda: state)
+    monkeypatch.setattr(series, "git_revision", lambda: state)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
     assert made.run("--runs", "2") == 1

@@ -27,7 +27,7 @@ from pytorch.cli import RunError, exit_status
 from pytorch.loader import Utterances
 from pytorch.metrics import count_errors
 from tools.language_model.beam_search import BeamSearch, LanguageModel
-from tools.recognizer import Recogniser, emissions, greedy, select_subsets
+from tools.recognizer import Recognizer, emissions, greedy, select_subsets
 
 ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.0, 1.0, 2.0, 4.0)
 FINE_ALPHAS, FINE_BETAS = (-0.1, 0.0, 0.1), (-0.5, 0.0, 0.5)  # added to the best pair
@@ -72,9 +72,9 @@ def tune(options: Options) -> Pair:
         if value < 1:
             raise RunError(f"--{name} is {value}; it must be a positive integer")
     utterances = Utterances(select_subsets(open_dataset(options.dataset_dir), options.split))
-    recogniser = Recogniser.load(options.checkpoint, options.device)
+    recognizer = Recognizer.load(options.checkpoint, options.device)
     language_model = LanguageModel(options.lm)
-    recognised = sorted(emissions(recogniser, utterances, options.batch_size))
+    recognised = sorted(emissions(recognizer, utterances, options.batch_size))
     references = [utterances.transcript(index) for index, _ in recognised]
 
     def errors(decode: Callable[..., str]) -> np.ndarray:
@@ -101,7 +101,7 @@ def tune(options: Options) -> Pair:
     alpha, beta = search([alpha + step for step in FINE_ALPHAS], [beta + step for step in FINE_BETAS])
     best = alpha, beta
     groups = speaker_of_each(utterances, [index for index, _ in recognised])
-    held_out = left_one_out(np.stack(list(errors_by_pair.values())), groups)
+    held_out = leave_one_out(np.stack(list(errors_by_pair.values())), groups)
     print(f"greedy decoding:  WER {rate(errors(greedy).sum()):.2f}")
     print(f"best pair:        WER {rate(errors_by_pair[best].sum()):.2f}")
     print(f"left-one-out:     WER {rate(held_out):.2f}")
@@ -122,7 +122,7 @@ def speaker_of_each(utterances: Utterances, indices: Sequence[int]) -> list[str]
     return [speakers[key] for key in keys]
 
 
-def left_one_out(errors_PN: np.ndarray, groups: Sequence[str]) -> int:
+def leave_one_out(errors_PN: np.ndarray, groups: Sequence[str]) -> int:
     """Errors of all groups of utterances, each decoded with the pair that makes the fewest in all other groups.
 
     Args:

@@ -12,34 +12,14 @@ from typing import Any, Literal
 from mlperf_logging.mllog import constants
 
 from pytorch.cli import RunError
-from pytorch.config import CONFIGS, REFERENCE_RECIPE, Config
+from pytorch.config import CONFIGS, EVENTS, HYPERPARAMETERS, Config, fields_of, with_current_names
 from tools.mlperf.events import CALLER
 from tools.mlperf.logs import RunLog
 
 # What may differ between runs of one series: the seed, where files lie (the data set's digest says what was in it), and
 # what bears on runs that break off.
-FREE = (
-    *("seed", "dataset_dir", "output_dir", "resume", "resume_with_changes"),
-    *("tensorboard", "checkpoint_minutes", "collective_timeout_seconds"),
-)
-FREE_IN_CLOSED = (
-    *("seed", "batch_size", "gradient_accumulation_steps", "learning_rate", "learning_rate_anneal"),
-    *("warmup_steps", "max_epochs", "max_steps"),
-)
-OWN_EVENTS = {  # hyperparameters that the official list has events for, and those
-    "seed": constants.SEED,
-    "batch_size": constants.GLOBAL_BATCH_SIZE,
-    "gradient_accumulation_steps": constants.GRADIENT_ACCUMULATION_STEPS,
-    "optimizer": constants.OPT_NAME,
-    "learning_rate": constants.OPT_BASE_LR,
-    "warmup_steps": constants.OPT_LR_WARMUP_STEPS,
-    "schedule": constants.OPT_LR_DECAY_SCHEDULE,
-    "weight_decay": constants.OPT_WEIGHT_DECAY,
-    "gradient_clip_norm": constants.OPT_GRADIENT_CLIP_NORM,
-    "averaging_decay": constants.MODEL_EVAL_EMA_FACTOR,
-}
+FREE = {"seed", *fields_of("machine", "session")}
 ENVIRONMENT = "torch", "cuda", "cudnn", "threads"  # of what a log knows of its machine, what bears on time and losses
-HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(Config) if field.metadata.get("tunable"))
 
 
 def read_configuration(plain: dict[str, Any]) -> Config:
@@ -48,9 +28,10 @@ def read_configuration(plain: dict[str, Any]) -> Config:
     Raises:
         RunError: a hyperparameter is missing; a field is unknown, of the wrong type, or against its rule.
     """
+    plain = with_current_names(plain)
     kinds = typing.get_type_hints(Config)
     names = [field.name for field in dataclasses.fields(Config)]
-    if missing := [name for name in ("config", "recipe", "precision", *HYPERPARAMETERS) if name not in plain]:
+    if missing := [name for name in ("config", "precision", *HYPERPARAMETERS) if name not in plain]:
         raise RunError(f"it lacks {', '.join(missing)}")
     if unknown := [name for name in plain if name not in names]:
         raise RunError(f"it has the unknown {', '.join(unknown)}")
@@ -74,7 +55,8 @@ def configuration_problem(plain: dict[str, Any], logged: dict[str, Any] | None =
     except RunError as error:
         return str(error)
     if logged is not None:
-        for name, event in OWN_EVENTS.items():
+        plain = with_current_names(plain)
+        for name, event in EVENTS.items():
             if name not in logged or plain[name] != logged[name]:
                 return f"{name} is not that of the event {event}"
     return ""
@@ -82,8 +64,9 @@ def configuration_problem(plain: dict[str, Any], logged: dict[str, Any] | None =
 
 def reference_problem(plain: dict[str, Any]) -> str:
     """In what an event's metadata is not the reference recipe on LibriSpeech; empty where in nothing. For the rules."""
-    reference = dataclasses.replace(CONFIGS["librispeech"], **REFERENCE_RECIPE).plain()
-    fixed = (name for name in HYPERPARAMETERS if name not in FREE_IN_CLOSED)
+    reference, plain = CONFIGS["librispeech-2018"].to_dict(), with_current_names(plain)
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    fixed = (name for name in HYPERPARAMETERS if not fields[name].metadata["free_in_closed"])
     return ", ".join(f"{name} is not {reference[name]}" for name in fixed if plain.get(name) != reference[name])
 
 

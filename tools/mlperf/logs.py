@@ -17,6 +17,7 @@ from typing import Any
 
 from mlperf_logging.mllog import constants
 
+from pytorch.config import with_current_names
 from pytorch.metrics import ErrorCounts
 from tools.mlperf.events import Event, Result, read_events
 
@@ -109,7 +110,7 @@ class RunLog:
     @property
     def configuration(self) -> dict[str, Any]:
         """Every field of the Config, as plain values."""
-        return self.metadata("configuration")
+        return with_current_names(self.metadata("configuration"))
 
     @property
     def config_name(self) -> str | None:

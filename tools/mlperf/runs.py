@@ -24,8 +24,8 @@ from mlperf_logging.mllog import constants
 from data.packed import open_dataset
 from pytorch.cli import PREEMPTED, Preempted, RunError, exit_status
 from pytorch.config import ROOT, Config, parse_config
-from pytorch.machine import clear_cache, environment, git_state
-from pytorch.mllog import REPORT, chosen_division, chosen_platform
+from pytorch.machine import clear_cache, describe_machine, git_revision
+from pytorch.mllog import REPORT, submission_division, submission_platform
 from tools.mlperf.check import check, describe, sound
 from tools.mlperf.configuration import ENVIRONMENT, FREE, comparable
 from tools.mlperf.logs import RunLog
@@ -115,24 +115,24 @@ def _look_around(config: Config) -> Here:
         RunError: no log of a run that is started here would be accepted.
         DataError: there is no data set.
     """
-    division = chosen_division()
+    division = submission_division()
     dataset = open_dataset(config.dataset_dir)
-    commit, changed = git_state()
+    commit, changed = git_revision()
     if commit == "unknown":
         raise RunError("the commit is not known, so no log would be accepted: git, or its folder, is not there")
     if division == constants.CLOSED and changed:
         raise RunError("files differ from the commit, so no log would be accepted in the closed division")
     if division == constants.CLOSED and (reason := clear_cache(dataset)):
         raise RunError(f"the cache cannot be cleared, so no log would be accepted in the closed division: {reason}")
-    from pytorch.device import choose_device  # slow to import: wrong options are refused before
+    from pytorch.device import select_device  # slow to import: wrong options are refused before
     from pytorch.launch import processes_here
 
-    device, ranks = choose_device(config.device), processes_here()
-    machine = environment(device)
+    device, ranks = select_device(config.device), processes_here()
+    machine = describe_machine(device)
     logged = {
         "data set": dataset.digest,
         constants.SUBMISSION_DIVISION: division,
-        constants.SUBMISSION_PLATFORM: chosen_platform(machine, ranks),
+        constants.SUBMISSION_PLATFORM: submission_platform(machine, ranks),
         "number_of_ranks": ranks,
         # Of several processes each has as many threads as its launcher gives it.
         **{name: machine.get(name) for name in ENVIRONMENT if ranks == 1 or name != "threads"},
@@ -142,7 +142,7 @@ def _look_around(config: Config) -> Here:
 
 def _check_kept(tree: Tree, config: Config, here: Here, count: int) -> None:
     """RunError where a run that is there would be refused, or is not one of this series."""
-    fixed = {name: value for name, value in config.plain().items() if name not in FREE and value != "auto"}
+    fixed = {name: value for name, value in config.to_dict().items() if name not in FREE and value != "auto"}
     kept = {number: path for number in range(count) if (path := tree.result(number)).exists()}
     for number, log in zip(kept, sound(list(kept.values())), strict=True):
         there = {**log.configuration, **comparable(log), "seed": log.seed}

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlperf_logging.mllog import constants
 
-from pytorch.machine import environment
-from pytorch.mllog import chosen_division, chosen_status
+from pytorch.machine import describe_machine
+from pytorch.mllog import submission_division, submission_status
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ def describe_system(name: str, device: torch.device, ranks: int = 1) -> dict[str
     Raises:
         RunError: SUBMISSION_DIVISION or SUBMISSION_STATUS is set to what the rules do not know.
     """
-    machine = environment(device)
+    machine = describe_machine(device)
     processor = _processor(_read("/proc/cpuinfo"))
     gpus = ranks if machine["accelerators"] else 0
     memory = f"{machine['accelerator_memory_gib']} GiB" if gpus else NONE
@@ -57,8 +57,8 @@ def describe_system(name: str, device: torch.device, ranks: int = 1) -> dict[str
         software.append(f"container image {image}")
     return {
         "submitter": os.environ.get("SUBMISSION_ORG", "reference"),
-        "division": chosen_division(),
-        "status": STATUSES[chosen_status()],
+        "division": submission_division(),
+        "status": STATUSES[submission_status()],
         "system_name": name,
         "number_of_nodes": "1",
         "host_processors_per_node": processor["sockets"],

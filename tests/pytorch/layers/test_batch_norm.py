@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pytorch.layers import kernels
-from pytorch.layers.batch_norm import BatchNorm, _OverAllRows
+from pytorch.layers.batch_norm import BatchNorm, _SyncBatchNorm
 
 LIMITS = [(float("-inf"), float("inf")), (-0.5, 1.0)]
 
@@ -18,20 +18,20 @@ def rows(count: int, channels: int) -> Tensor:
     return torch.randn(count, channels, generator=generator) * torch.linspace(0.5, 2, channels) + 7
 
 
-@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("clamp", LIMITS)
 @pytest.mark.parametrize(("count", "channels"), [(2, 1), (3, 5), (1000, 4), (20001, 8), (77, 168), (50, 800)])
 def test_batch_norm_and_its_gradients_are_those_of_torch_in_float64(
-    count: int, channels: int, limits: tuple[float, float], cpu_path: str
+    count: int, channels: int, clamp: tuple[float, float], cpu_path: str
 ) -> None:
-    ours, oracle = BatchNorm(channels, limits), nn.BatchNorm1d(channels).double()
+    ours, oracle = BatchNorm(channels, clamp), nn.BatchNorm1d(channels).double()
     for norm in (ours, oracle):
         norm.load_state_dict({**norm.state_dict(), "weight": torch.linspace(-1, 2, channels)})
     x_NC = rows(count, channels).requires_grad_()
     expected_NC = x_NC.detach().double().requires_grad_()
     unclipped_NC = oracle(expected_NC)
-    y_NC, wanted_NC = ours(x_NC), nn.functional.hardtanh(unclipped_NC, *limits)
+    y_NC, wanted_NC = ours(x_NC), nn.functional.hardtanh(unclipped_NC, *clamp)
     upstream_NC = torch.randn(count, channels, generator=torch.Generator().manual_seed(0))
-    for limit in limits:  # rounding may put what is that near to a limit on its other side
+    for limit in clamp:  # rounding may put what is that near to a limit on its other side
         upstream_NC[(unclipped_NC - limit).abs() < 1e-3] = 0
     y_NC.backward(upstream_NC)
     wanted_NC.backward(upstream_NC.double())
@@ -44,7 +44,7 @@ def test_batch_norm_and_its_gradients_are_those_of_torch_in_float64(
         close(buffer, oracle.get_buffer(name))
 
     ours.eval(), oracle.eval()
-    close(ours(x_NC), nn.functional.hardtanh(oracle(expected_NC), *limits))
+    close(ours(x_NC), nn.functional.hardtanh(oracle(expected_NC), *clamp))
 
 
 def test_rows_of_bfloat16_stay_so_and_are_rounded_once(cpu_path: str) -> None:
@@ -74,7 +74,7 @@ def test_a_number_that_is_none_reaches_the_output(cpu_path: str) -> None:
 
 def test_one_row_is_normalised_to_zero_and_leaves_statistics_finite() -> None:
     norm = BatchNorm(3)
-    output_NC = _OverAllRows.apply(torch.ones(1, 3), norm.weight, norm.bias, norm.eps, LIMITS[0])[0]
+    output_NC = _SyncBatchNorm.apply(torch.ones(1, 3), norm.weight, norm.bias, norm.eps, LIMITS[0])[0]
     assert torch.equal(output_NC, torch.zeros(1, 3))
     if kernels.available():  # torch's own refuses a single row
         norm(torch.ones(1, 3))
@@ -83,5 +83,5 @@ def test_one_row_is_normalised_to_zero_and_leaves_statistics_finite() -> None:
 
 def test_the_result_is_the_same_to_the_bit_each_time() -> None:
     x_NC = rows(9999, 4)
-    results = [_OverAllRows.apply(x_NC, torch.ones(4), torch.zeros(4), 1e-5, LIMITS[1])[0] for _ in range(3)]
+    results = [_SyncBatchNorm.apply(x_NC, torch.ones(4), torch.zeros(4), 1e-5, LIMITS[1])[0] for _ in range(3)]
     assert all(torch.equal(result, results[0]) for result in results)

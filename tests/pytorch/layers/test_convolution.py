@@ -74,7 +74,7 @@ def test_under_bfloat16_autocast_it_is_off_by_rounding_alone(
     frequencies: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: True)  # where it does not, this is slow
+    monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)  # where it does not, this is slow
     torch.manual_seed(0)
     convolution = Convolution(inputs, outputs, kernel, stride)
     x_BTFC = torch.rand(2, 20, frequencies, inputs, requires_grad=inputs > 1)
@@ -91,7 +91,7 @@ def test_under_bfloat16_autocast_it_is_off_by_rounding_alone(
 
 
 def test_a_cpu_that_does_not_multiply_bfloat16_convolves_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(kernels, "has_native_bf16", lambda: False)
     convolution, x_BTFC = Convolution(4, 4, (21, 11), (2, 1)), torch.randn(2, 9, 81, 4)
     with torch.autocast("cpu", torch.bfloat16):
         output = convolution(x_BTFC.bfloat16())
