@@ -1,12 +1,14 @@
 """Audio files: which can be read, how long they are, and their samples at 16 kHz mono.
 
 FLAC carries the MD5 of its samples, which is checked. Other formats are read by libsndfile, and what it does not know
-by sox, where that is installed (open_recording). Whatever cannot be read whole is an error that names the file.
+by sox or ffmpeg, where they are installed (open_recording). Whatever cannot be read whole is an error that names the
+file.
 """
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import re
 import shutil
 import subprocess
@@ -32,6 +34,9 @@ HEADERLESS = (
 )
 # What libsndfile logs of a file that is shorter than its header says; it then reads what is there without complaint.
 CUT_SHORT = re.compile(r"^\s*(?:data|SSND|riff|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+# A page of Ogg that begins a stream behind one that does not; the frame that tells the length of an MP3 stream.
+OGG_CHAIN = re.compile(rb"OggS\0[\0\1\4\5].*OggS\0[\2\6]", re.DOTALL)
+MP3_INFO = re.compile(rb"\xff[\xe2-\xfb].{2,4}?\0{9,32}(?:Xing|Info)\0\0\0(.)(.{8})", re.DOTALL)
 # What soundfile raises for files that it does not know, that are damaged, or whose headers ask for absurd memory.
 SNDFILE_FAILURES = (soundfile.LibsndfileError, RuntimeError, MemoryError, ValueError)
 
@@ -95,9 +100,9 @@ def decode_raw(file: Path) -> np.ndarray:
 
 @contextmanager
 def open_recording(file: Path) -> Iterator[soundfile.SoundFile]:
-    """Open an audio file of any format by libsndfile, or else what sox makes of it: 16 bits, 16 kHz, mono.
+    """Open an audio file of any format by libsndfile, or else what sox or ffmpeg make of it: 16 bits, 16 kHz, mono.
 
-    DataError for what neither reads, for headerless audio, and for rates that nobody records at.
+    DataError for what none of them reads, for headerless audio, and for rates that nobody records at.
     """
     if not file.is_file():
         raise DataError(f"{file} is missing or not a file")
@@ -106,9 +111,13 @@ def open_recording(file: Path) -> Iterator[soundfile.SoundFile]:
     with ExitStack() as opened:
         try:
             audio = opened.enter_context(soundfile.SoundFile(file))
+            reason = "it reads the first of several streams" if _has_more_streams(file, audio.format) else None
+            programs = ["ffmpeg"]  # sox may read no more of them either
         except (*SNDFILE_FAILURES, TypeError) as error:  # which soundfile raises for names of headerless audio
+            reason, programs = getattr(error, "error_string", str(error)), ["sox", "ffmpeg"]
+        if reason is not None:
             folder = opened.enter_context(tempfile.TemporaryDirectory())
-            audio = opened.enter_context(_convert_by_sox(file, Path(folder), str(error).strip()))
+            audio = opened.enter_context(_convert(file, Path(folder), programs, reason))
         if not LOWEST_RATE <= audio.samplerate <= HIGHEST_RATE:
             raise DataError(
                 f"{file} has a rate of {audio.samplerate} Hz; from {LOWEST_RATE} to {HIGHEST_RATE} Hz are understood"
@@ -117,8 +126,19 @@ def open_recording(file: Path) -> Iterator[soundfile.SoundFile]:
 
 
 def tells_length(audio: soundfile.SoundFile) -> bool:
-    """Return whether the header must tell the length exactly, as those of MP3 and Ogg need not."""
-    return audio.format not in ("MP3", "OGG") and not audio.subtype.startswith("MPEG_LAYER")
+    """Return whether the header tells the length exactly, as those of MP3 and Ogg and of FLAC from a pipe need not."""
+    exact = audio.format not in ("MP3", "OGG") and not audio.subtype.startswith("MPEG_LAYER")
+    return exact and audio.frames < 1 << 62
+
+
+def find_cut(audio: soundfile.SoundFile) -> re.Match[str] | None:
+    """Return the bytes of audio that the header claims and those that there are, as groups, if the file is cut short.
+
+    What is written into a pipe claims 0 or the most there can be, or thereabouts: that is no claim.
+    """
+    cut = CUT_SHORT.search(audio.extra_info)
+    claimed = int(cut[1]) if cut else 0
+    return None if claimed == 0 or 0x7F000000 <= claimed <= 0x80000000 or claimed >= 0xFFFFFF00 else cut
 
 
 def any_num_samples(file: Path) -> int:
@@ -127,7 +147,7 @@ def any_num_samples(file: Path) -> int:
         if audio.format == "FLAC":
             header = read_flac_header(file)
             return resampled_length(header.frames, header.rate)
-        if cut := CUT_SHORT.search(audio.extra_info):
+        if cut := find_cut(audio):
             raise DataError(f"{file} is cut short: it has {cut[2]} of {cut[1]} bytes of audio")
         _check_length(file, audio.frames, audio.samplerate)
         frames, rate = audio.frames, audio.samplerate
@@ -184,22 +204,41 @@ def _flac_md5(frames: np.ndarray, bits: int) -> bytes:
     return hashlib.md5(samples.view(np.uint8).reshape(-1, 4)[:, :width].tobytes()).digest()
 
 
-def _convert_by_sox(file: Path, folder: Path, reason: str) -> soundfile.SoundFile:
-    """Open the WAV file that sox makes of another in `folder`; `reason` is why libsndfile does not read that."""
+def _has_more_streams(file: Path, format: str) -> bool:
+    """Return whether a file of MP3 or Ogg goes on behind the stream that libsndfile reads, as where two are joined."""
+    if format not in ("MP3", "OGG"):
+        return False
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if format == "OGG":
+            return OGG_CHAIN.search(content) is not None
+        info = MP3_INFO.search(content)
+        if info is None or not info[1][0] & 2:  # without the number of its bytes all frames are read
+            return False
+        at = 4 if info[1][0] & 1 else 0
+        end = info.start() + int.from_bytes(info[2][at : at + 4], "big")
+        return re.match(rb"(?:TAG.{125})?(?:ID3|\xff[\xe2-\xfb])", content[end : end + 131], re.DOTALL) is not None
+
+
+def _convert(file: Path, folder: Path, programs: list[str], reason: str) -> soundfile.SoundFile:
+    """Open the WAV file that the first able program makes of another; `reason` is why libsndfile does not read it."""
     if file.suffix.lower().removeprefix(".") in HEADERLESS.split():
         raise DataError(f"{file} has no header that tells rate and encoding; convert it, such as to WAV")
-    if shutil.which("sox") is None:
-        raise DataError(
-            f"{file} is in no format that libsndfile reads ({reason}), and sox, which knows more of them, is not "
-            "installed; on Debian and Ubuntu: apt-get install sox libsox-fmt-all"
-        )
     converted = folder / "audio.wav"
     # An absolute path, and no globbing: sox would take '|...' for a command and '*' for a pattern.
-    command = ["sox", "-V1", "--no-dither", "--no-glob", str(file.absolute())]
-    command += ["-r", str(SAMPLE_RATE), "-c", "1", "-b", "16", "-e", "signed-integer", str(converted)]
-    run = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-    with suppress(*SNDFILE_FAILURES):
-        if run.returncode == 0:
-            return soundfile.SoundFile(converted)
-    told = run.stderr.decode(errors="replace").strip().splitlines() or ["no audio"]
-    raise DataError(f"{file} can be read neither by libsndfile ({reason}) nor by sox ({told[-1]})")
+    sox = ["-V1", "--no-dither", "--no-glob", str(file.absolute()), "-r", str(SAMPLE_RATE), "-c", "1", "-b", "16"]
+    ffmpeg = ["-v", "error", "-i", f"file:{file.absolute()}", "-map", "0:a:0", "-ar", str(SAMPLE_RATE), "-ac", "1"]
+    options = {"sox": [*sox, "-e", "signed-integer"], "ffmpeg": [*ffmpeg, "-c:a", "pcm_s16le"]}
+    failures = []
+    for program in programs:
+        if shutil.which(program) is None:
+            failures.append(f"{program} (not installed)")
+            continue
+        command = [program, *options[program], str(converted)]
+        run = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+        with suppress(*SNDFILE_FAILURES):
+            if run.returncode == 0:
+                return soundfile.SoundFile(converted)
+        told = run.stderr.decode(errors="replace").strip().splitlines() or ["no audio"]
+        failures.append(f"{program} ({told[-1]})")
+    advice = f"; convert it: ffmpeg -i {file.name} {file.stem}.wav" if shutil.which("ffmpeg") is None else ""
+    raise DataError(f"{file} can be read neither by libsndfile ({reason}) nor by {' nor by '.join(failures)}{advice}")
