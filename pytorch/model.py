@@ -99,6 +99,19 @@ class DeepSpeech2(nn.Module):
         return logits_TBV.unflatten(0, (time, batch)), output_frames_B
 
 
+def training_flops(model: DeepSpeech2, frames: int) -> tuple[float, float]:
+    """Return the floating-point operations of a forward pass and of a training step on so many valid output frames.
+
+    A multiplication with its addition counts as two. Each matrix is applied once a frame, and each convolution's kernel
+    once a frame and output frequency. Batch norms, spectrogram, CTC and optimizer are left out.
+    """
+    conv1 = model.conv1.weight.numel() * (2 * OUTPUT_FREQUENCIES - 1)
+    conv2 = model.conv2.weight.numel() * OUTPUT_FREQUENCIES
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
+    forward = 2.0 * frames * (conv1 + conv2 + matrices)
+    return forward, 3 * forward - 2.0 * frames * conv1  # the features need no gradient
+
+
 @torch.no_grad()
 def _make_gates_orthogonal(grus: nn.ModuleList) -> None:
     for name, parameter in grus.named_parameters():
