@@ -62,6 +62,7 @@ def _failed(error: object, status: int) -> int:
     return status
 
 
-def progress_bar(title: str, total: int, initial: int = 0, *, shown: bool = True) -> tqdm:
-    """Return a progress bar with the time left on standard error; silent where that is no terminal."""
-    return tqdm(total=total, initial=initial, desc=title, leave=False, disable=None if shown else True, unit="batch")
+def progress_bar(title: str, total: float | None, initial: int = 0, *, unit: str = "batch", shown: bool = True) -> tqdm:
+    """Return a progress bar on standard error, silent where that is no terminal; a total tells the time left."""
+    scaled, disabled = unit != "batch", None if shown else True
+    return tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=scaled, leave=False, disable=disabled)
