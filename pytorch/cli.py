@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -33,7 +34,16 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
     The status is 0, 1 if the work returned False or failed, 130 if interrupted, RANK_FAILED or PREEMPTED.
     """
     try:
-        return 1 if work() is False else 0
+        succeeded = work() is not False
+        sys.stdout.flush()  # else what cannot be written would be known when the interpreter ends
+        return 0 if succeeded else 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        if error.errno != errno.EPIPE:  # such as of `| head`, which has what it wanted
+            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter tries once more
+        return 1
     except (RunError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -75,7 +75,7 @@ def log_submission(
         RunError: SUBMISSION_DIVISION or SUBMISSION_STATUS is set to what the rules do not know.
     """
     log.event(constants.SUBMISSION_BENCHMARK, BENCHMARK)
-    log.event(constants.SUBMISSION_ORG, os.environ.get("SUBMISSION_ORG", "reference"))
+    log.event(constants.SUBMISSION_ORG, os.environ.get("SUBMISSION_ORG") or "reference")
     log.event(constants.SUBMISSION_DIVISION, submission_division())
     log.event(constants.SUBMISSION_STATUS, submission_status())
     machine = environment(device)
@@ -116,7 +116,7 @@ def submission_platform(machine: dict[str, Any], ranks: int) -> str:
 
 
 def _chosen(variable: str, default: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(variable, default)
+    value = os.environ.get(variable) or default
     if value not in allowed:
         raise RunError(f"{variable} is {value!r}; it must be one of {', '.join(allowed)}")
     return value

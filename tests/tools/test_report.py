@@ -235,14 +235,6 @@ def test_thinning_keeps_the_peaks() -> None:
     assert thin(points[:200], 200) == points[:200]
 
 
-def test_what_processes_waited_for_each_other_is_shown_where_there_were_several(tmp_path: Path) -> None:
-    log = made_up_log(epochs=2)
-    log.edit("epoch_stop", rank_wait_fractions=[0.0, 0.125])
-    log.edit("epoch_stop", number=1, rank_wait_fractions=[0.25, 0.0])
-    drawn = {chart["id"]: chart for chart in figures(written(tmp_path, log.write(tmp_path / "run.log")))["charts"]}
-    assert drawn["wait-ranks"]["series"][0]["points"] == [[1, 12.5], [2, 25]]
-
-
 @pytest.mark.parametrize(
     ("count", "shown"),
     [(10, ["012", "3456", "789"]), (12, ["012", "4567", "9AB"]), (7, ["01", "234", "56"]), (2, ["01"])],
