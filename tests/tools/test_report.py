@@ -151,7 +151,7 @@ def test_the_score_of_enough_runs_is_that_of_the_rules_or_says_why_there_is_none
     assert 'class="score"' not in written(tmp_path, *paths[:2])
     assert "Score: 330.0 s, the mean without the fastest and the slowest of 3 runs." in written(tmp_path, *paths)
     assert "No score: " in written(tmp_path, *paths[:2], made_up_log(seed=2).write(tmp_path / "other.log"))
-    missed = series(tmp_path / "missed", epochs=[2, 2, 2], unreached=2)
+    missed = series(tmp_path / "missed", epochs=[2, 2, 2], missed=2)
     assert "No score: 2 runs did not reach the target; at most 1 may." in written(tmp_path, *missed)
 
 

@@ -126,7 +126,7 @@ def _refusals(config: Config, dataset: PackedDataset, division: str) -> Iterator
     if changed:
         yield "files differ from the commit"
     if problem := reference_problem(config.to_dict()):
-        yield problem
+        yield f"{problem}: the closed recipe is --config librispeech-2018"
     if dataset.corpus != LIBRISPEECH.name or not dataset.official:
         yield f"{config.dataset_dir} is not made of the official archives of LibriSpeech"
     for split in ("train", "validation"):
