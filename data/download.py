@@ -14,10 +14,9 @@ After an interruption of any kind the same command goes on where it was.
 from __future__ import annotations
 
 import errno
-import hashlib
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -26,9 +25,9 @@ import tyro
 
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
 from data.fetch import ArchiveSource, VerifiedArchive, check_space, read_checksums
-from data.files import DataError, available_cores, locked
+from data.files import UNFINISHED, DataError, available_cores, file_digest, locked, work_folder
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
-from data.prepare import check_place, finish_dataset, prepare_archive, prepare_subset, work_folder
+from data.prepare import Preparation, check_place
 from data.readers import read_manifest
 
 
@@ -68,24 +67,21 @@ def download(options: Options) -> PackedDataset:
     corpus = find_corpus(options.corpus)
     subsets = corpus.select([name.strip() for name in options.subsets.split(",") if name.strip()])
     _check_options(options, corpus, subsets)
+    subsets = subsets[:1] if options.manifest else subsets
+    archives = _expected_archives(subsets, options)
     path = options.dataset_dir or corpus.default_dataset_dir
     if path.exists() and not path.is_dir():
         raise DataError(f"{path} is not a folder; give another --dataset-dir")
     try:
-        if options.manifest:
-            dataset = _prepare_manifest(path, corpus, subsets[0], options.manifest, options.jobs)
-        else:
-            dataset = _download_archives(path, corpus, subsets, options)
+        path.mkdir(parents=True, exist_ok=True)
+        with locked(path, "download or verification"):
+            dataset = _complete(path, corpus, subsets, archives, options)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise DataError(f"cannot write in {path}: {error.strerror}") from error
         raise
-    if len(dataset.subsets) == len(corpus.subsets) and corpus.reference_digest not in ("", dataset.digest):
-        print(
-            f"warning: the checksum is {dataset.digest}, not the reference {corpus.reference_digest}, "
-            "as verify_dataset.sh will say: eSpeak NG of another platform or version speaks slightly differently.",
-            file=sys.stderr,
-        )
+    if options.checksums and not dataset.official:
+        print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
     return dataset
 
 
@@ -101,74 +97,53 @@ def _check_options(options: Options, corpus: Corpus, subsets: Sequence[CorpusSub
         raise DataError(f"the {corpus.name} corpus {why}: --mirror, --checksums and --keep-archives do not apply")
 
 
-def _download_archives(path: Path, corpus: Corpus, subsets: Sequence[CorpusSubset], options: Options) -> PackedDataset:
+def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dict[str, Archive]:
+    """Return by subset the published archive, or one with the sum of --checksums; a manifest stands for its archive."""
+    if options.manifest:
+        try:
+            return {subsets[0].name: Archive(str(options.manifest), md5=file_digest(options.manifest, "md5"))}
+        except OSError as error:
+            raise DataError(f"cannot read the manifest {options.manifest}: {error.strerror}") from error
+    if not options.checksums:
+        return {subset.name: subset.archive for subset in subsets}
+    sums = read_checksums(options.checksums)
+    if absent := [subset.archive.file for subset in subsets if subset.archive.file not in sums]:
+        raise DataError(f"{options.checksums} has no line for {absent[0]}")
+    return {subset.name: Archive(subset.archive.file, md5=sums[subset.archive.file]) for subset in subsets}
+
+
+def _complete(
+    path: Path, corpus: Corpus, subsets: Sequence[CorpusSubset], archives: dict[str, Archive], options: Options
+) -> PackedDataset:
     """Add the subsets that are missing to the data set in `path`."""
-    sums = read_checksums(options.checksums) if options.checksums else None
-    expected = {subset.archive.file: _expected(subset.archive, sums, options.checksums) for subset in subsets}
-    path.mkdir(parents=True, exist_ok=True)
-    with locked(path, "download or verification"):
-        dataset = _present_state(path, corpus)
-        missing = [
-            subset for subset in subsets if not _is_prepared(dataset, subset.name, expected[subset.archive.file].md5)
-        ]
-        check_place(dataset, [subset.name for subset in missing])
-        with work_folder(path) as work:
-            if not missing and dataset.digest:
-                return _report(dataset, "is complete already")
+    dataset = _present_state(path, corpus)
+    missing = [subset for subset in subsets if not _is_prepared(dataset, subset.name, archives[subset.name].md5)]
+    check_place(dataset, [subset.name for subset in missing])
+    complete = dataset.digest and not missing
+    # A folder that a killed run has left is removed even then, but none is made, as the disk may be read-only.
+    with work_folder(path) if not complete or (path / UNFINISHED).exists() else nullcontext(path) as work:
+        if complete:
+            return _report(dataset, "is complete already")
+        preparation = Preparation(dataset, corpus, work, options.jobs)
+        if options.manifest and missing:
+            utterances = read_manifest(options.manifest, options.jobs)
+            check_space(path, 2 * sum(utterance.num_samples for utterance in utterances))
+            sha256 = file_digest(options.manifest, "sha256")
+            listed = VerifiedArchive(options.manifest, archives[missing[0].name].md5, sha256, official=False)
+            preparation.add_subset(listed, missing[0].name, utterances)
+        elif missing:
             source = ArchiveSource(path / "archives", work, corpus, options.mirror, options.keep_archives, options.jobs)
-            needed = {subset.archive.file: expected[subset.archive.file] for subset in missing}
+            wanted = {archives[subset.name].file: archives[subset.name] for subset in missing}
             # Closed explicitly: whatever goes wrong in here must end the downloads that run beside it.
-            with closing(source.archives(list(needed.values()))) as archives:
-                for archive in archives:
+            with closing(source.archives(list(wanted.values()))) as verified:
+                for archive in verified:
                     members = [subset for subset in missing if subset.archive.file == archive.file.name]
-                    dataset = prepare_archive(dataset, corpus, archive, members, work, options.jobs)
+                    preparation.add_archive(archive, members)
                     source.drop(archive)
-            dataset = finish_dataset(dataset, work)
-    if not dataset.official and not dataset.synthetic:
-        print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
-    return _report(dataset, "is complete")
-
-
-def _prepare_manifest(path: Path, corpus: Corpus, subset: CorpusSubset, manifest: Path, jobs: int) -> PackedDataset:
-    """Add the subset that a manifest lists to the data set in `path`; the manifest stands for the archive."""
-    try:
-        content = manifest.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read the manifest {manifest}: {error.strerror}") from error
-    source = VerifiedArchive(manifest, hashlib.md5(content).hexdigest(), hashlib.sha256(content).hexdigest(), False)
-    path.mkdir(parents=True, exist_ok=True)
-    with locked(path, "download or verification"):
-        dataset = _present_state(path, corpus)
-        present = _is_prepared(dataset, subset.name, source.md5)
-        if not present:
-            check_place(dataset, [subset.name])
-        with work_folder(path) as work:
-            if present and dataset.digest:
-                return _report(dataset, "is complete already")
-            if not present:
-                utterances = read_manifest(manifest, jobs)
-                check_space(
-                    path, packed=2 * sum(utterance.num_samples for utterance in utterances), archives=0, unpacked=0
-                )
-                dataset = prepare_subset(dataset, corpus, source, subset.name, utterances, work, jobs)
-            dataset = finish_dataset(dataset, work)
-    return _report(dataset, "is complete")
-
-
-def _expected(archive: Archive, sums: dict[str, str] | None, file: Path | None) -> Archive:
-    """Return what an archive must be: the published one, or that of --checksums, of a size that is not known."""
-    if sums is None:
-        return archive
-    if archive.file not in sums:
-        raise DataError(f"{file} has no line for {archive.file}")
-    return Archive(archive.file, md5=sums[archive.file])
+        return _report(preparation.finish(), "is complete")
 
 
 def _present_state(path: Path, corpus: Corpus) -> PackedDataset:
-    if (path / DATASET_FILE).is_symlink():
-        raise DataError(
-            f"{path / DATASET_FILE} is a link, which this program does not make; give another --dataset-dir"
-        )
     if not (path / DATASET_FILE).exists():
         return PackedDataset(path, corpus.name, corpus.synthetic, corpus.splits([]))
     dataset = read_dataset(path)

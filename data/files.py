@@ -1,6 +1,7 @@
-"""What every command needs of the system: errors, files that are whole or absent, locks, digests, processes, progress.
+"""The tools of every command: errors, files that are whole or absent, locks, digests, processes, progress bars.
 
-Nothing here knows what an archive or a data set is.
+Nothing here knows what an archive or a data set is. What a command has not finished lies in a work_folder, and
+everything in that is this program's; outside of it, nothing is removed or replaced that the program did not make.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 CHUNK_BYTES = 1 << 20  # read or written at once
+Progress = Callable[[int], object]  # is told how many bytes more have been read or written
+UNFINISHED, DOWNLOADS, MARK = "unfinished", "downloads", "made-by-this-program.txt"
 
 
 class DataError(Exception):
@@ -50,6 +54,46 @@ def atomic_replace(partial: Path, final: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def not_ours(path: Path) -> DataError:
+    """Return the error that something which is not this program's is in its way."""
+    return DataError(f"{path} exists and was not made by this program; move it away, or give another folder")
+
+
+@contextmanager
+def work_folder(parent: Path) -> Iterator[Path]:
+    """Make a marked folder in `parent` for what is unfinished; what an earlier, killed run left in it goes first.
+
+    Only its folder `downloads`, for what can be resumed, outlives this. DataError where something else has the name.
+    """
+    folder = parent / UNFINISHED
+    if os.path.lexists(folder):
+        if folder.is_symlink() or not ((folder / MARK).is_file() or (folder.is_dir() and not any(folder.iterdir()))):
+            raise not_ours(folder)
+        _clear_work_folder(folder)
+    folder.mkdir(exist_ok=True)
+    try:
+        (folder / MARK).write_text("All in this folder is removed by the command that made it.\n", encoding="utf-8")
+        (folder / DOWNLOADS).mkdir(exist_ok=True)
+        yield folder
+    finally:
+        with suppress(OSError):
+            _clear_work_folder(folder)
+
+
+def _clear_work_folder(folder: Path) -> None:
+    for entry in list(folder.iterdir()):
+        if entry.name == DOWNLOADS:
+            with suppress(OSError):  # there is something in it
+                entry.rmdir()
+        elif entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != MARK:
+            entry.unlink()
+    if [entry.name for entry in folder.iterdir()] in ([], [MARK]):
+        (folder / MARK).unlink(missing_ok=True)  # last, so that a folder that is half removed is still known
+        folder.rmdir()
 
 
 def file_digest(file: Path, algorithm: str) -> str:

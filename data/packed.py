@@ -21,15 +21,14 @@ import json
 import os
 import tarfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
-from data.files import CHUNK_BYTES, DataError, atomic_write, file_digest
+from data.files import CHUNK_BYTES, DataError, atomic_write, file_digest, progress_bar
 
 FORMAT_VERSION = 1
 SAMPLE_RATE = 16000
@@ -39,7 +38,6 @@ COLUMNS = ("id", "speaker", "offset", "samples", "transcript", "sha256")
 AUDIO_FILE, INDEX_FILE, DATASET_FILE = "audio.npy", "utterances.csv", "dataset.json"
 SUMMARY_FIELDS = {"samples": "num_samples", "longest_samples": "max_samples"}  # by the key in dataset.json
 AUDIO_HEADER_BYTES = 128
-ROWS_AT_ONCE = 4096
 
 
 class DatasetError(DataError):
@@ -74,44 +72,8 @@ class SubsetSummary:
     official: bool  # whether the archive was the published one, by its MD5
 
     @property
-    def seconds(self) -> float:
-        return self.num_samples / SAMPLE_RATE
-
-    @property
     def hours(self) -> float:
-        return self.seconds / 3600
-
-
-class StringArray(Sequence[str]):
-    """Many short strings in one block of UTF-8: a quarter of the memory of a list, and nothing for Python to track."""
-
-    def __init__(self) -> None:
-        self._content = bytearray()
-        self._ends = array("q", [0])
-
-    def extend(self, texts: Sequence[str]) -> None:
-        encoded = [text.encode() for text in texts]
-        ends = accumulate(map(len, encoded), initial=len(self._content))
-        self._ends.extend(islice(ends, 1, None))
-        self._content += b"".join(encoded)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        return self._content[self._ends[position] : self._ends[position + 1]].decode()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]  # equal to a list, which has none
+        return self.num_samples / SAMPLE_RATE / 3600
 
 
 @dataclass(frozen=True)
@@ -164,7 +126,13 @@ class PackedDataset:
         if name not in self.summary:
             raise DatasetError(f"{self.path} has no subset '{name}'; it has: {', '.join(self.summary)}")
         folder = self.path / name
-        ids, speakers, offsets, num_samples, transcripts = _read_columns(folder / INDEX_FILE)
+        ids, speakers, transcripts, offsets, num_samples = [], [], [], array("q"), array("q")
+        for row in read_index(folder / INDEX_FILE):
+            ids.append(row.id)
+            speakers.append(row.speaker)
+            transcripts.append(row.transcript)
+            offsets.append(row.offset)
+            num_samples.append(row.num_samples)
         try:
             audio = np.load(folder / AUDIO_FILE, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
@@ -175,8 +143,8 @@ class PackedDataset:
         return Subset(
             name=name,
             audio=audio,
-            offsets=offsets,
-            num_samples=num_samples,
+            offsets=np.array(offsets),
+            num_samples=np.array(num_samples),
             ids=ids,
             speakers=speakers,
             transcripts=transcripts,
@@ -196,17 +164,15 @@ def read_dataset(path: Path) -> PackedDataset:
         raise DatasetError(f"{path} is not a folder, so not a data set")
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = int(content["format_version"])
     except FileNotFoundError:
         raise DatasetError(
             f"no data set in {path}: run 'sh download_dataset.sh' (with --corpus NAME and --dataset-dir {path})"
         ) from None
     except OSError as error:
         raise DatasetError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise DatasetError(f"{path} is not a data set of this program: cannot read {file}: {error}") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
-    if not isinstance(version, int):
-        raise DatasetError(f"{path} is not a data set of this program: {file} names no format version")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path} is not a data set of this program, by {file} ({error!r})") from error
     if version != FORMAT_VERSION:
         raise DatasetError(
             f"{path} has format version {version}, this code reads version {FORMAT_VERSION}: "
@@ -223,9 +189,7 @@ def read_dataset(path: Path) -> PackedDataset:
             summary=summary,
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(
-            f"{file} is damaged or of another program ({error}): run download_dataset.sh with another --dataset-dir"
-        ) from error
+        raise DatasetError(f"{file} is damaged ({error!r}): give download_dataset.sh another --dataset-dir") from error
 
 
 def open_dataset(path: Path) -> PackedDataset:
@@ -302,29 +266,6 @@ def read_index(file: Path) -> Iterator[UtteranceRow]:
         raise DatasetError(f"cannot read {file}: {error}; run verify_dataset.sh") from error
 
 
-def _read_columns(file: Path) -> tuple[StringArray, StringArray, np.ndarray, np.ndarray, StringArray]:
-    """Return ids, speakers, offsets, num_samples and transcripts of utterances.csv, without an object for each."""
-    ids, speakers, transcripts = StringArray(), StringArray(), StringArray()
-    offsets, num_samples = array("q"), array("q")
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            if tuple(next(reader, ())) != COLUMNS:
-                raise ValueError
-            while rows := list(islice(reader, ROWS_AT_ONCE)):
-                columns = list(zip(*rows, strict=True))
-                ids.extend(columns[0])
-                speakers.extend(columns[1])
-                offsets.extend(map(int, columns[2]))
-                num_samples.extend(map(int, columns[3]))
-                transcripts.extend(columns[4])
-    except (OSError, ValueError, IndexError, OverflowError, csv.Error):
-        for _ in read_index(file):  # slower, but its error names the line
-            pass
-        raise DatasetError(f"cannot read {file}; run verify_dataset.sh") from None
-    return ids, speakers, np.array(offsets, dtype=np.int64), np.array(num_samples, dtype=np.int64), transcripts
-
-
 def utterance_digest(waveform: np.ndarray, transcript: str) -> str:
     """Return the SHA-256 (hex) of an utterance: its int16 samples, little-endian, then its transcript."""
     digest = hashlib.sha256(np.ascontiguousarray(waveform, dtype="<i2").data)
@@ -337,23 +278,24 @@ def content_files(subsets: Iterable[str]) -> list[str]:
     return sorted(f"{subset}/{file}" for subset in subsets for file in (AUDIO_FILE, INDEX_FILE))
 
 
-def dataset_digest(path: Path, subsets: Iterable[str], progress: Callable[[int], object] = lambda count: None) -> str:
-    """Return the SHA-256 (hex) of the GNU-format tarball of the subsets' files; `progress` is told the bytes read."""
-    digest = hashlib.sha256()
-    total = 0
-    for name in content_files(subsets):
-        entry = tarfile.TarInfo(name)
-        entry.size = (path / name).stat().st_size
-        # The GNU format, unlike ustar, has room for members of 8 GiB and more.
-        header = entry.tobuf(tarfile.GNU_FORMAT)
-        digest.update(header)
-        with (path / name).open("rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
-                progress(len(chunk))
-        padding = -entry.size % tarfile.BLOCKSIZE
-        digest.update(bytes(padding))
-        total += len(header) + entry.size + padding
+def dataset_digest(path: Path, subsets: Iterable[str]) -> str:
+    """Return the SHA-256 (hex) of the GNU-format tarball of the subsets' files."""
+    files = content_files(subsets)
+    digest, total = hashlib.sha256(), 0
+    with progress_bar("checksum", sum((path / name).stat().st_size for name in files), "B") as bar:
+        for name in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = (path / name).stat().st_size
+            # The GNU format, unlike ustar, has room for members of 8 GiB and more.
+            header = entry.tobuf(tarfile.GNU_FORMAT)
+            digest.update(header)
+            with (path / name).open("rb") as stream:
+                while chunk := stream.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+            padding = -entry.size % tarfile.BLOCKSIZE
+            digest.update(bytes(padding))
+            total += len(header) + entry.size + padding
     end = 2 * tarfile.BLOCKSIZE
     digest.update(bytes(end + -(total + end) % tarfile.RECORDSIZE))
     return digest.hexdigest()

@@ -1,10 +1,8 @@
 """From an archive to packed subsets: unpack, read the headers, allocate, decode in parallel into place.
 
 Nothing has its final name before it is complete: a subset is built in `<dataset>/unfinished/`, flushed to disk, entered
-into dataset.json and renamed. A run that was cut short is repeated from the last whole subset.
-
-Nothing is removed or replaced that was not made here. A subset's folder is ours if dataset.json names it, and
-`unfinished/` if it holds the file MARK; an empty folder is nobody's loss. Anything else in their place is an error.
+into dataset.json and renamed. A run that was cut short is repeated from the last whole subset. Whatever has the name of
+a subset that dataset.json does not name is somebody else's, and an error; but an empty folder is in nobody's way.
 """
 
 from __future__ import annotations
@@ -16,13 +14,11 @@ import shutil
 import sys
 import tarfile
 import zlib
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from itertools import accumulate, chain
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
@@ -30,16 +26,16 @@ import numpy as np
 
 from data.corpora import Corpus, CorpusSubset
 from data.fetch import VerifiedArchive
-from data.files import DataError, atomic_replace, die_with_parent, progress_bar
+from data.files import DataError, atomic_replace, die_with_parent, not_ours, progress_bar
 from data.packed import (
     AUDIO_FILE,
     AUDIO_HEADER_BYTES,
+    DATASET_FILE,
     INDEX_FILE,
     PackedDataset,
     SubsetSummary,
     UtteranceRow,
     audio_header,
-    content_files,
     dataset_digest,
     utterance_digest,
     write_dataset,
@@ -47,7 +43,7 @@ from data.packed import (
 )
 from data.readers import Utterance, decode, read_utterances
 
-UNFINISHED, MARK = "unfinished", "made-by-download_dataset.txt"
+CONTENT = (AUDIO_FILE, INDEX_FILE)
 UTTERANCES_PER_TASK = 16
 # Speech in FLAC or 16-bit samples hardly shrinks by gzip; what grows this much on unpacking is no speech.
 MOST_EXPANSION, SMALL_BYTES = 20, 16 << 20
@@ -66,68 +62,54 @@ class StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def prepare_archive(
-    dataset: PackedDataset,
-    corpus: Corpus,
-    archive: VerifiedArchive,
-    subsets: Sequence[CorpusSubset],
-    work: Path,
-    jobs: int,
-) -> PackedDataset:
-    """Add the subsets that lie in one archive to a data set, which is unfinished then; return its new state."""
-    unpacked = work / "unpacked"
-    unpacked.mkdir()
-    unpack(archive.file, unpacked)
-    for subset in subsets:
-        utterances = read_utterances(unpacked, corpus.layout, subset)
-        if archive.official and subset.utterances not in (None, len(utterances)):
-            raise DataError(f"{archive.file}: {len(utterances)} utterances in {subset.name}, not {subset.utterances}")
-        dataset = prepare_subset(dataset, corpus, archive, subset.name, utterances, work, jobs)
-    shutil.rmtree(unpacked)
-    return dataset
+@dataclass
+class Preparation:
+    """A data set to which subsets are added; `work` is a work_folder in it, `jobs` the number of decoding processes."""
 
+    dataset: PackedDataset
+    corpus: Corpus
+    work: Path
+    jobs: int
 
-def prepare_subset(
-    dataset: PackedDataset,
-    corpus: Corpus,
-    archive: VerifiedArchive,
-    name: str,
-    utterances: Sequence[Utterance],
-    work: Path,
-    jobs: int,
-) -> PackedDataset:
-    """Add one subset to a data set, which is unfinished then; return its new state. `work` is work_folder's."""
-    partial = work / name
-    partial.mkdir()
-    summary = _pack(utterances, partial, name, archive, jobs)
-    check_place(dataset, [name])
-    summaries = {**dataset.summary, name: summary}
-    prepared = [known.name for known in corpus.subsets if known.name in summaries]
-    dataset = replace(
-        dataset,
-        digest="",
-        splits=corpus.splits(prepared),
-        summary={name: summaries[name] for name in prepared},
-    )
-    # Entered before it has its name: a kill in between leaves nothing at the final place that is not known to be ours.
-    write_dataset(dataset, work)
-    final = dataset.path / name
-    if final.is_dir():  # check_place has seen that only these two files can be in it
-        for file in (AUDIO_FILE, INDEX_FILE):
-            (final / file).unlink(missing_ok=True)
-        final.rmdir()
-    atomic_replace(partial, final)
-    print(f"{name}: prepared {summary.utterances} utterances", file=sys.stderr)
-    return dataset
+    def add_archive(self, archive: VerifiedArchive, subsets: Sequence[CorpusSubset]) -> None:
+        """Add the subsets that lie in one archive to the data set, which is unfinished then."""
+        unpacked = self.work / "unpacked"
+        unpacked.mkdir()
+        unpack(archive.file, unpacked)
+        for subset in subsets:
+            utterances = read_utterances(unpacked, self.corpus.layout, subset)
+            if archive.official and subset.utterances not in (None, len(utterances)):
+                raise DataError(
+                    f"{archive.file}: {subset.name} has {len(utterances)}, not {subset.utterances} utterances"
+                )
+            self.add_subset(archive, subset.name, utterances)
+        shutil.rmtree(unpacked)
 
+    def add_subset(self, archive: VerifiedArchive, name: str, utterances: Sequence[Utterance]) -> None:
+        """Add one subset to the data set, which is unfinished then."""
+        partial, final = self.work / name, self.dataset.path / name
+        partial.mkdir()
+        summary = _pack(utterances, partial, name, archive, self.jobs)
+        check_place(self.dataset, [name])
+        summaries = {**self.dataset.summary, name: summary}
+        prepared = [subset.name for subset in self.corpus.subsets if subset.name in summaries]
+        summaries = {name: summaries[name] for name in prepared}
+        self.dataset = replace(self.dataset, digest="", splits=self.corpus.splits(prepared), summary=summaries)
+        # Entered before it has its name: a kill in between leaves nothing there that is not known to be ours.
+        write_dataset(self.dataset, self.work)
+        if final.is_dir():  # check_place has seen that only these two files can be in it
+            for file in CONTENT:
+                (final / file).unlink(missing_ok=True)
+            final.rmdir()
+        atomic_replace(partial, final)
+        print(f"{name}: prepared {summary.utterances} utterances", file=sys.stderr)
 
-def finish_dataset(dataset: PackedDataset, work: Path | None = None) -> PackedDataset:
-    """Compute the digest of everything and with it declare the data set finished."""
-    total = sum((dataset.path / name).stat().st_size for name in content_files(dataset.subsets))
-    with progress_bar("checksum", total, "B") as bar:
-        dataset = replace(dataset, digest=dataset_digest(dataset.path, dataset.subsets, bar.update))
-    write_dataset(dataset, work)
-    return dataset
+    def finish(self) -> PackedDataset:
+        """Compute the digest of everything and with it declare the data set finished."""
+        digest = dataset_digest(self.dataset.path, self.dataset.subsets)
+        self.dataset = replace(self.dataset, digest=digest)
+        write_dataset(self.dataset, self.work)
+        return self.dataset
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -167,21 +149,24 @@ def _pack(
 ) -> SubsetSummary:
     """Write audio.npy and utterances.csv of one subset into `folder`."""
     ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.id))
-    offsets = array("q", accumulate((utterance.num_samples for utterance in ordered), initial=0))
+    offsets = list(accumulate((utterance.num_samples for utterance in ordered), initial=0))
     audio = folder / AUDIO_FILE
-    _allocate(audio, offsets[-1])
-
-    def rows() -> Iterator[UtteranceRow]:
-        with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
-            digests = chain.from_iterable(_decode_all(audio, ordered, offsets, jobs))
-            # The digests first, so that their processes have ended when this has.
-            for digest, utterance, offset in zip(digests, ordered, offsets, strict=False):
-                bar.update(1)
-                yield UtteranceRow(
-                    utterance.id, utterance.speaker, offset, utterance.num_samples, utterance.transcript, digest
-                )
-
-    index_sha256 = write_index(folder / INDEX_FILE, rows())
+    with audio.open("wb") as stream:
+        stream.write(audio_header(offsets[-1]))
+        if hasattr(os, "posix_fallocate"):  # a disk that is too small is then noticed before anything is decoded
+            os.posix_fallocate(stream.fileno(), 0, AUDIO_HEADER_BYTES + 2 * offsets[-1])
+    digests: list[str] = []
+    with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
+        for some in _decode_all(audio, ordered, offsets, jobs):
+            digests += some
+            bar.update(len(some))
+    index_sha256 = write_index(
+        folder / INDEX_FILE,
+        (
+            UtteranceRow(spoken.id, spoken.speaker, offset, spoken.num_samples, spoken.transcript, digest)
+            for spoken, offset, digest in zip(ordered, offsets[:-1], digests, strict=True)
+        ),
+    )
     with audio.open("rb") as stream:
         os.fsync(stream.fileno())
     return SubsetSummary(
@@ -196,14 +181,6 @@ def _pack(
         archive_sha256=archive.sha256,
         official=archive.official,
     )
-
-
-def _allocate(audio: Path, num_samples: int) -> None:
-    """Make audio.npy in its full size, so that a disk that is too small is noticed before anything is decoded."""
-    with audio.open("wb") as stream:
-        stream.write(audio_header(num_samples))
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(stream.fileno(), 0, AUDIO_HEADER_BYTES + 2 * num_samples)
 
 
 def _decode_all(audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int) -> Iterator[list[str]]:
@@ -241,51 +218,17 @@ def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> l
 
 
 def check_place(dataset: PackedDataset, subsets: Iterable[str]) -> None:
-    """Raise DataError where the folder of a subset that is to be prepared is there already, and not this program's."""
+    """Raise DataError where something that is not this program's lies where these subsets are to be prepared."""
+    if (dataset.path / DATASET_FILE).is_symlink():
+        raise not_ours(dataset.path / DATASET_FILE)
     for name in subsets:
         folder = dataset.path / name
-        ours = {AUDIO_FILE, INDEX_FILE} if name in dataset.summary else set()
-        if os.path.lexists(folder) and not _holds_only(folder, ours):
-            raise _not_ours(folder)
+        if os.path.lexists(folder) and not _holds_only(folder, CONTENT if name in dataset.summary else ()):
+            raise not_ours(folder)
 
 
-@contextmanager
-def work_folder(dataset: Path) -> Iterator[Path]:
-    """Make a folder in the data set's for all that is unfinished, empty but for a mark, and remove it at the end.
-
-    What an earlier, killed run left in it goes first. DataError where something else has its name.
-    """
-    folder = dataset / UNFINISHED
-    if os.path.lexists(folder):
-        if not (_holds_only(folder, set()) or (not folder.is_symlink() and (folder / MARK).is_file())):
-            raise _not_ours(folder)
-        _remove_work_folder(folder)
-    folder.mkdir()
-    try:
-        (folder / MARK).write_text("Made by download_dataset.sh. Its next run removes this folder.\n", encoding="utf-8")
-        yield folder
-    finally:
-        with suppress(OSError):
-            _remove_work_folder(folder)
-
-
-def _remove_work_folder(folder: Path) -> None:
-    """Remove a work folder, its mark last, so that a folder that is half removed is still known."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != MARK:
-            entry.unlink()
-    (folder / MARK).unlink(missing_ok=True)
-    folder.rmdir()
-
-
-def _holds_only(folder: Path, names: set[str]) -> bool:
+def _holds_only(folder: Path, names: Collection[str]) -> bool:
     """Return whether this is a folder, no link to one, with no entries but files of these names."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return all(entry.name in names and entry.is_file() and not entry.is_symlink() for entry in folder.iterdir())
-
-
-def _not_ours(path: Path) -> DataError:
-    return DataError(f"{path} exists and was not made by this program; give another --dataset-dir")

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.audio import any_num_samples, decode_any, decode_flac, decode_raw, flac_num_samples
+from data.audio import any_num_samples, decode_any, decode_flac, decode_raw, read_flac_header
 from data.corpora import CorpusSubset
 from data.files import DataError
-from data.packed import TRANSCRIPT_CHARACTERS
+from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
 
 OTHER_AUDIO = {".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aiff", ".raw", ".pcm", ".sph"}
 AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)\)$")
@@ -110,7 +110,12 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
                 transcript = check_transcript(text, name, list_file)
                 if name not in audio:
                     raise DataError(f"{list_file}: utterance {name} has no audio file")
-                yield Utterance(name, name.split("-")[0], transcript, audio[name], flac_num_samples(Path(audio[name])))
+                header = read_flac_header(Path(audio[name]))
+                if header.rate != SAMPLE_RATE:
+                    raise DataError(
+                        f"{audio[name]}: utterance {name} has {header.rate} Hz, by its header; all have 16000"
+                    )
+                yield Utterance(name, name.split("-")[0], transcript, audio[name], header.frames)
         if silent := sorted(audio.keys() - spoken):
             raise DataError(f"{audio[silent[0]]}: utterance {silent[0]} has no transcript")
 

@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 
 from data.download import Options, download
-from data.files import DataError, locked
+from data.files import MARK, DataError, locked
 from data.packed import DatasetError, PackedDataset, open_dataset
-from data.prepare import MARK
 from data.verify import validate
 from tests.data.made_up import REPOSITORY, command, files_below, librispeech_files, write_mirror
 from tests.data.misbehaving import serving
@@ -145,13 +144,16 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_a_rerun_finishes(
         assert files_below(disk / "dataset") == files_below(tmp_path / "dataset")
 
 
-def test_a_data_set_on_a_read_only_disk_can_be_verified_and_read(dataset: PackedDataset, tmp_path: Path) -> None:
+def test_a_data_set_on_a_read_only_disk_can_be_verified_and_read(
+    options: Options, dataset: PackedDataset, tmp_path: Path
+) -> None:
     with mounted(tmp_path / "read-only", "-o", "bind,ro", str(dataset.path)) as path:
         if os.access(path / "dataset.json", os.W_OK):
             pytest.skip("this machine mounts nothing read-only")
         run = command("verify_dataset.sh", "--dataset-dir", path)
         assert run.stdout.startswith("Dataset Checksum Passed."), run.stdout
         assert len(open_dataset(path).subset("dev-clean").waveform(0)) == 1000
+        assert download(replace(options, dataset_dir=path)).digest == dataset.digest
 
 
 def test_a_read_only_place_for_a_data_set_is_one_line(options: Options, tmp_path: Path) -> None:

@@ -160,7 +160,12 @@ def test_every_format_becomes_16_bit_16_khz_mono_of_the_length_measured(
     ("name", "content", "message"),
     [
         ("a.raw", bytes(100), "has no header that tells rate and encoding"),
+        ("a.s16", bytes(100), "has no header that tells rate and encoding"),
+        ("a.ul", bytes(100), "has no header that tells rate and encoding"),
+        ("a.mp3", b"", r"a.mp3 is empty \(0 bytes\)"),
         ("a.wav", encoded(sound(0), 16000, "WAV", "PCM_16"), "holds no audio"),
+        ("a.wav", encoded(sound(900), 1, "WAV", "PCM_16"), "has a rate of 1 Hz; from 1000 to 1000000 Hz"),
+        ("a.wav", encoded(sound(900), 2_000_000_000, "WAV", "PCM_16"), "has a rate of 2000000000 Hz; from 1000 to"),
         ("a.wav", encoded(sound(9000), 16000, "WAV", "PCM_16")[:-5000], r"cut short: it has 13000 of 18000 bytes"),
         ("a.aiff", encoded(sound(9000), 16000, "AIFF", "PCM_16")[:-5000], "cut short"),
         ("a.au", encoded(sound(9000), 16000, "AU", "PCM_16")[:-5000], "cut short"),

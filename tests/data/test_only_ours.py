@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data.download import Options, download
+from data.files import MARK
 from data.packed import PackedDataset, open_dataset
-from data.prepare import MARK
 from tests.data.made_up import command, flac, librispeech_files, sound, write_mirror
 from tests.data.misbehaving import Server, serving
 
@@ -51,7 +51,9 @@ def refused(folder: Path, name: str, *words: str | Path) -> None:
     before = contents(folder)
     run = command("download_dataset.sh", *words)
     assert run.returncode == 1
-    assert f"{folder / name} exists and was not made by this program; give another --dataset-dir" in run.stderr
+    assert (
+        f"{folder / name} exists and was not made by this program; move it away, or give another folder" in run.stderr
+    )
     assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
     assert contents(folder) == before
 
@@ -156,7 +158,7 @@ def test_a_link_in_the_place_of_dataset_json_is_left_alone(options: Options, dat
     (dataset.path / "dataset.json").symlink_to("mine.json")
     before = contents(dataset.path)
     run = command("download_dataset.sh", *asks(options, options.mirror))
-    assert run.returncode == 1 and "dataset.json is a link" in run.stderr
+    assert run.returncode == 1 and "dataset.json exists and was not made by this program" in run.stderr
     assert contents(dataset.path) == before
 
 
@@ -171,17 +173,12 @@ def test_archives_of_a_mirror_stay_even_inside_of_the_data_set(options: Options,
     assert contents(archives) == before
 
 
-@pytest.mark.parametrize("partial", [False, True])
-def test_an_archive_laid_by_hand_is_used_and_stays(
-    options: Options, mirror: Path, server: Server, partial: bool
-) -> None:
+def test_an_archive_laid_by_hand_is_used_and_stays(options: Options, mirror: Path, server: Server) -> None:
     assert options.dataset_dir is not None
     archives = options.dataset_dir / "archives"
     archives.mkdir(parents=True)
     shutil.copy(mirror / ARCHIVE, archives)
-    if partial:  # of a download that the user lost patience with
-        (archives / f"{ARCHIVE}.part").write_bytes(b"begun")
-        (archives / f"{ARCHIVE}.part.json").write_text('{"address": "http://host", "version": "", "length": 9}')
+    (archives / f"{ARCHIVE}.part").write_bytes(b"of a browser")
     before = contents(archives)
     assert command("download_dataset.sh", *asks(options, server.address)).returncode == 0
     assert contents(archives) == before
@@ -193,7 +190,7 @@ def test_an_archive_laid_by_hand_with_another_sum_is_refused_and_stays(options: 
     (options.dataset_dir / "archives").mkdir(parents=True)
     (options.dataset_dir / "archives" / ARCHIVE).write_bytes(b"mine")
     run = command("download_dataset.sh", *asks(options, server.address))
-    assert run.returncode == 1 and "it was not downloaded by this program: move it away" in run.stderr
+    assert run.returncode == 1 and "move it away to have it downloaded" in run.stderr
     assert (options.dataset_dir / "archives" / ARCHIVE).read_bytes() == b"mine"
     assert {method for method, _ in server.requests} == {"HEAD"}
 
@@ -202,21 +199,21 @@ def test_a_downloaded_archive_with_another_sum_stays_until_the_new_one_is_whole(
     options: Options, mirror: Path, server: Server
 ) -> None:
     assert options.dataset_dir is not None
-    kept = options.dataset_dir / "archives" / ARCHIVE
+    downloaded = options.dataset_dir / "unfinished" / "downloads" / ARCHIVE
     other = mirror.with_name("other")
     write_mirror(other, {ARCHIVE: librispeech_files("dev-other")})  # downloads, but holds nothing that is asked for
     with serving(other) as wrong:
         words = asks(options, wrong.address)
         words[words.index("--checksums") + 1] = other / "md5sum.txt"
         assert "holds no utterance of dev-clean" in command("download_dataset.sh", *words).stderr
-    old = kept.read_bytes()
+    old = downloaded.read_bytes()
     (mirror / ARCHIVE).rename(mirror / "hidden")
     run = command("download_dataset.sh", *asks(options, server.address))
     assert run.returncode == 1 and "HTTP status 404" in run.stderr
-    assert kept.read_bytes() == old
+    assert downloaded.read_bytes() == old
     (mirror / "hidden").rename(mirror / ARCHIVE)
     assert command("download_dataset.sh", *asks(options, server.address)).returncode == 0
-    assert not kept.parent.exists()
+    assert not downloaded.parent.parent.exists()
 
 
 def test_a_linked_folder_of_archives_stays(options: Options, server: Server, tmp_path: Path) -> None:

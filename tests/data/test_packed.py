@@ -13,7 +13,6 @@ from data.packed import (
     INDEX_FILE,
     DatasetError,
     PackedDataset,
-    StringArray,
     UtteranceRow,
     audio_header,
     dataset_digest,
@@ -146,17 +145,6 @@ def test_audio_that_does_not_fit_the_index_does_not_open(dataset: PackedDataset)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(DatasetError, match="verify_dataset"):
         dataset.subset("dev-clean")
-
-
-def test_columns_of_texts_are_like_lists_of_strings() -> None:
-    texts = StringArray()
-    texts.extend(["", "A"])
-    texts.extend(["DON'T", "é"])
-    assert texts == ["", "A", "DON'T", "é"] and list(texts) == texts
-    assert texts != ["A"] and texts[-1] == "é" and texts[1:3] == ["A", "DON'T"]
-    assert len(texts) == 4 and "A" in texts and texts.index("DON'T") == 2
-    with pytest.raises(IndexError):
-        texts[4]
 
 
 @pytest.mark.parametrize(("old", "new"), [(",0,1000,", ",x,1000,"), (",0,1000,", f",{2**70},1000,"), ("SHORT", "A,B")])

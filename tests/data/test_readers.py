@@ -69,6 +69,7 @@ def test_an4_audio_is_big_endian_and_its_transcripts_become_upper_case(tmp_path:
         ({f"{CHAPTER}/84-1-0002.wav": b""}, "84-1-0002.wav: audio of this layout is FLAC"),
         ({f"{CHAPTER}/84-1-0001.flac": b""}, "84-1-0001.flac is not a FLAC file"),
         ({f"{CHAPTER}/84-1-0001.flac": b"RIFF" + bytes(100)}, "84-1-0001.flac is not a FLAC file"),
+        ({f"{CHAPTER}/84-1-0001.flac": flac(sound(9), 8000)}, "84-1-0001 has 8000 Hz, by its header"),
         ({f"{CHAPTER}/84-1-0001.flac": without_frames(flac(sound(9)))}, "84-1-0001.flac holds no audio"),
     ],
 )

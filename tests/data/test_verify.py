@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.packed import (
@@ -14,10 +14,10 @@ from data.packed import (
     INDEX_FILE,
     PackedDataset,
     content_files,
+    dataset_digest,
     open_dataset,
     write_dataset,
 )
-from data.prepare import finish_dataset
 from data.verify import validate
 from tests.data.made_up import command
 
@@ -72,17 +72,22 @@ def test_a_missing_utterance_is_located(dataset: PackedDataset) -> None:
     file.write_bytes(b"".join(lines[:2] + lines[3:]))
     problems = "\n".join(validate(dataset))
     assert "dev-clean/utterances.csv has 3 utterances, dataset.json has 4" in problems
-    assert "an utterance is missing between 85-1-0001 and 85-2-0000: samples 1000 to 3000" in problems
+    message = "utterance 85-2-0000 has 2000 samples from sample 3000 on, where 85-1-0001 ends at sample 1000"
+    assert message in problems
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("IT'S BETWEEN", "IT'S BETWÉEN", "utterance 85-2-0000 has the unknown character 'É'"),
+        ("IT'S BETWEEN", "IT'S BETWÉEN", "utterance 85-2-0000 has changed"),
         ("IT'S BETWEEN", "IT'S AMONG", "utterance 85-2-0000 has changed"),
-        ("IT'S BETWEEN", "", "the transcript of utterance 85-2-0000 is empty"),
-        ("85-1-0001", "85-1-0000", "utterance 85-1-0000 occurs twice"),
-        (",1000,2000,", ",999,2000,", "utterance 7-3-0000 begins at sample 999"),
+        ("IT'S BETWEEN", "", "utterance 85-2-0000 has changed"),
+        ("85-1-0001", "85-1-0000", "dev-clean/utterances.csv is not the file that was prepared"),
+        (
+            ",1000,2000,",
+            ",999,2000,",
+            "utterance 7-3-0000 has 2000 samples from sample 999 on, where 85-1-0001 ends at",
+        ),
         (",0,1000,", ",0,-1,", "utterance 85-1-0001 has -1 samples"),
         (",0,1000,", ",0,x,", "line 2: not an utterance"),
         ("id,speaker", "name,speaker", "the first line does not read"),
@@ -138,6 +143,7 @@ def test_the_quick_check_finds_a_file_of_another_length(dataset: PackedDataset, 
     assert f"dev-clean/{file}" in run.stdout and "Traceback" not in run.stderr
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_damage_anywhere_is_found(tones: Path, data: st.DataObject) -> None:
     dataset = replace(open_dataset(tones), corpus="librispeech")  # one of the catalogue, though not that one
@@ -180,7 +186,8 @@ def test_a_checksum_other_than_the_reference_fails(dataset: PackedDataset) -> No
     summary = {
         name: replace(summaries.get(name, summaries[names[0]]), name=name) for name in [*names, "synthetic-test"]
     }
-    other = finish_dataset(replace(dataset, corpus="synthetic", synthetic=True, summary=summary))
+    other = replace(dataset, corpus="synthetic", synthetic=True, summary=summary)
+    other = replace(other, digest=dataset_digest(other.path, other.subsets))
     problems = validate(other)
     assert f"the checksum of {dataset.path} is {other.digest}, the reference is" in problems[-1]
 

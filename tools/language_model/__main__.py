@@ -29,8 +29,8 @@ from typing import Annotated
 import tyro
 
 from data.corpora import REPOSITORY, Archive, openslr_mirrors
-from data.fetch import fetch, forget
-from data.files import DataError, atomic_replace, progress_bar
+from data.fetch import fetch
+from data.files import DOWNLOADS, DataError, atomic_replace, locked, progress_bar, work_folder
 from data.packed import open_dataset
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
@@ -156,15 +156,20 @@ def download(options: Download) -> None:
     target = options.output_dir / archive.file
     if not target.exists():
         options.output_dir.mkdir(parents=True, exist_ok=True)
-        with progress_bar(archive.file, archive.bytes, "B") as bar:
-            md5, sha256 = fetch(archive, mirrors, target, bar.update)
-        forget(target)
-        print(f"{archive.file}: MD5 {md5}, SHA-256 {sha256}", file=sys.stderr)
-        try:
-            check_arpa(target)
-        except DataError:
-            target.unlink()
-            raise
+        with (
+            locked(options.output_dir, "download"),
+            work_folder(options.output_dir) as work,
+            progress_bar(archive.file, archive.bytes, "B") as bar,
+        ):
+            downloaded = work / DOWNLOADS / archive.file
+            md5, sha256 = fetch(archive, mirrors, downloaded, bar.update)
+            print(f"{archive.file}: MD5 {md5}, SHA-256 {sha256}", file=sys.stderr)
+            try:
+                check_arpa(downloaded)
+            except DataError:
+                downloaded.unlink()
+                raise
+            atomic_replace(downloaded, target)
     print(f"{target} is complete", file=sys.stderr)
 
 
