@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -51,10 +52,14 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted."
         print(interrupted, file=sys.stderr)
         return 130
     except OSError as error:
-        if error.filename is not None:  # not standard output
-            raise
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise  # not of standard output
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would fail again when it ends
-        return READER_GONE if isinstance(error, BrokenPipeError) else _failed(f"standard output: {error.strerror}", 1)
+        return (
+            READER_GONE
+            if isinstance(error, BrokenPipeError)
+            else _failed(f"standard output cannot be written: {error.strerror}", 1)
+        )
 
 
 def _failed(error: object, status: int) -> int:

@@ -1,6 +1,6 @@
 """Configurations: every hyperparameter of a run, its default, its constraint, and where it may differ.
 
-    python -m pytorch.config            prints the table of hyperparameters that README.md holds
+    python -m pytorch.config            prints the table of docs/hyperparameters.md
 
 A configuration is one `Config`. The named ones are in `CONFIGS`; any field can be changed on the command line of
 `pytorch.train`, which refuses unknown names and values that break a constraint. The command line wins.
@@ -341,7 +341,7 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
 
 
 def hyperparameter_table() -> str:
-    """Return README.md's table of the hyperparameters: constraint, and default of each configuration."""
+    """Return the table of docs/hyperparameters.md: constraint, and default of each configuration."""
     rows = [f"| hyperparameter | constraint | {' | '.join(CONFIGS)} |", "|" + "---|" * (len(CONFIGS) + 2)]
     for field in dataclasses.fields(Config):
         if field.name in HYPERPARAMETERS:

@@ -30,7 +30,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
     packages = "torch", "numpy", "mlperf-logging"
     found: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": next(iter(cpuinfo().get("model name", [])), platform.processor() or platform.machine()),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -47,13 +47,17 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
+def cpuinfo() -> dict[str, list[str]]:
+    """Return each field of /proc/cpuinfo with its value for each logical CPU; empty where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return {}
+    found: dict[str, list[str]] = {}
+    for name, separator, value in (line.partition(":") for line in lines):
+        if separator:
+            found.setdefault(name.strip(), []).append(value.strip())
+    return found
 
 
 def git_revision() -> tuple[str, bool | None]:

@@ -1,6 +1,6 @@
 """The price of complexity in figures: lines of Python in each folder, and what they may come to (CONTRIBUTING.md).
 
-    python tests/budgets.py                 exit status 1 if a folder is over its budget
+python tests/budgets.py                 exit status 1 if a folder is over its budget
 """
 
 import subprocess

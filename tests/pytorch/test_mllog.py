@@ -18,7 +18,7 @@ from pytorch import mllog
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from tests.conftest import write_packed_dataset
-from tools.mlperf.events import read_events
+from tools.mlperf.runlog import RunLog
 
 CPU = torch.device("cpu")
 
@@ -102,7 +102,7 @@ def test_the_log_says_whether_all_machines_have_cleared_their_cache(
     printed = Printed()
     mllog.log_cache_clear(a_logger(printed), machines)
     (tmp_path / "run.log").write_text("\n".join(printed.lines))
-    ((event,), _) = read_events(tmp_path / "run.log")
+    (event,) = RunLog.read(tmp_path / "run.log").events
     assert (event.key, event.value, event.metadata) == ("cache_clear", value, metadata)
 
 

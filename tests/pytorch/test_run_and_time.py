@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from tests.conftest import ROOT
-from tools.mlperf.logs import RunLog
+from tools.mlperf.runlog import RunLog
 
 SMALL = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
 SCRIPT = ROOT / "pytorch" / "run_and_time.sh"

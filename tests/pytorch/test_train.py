@@ -29,7 +29,7 @@ from pytorch.trainer import Trainer
 from tests.conftest import ROOT, write_packed_dataset
 from tests.processes import run_module_for_text
 from tools.bench import random_batch
-from tools.mlperf.logs import RunLog
+from tools.mlperf.runlog import RunLog
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = ["--config", "synthetic", "--hidden-size", "16", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]

@@ -9,6 +9,7 @@ from pytorch.config import CONFIGS
 from tests.tools.forged import Forged, made_up
 
 SUBSETS = ("dev-clean", "dev-other")
+SIZES = {"all": 5567, "dev-clean": 2703, "dev-other": 2864}
 SAID = [
     ("THE CAT SAT ON THE MAT", "A DOG"),
     ("HE CAME HOME", "HE COME HOME"),
@@ -54,6 +55,8 @@ def made_up_log(
     )
     log.edit("configuration", **(config or {}))
     log.edit("train_samples", 281241)
+    for number, event in enumerate(log.positions("validation_errors")):
+        log.edit("validation_errors", number=number, utterances=SIZES[log.events[event]["value"]])
     log.edit("dataset", official_archives=official, synthetic=synthetic)
     log.edit("git_commit", ("0123456789abcdef" * 3)[:40], uncommitted_changes=dirty)
     if not cleared:

@@ -151,7 +151,7 @@ def test_the_score_of_enough_runs_is_that_of_the_rules_or_says_why_there_is_none
     assert 'class="score"' not in written(tmp_path, *paths[:2])
     assert "Score: 330.0 s, the mean without the fastest and the slowest of 3 runs." in written(tmp_path, *paths)
     assert "No score: " in written(tmp_path, *paths[:2], made_up_log(seed=2).write(tmp_path / "other.log"))
-    missed = series(tmp_path / "missed", epochs=[2, 2, 2], unreached=2)
+    missed = series(tmp_path / "missed", epochs=[2, 2, 2], missed=2)
     assert "No score: 2 runs did not reach the target; at most 1 may." in written(tmp_path, *missed)
 
 
@@ -233,14 +233,6 @@ def test_thinning_keeps_the_peaks() -> None:
     assert {points[4321], points[8765]} <= set(thinned)
     assert thinned == sorted(thinned)
     assert thin(points[:200], 200) == points[:200]
-
-
-def test_what_processes_waited_for_each_other_is_shown_where_there_were_several(tmp_path: Path) -> None:
-    log = made_up_log(epochs=2)
-    log.edit("epoch_stop", rank_wait_fractions=[0.0, 0.125])
-    log.edit("epoch_stop", number=1, rank_wait_fractions=[0.25, 0.0])
-    drawn = {chart["id"]: chart for chart in figures(written(tmp_path, log.write(tmp_path / "run.log")))["charts"]}
-    assert drawn["wait-ranks"]["series"][0]["points"] == [[1, 12.5], [2, 25]]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAM
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium; or set CHROMIUM)"
 )
-MEASURED = ROOT / "results" / "2-cores-zen5-synthetic" / "deepspeech2"
+MEASURED = ROOT / "results" / "2-cores-zen5" / "synthetic"
 SHOWN = {
     "one run": [made_up_log()],
     "three runs": [made_up_log(seed=seed, reached=seed != 2, dirty=True, config={"b": seed}) for seed in (1, 2, 3)],

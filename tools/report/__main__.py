@@ -1,7 +1,7 @@
 """A page about runs: what happened in one, or in several side by side.
 
     python -m tools.report results/synthetic/mlperf_ds2.log
-    python -m tools.report results/2-cores-zen5-an4/deepspeech2/*.txt -o comparison.html
+    python -m tools.report results/2-cores-zen5/an4/*.txt -o comparison.html
 
 Writes one HTML file that needs no network. Exit status: 0, or 1 if a log is damaged or the page cannot be written; the
 reason is one line.
@@ -19,7 +19,7 @@ import tyro
 
 from data.files import atomic_write
 from pytorch.cli import RunError, exit_status
-from tools.mlperf.score import FEWEST_RUNS, score, verdict
+from tools.mlperf.score import MIN_RUNS, score, verdict
 from tools.report.page import render
 from tools.report.runs import Run, read_runs
 
@@ -59,7 +59,7 @@ def report(options: Options) -> None:
 
 def _score(runs: Sequence[Run]) -> list[str]:
     """What to say about the score of runs that are enough for one, as `python -m tools.mlperf score` says it."""
-    if len(runs) < FEWEST_RUNS:
+    if len(runs) < MIN_RUNS:
         return []
     try:
         return verdict(score([run.log.path for run in runs]))

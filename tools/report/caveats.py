@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tools.mlperf.check import UNREACHED, why_no_librispeech_result
+from tools.mlperf.check import MISSED_TARGET, ineligibility
 from tools.report.runs import Run
 
 
@@ -20,8 +20,8 @@ def caveats(run: Run) -> list[str]:
         found.append(
             f"The target WER{target} was not reached" + ("." if best is None else f"; the best was {best:.2f}.")
         )
-    why = why_no_librispeech_result(log)
-    if log.dataset is not None and why not in ("", UNREACHED):
+    why = ineligibility(log)
+    if log.dataset is not None and why not in ("", MISSED_TARGET):
         found.append(f"No LibriSpeech result: {why}.")
     if log.resumed:
         found.append(

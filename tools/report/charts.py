@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from tools.mlperf.logs import Epoch, RunLog, Step
+from tools.mlperf.runlog import Epoch, RunLog, Step
 from tools.report.points import Point, running_mean, thin
 from tools.report.runs import Run
 
@@ -255,14 +255,6 @@ def _epoch_charts(runs: Sequence[Run]) -> Iterator[Chart]:
             "% of training time",
             lambda epoch: _percent(epoch.throughput.get("data_wait_fraction")),
             "How long a step waited for its batch, of the time of training.",
-        ),
-        (
-            "wait-ranks",
-            "Waiting for other processes",
-            "% of training time",
-            # One process alone waits for nobody.
-            lambda epoch: _percent(max(epoch.rank_wait_fractions) if len(epoch.rank_wait_fractions) > 1 else None),
-            "How long the process that waited most stood still for the others, of the time of training.",
         ),
     ):
         found = {

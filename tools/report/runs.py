@@ -10,7 +10,7 @@ from pathlib import Path
 from mlperf_logging.mllog import constants
 
 from pytorch.cli import RunError
-from tools.mlperf.logs import RunLog
+from tools.mlperf.runlog import RunLog
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import Levenshtein
 
-from tools.mlperf.logs import Transcript
+from tools.mlperf.runlog import Transcript
 from tools.report.runs import Run
 
 EQUAL, SUBSTITUTED, DELETED, INSERTED = "equal", "substituted", "deleted", "inserted"
