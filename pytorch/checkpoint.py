@@ -87,7 +87,6 @@ def save(
         "dataset_digest": dataset_digest,
         "launch": launch_id,
         "progress": dataclasses.asdict(state),
-        "random_state": torch.get_rng_state(),
         **tensors,
     }
     content["digest"] = _digest(content)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -170,7 +171,7 @@ class Config:
     gain_max_db: float = _field(8.0, DECIBELS)
     """Highest gain."""
     noise_probability: float = _field(0.0, PROBABILITY)
-    """Part of the utterances that white noise is added to."""
+    """Fraction of the utterances that white noise is added to."""
     noise_min_snr_db: float = _field(10.0, DECIBELS)
     """Lowest ratio of the utterance's power to the noise's."""
     noise_max_snr_db: float = _field(30.0, DECIBELS)
@@ -182,7 +183,7 @@ class Config:
     time_masks: int = _field(10, NON_NEGATIVE_INTEGER)
     """SpecAugment: masks along time."""
     time_mask_fraction: float = _field(0.05, FRACTION)
-    """SpecAugment: longest mask along time, as a part of the utterance."""
+    """SpecAugment: longest mask along time, as a fraction of the utterance."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -198,6 +199,18 @@ class Config:
                     f"--{low.replace('_', '-')} {getattr(self, low)} is above "
                     f"--{high.replace('_', '-')} {getattr(self, high)}"
                 )
+
+    def target_reached(self, wer: float) -> bool:
+        """Return whether a corpus WER in percent ends the run in success."""
+        return wer <= self.target_wer
+
+    def microbatches(self, world_size: int) -> int:
+        """Return into how many microbatches a global batch is divided, on all ranks."""
+        return world_size * self.gradient_accumulation_steps
+
+    def max_microbatch_size(self, world_size: int) -> int:
+        """Return the utterances of the largest microbatch."""
+        return math.ceil(self.batch_size / self.microbatches(world_size))
 
     def to_dict(self) -> dict[str, str | int | float | bool | None]:
         """Return the fields as plain values, for logs and checkpoints; paths in the repository are relative to it."""

@@ -31,18 +31,13 @@ def min_ctc_frames(transcript: str) -> int:
     return len(transcript) + sum(a == b for a, b in pairwise(transcript))
 
 
-def greedy_decode(logits_TBV: Tensor, frames_B: Tensor) -> list[str]:
-    """Return transcripts by best-path decoding: most probable label of each frame, repeats merged, blanks removed.
+def collapse(best_TB: Tensor, frames_B: Tensor) -> list[str]:
+    """Return transcripts by best-path decoding: repeats merged, blanks removed.
 
     Args:
-        logits_TBV: any monotonic function of the label probabilities.
+        best_TB: most probable label of each frame.
         frames_B: valid frames of each utterance; what lies beyond is not looked at.
     """
-    return collapse(logits_TBV.argmax(dim=2).cpu(), frames_B)
-
-
-def collapse(best_TB: Tensor, frames_B: Tensor) -> list[str]:
-    """Return transcripts of the best label indices [T, B]: repeats merged, blanks removed."""
     transcripts = []
     for best_T, frames in zip(best_TB.T, frames_B.tolist(), strict=True):
         merged = torch.unique_consecutive(best_T[:frames])

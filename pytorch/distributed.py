@@ -91,6 +91,10 @@ class World:
         dist.broadcast_object_list(box, src=source)
         return box[0]
 
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.all_gather_object(None)
+
 
 def shutdown() -> None:
     """Disconnect from the other ranks."""

@@ -1,13 +1,13 @@
 """Waveform -> normalized log-magnitude spectrogram, with augmentation; batched, on the device of the waveforms.
 
-Axes: B batch, S samples, F frequency, T time (frames). 16 kHz, 20 ms Hamming window, hop length 10 ms, n_fft 320 -> 161
-bins, log1p of the magnitude, mean and standard deviation of each utterance over its own frames (Deep Speech 2,
-arXiv 1512.02595, section 3; settings of the MLPerf v0.5 reference).
+16 kHz, 20 ms Hamming window, hop length 10 ms, n_fft 320 -> 161 bins, log1p of the magnitude, mean and standard
+deviation of each utterance over its own frames (Deep Speech 2, arXiv 1512.02595, section 3; settings of the MLPerf v0.5
+reference). Axes: B batch, S samples, F frequency, T time (frames), M masks.
 
 **Padding never changes a result**: an utterance ends in zeros whether or not others in the batch are longer (the
 transform pads with zeros, not by reflection), and frames beyond its end count in no mean and are zero in the output.
 
-Lengths stay on the CPU and follow from `samples` and the drawn tempo alone, so that no step waits for the device.
+Lengths stay on the CPU and follow from `num_samples_B` and the drawn tempo alone, so that no step waits for the device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Augmentation:
     tempo: np.ndarray  # [B]
     gain: np.ndarray  # [B], factor of the magnitude
     frequency_masks: np.ndarray  # [B, masks, 2]: first bin, width; in bins
-    time_masks: np.ndarray  # [B, masks, 2]: first frame, length; as parts of the utterance's frames
+    time_masks: np.ndarray  # [B, masks, 2]: first frame, length; as fractions of the utterance's frames
     noise: np.ndarray  # [B], amplitude of white noise as a factor of the utterance's root mean square
     noise_seed: np.ndarray  # int64 [B]
 
@@ -112,18 +112,19 @@ class LogSpectrogram(nn.Module):
 def add_noise(waveforms_BS: Tensor, num_samples_B: Tensor, augmentation: Augmentation) -> Tensor:
     """Add white noise, uniformly distributed, to the valid samples.
 
-    Sample s of utterance b is a hash of s and the utterance's seed (two rounds of multiplying and mixing 64 bits, as in
-    SplitMix64), so that it depends neither on the batch nor on the device.
+    Sample s of utterance b is a hash of s and the utterance's seed, so that it depends neither on the batch nor on the
+    device.
     """
     device = waveforms_BS.device
     seed_B1, samples_B1 = (
         x.to(device, non_blocking=True)[:, None] for x in (torch.from_numpy(augmentation.noise_seed), num_samples_B)
     )
     time_S = torch.arange(waveforms_BS.shape[1], device=device)
-    bits_BS = seed_B1 + time_S * -7046029254386353131  # modulo 2**64, as all of this
-    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+    # Modeled on SplitMix64, with its constants as signed integers; torch's shift is arithmetic. All is modulo 2**64.
+    bits_BS = seed_B1 + time_S * (0x9E3779B97F4A7C15 - 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
         bits_BS = (bits_BS ^ (bits_BS >> shift)) * factor
-    uniform_BS = (bits_BS >> 40).float() * (math.sqrt(3) / 2**23)  # 24 bits: mean 0, mean square 1
+    uniform_BS = (bits_BS >> 40).float() * (math.sqrt(3) / 2**23)  # 24 signed bits to U(-sqrt 3, sqrt 3): unit variance
     power_B1 = waveforms_BS.square().sum(1, keepdim=True) / samples_B1
     amplitude_B1 = _to(augmentation.noise, device)[:, None] * power_B1.sqrt()
     return waveforms_BS + uniform_BS * amplitude_B1 * (time_S < samples_B1)
@@ -161,9 +162,9 @@ def _normalize(features_BFT: Tensor, valid_B1T: Tensor, frames_B: Tensor) -> Ten
     """Give each utterance mean 0 and standard deviation 1 over its valid frames, and zeros elsewhere."""
     count_B11 = (frames_B * features_BFT.shape[1]).float()[:, None, None]
     mean_B11 = features_BFT.mul(valid_B1T).sum((1, 2), keepdim=True) / count_B11
-    centred_BFT = (features_BFT - mean_B11).mul_(valid_B1T)
-    variance_B11 = centred_BFT.square().sum((1, 2), keepdim=True) / count_B11
-    return centred_BFT.mul_(torch.rsqrt(variance_B11 + 1e-10))  # digital silence stays zero
+    centered_BFT = (features_BFT - mean_B11).mul_(valid_B1T)
+    variance_B11 = centered_BFT.square().sum((1, 2), keepdim=True) / count_B11
+    return centered_BFT.mul_(torch.rsqrt(variance_B11 + 1e-10))  # digital silence stays zero
 
 
 def _mask(features_BFT: Tensor, augmentation: Augmentation, frames_B: Tensor) -> None:

@@ -40,7 +40,7 @@ class Utterances:
         samples = np.concatenate([subset.num_samples for subset in subsets])
         order = np.argsort(samples, kind="stable")
         self.num_samples: np.ndarray = samples[order]
-        self.subset_of = np.repeat(np.arange(len(subsets)), [len(subset) for subset in subsets])[order]
+        self._subset = np.repeat(np.arange(len(subsets)), [len(subset) for subset in subsets])[order]
         self._position = np.concatenate([np.arange(len(subset)) for subset in subsets])[order]
 
     def __len__(self) -> int:
@@ -48,23 +48,23 @@ class Utterances:
 
     def waveform(self, index: int) -> np.ndarray:
         """Return int16 samples at 16 kHz."""
-        return self.subsets[self.subset_of[index]].waveform(int(self._position[index]))
+        return self.subsets[self._subset[index]].waveform(int(self._position[index]))
 
     def transcript(self, index: int) -> str:
         """Return the reference transcript."""
-        return self.subsets[self.subset_of[index]].transcripts[int(self._position[index])]
+        return self.subsets[self._subset[index]].transcripts[int(self._position[index])]
 
     def id(self, index: int) -> str:
         """Return the utterance's id in its corpus."""
-        return self.subsets[self.subset_of[index]].ids[int(self._position[index])]
+        return self.subsets[self._subset[index]].ids[int(self._position[index])]
 
     def speaker(self, index: int) -> str:
         """Return the id of the utterance's speaker."""
-        return self.subsets[self.subset_of[index]].speakers[int(self._position[index])]
+        return self.subsets[self._subset[index]].speakers[int(self._position[index])]
 
     def subset(self, index: int) -> str:
         """Return the name of the subset that the utterance is in."""
-        return self.subsets[self.subset_of[index]].name
+        return self.subsets[self._subset[index]].name
 
     def ctc_feasible(self) -> np.ndarray:
         """Return bool [N]: whether CTC can spell the transcript in the utterance's output frames."""
@@ -105,12 +105,12 @@ class TrainingLoader:
         self.utterances, self.config, self.world, self.pin_memory = utterances, config, world, pin_memory
         feasible = utterances.ctc_feasible()
         self.included, self.left_out = np.flatnonzero(feasible), np.flatnonzero(~feasible)
-        self.data_wait_seconds = 0.0  # of the epoch that was begun last, waited for batches to be read
+        self.data_wait_seconds = 0.0  # time spent waiting for batches in the current epoch
         if not len(self.included):
             raise RunError(f"all {len(utterances)} training utterances are too short for their transcripts")
         batches = split_evenly(self.included, config.batch_size)
         self._steps, smallest = len(batches), min(map(len, batches))
-        parts = world.size * config.gradient_accumulation_steps
+        parts = config.microbatches(world.size)
         if smallest < parts:
             raise RunError(
                 f"{len(self.included)} training utterances in batches of at most {config.batch_size} leave one of "
@@ -125,11 +125,11 @@ class TrainingLoader:
         """Yield, for steps [start, stop) of an epoch, the global batch's utterances and this rank's microbatches."""
         config, world = self.config, self.world
         steps = epoch_batches(self.utterances, self.included, config.batch_size, config.seed, epoch)[start:stop]
-        parts = config.gradient_accumulation_steps
-        mine = [
+        parts = config.microbatches(world.size)
+        mine = [  # rank r has microbatches r, r + world.size, ...
             microbatch
             for indices in steps
-            for microbatch in split_balanced(self.utterances, indices, parts * world.size)[world.rank :: world.size]
+            for microbatch in split_balanced(self.utterances, indices, parts)[world.rank :: world.size]
         ]
         augment = (config, epoch) if epoch >= config.augment_from_epoch else None
         make = partial(make_batch, self.utterances, augment=augment, pin_memory=self.pin_memory)
@@ -137,7 +137,7 @@ class TrainingLoader:
         with closing(prefetch(mine, make)) as batches:
             for indices in steps:
                 asked = time.monotonic()
-                microbatches = [next(batches) for _ in range(parts)]
+                microbatches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
                 self.data_wait_seconds += time.monotonic() - asked
                 yield indices, microbatches
 
@@ -230,7 +230,8 @@ def _tempo_limits(num_samples_B: np.ndarray, transcripts: Sequence[str]) -> np.n
     """Return the fastest tempo at which CTC still has the frames that each transcript needs."""
     frames_B = frame_counts(torch.from_numpy(num_samples_B)).numpy()
     needed_B = np.array([min_ctc_frames(transcript) for transcript in transcripts])
-    # needed <= output_frames(floor((frames - 1) / tempo) + 1); the last factor keeps rounding on the safe side
+    # From needed <= output_frames(floor((frames - 1) / tempo) + 1): tempo <= (frames - 1) / (stride (needed - 1)).
+    # The last factor keeps rounding on the safe side.
     return (frames_B - 1) / np.maximum(TIME_STRIDE * (needed_B - 1), 1) * (1 - 1e-9)
 
 

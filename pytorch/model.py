@@ -15,9 +15,9 @@ statistic sees padding.
 Weights are initialized as PyTorch does: convolutions U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the GRUs'
 biases and the weights of their inputs U(-1/sqrt(H), 1/sqrt(H)), batch norm scale 1 and shift 0. But the GRUs' recurrent
 weights are orthogonal, gate by gate (Saxe et al., arXiv 1312.6120), and so are the labels' weights in the linear layer,
-each of norm 3; and the last batch norm's shift makes blank likely. CTC's first lesson is that most frames are blank. A
-network that has to learn it moves all its layers that way, and forgets much of what they tell apart: BENCHMARKS.md says
-what the start gains.
+each of norm 3; and the last batch norm's shift makes blank likely. CTC training first learns to emit only blanks, and
+in that phase the hidden layers lose much of what they tell apart. Starting with a likely blank skips it: BENCHMARKS.md
+says what that gains.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pytorch.layers.gru import GRU
 
 GRU_LAYERS = 5
 TIME_STRIDE = 2
-CLIPPED = 0.0, 20.0  # what the rectifier behind a convolution lets through
+HARDTANH = 0.0, 20.0  # range of the activation after a convolution
 LABEL_NORM = 3.0  # of a label's initial weights; PyTorch's have 0.6
 BLANK_LOGIT = 6.0  # of blank, at the beginning and in the mean; those of the other labels are 0
 OUTPUT_FREQUENCIES = 41  # 161 bins, halved twice and rounded up
@@ -57,9 +57,9 @@ class DeepSpeech2(nn.Module):
     def __init__(self, conv_channels: int = 32, hidden_size: int = 800) -> None:
         super().__init__()
         self.conv1 = Convolution(1, conv_channels, kernel=(41, 11), stride=(2, TIME_STRIDE))
-        self.norm1 = BatchNorm(conv_channels, CLIPPED)
+        self.norm1 = BatchNorm(conv_channels, HARDTANH)
         self.conv2 = Convolution(conv_channels, conv_channels, kernel=(21, 11), stride=(2, 1))
-        self.norm2 = BatchNorm(conv_channels, CLIPPED)
+        self.norm2 = BatchNorm(conv_channels, HARDTANH)
         sizes = [OUTPUT_FREQUENCIES * conv_channels] + [hidden_size] * (GRU_LAYERS - 1)
         self.grus = nn.ModuleList(GRU(size, hidden_size) for size in sizes)
         _make_gates_orthogonal(self.grus)
@@ -79,14 +79,14 @@ class DeepSpeech2(nn.Module):
         """
         output_frames_B = output_frames(frames_B)
         layout = _pack_layout(output_frames_B)
-        x_BTFC = self.conv1(features_BFT.transpose(1, 2).unsqueeze(3))
+        x_BTFC = self.conv1(features_BFT.transpose(1, 2).unsqueeze(3))  # time first, so that valid frames are rows
         batch, time = x_BTFC.shape[:2]
         # Where each packed row lies in [B, T]; padding is left out of the norms, and zero again before conv2.
-        rows_of_BT_N = (layout.time_N + layout.utterance_N * time).to(x_BTFC.device, non_blocking=True)
-        x_NFC = _normalize_and_clip(x_BTFC.flatten(0, 1).index_select(0, rows_of_BT_N), self.norm1)
-        x_BTFC = x_NFC.new_zeros(batch * time, *x_NFC.shape[1:]).index_copy(0, rows_of_BT_N, x_NFC)
+        index_into_BT_N = (layout.time_N + layout.utterance_N * time).to(x_BTFC.device, non_blocking=True)
+        x_NFC = _norm_rows(x_BTFC.flatten(0, 1).index_select(0, index_into_BT_N), self.norm1)
+        x_BTFC = x_NFC.new_zeros(batch * time, *x_NFC.shape[1:]).index_copy(0, index_into_BT_N, x_NFC)
         x_BTFC = self.conv2(x_BTFC.unflatten(0, (batch, time)))
-        x_NFC = _normalize_and_clip(x_BTFC.flatten(0, 1).index_select(0, rows_of_BT_N), self.norm2)
+        x_NFC = _norm_rows(x_BTFC.flatten(0, 1).index_select(0, index_into_BT_N), self.norm2)
 
         packed = PackedSequence(x_NFC.flatten(1), layout.batch_sizes)
         for gru, norm in zip(self.grus, self.norms, strict=True):
@@ -94,22 +94,9 @@ class DeepSpeech2(nn.Module):
             packed = PackedSequence(norm(packed.data), layout.batch_sizes)
         logits_NV = self.classifier(packed.data).float()
 
-        rows_of_TB_N = (layout.time_N * batch + layout.utterance_N).to(logits_NV.device, non_blocking=True)
-        logits_TBV = logits_NV.new_zeros(time * batch, len(LABELS)).index_copy(0, rows_of_TB_N, logits_NV)
+        index_into_TB_N = (layout.time_N * batch + layout.utterance_N).to(logits_NV.device, non_blocking=True)
+        logits_TBV = logits_NV.new_zeros(time * batch, len(LABELS)).index_copy(0, index_into_TB_N, logits_NV)
         return logits_TBV.unflatten(0, (time, batch)), output_frames_B
-
-
-def training_flops(model: DeepSpeech2, frames: int) -> tuple[float, float]:
-    """Return the floating-point operations of a forward pass and of a training step on so many valid output frames.
-
-    A multiplication with its addition counts as two. Each matrix is applied once a frame, and each convolution's kernel
-    once a frame and output frequency. Batch norms, spectrogram, CTC and optimizer are left out.
-    """
-    conv1 = model.conv1.weight.numel() * (2 * OUTPUT_FREQUENCIES - 1)
-    conv2 = model.conv2.weight.numel() * OUTPUT_FREQUENCIES
-    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
-    forward = 2.0 * frames * (conv1 + conv2 + matrices)
-    return forward, 3 * forward - 2.0 * frames * conv1  # the features need no gradient
 
 
 @torch.no_grad()
@@ -122,13 +109,17 @@ def _make_gates_orthogonal(grus: nn.ModuleList) -> None:
 
 @torch.no_grad()
 def _make_blank_likely(labels_VH: Tensor, bias_H: Tensor) -> None:
-    """Initialize the labels' weights, and the shift of the batch norm before them."""
+    """Initialize the labels' weights, and the shift of the batch norm before them.
+
+    The norm's output has this shift as its mean. Its product with blank's weights is BLANK_LOGIT, and with the other
+    labels' it is 0, since they are orthogonal.
+    """
     nn.init.orthogonal_(labels_VH, LABEL_NORM)
     bias_H.copy_(BLANK_LOGIT * labels_VH[BLANK] / labels_VH[BLANK].square().sum())
 
 
-def _normalize_and_clip(x_NFC: Tensor, norm: nn.Module) -> Tensor:
-    """Apply a batch norm to each channel, over rows and frequencies, and clip."""
+def _norm_rows(x_NFC: Tensor, norm: nn.Module) -> Tensor:
+    """Apply a batch norm, and its clipping, to each channel over rows and frequencies."""
     return norm(x_NFC.flatten(0, 1)).view_as(x_NFC)
 
 

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import NamedTuple, NoReturn
@@ -49,40 +49,7 @@ from pytorch.optimizer import learning_rate
 from pytorch.trainer import Trainer
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
-PENDING_LOSSES = {"cpu": 0, "cuda": 4}  # read that many steps late, so that a GPU never waits for the host
-
-
-class Clock:
-    """The benchmark's clock: seconds since it was started, and those of the run before it was resumed."""
-
-    def __init__(self) -> None:
-        self._before, self._started = 0.0, math.nan
-
-    def start(self, before: float) -> None:
-        """Start it at so many seconds."""
-        self._before, self._started = before, time.monotonic()
-
-    def stop(self) -> float:
-        """Stop it, and return what it shows."""
-        self._before, self._started = self.seconds(), math.nan
-        return self._before
-
-    def seconds(self) -> float:
-        """Return what it shows."""
-        return self._before + (0.0 if math.isnan(self._started) else time.monotonic() - self._started)
-
-
-class StopSignal:
-    """Remembers that this process was told to stop. The step under way goes on, and is saved."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.request)
-
-    def request(self, *_: object) -> None:
-        """Handle a signal."""
-        self.requested = True
+MAX_PENDING_STEPS = {"cpu": 0, "cuda": 4}  # losses are read up to that many steps late, so that a GPU never waits
 
 
 @dataclass
@@ -96,8 +63,8 @@ class TrainingRun:
     log: MLLogger
     state: TrainState
     stop: StopSignal
-    clock: Clock = field(default_factory=Clock)
-    saved: float = field(default_factory=time.monotonic)  # time.monotonic() when the newest checkpoint was written
+    clock: Clock
+    last_save_time: float = 0.0  # time.monotonic() when the newest checkpoint was written
 
 
 def train(config: Config, launch_id: str | None = None) -> bool:
@@ -112,7 +79,7 @@ def train(config: Config, launch_id: str | None = None) -> bool:
     with ExitStack() as resources:
         run = setup(config, launch_id, resources)
         state, world, user = run.state, run.world, machine.user_name()
-        if state.wer is not None and state.wer <= config.target_wer:
+        if state.wer is not None and config.target_reached(state.wer):
             world.print_once(
                 f"Target WER of {config.target_wer:g} was reached in {state.elapsed_seconds:.0f} s already."
             )
@@ -124,7 +91,7 @@ def train(config: Config, launch_id: str | None = None) -> bool:
         try:
             with explain_oom("memory ran out; use a smaller --batch-size, or more --gradient-accumulation-steps"):
                 evaluation = train_to_target(run)
-            reached = evaluation.total.wer <= config.target_wer
+            reached = config.target_reached(evaluation.total.wer)
         finally:
             seconds = run.clock.stop()
             status = constants.SUCCESS if reached else constants.ABORTED
@@ -132,10 +99,11 @@ def train(config: Config, launch_id: str | None = None) -> bool:
         evaluation.log_transcripts(run.log)
 
         try:
-            save(run, best=state.wer == state.best_wer)  # with the last WER; a full disk does not cost the result
-        finally:
+            save(run)  # with the last WER
+            mark_if_best(run)
+        finally:  # a full disk does not cost the result
             print_result(run, reached, seconds, user, started_at)
-        world.all_gather_object(None)  # none leaves while another is still busy
+        world.barrier()  # no rank leaves while another still needs it
         return reached
 
 
@@ -150,10 +118,9 @@ def train_to_target(run: TrainingRun) -> Evaluation:
         if state.step_in_epoch == len(loader):
             state.begin_epoch(state.epoch + 1)
         out_of_steps = config.max_steps is not None and state.step >= config.max_steps
-        if evaluation.total.wer <= config.target_wer or out_of_steps or state.epoch > config.max_epochs:
+        if config.target_reached(evaluation.total.wer) or out_of_steps or state.epoch > config.max_epochs:
             return evaluation
-        if state.wer == state.best_wer and run.world.is_main:
-            checkpoint.mark_best(config.output_dir)
+        mark_if_best(run)
 
 
 def open_data(run: TrainingRun) -> tuple[TrainingLoader, Utterances]:
@@ -169,15 +136,15 @@ def open_data(run: TrainingRun) -> tuple[TrainingLoader, Utterances]:
 
 @dataclass(frozen=True)
 class EpochStats:
-    """What an epoch, or the rest of one, came to."""
+    """Statistics of an epoch; all but the loss are of what was left of it if the run was resumed."""
 
-    loss: float  # mean over its steps
+    loss: float  # mean over its steps, skipped ones left out
     seconds: float
     utterances_per_second: float
     audio_seconds_per_second: float  # of speech as it is in the corpus, before augmentation
     data_wait_fraction: float  # of the time, on the rank that waited most
     skipped_steps: int  # of the run so far
-    finished: bool  # whether to its end: max_steps may come before
+    finished: bool  # False if max_steps cut it short
 
 
 class PendingStep(NamedTuple):
@@ -207,14 +174,15 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
     with progress_bar(f"epoch {state.epoch}", len(loader), first, shown=world.is_main) as bar:
         for indices, microbatches in loader.epoch(state.epoch, first, last):
             lr = learning_rate(config, state.step, len(loader))
-            save_due = world.is_main and time.monotonic() - run.saved > 60 * config.checkpoint_interval_minutes
+            save_due = world.is_main and time.monotonic() - run.last_save_time > 60 * config.checkpoint_interval_minutes
             # What one rank wants travels with the loss, so that all ranks know it after the same step.
             result = trainer.train_step(microbatches, len(indices), lr, flags=(run.stop.requested, save_due))
             state.step += 1
             state.step_in_epoch += 1
             pending.append(PendingStep(state.step, lr, indices, result))
-            utterances, samples = utterances + len(indices), samples + int(loader.utterances.num_samples[indices].sum())
-            stop, save_now = log_finished_steps(run, loader, pending, keep=PENDING_LOSSES[trainer.device.type])
+            utterances += len(indices)
+            samples += int(loader.utterances.num_samples[indices].sum())
+            stop, save_now = log_finished_steps(run, loader, pending, keep=MAX_PENDING_STEPS[trainer.device.type])
             bar.update()
             if stop or save_now:
                 stop_late, _ = log_finished_steps(run, loader, pending, keep=0)
@@ -244,7 +212,7 @@ def log_finished_steps(
     stop = save_now = False
     while len(pending) > keep:
         step, lr, indices, result = pending.popleft()
-        loss, grad_norm, wants_stop, wants_save = result().tolist()
+        loss, grad_norm, wants_stop, wants_save = result().tolist()  # see Trainer.train_step
         stop, save_now = stop or wants_stop > 0, save_now or wants_save > 0
         log_step(run, step, lr, loss, grad_norm, [loader.utterances.id(index) for index in indices])
     return stop, save_now
@@ -254,7 +222,7 @@ def log_step(run: TrainingRun, step: int, lr: float, loss: float, grad_norm: flo
     """Log a step, and count it as skipped if its loss or gradient was not finite.
 
     Raises:
-        RunError: too many steps in a row were not.
+        RunError: too many steps in a row were not finite.
     """
     state = run.state
     if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -284,13 +252,12 @@ def evaluate_epoch(run: TrainingRun, validation: Utterances, stats: EpochStats) 
     started = time.monotonic()
     run.log.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: state.epoch})
     trainer.eval_model.eval()
-    microbatch = math.ceil(config.batch_size / (world.size * config.gradient_accumulation_steps))
     evaluation = evaluate(
         partial(trainer.logits, trainer.eval_model),
         validation,
         world,
         # What a rank computes at once in training is known to fit into memory, together with its gradients.
-        max_batch_samples=microbatch * max_train_samples(run.dataset),
+        max_batch_samples=config.max_microbatch_size(world.size) * max_train_samples(run.dataset),
         pin_memory=trainer.device.type == "cuda",
         stop_requested=lambda: run.stop.requested,
     )
@@ -313,17 +280,21 @@ def evaluate_epoch(run: TrainingRun, validation: Utterances, stats: EpochStats) 
     return evaluation
 
 
-def save(run: TrainingRun, *, best: bool = False) -> None:
+def save(run: TrainingRun) -> None:
     """Write a checkpoint on the first rank; RunError if it cannot be written."""
     started, state = time.monotonic(), run.state
     state.elapsed_seconds = run.clock.seconds()
     if run.world.is_main:
         tensors, folder = run.trainer.state_dict(), run.config.output_dir
         checkpoint.save(folder, run.config, run.dataset.digest, state, tensors, run.world.launch_id)
-        if best:
-            checkpoint.mark_best(folder)
         run.log.event("checkpoint", time.monotonic() - started, metadata={"step_num": state.step})
-    run.saved = time.monotonic()
+    run.last_save_time = time.monotonic()
+
+
+def mark_if_best(run: TrainingRun) -> None:
+    """Keep the newest checkpoint as the best one if its WER is the lowest so far."""
+    if run.world.is_main and run.state.wer == run.state.best_wer:
+        checkpoint.mark_best(run.config.output_dir)
 
 
 def raise_preempted(run: TrainingRun) -> NoReturn:
@@ -350,7 +321,8 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
     log, log_file = mllog.make_logger(config.output_dir / mllog.LOG)
     log.start(constants.INIT_START)
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
-    device = select_device(config.device, local_world_size - 1)  # if there is one for the last, there is for all
+    # The kind of device decides how ranks connect. Asking for the last one checks that every local rank has one.
+    device = select_device(config.device, local_world_size - 1)
     world = World.init(device.type, config.dist_timeout_seconds, launch_id)
     device = select_device(config.device, world.local_rank)
     set_device(device)
@@ -360,7 +332,7 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
     require_batches(world, config, dataset)
     lock_output_dir(world, config, resources)
     cache = machine.clear_cache(dataset) if world.local_rank == 0 else None
-    mllog.log_cache_clear(log, [each for each in world.all_gather_object(cache) if each is not None])
+    mllog.log_cache_clear(log, [reason for reason in world.all_gather_object(cache) if reason is not None])
     mllog.log_submission(log, config, dataset, device, world.size)
 
     torch.manual_seed(config.seed)
@@ -369,19 +341,18 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
     log.event("gru_implementation", "cuDNN" if device.type == "cuda" else kernels.status())
     trainer.warm_up(max_train_samples(dataset))
 
-    run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop)
-    saved = checkpoint.find_resumable(config, dataset.digest, world)
-    if saved is not None:
-        run.state = TrainState(**{**saved["progress"], "resumed": True})
-        torch.set_rng_state(saved["random_state"])
-        trainer.load_state_dict(saved, run.state.step)
+    run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop, Clock(), time.monotonic())
+    resumed_from = checkpoint.find_resumable(config, dataset.digest, world)
+    if resumed_from is not None:
+        run.state = TrainState(**{**resumed_from["progress"], "resumed": True})
+        trainer.load_state_dict(resumed_from, run.state.step)
         log.event("resumed", True, metadata={k: v for k, v in vars(run.state).items() if v is not None})
         # torchrun has started lost ranks again: the same run goes on, and so does its log
-        log_file.append = saved["launch"] is not None and saved["launch"] == world.launch_id
+        log_file.append = resumed_from["launch"] is not None and resumed_from["launch"] == world.launch_id
     require_steps_left(run)
     if config.tensorboard is not None and world.is_main:
         log.logger.addHandler(mllog.TensorBoard(config.tensorboard, run.state.step))
-    if saved is None:
+    if resumed_from is None:
         previous = (mllog.LOG, mllog.REPORT)
         if world.is_main and (archive := checkpoint.archive_previous_run(config.output_dir, previous)):
             world.print_once(f"The earlier run in this folder is now in {archive}; --resume would have continued it.")
@@ -392,7 +363,7 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
 
 
 def require_agreement(world: World, config: Config, dataset: PackedDataset) -> None:
-    """Refuse to train together what differs between ranks, such as after a mistake on one of many machines.
+    """Check that all ranks have the same configuration and data set.
 
     Raises:
         RunError: names each difference from rank 0.
@@ -415,7 +386,7 @@ def require_batches(world: World, config: Config, dataset: PackedDataset) -> Non
     for split in ("train", "validation"):
         if not dataset.splits[split]:
             raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
-    parts = world.size * config.gradient_accumulation_steps
+    parts = config.microbatches(world.size)
     if config.batch_size < parts:
         raise RunError(f"--batch-size {config.batch_size}: cannot be divided into {parts} parts (ranks x accumulation)")
 
@@ -445,6 +416,39 @@ def require_steps_left(run: TrainingRun) -> None:
 def max_train_samples(dataset: PackedDataset) -> int:
     """Return the samples of the longest training utterance."""
     return max(dataset.summary[name].max_samples for name in dataset.splits["train"])
+
+
+class Clock:
+    """The benchmark's clock: elapsed seconds, with those before the run was resumed."""
+
+    def __init__(self) -> None:
+        self._before, self._started = 0.0, math.nan
+
+    def start(self, before: float) -> None:
+        """Start from `before` seconds."""
+        self._before, self._started = before, time.monotonic()
+
+    def stop(self) -> float:
+        """Stop, and return the elapsed seconds."""
+        self._before, self._started = self.seconds(), math.nan
+        return self._before
+
+    def seconds(self) -> float:
+        """Return the elapsed seconds."""
+        return self._before + (0.0 if math.isnan(self._started) else time.monotonic() - self._started)
+
+
+class StopSignal:
+    """Remembers that this process was told to stop. The step under way goes on, and is saved."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.request)
+
+    def request(self, *_: object) -> None:
+        """Handle a signal."""
+        self.requested = True
 
 
 def main(arguments: list[str] | None = None, launch_id: str | None = None) -> int:

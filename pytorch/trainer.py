@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -42,7 +41,7 @@ class Trainer:
             kernels.load()  # compiles them, the first time
         self.ddp_model: nn.Module = self.model
         if self.world.size > 1:
-            with warnings.catch_warnings():  # broadcast_buffers has a newer name that not all versions know
+            with warnings.catch_warnings():  # newer versions call it forward_sync_buffers
                 warnings.simplefilter("ignore", FutureWarning)
                 # Batch norms see the rows of all ranks, so their statistics are equal without a broadcast.
                 self.ddp_model = DistributedDataParallel(
@@ -61,12 +60,12 @@ class Trainer:
         """Return what a checkpoint holds: "model" is the one that is evaluated, "trained_model" the one in training."""
         return {
             "model": self.eval_model.state_dict(),
-            "trained_model": self.model.state_dict(),  # takes no space where it is the same
+            "trained_model": self.model.state_dict(),  # torch.save stores shared tensors once
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
     def load_state_dict(self, state: dict[str, Any], steps: int) -> None:
-        """Restore `state_dict()` of a run of so many steps. Hyperparameters stay those of the configuration."""
+        """Restore `state_dict()` after `steps` steps: weights and moments, but not the hyperparameters."""
         self.model.load_state_dict(state["trained_model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["model"])
@@ -98,25 +97,26 @@ class Trainer:
             microbatches: this rank's part of the global batch, to be computed one after another.
             global_batch_size: utterances of all ranks' microbatches.
             lr: learning rate.
-            flags: whatever this rank wants all of them to know.
+            flags: booleans, summed over ranks together with the loss.
 
         Returns:
-            A function that waits for the step and returns, as float64 on the CPU, the loss, the gradient norm and, for
-            each flag, the number of ranks on which it was set. Nothing else here waits for the device.
+            A function that waits for the step and returns [loss, gradient norm, *flags] as float64 on the CPU. A flag
+            is the number of ranks on which it was set. Nothing else here waits for the device.
         """
         self.model.zero_grad(set_to_none=True)
         buffers_before = [buffer.clone() for buffer in self._batch_norm_buffers()]
+        # [loss, *flags], summed over ranks
         reduced = torch.tensor([0.0, *flags], dtype=torch.float64).to(self.device, non_blocking=True)
         for microbatch in microbatches:
-            # DDP exchanges gradients during the last backward pass only.
-            exchange = microbatch is microbatches[-1] or self.world.size == 1
-            with nullcontext() if exchange else self.ddp_model.no_sync():  # type: ignore[operator]
+            # DDP synchronizes gradients in the last backward pass only. A single rank has no DDP, and no `no_sync`.
+            sync = microbatch is microbatches[-1] or self.world.size == 1
+            with nullcontext() if sync else self.ddp_model.no_sync():  # type: ignore[operator]
                 loss = self.loss(microbatch) * (len(microbatch) / global_batch_size)
                 (loss * self.world.size).backward()  # DDP divides the sum of gradients by the number of ranks
             reduced[0] += loss.detach()
         all_reduce_sum(reduced)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
-        result = torch.cat([reduced[:1], grad_norm.double().view(1), reduced[1:]])
+        result = torch.cat([reduced[:1], grad_norm.double().view(1), reduced[1:]])  # [loss, grad_norm, *flags]
         finite = result[:2].isfinite().all()  # stays on the device: `if finite` would wait for it
         for buffer, before in zip(self._batch_norm_buffers(), buffers_before, strict=True):
             torch.where(finite, buffer, before, out=buffer)
@@ -133,8 +133,9 @@ class Trainer:
 
     def _update_ema(self, ema: AveragedModel, finite: Tensor) -> None:
         """Move the EMA towards the model if the step was finite (a bool on the device, not to be waited for)."""
-        steps = int(ema.n_averaged)  # of the run, skipped ones included, as for the learning rate
-        decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))  # forgets the first steps soon
+        steps = int(ema.n_averaged)  # of the run, skipped ones included; a counter on the CPU, so nothing waits
+        # Ramps up, so that the first steps are soon forgotten (as TensorFlow's ExponentialMovingAverage does).
+        decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))
         update = get_ema_multi_avg_fn(decay)
 
         def update_if_finite(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
@@ -142,7 +143,7 @@ class Trainer:
             targets = [torch.where(finite, value, old) for value, old in zip(values, averages, strict=True)]
             update(averages, targets, count)
 
-        ema.multi_avg_fn = update_if_finite
+        ema.multi_avg_fn = update_if_finite  # which AveragedModel takes no other way than as an attribute
         ema.update_parameters(self.model)
 
     def _batch_norm_buffers(self) -> list[Tensor]:
@@ -161,17 +162,25 @@ class Trainer:
             RunError: the largest batch does not fit into memory.
         """
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        accumulation = self.config.gradient_accumulation_steps
-        count = math.ceil(self.config.batch_size / (self.world.size * accumulation))
+        count = self.config.max_microbatch_size(self.world.size)
         num_samples = int(max_samples / min(1.0, self.config.tempo_min))
         with explain_oom(
             f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
             f"use a smaller --batch-size than {self.config.batch_size}, or compute it in "
-            f"{2 * accumulation} parts: --gradient-accumulation-steps"
+            f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
         ):
             noise_BS = torch.randint(-1000, 1000, (count, num_samples), dtype=torch.int16)
             num_samples_B, ones = torch.full((count,), num_samples), torch.full((count,), 1)
-            self.loss(Batch(np.arange(count), noise_BS, num_samples_B, ones, ones, ["'"] * count, None)).backward()
+            batch = Batch(
+                indices=np.arange(count),
+                waveforms_BS=noise_BS,
+                num_samples_B=num_samples_B,
+                targets=ones,  # label 1 is the apostrophe
+                target_lengths_B=ones,
+                transcripts=["'"] * count,
+                augmentation=None,
+            )
+            self.loss(batch).backward()
             for optimizer in make_optimizers(self.config, self.model):
                 optimizer.step()
         self.model.zero_grad(set_to_none=True)

@@ -41,7 +41,7 @@ from pytorch.layers.batch_norm import BatchNorm
 from pytorch.layers.convolution import Convolution
 from pytorch.layers.gru import GRU
 from pytorch.loader import Batch
-from pytorch.model import DeepSpeech2, output_frames, training_flops
+from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.trainer import Trainer
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
@@ -252,6 +252,19 @@ def table(row: dict[str, Any]) -> str:
             value = ", ".join(f"{part} {milliseconds:.1f}" for part, milliseconds in value.items())
         lines.append(f"{name:<26}" + (f"{value:.4g}" if isinstance(value, float) else str(value)))
     return "\n".join(lines)
+
+
+def training_flops(model: DeepSpeech2, frames: int) -> tuple[float, float]:
+    """Return the floating-point operations of a forward pass and of a training step on so many valid output frames.
+
+    A multiplication with its addition counts as two. Each matrix is applied once a frame, and each convolution's kernel
+    once a frame and output frequency. Batch norms, spectrogram, CTC and optimizer are left out.
+    """
+    conv1 = model.conv1.weight.numel() * (2 * OUTPUT_FREQUENCIES - 1)
+    conv2 = model.conv2.weight.numel() * OUTPUT_FREQUENCIES
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
+    forward = 2.0 * frames * (conv1 + conv2 + matrices)
+    return forward, 3 * forward - 2.0 * frames * conv1  # the features need no gradient
 
 
 def main() -> int:

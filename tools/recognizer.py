@@ -27,7 +27,7 @@ from data.packed import PackedDataset, Subset
 from pytorch import checkpoint
 from pytorch.cli import RunError
 from pytorch.config import Precision
-from pytorch.ctc import BLANK, encode, greedy_decode
+from pytorch.ctc import BLANK, collapse, encode
 from pytorch.device import copy_to_cpu_async, explain_oom, select_device, select_precision, set_device
 from pytorch.distributed import World
 from pytorch.evaluation import Decoder, Evaluation, evaluate, greedy_decoder
@@ -152,7 +152,7 @@ def copy_emissions(logits_TBV: Tensor, frames_B: Tensor) -> Callable[[], list[Te
 
 def greedy(emission_TV: Tensor) -> str:
     """Return the transcript by best-path decoding, as in a timed run."""
-    return greedy_decode(emission_TV[:, None], torch.tensor([len(emission_TV)]))[0]
+    return collapse(emission_TV.argmax(dim=1)[:, None], torch.tensor([len(emission_TV)]))[0]
 
 
 def align(transcript: str, emission_TV: Tensor) -> list[Word]:

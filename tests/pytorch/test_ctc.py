@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.packed import TRANSCRIPT_CHARACTERS
-from pytorch.ctc import BLANK, LABELS, encode, greedy_decode, min_ctc_frames
+from pytorch.ctc import BLANK, LABELS, collapse, encode, min_ctc_frames
 
 
 def logits_for(paths: list[list[int]]) -> torch.Tensor:
@@ -24,12 +24,12 @@ def test_labels_are_the_blank_and_the_characters_of_transcripts() -> None:
 
 def test_greedy_decoding_merges_repeats_and_then_drops_blanks() -> None:
     path = [LABELS.index(character) for character in "__HHH_EE_LL_LLO__ _"]
-    assert greedy_decode(logits_for([path]), torch.tensor([len(path)])) == ["HELLO "]
+    assert collapse(logits_for([path]).argmax(2), torch.tensor([len(path)])) == ["HELLO "]
 
 
 def test_frames_beyond_an_utterances_end_are_not_decoded() -> None:
     paths = [encode("AB"), encode("ABCD")]
-    assert greedy_decode(logits_for(paths), torch.tensor([2, 4])) == ["AB", "ABCD"]
+    assert collapse(logits_for(paths).argmax(2), torch.tensor([2, 4])) == ["AB", "ABCD"]
 
 
 @given(st.text(alphabet=TRANSCRIPT_CHARACTERS, min_size=1, max_size=20))
@@ -39,7 +39,7 @@ def test_a_transcript_spelled_with_the_fewest_frames_decodes_to_itself(transcrip
     for previous, label in pairwise(labels):
         path += [BLANK, label] if previous == label else [label]
     assert len(path) == min_ctc_frames(transcript)
-    assert greedy_decode(logits_for([path]), torch.tensor([len(path)])) == [transcript]
+    assert collapse(logits_for([path]).argmax(2), torch.tensor([len(path)])) == [transcript]
 
 
 @pytest.mark.parametrize("transcript", ["é", "a", "1", "A-B", "_"])

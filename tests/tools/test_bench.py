@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from pytorch.layers import kernels
-from pytorch.model import DeepSpeech2, training_flops
+from pytorch.model import DeepSpeech2
 from tests.processes import run_module_for_text
-from tools.bench import Options, StockGRU, Workload, benchmark, random_batch
+from tools.bench import Options, StockGRU, Workload, benchmark, random_batch, training_flops
 
 CONFIG = dataclasses.replace(CONFIGS["synthetic"], hidden_size=16, conv_channels=2)
 CPU = torch.device("cpu")
