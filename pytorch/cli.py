@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
 
-from data.packed import DataError
+from data.packed import DataError, write_durably
 
 
 class RunError(Exception):
@@ -45,6 +46,28 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted")
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write the file that a command line names: whole or not at all, and where a symbolic link points to.
+
+    What is no regular file, such as a pipe or /dev/null, is written to and stays what it is.
+
+    Raises:
+        RunError: the file there is the log of a run, or it cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        path = path.resolve()
+        if path.exists():
+            with path.open("rb") as file:
+                if any(b":::MLLOG " in line for line in file):
+                    raise RunError(f"{path}: this is the log of a run, which is not replaced; choose another name")
+        write_durably(path, text)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def progress_bar(title: str, total: int, initial: int = 0, *, shown: bool = True) -> tqdm:
