@@ -60,7 +60,7 @@ def write_output(path: Path, text: str) -> None:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")
             return
-        path = path.resolve()
+        path = Path(os.path.realpath(path))
         if path.exists():
             with path.open("rb") as file:
                 if any(b":::MLLOG " in line for line in file):

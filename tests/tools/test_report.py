@@ -23,7 +23,7 @@ from tools.report.__main__ import main
 from tools.report.charts import POINTS, charts, downsample, means, median_curve
 from tools.report.runs import Run, read_series
 from tools.report.tables import duration, parts
-from tools.report.transcripts import align, groups
+from tools.report.transcripts import align
 
 
 def written(folder: Path, *logs: Path) -> str:
@@ -394,16 +394,6 @@ def test_waiting_ranks_of_older_logs_are_read_and_not_shown(tmp_path: Path) -> N
     log.edit("epoch_stop", rank_wait_fractions=[0.0, 0.125], communication_fraction=0.1)
     html = written(tmp_path, log.write(tmp_path / "run.log"))
     assert "for other processes" not in html
-
-
-@pytest.mark.parametrize(
-    ("count", "shown"),
-    [(10, ["012", "3456", "789"]), (12, ["012", "4567", "9AB"]), (7, ["01", "234", "56"]), (2, ["01"])],
-)
-def test_transcripts_are_the_worst_the_middle_and_the_best(count: int, shown: list[str], tmp_path: Path) -> None:
-    log = made_up_log(said=[(f"{number:X}", "x") for number in range(count)])
-    found = groups(run_of(log, tmp_path))
-    assert ["".join(each.transcript.reference for each in utterances) for utterances in found.values()] == shown
 
 
 def test_all_files_of_the_page_are_part_of_the_installed_package() -> None:

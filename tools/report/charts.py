@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from tools.mlperf.logs import Step
 from tools.report.runs import Run, Series
 
 POINTS = 2000  # that a chart draws of single steps: no screen shows more, and the page stays small
 MEANS = 60  # points of a line that stands for many steps
-WER, TIME, LOSS, RATE, NORM = "WER (%)", "time (s)", "loss", "learning rate", "gradient norm"
+EPOCH, STEP, TIME = "epoch", "step", "time (s)"
+WER, LOSS, RATE, NORM = "WER (%)", "loss", "learning rate", "gradient norm"
 SPEED, WAIT = "utterances/s", "waiting for data (%)"
+ERRORS = "Corpus word error rate on the validation set after each epoch; the dashed line is the target."
+STEPS = "Means of the steps around; single steps are faint."
+CHARTS = (  # id, title, whether of epochs or steps, x, y, note
+    ("wer-time", "Word error rate by time", EPOCH, TIME, WER, ERRORS),
+    ("wer-epoch", "Word error rate by epoch", EPOCH, EPOCH, WER, ERRORS),
+    ("throughput", "Throughput", EPOCH, EPOCH, SPEED, "Training only, without evaluation."),
+    ("wait", "Waiting for data", EPOCH, EPOCH, WAIT, "Time that steps waited for their batches, of that of training."),
+    ("loss", "Training loss", STEP, STEP, LOSS, STEPS),
+    ("rate", "Learning rate", STEP, STEP, RATE, STEPS),
+    ("norm", "Gradient norm", STEP, STEP, NORM, f"Before clipping; logarithmic. {STEPS}"),
+)
 
 Row = dict[str, Any]  # figures of an epoch or step, by name; None where the log lacks them
 Point = tuple[float, float]
@@ -42,13 +53,8 @@ class Chart:
     y: str
     note: str
     lines: list[Line]
-    targets: Sequence[float] = ()
-    logarithmic: bool = False
-
-
-def charts(series: Sequence[Series]) -> list[Chart]:
-    """Return the charts for which some run has figures."""
-    return [chart for chart in (*_epoch_charts(series), *_step_charts(series)) if chart.lines]
+    targets: Sequence[float]
+    logarithmic: bool
 
 
 def epoch_rows(run: Run) -> list[Row]:
@@ -61,10 +67,14 @@ def epoch_rows(run: Run) -> list[Row]:
         end = run.log.seconds_before + next(time for time in ends if time is not None)
         waited = epoch.throughput.get("data_wait_fraction")
         row = {
-            "epoch": epoch.number,
+            EPOCH: epoch.number,
             TIME: end if run.has_times else None,
             WER: epoch.wer,
-            **{f"{WER} {name}": counts.wer for name, counts in epoch.errors.items() if name != "all"},
+            **{
+                f"{WER} {name}": counts.wer
+                for name, counts in epoch.errors.items()
+                if name != "all" and len(epoch.errors) > 2
+            },
             LOSS: epoch.loss,
             RATE: last and last.learning_rate,
             NORM: last and last.gradient_norm,
@@ -75,68 +85,61 @@ def epoch_rows(run: Run) -> list[Row]:
     return rows
 
 
-def _epoch_charts(series: Sequence[Series]) -> Iterator[Chart]:
-    rows = [[epoch_rows(run) for run in each.runs] for each in series]
-    every = [row for runs in rows for epochs in runs for row in epochs]
-    errors = [name for name in dict.fromkeys(name for row in every for name in row) if name.startswith(WER)]
-    if len(series) > 1 or len(errors) == 2:
-        errors = [WER]  # subsets of several series would be too many lines, and a single one is all there is
-    longest = max((row[TIME] for row in every if row[TIME] is not None), default=0)
+def step_rows(run: Run) -> list[Row]:
+    """Return the figures of a run's steps."""
+    return [
+        {STEP: step.number, LOSS: step.loss, RATE: step.learning_rate, NORM: step.gradient_norm}
+        for step in run.log.steps
+    ]
+
+
+def charts(series: Sequence[Series]) -> list[Chart]:
+    """Return the charts for which some run has figures."""
+    runs = [run for each in series for run in each.runs]
+    rows = {EPOCH: [list(map(epoch_rows, each.runs)) for each in series]}
+    rows[STEP] = [list(map(step_rows, each.runs)) for each in series]
+    epochs = [row for of_series in rows[EPOCH] for of_run in of_series for row in of_run]
+    longest = max((row[TIME] for row in epochs if row[TIME] is not None), default=0)
     unit, divisor = ("s", 1) if longest < 600 else ("min", 60) if longest < 4 * 3600 else ("h", 3600)
-
-    note = "Corpus word error rate on the validation set after each epoch; the dashed line is the target."
-    targets = sorted({target for each in series for run in each.runs if (target := run.log.target_wer) is not None})
-    x = f"time on the clock ({unit})"
-    lines = [line for name in errors for line in _lines(rows, "epoch", name, x=TIME, divisor=divisor)]
-    yield Chart("wer-time", "Word error rate by time", x, WER, note, lines, targets)
-    lines = [line for name in errors for line in _lines(rows, "epoch", name)]
-    yield Chart("wer-epoch", "Word error rate by epoch", "epoch", WER, note, lines, targets)
-    note = "Training only, without evaluation."
-    yield Chart("throughput", "Throughput", "epoch", "utterances per second", note, _lines(rows, "epoch", SPEED))
-    note = "Time that steps waited for their batches, of the time of training."
-    yield Chart("wait", "Waiting for data", "epoch", "% of training time", note, _lines(rows, "epoch", WAIT))
-
-
-def _step_charts(series: Sequence[Series]) -> Iterator[Chart]:
-    def row(step: Step) -> Row:
-        return {"step": step.number, LOSS: step.loss, RATE: step.learning_rate, NORM: step.gradient_norm}
-
-    rows = [[[row(step) for step in run.log.steps] for run in each.runs] for each in series]
-    note = "Each step faint, with the highest and lowest where they are many; the line is the mean of the steps around."
-    if any(len(each.runs) > 1 for each in series):
-        note = "Each run faint; the line is their median. Both are means of the steps around."
-    for id, title, y, name in (
-        ("loss", "Training loss", "CTC loss", LOSS),
-        ("rate", "Learning rate", RATE, RATE),
-        ("norm", "Gradient norm", "norm before clipping", NORM),
-    ):
-        yield Chart(id, title, "step", y, note, _lines(rows, "step", name), logarithmic=name == NORM)
+    errors = [name for name in dict.fromkeys(name for row in epochs for name in row) if name.startswith(WER)]
+    errors = errors if len(series) == 1 else [WER]  # subsets of several series would be too many lines
+    targets = sorted({run.log.target_wer for run in runs if run.log.target_wer is not None})
+    found = []
+    for id, title, of, x, y, note in CHARTS:
+        lines = []
+        for name in errors if y == WER else [y]:
+            lines += _lines(rows[of], of, x, name, divisor if x == TIME else 1)
+        across = f"time on the clock ({unit})" if x == TIME else x
+        if lines:
+            found.append(Chart(id, title, across, y, note, lines, targets if y == WER else [], y == NORM))
+    return found
 
 
-def _lines(series: Sequence[Sequence[list[Row]]], by: str, y: str, *, x: str = "", divisor: int = 1) -> list[Line]:
+def _lines(series: Sequence[Sequence[list[Row]]], of: str, x: str, y: str, divisor: int) -> list[Line]:
     """Return a line for each series, the median of its runs, and behind it a faint one for each run.
 
     Args:
-        series: rows of epochs or steps, by series and run.
-        by: "epoch" or "step"; steps are many, so that lines are means of them.
+        series: rows by series and run.
+        of: EPOCH or STEP, of which rows are; steps are many, so that lines are means of them.
+        x: name of the figure along which lines run, which is divided by `divisor`.
         y: name of the figure to show.
-        x: name of the figure along which lines run, which is divided by `divisor`; by default that of `by`.
+        divisor: see x.
     """
     limit = max(2, POINTS // sum(map(len, series)))
     lines = []
     for place, runs in enumerate(series):
         curves = []
         for rows in runs:
-            known = [(row[by], row[x or by], row[y]) for row in rows if None not in (row[x or by], row.get(y))]
+            known = [(row[of], row[x], row[y]) for row in rows if None not in (row[x], row.get(y))]
             curve = {number: (across / divisor, up) for number, across, up in known if math.isfinite(up)}
             curves += [curve] if curve else []
         if not curves:
             continue
         points = median_curve(curves)
-        lines.append(Line(place, y, _rounded(means(points) if by == "step" else points), faint=False))
+        lines.append(Line(place, y, _rounded(means(points) if of == STEP else points), faint=False))
         for curve in curves:
             points = list(curve.values())
-            if by == "step":
+            if of == STEP:
                 points = means(points) if len(curves) > 1 else downsample(points, limit)
             lines.append(Line(place, y, _rounded(points), faint=True))
     return lines

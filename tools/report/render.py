@@ -14,7 +14,7 @@ from markupsafe import Markup
 from tools.report import tables
 from tools.report.charts import charts
 from tools.report.runs import Series
-from tools.report.transcripts import groups
+from tools.report.transcripts import transcripts
 from tools.report.warnings import missing_events, warnings
 
 FOLDER = Path(__file__).parent
@@ -43,19 +43,16 @@ def render(series: Sequence[Series]) -> str:
         series=series,
         runs=runs,
         hues=hues,
-        headline=tables.headline(series),
+        tables=tables,
         warnings=warnings(series),
         missing=missing_events(series),
-        result_table=tables.result_table(series),
-        run_table=tables.run_table(series),
-        epoch_table=tables.epoch_table(series),
         charts=drawn,
         figures={
             "series": [{"label": each.label, "hue": hue} for each, hue in zip(series, hues, strict=True)],
             "charts": list(map(asdict, drawn)),
         },
         parts=[(each.label, spent) for each in series if (spent := tables.parts(each.runs))],
-        transcripts=[(run, shown) for run in runs if (shown := groups(run))],
+        transcripts=[(run, shown) for run in runs if (shown := transcripts(run))],
         differing={name: values for name, values in facts.items() if len(set(filter(None, values))) > 1},
         common={name: values for name, values in facts.items() if len(set(filter(None, values))) <= 1},
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),

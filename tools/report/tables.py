@@ -112,17 +112,13 @@ def parts(runs: Sequence[Run]) -> dict[str, float]:
 
 def _parts(log: RunLog) -> dict[str, float]:
     end = log.clock(log.events[-1]) if log.seconds is None else log.seconds  # a log may be cut off
-    train = evaluate = saved = 0.0
+    saves = [(log.clock(event), float(event.value)) for event in log.all("checkpoint")]
+    saved = sum(seconds for at, seconds in saves if 0 <= at <= end)  # the first and the last may be off the clock
+    train = evaluate = 0.0
     for epoch in log.epochs:
-        train += (end if epoch.trained is None else epoch.trained) - epoch.started
-        if epoch.trained is not None:
-            evaluate += (end if epoch.evaluated is None else epoch.evaluated) - epoch.trained
-    for checkpoint in log.all("checkpoint"):
-        at = log.clock(checkpoint)
-        if 0 <= at <= end:  # the first and the last may be off the clock
-            saved += float(checkpoint.value)
-            if any(epoch.started < at <= (end if epoch.trained is None else epoch.trained) for epoch in log.epochs):
-                train -= float(checkpoint.value)
+        trained = end if epoch.trained is None else epoch.trained
+        train += trained - epoch.started - sum(seconds for at, seconds in saves if epoch.started < at <= trained)
+        evaluate += (end if epoch.evaluated is None else epoch.evaluated) - trained
     other = max(0.0, end - train - evaluate - saved)
     return {INIT: log.init_seconds or 0.0, TRAINING: train, EVALUATION: evaluate, CHECKPOINTS: saved, OTHER: other}
 

@@ -43,17 +43,6 @@ def align(reference: Sequence[str], hypothesis: Sequence[str]) -> Iterator[Word]
             yield Word(KINDS[kind], *pair)
 
 
-def groups(run: Run) -> dict[str, list[Aligned]]:
-    """Return a run's transcripts by title: the three worst, four in the middle and the three best.
-
-    Of fewer than ten, the worst and the best are a third each. The log has them in this order.
-    """
-    utterances = [
-        Aligned(each, list(align(each.reference.split(), each.hypothesis.split()))) for each in run.log.transcripts
-    ]
-    ends = min(3, len(utterances) // 3)
-    if ends == 0:
-        return {"From the worst to the best": utterances} if utterances else {}
-    middle = utterances[ends:-ends]
-    start = max(0, (len(middle) - 4) // 2)
-    return {"Worst": utterances[:ends], "Typical": middle[start : start + 4], "Best": utterances[-ends:]}
+def transcripts(run: Run) -> list[Aligned]:
+    """Return the utterances that a run's log shows, from the worst to the best."""
+    return [Aligned(each, list(align(each.reference.split(), each.hypothesis.split()))) for each in run.log.transcripts]
