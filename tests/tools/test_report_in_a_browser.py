@@ -77,6 +77,13 @@ class Watched:
             chart,
         )
 
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what follows an event; wait_for_function evaluates text in the page, which its policy forbids."""
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline
+            self.page.wait_for_timeout(50)
+
     def overflow(self) -> int:
         """By how many pixels the page is wider than its window."""
         return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
@@ -153,8 +160,8 @@ def test_a_series_is_hidden_with_its_runs_by_its_name_in_the_legend(
     assert shown.page.evaluate(all_lines) == 6 + 30
     item = shown.page.evaluate("Chart.getChart('wer-time').legend.legendHitBoxes[0]")
     shown.page.locator("#wer-time").click(position={"x": item["left"] + 5, "y": item["top"] + 5})
+    shown.wait_until(lambda: shown.page.evaluate(all_lines) == 5 + 25)
     assert shown.lines("wer-time") == names[1:]
-    assert shown.page.evaluate(all_lines) == 5 + 25
     assert shown.wrong == []
 
 
@@ -193,10 +200,7 @@ def test_the_charts_follow_the_screen_and_paper_is_light(
     shown = open_page(reports["three configurations"])
     light = shown.page.evaluate(f"[{ink}, {back}]")
     shown.page.emulate_media(color_scheme="dark")
-    deadline = time.monotonic() + 10  # wait_for_function evaluates text in the page, which its policy forbids
-    while shown.page.evaluate(ink) == light[0]:
-        assert time.monotonic() < deadline
-        shown.page.wait_for_timeout(50)
+    shown.wait_until(lambda: shown.page.evaluate(ink) != light[0])
     dark = shown.page.evaluate(f"[{ink}, {back}]")
     assert dark[1] != light[1]
     # What is printed is drawn between these two events.

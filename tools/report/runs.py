@@ -146,7 +146,7 @@ def _labels(logs: Sequence[RunLog]) -> list[str]:
             same = [number for number, other in enumerate(labels) if other == label]
             if len({str(values[number]) for number in same}) > 1:
                 for number in same:
-                    labels[number] += f", {name.replace('_', ' ')} {values[number]}".replace("  ", " ")
+                    labels[number] += f", {name.replace('_', ' ')} {values[number]!s:.24}".replace("  ", " ")
     return labels
 
 
