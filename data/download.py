@@ -5,7 +5,7 @@ python -m data.download --corpus synthetic                     the embedded corp
 python -m data.download --subsets dev-clean,test-clean         only these; others can be added later
 python -m data.download --corpus an4 --mirror ~/archives       from a folder (read in place) or other addresses
 python -m data.download --mirror part --checksums part/md5sum.txt      archives other than the published ones
-python -m data.download --corpus manifest --manifest my.tsv    your own speech (manifest.py)
+python -m data.download --corpus manifest --manifest my.tsv    your own speech (readers.py)
 
 Archives are fetched several at a time, each prepared as soon as it is there, and removed as soon as it is prepared.
 After an interruption of any kind the same command goes on where it was.
@@ -14,22 +14,21 @@ After an interruption of any kind the same command goes on where it was.
 from __future__ import annotations
 
 import errno
-import hashlib
-import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from data.archives import Supply, check_space, read_checksums
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
-from data.manifest import read_manifest
-from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, DataError, PackedDataset, locked, read_dataset
-from data.prepare import UNPACKED, CheckedArchive, available_cores, finish_dataset, prepare_archive, prepare_subset
+from data.fetch import ArchiveSource, VerifiedArchive, check_space, read_checksums
+from data.files import UNFINISHED, DataError, available_cores, file_digest, locked, work_folder
+from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
+from data.prepare import Preparation, check_place
+from data.readers import read_manifest
 
 
 @dataclass(frozen=True)
@@ -60,30 +59,29 @@ def main() -> None:
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+        sys.exit("Interrupted. Run the same command to resume.")
 
 
 def download(options: Options) -> PackedDataset:
-    """Brings the data set that `options` describe to completion; DataError where that is impossible."""
+    """Bring the data set that `options` describe to completion; DataError where that is impossible."""
     corpus = find_corpus(options.corpus)
     subsets = corpus.select([name.strip() for name in options.subsets.split(",") if name.strip()])
     _check_options(options, corpus, subsets)
+    subsets = subsets[:1] if options.manifest else subsets
+    archives = _expected_archives(subsets, options)
     path = options.dataset_dir or corpus.default_dataset_dir
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path} is not a folder; give another --dataset-dir")
     try:
-        if options.manifest:
-            dataset = _prepare_manifest(path, corpus, subsets[0], options.manifest, options.jobs)
-        else:
-            dataset = _download_archives(path, corpus, subsets, options)
+        path.mkdir(parents=True, exist_ok=True)
+        with locked(path, "download or verification"):
+            dataset = _complete(path, corpus, subsets, archives, options)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise DataError(f"cannot write in {path}: {error.strerror}") from error
         raise
-    if len(dataset.subsets) == len(corpus.subsets) and corpus.reference_digest not in ("", dataset.digest):
-        print(
-            f"warning: the checksum is {dataset.digest}, not the reference {corpus.reference_digest}, "
-            "as verify_dataset.sh will say: eSpeak NG of another platform or version speaks slightly differently.",
-            file=sys.stderr,
-        )
+    if options.checksums and not dataset.official:
+        print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
     return dataset
 
 
@@ -99,57 +97,50 @@ def _check_options(options: Options, corpus: Corpus, subsets: Sequence[CorpusSub
         raise DataError(f"the {corpus.name} corpus {why}: --mirror, --checksums and --keep-archives do not apply")
 
 
-def _download_archives(path: Path, corpus: Corpus, subsets: Sequence[CorpusSubset], options: Options) -> PackedDataset:
-    """Adds the subsets that are missing to the data set in `path`."""
-    sums = read_checksums(options.checksums) if options.checksums else None
-    expected = {subset.archive.file: _expected(subset.archive, sums, options.checksums) for subset in subsets}
-    path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
-        dataset = _present_state(path, corpus)
-        missing = [
-            subset for subset in subsets if not _is_prepared(dataset, subset.name, expected[subset.archive.file].md5)
-        ]
-        shutil.rmtree(path / UNPACKED, ignore_errors=True)  # left by a run that was killed while it removed this
-        if not missing and dataset.digest:
+def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dict[str, Archive]:
+    """Return by subset the published archive, or one with the sum of --checksums; a manifest stands for its archive."""
+    if options.manifest:
+        try:
+            return {subsets[0].name: Archive(str(options.manifest), md5=file_digest(options.manifest, "md5"))}
+        except OSError as error:
+            raise DataError(f"cannot read the manifest {options.manifest}: {error.strerror}") from error
+    if not options.checksums:
+        return {subset.name: subset.archive for subset in subsets}
+    sums = read_checksums(options.checksums)
+    if absent := [subset.archive.file for subset in subsets if subset.archive.file not in sums]:
+        raise DataError(f"{options.checksums} has no line for {absent[0]}")
+    return {subset.name: Archive(subset.archive.file, md5=sums[subset.archive.file]) for subset in subsets}
+
+
+def _complete(
+    path: Path, corpus: Corpus, subsets: Sequence[CorpusSubset], archives: dict[str, Archive], options: Options
+) -> PackedDataset:
+    """Add the subsets that are missing to the data set in `path`."""
+    dataset = _present_state(path, corpus)
+    missing = [subset for subset in subsets if not _is_prepared(dataset, subset.name, archives[subset.name].md5)]
+    check_place(dataset, [subset.name for subset in missing])
+    complete = dataset.digest and not missing
+    # A folder that a killed run has left is removed even then, but none is made, as the disk may be read-only.
+    with work_folder(path) if not complete or (path / UNFINISHED).exists() else nullcontext(path) as work:
+        if complete:
             return _report(dataset, "is complete already")
-        supply = Supply(path / "archives", corpus, options.mirror, options.keep_archives, options.jobs)
-        needed = {subset.archive.file: expected[subset.archive.file] for subset in missing}
-        # Closed explicitly: whatever goes wrong in here must end the downloads that run beside it.
-        with closing(supply.archives(list(needed.values()))) as archives:
-            for archive in archives:
-                members = [subset for subset in missing if subset.archive.file == archive.file.name]
-                dataset = prepare_archive(dataset, corpus, archive, members, options.jobs)
-                supply.drop(archive)
-        dataset = finish_dataset(dataset)
-    if not dataset.official and not dataset.synthetic:
-        print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
-    return _report(dataset, "is complete")
-
-
-def _prepare_manifest(path: Path, corpus: Corpus, subset: CorpusSubset, manifest: Path, jobs: int) -> PackedDataset:
-    """Adds the subset that a manifest lists to the data set in `path`; the manifest stands for the archive."""
-    utterances = read_manifest(manifest, jobs)
-    content = manifest.read_bytes()
-    source = CheckedArchive(manifest, hashlib.md5(content).hexdigest(), hashlib.sha256(content).hexdigest(), False)
-    path.mkdir(parents=True, exist_ok=True)
-    with locked(path):
-        dataset = _present_state(path, corpus)
-        if not _is_prepared(dataset, subset.name, source.md5):
-            check_space(path, packed=2 * sum(utterance.samples for utterance in utterances), archives=0, unpacked=0)
-            dataset = prepare_subset(dataset, corpus, source, subset.name, utterances, jobs)
-        elif dataset.digest:
-            return _report(dataset, "is complete already")
-        dataset = finish_dataset(dataset)
-    return _report(dataset, "is complete")
-
-
-def _expected(archive: Archive, sums: dict[str, str] | None, file: Path | None) -> Archive:
-    """What an archive must be: the published one, or, of a size that is not known, that of --checksums."""
-    if sums is None:
-        return archive
-    if archive.file not in sums:
-        raise DataError(f"{file} has no line for {archive.file}")
-    return Archive(archive.file, md5=sums[archive.file])
+        preparation = Preparation(dataset, corpus, work, options.jobs)
+        if options.manifest and missing:
+            utterances = read_manifest(options.manifest, options.jobs)
+            check_space(path, 2 * sum(utterance.num_samples for utterance in utterances))
+            sha256 = file_digest(options.manifest, "sha256")
+            listed = VerifiedArchive(options.manifest, archives[missing[0].name].md5, sha256, official=False)
+            preparation.add_subset(listed, missing[0].name, utterances)
+        elif missing:
+            source = ArchiveSource(path / "archives", work, corpus, options.mirror, options.keep_archives, options.jobs)
+            wanted = {archives[subset.name].file: archives[subset.name] for subset in missing}
+            # Closed explicitly: whatever goes wrong in here must end the downloads that run beside it.
+            with closing(source.archives(list(wanted.values()))) as verified:
+                for archive in verified:
+                    members = [subset for subset in missing if subset.archive.file == archive.file.name]
+                    preparation.add_archive(archive, members)
+                    source.drop(archive)
+        return _report(preparation.finish(), "is complete")
 
 
 def _present_state(path: Path, corpus: Corpus) -> PackedDataset:
@@ -162,7 +153,7 @@ def _present_state(path: Path, corpus: Corpus) -> PackedDataset:
 
 
 def _is_prepared(dataset: PackedDataset, name: str, md5: str) -> bool:
-    """Whether a subset is there already; DataError if it was made from another archive than is asked for now."""
+    """Return whether a subset is there already; DataError if it was made from another archive than is asked for now."""
     if name not in dataset.summary:
         return False
     found = dataset.summary[name].archive_md5

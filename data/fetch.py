@@ -1,325 +1,383 @@
-"""One archive over HTTP, whatever happens: resumed, retried, from the next mirror, and complete or not at all.
+"""One archive, verified: read from a folder, downloaded over HTTP whatever happens, or synthesized on this machine.
 
-An unfinished archive is `<name>.part`; `<name>.part.json` beside it says where it came from and which version of the
-file it is. Any later run, after a kill or days, goes on from its last byte, if the server still has that version.
+An unfinished download is `<archive>.part`. Any later run, after a kill or days, goes on from its last byte, at any
+mirror; should the file have changed meanwhile, its sum is wrong in the end, and it is downloaded again from the start.
 The library is urllib3: it has the timeouts, redirects and proxies, and no dependencies of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 import random
 import re
+import shutil
 import sys
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import urllib3
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, ResponseError, SSLError
 from urllib3.util import Retry, make_headers, parse_url
 
-from data.corpora import Archive
-from data.packed import CHUNK_BYTES, DataError, replace_durably
+from data.corpora import Archive, Corpus
+from data.files import CHUNK_BYTES, DOWNLOADS, DataError, Progress, atomic_replace, progress_bar
 
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 20.0, 30.0
+PARALLEL_DOWNLOADS = 3
+TIMEOUT_S = urllib3.Timeout(connect=20, read=30)
+REDIRECTS = Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5, respect_retry_after_header=False)
 ATTEMPTS = 6  # at a mirror, one after the other, none of which came further
 BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
-LONGEST_WAIT_S = 600.0  # a mirror that asks for more patience is left
+LONGEST_WAIT_S = 600.0  # give up on a mirror that asks for a longer delay
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-HINT = "(LibriSpeech was re-issued once, so old copies differ; for a partial mirror give its sums by --checksums)"
+MISMATCH_HINT = "(LibriSpeech was re-issued once; for a partial mirror, give its sums by --checksums)"
 HEADERS = {"User-Agent": "deepspeech2-benchmark", "Accept-Encoding": "identity"}
+# Of an archive's size: what its files take unpacked, and as packed 16-bit samples with their index.
+UNPACKED_RATIO = {"librispeech": 1.1, "an4": 1.5}
+PACKED_RATIO = 1.9
 
 
 class MirrorError(DataError):
     """A mirror that does not deliver; another one may."""
 
 
-class Stopped(Exception):
-    """The download was told to stop."""
-
-
 class Transient(Exception):
     """A failure that is likely to pass. `wait` is what the server asked for, in seconds."""
 
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, wait: int = 0) -> None:
         super().__init__(reason)
         self.wait = wait
 
 
 @dataclass(frozen=True)
-class Source:
-    """Which version of a file a server has: its ETag or else its date, and its length; empty or 0 where unknown."""
+class VerifiedArchive:
+    """An archive on this disk whose sum is right. `official`: it is the published one."""
 
-    address: str = ""
-    version: str = ""
-    length: int = 0
+    file: Path
+    md5: str
+    sha256: str
+    official: bool
 
 
-class Partial:
-    """The beginning of an archive on disk, with the sums of what is there."""
+def read_checksums(file: Path) -> dict[str, str]:
+    """Return MD5 sums by file name, from a file in the format of md5sum."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the checksums {file}: {error}") from error
+    sums = {}
+    for line in filter(str.strip, lines):
+        match = re.fullmatch(r"\s*([0-9a-f]{32})\s+\*?(\S.*?)\s*", line, re.IGNORECASE)
+        if match is None:
+            raise DataError(f"{file}: not a line of md5sum: {line!r}")
+        sums[Path(match[2]).name] = match[1].lower()
+    return sums
 
-    def __init__(self, target: Path, progress: Callable[[int], object]) -> None:
+
+def check_space(path: Path, needed: float) -> None:
+    """Raise DataError if the disk of `path` has not so many bytes left."""
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise DataError(
+            f"{path} needs {needed / 1e6:,.1f} MB of free disk space, {free / 1e6:,.1f} MB are free: "
+            "make room there, or give a --dataset-dir on another disk"
+        )
+
+
+class ArchiveSource:
+    """The archives of a corpus: read in place, from `mirror` or `kept`, or else downloaded or synthesized in `work`.
+
+    `mirror` is what the user gave: a folder, comma-separated addresses, or nothing.
+    """
+
+    def __init__(self, kept: Path, work: Path, corpus: Corpus, mirror: str, keep: bool, jobs: int) -> None:
+        self._kept, self._work, self._corpus, self._keep, self._jobs = kept, work, corpus, keep, jobs
+        self._official = {subset.archive.file: subset.archive.md5 for subset in corpus.subsets}
+        named = [part.strip() for part in mirror.split(",") if part.strip()]
+        addresses = [part for part in named if part.startswith(("http://", "https://"))]
+        if addresses != named and (addresses or "://" in mirror):
+            raise DataError("--mirror is one folder, or addresses that begin with http:// or https://")
+        self._mirrors = addresses or list(corpus.mirrors)
+        self._local = Path(mirror).expanduser() if mirror and not addresses else None
+        if keep:
+            kept.mkdir(exist_ok=True)
+            if kept.stat().st_dev != work.stat().st_dev:
+                raise DataError(f"{kept} is on another disk than its data set, so archives cannot be kept there")
+
+    def archives(self, wanted: Sequence[Archive]) -> Generator[VerifiedArchive, None, None]:
+        """Yield the archives in the order in which they are there. DataError if one cannot be had."""
+        files: Iterable[Path]
+        if self._corpus.synthetic:
+            files = map(self._synthesize, wanted)
+        elif self._local is not None:
+            files = self._find_all(wanted, self._local)
+        else:
+            yield from self._download_all(wanted)
+            return
+        for file, archive in zip(files, wanted, strict=True):
+            yield self._verify(file, archive, *_sums(file))
+
+    def drop(self, archive: VerifiedArchive) -> None:
+        """Remove an archive that is done with, or keep it if asked to; one that was read in place stays as it is."""
+        if self._work not in archive.file.parents:
+            return
+        if self._keep:
+            atomic_replace(archive.file, self._kept / archive.file.name)
+        else:
+            archive.file.unlink()
+
+    def _synthesize(self, archive: Archive) -> Path:
+        from data.synthetic.archive import write_archive  # here, so that eSpeak NG is needed for this corpus alone
+
+        write_archive(archive.file.removesuffix(".tar.gz"), self._work / archive.file, self._jobs)
+        return self._work / archive.file
+
+    def _find_all(self, wanted: Sequence[Archive], folder: Path) -> list[Path]:
+        files = [folder / archive.file for archive in wanted]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise DataError(f"the mirror {folder} has no file {absent[0]}")
+        self._check_space([file.stat().st_size for file in files], 0)
+        return files
+
+    def _download_all(self, wanted: Sequence[Archive]) -> Iterator[VerifiedArchive]:
+        """Download several at a time. If one fails, the others are finished first."""
+        sizes = [archive.bytes or content_length(self._mirrors, archive.file) for archive in wanted]
+        names = [f"{archive.file}{suffix}" for archive in wanted for suffix in ("", ".part")]
+        files = [folder / name for folder in (self._kept, self._work / DOWNLOADS) for name in names]
+        present = sum(file.stat().st_size for file in files if file.exists())
+        # Archives that wait for their turn take no more than the room that their packed data will need, as an archive
+        # is smaller than that and then gone. So only one has to be counted.
+        self._check_space(sizes, max(0, (sum(sizes) if self._keep else max(sizes)) - present))
+        stop = threading.Event()
+        pool = ThreadPoolExecutor(PARALLEL_DOWNLOADS)
+        failures = []
+        try:
+            with progress_bar("archives", sum(sizes), "B") as bar:
+                futures = [pool.submit(self._download, archive, bar.update, stop) for archive in wanted]
+                for future in as_completed(futures):
+                    try:
+                        verified = future.result()
+                    except DataError as error:
+                        failures.append(str(error))
+                    else:
+                        yield verified
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+        if failures:
+            raise DataError("; ".join(failures))
+
+    def _download(self, archive: Archive, progress: Progress, stop: threading.Event) -> VerifiedArchive:
+        kept, target = self._kept / archive.file, self._work / DOWNLOADS / archive.file
+        if os.path.lexists(kept):
+            try:
+                return self._verify(kept, archive, *_sums(kept, progress))
+            except DataError as error:
+                raise DataError(f"{error}; move it away to have it downloaded") from error
+        if target.exists():  # an earlier run was ended before it was prepared
+            try:
+                return self._verify(target, archive, *_sums(target, progress))
+            except DataError as error:
+                print(f"warning: {error}; downloading again", file=sys.stderr)
+        sums = fetch(archive, self._mirrors, target, progress, stop)
+        print(f"{archive.file}: downloaded {target.stat().st_size / 1e6:,.1f} MB", file=sys.stderr)
+        return self._verify(target, archive, *sums)
+
+    def _verify(self, file: Path, archive: Archive, md5: str, sha256: str) -> VerifiedArchive:
+        """Compare the sums of an archive with the expected ones; DataError where they differ."""
+        if mismatch := _mismatch(archive, file.stat().st_size, md5, sha256):
+            raise DataError(f"{file} {mismatch}")
+        return VerifiedArchive(file, md5, sha256, official=md5 == self._official[archive.file] != "")
+
+    def _check_space(self, sizes: Sequence[int], archives: float) -> None:
+        unpacked = UNPACKED_RATIO[self._corpus.layout] * max(sizes)
+        check_space(self._kept.parent, PACKED_RATIO * sum(sizes) + archives + unpacked)
+
+
+def _sums(file: Path, progress: Progress = lambda count: None) -> tuple[str, str]:
+    """Return the MD5 and the SHA-256 of a file."""
+    md5, sha256 = hashlib.md5(), hashlib.sha256()
+    with progress_bar(f"checking {file.name}", file.stat().st_size, "B") as bar, file.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            md5.update(chunk)
+            sha256.update(chunk)
+            bar.update(len(chunk))
+            progress(len(chunk))
+    return md5.hexdigest(), sha256.hexdigest()
+
+
+def _mismatch(archive: Archive, size: int, md5: str, sha256: str) -> str:
+    """Return in what a file of these sums differs from an archive; nothing if it does not."""
+    for name, found, expected in (("MD5", md5, archive.md5), ("SHA-256", sha256, archive.sha256)):
+        if expected not in ("", found):
+            published = f" ({archive.bytes} bytes)" if archive.bytes else ""
+            return (
+                f"({size} bytes) has {name} {found}, expected {expected}{published}: "
+                f"damaged, or not the published archive {MISMATCH_HINT}"
+            )
+    return ""
+
+
+class PartialDownload:
+    """The beginning of an archive on disk: what requests, runs and mirrors have brought so far."""
+
+    def __init__(self, wanted: Archive, target: Path, progress: Progress, stop: threading.Event | None) -> None:
+        self._wanted, self._progress, self._stop = wanted, progress, stop or threading.Event()
         self.file = target.with_name(target.name + ".part")
-        self._notes = target.with_name(target.name + ".part.json")
-        self._progress = progress
-        self.file.touch()
-        self._stream = self.file.open("r+b", buffering=0)
-        self.source = self._read_notes()
-        self.resumed = False  # whether its bytes came in several responses, perhaps of several mirrors
-        self.size = 0
-        self.md5, self.sha256 = hashlib.md5(), hashlib.sha256()
-        while chunk := self._stream.read(CHUNK_BYTES):
-            self._count(chunk)
-            self.resumed = True
+        self.resumed = self.size > 0  # whether it comes from several responses, perhaps of several mirrors
+        progress(self.size)
 
-    def __enter__(self) -> Partial:
-        return self
+    @property
+    def size(self) -> int:
+        return self.file.stat().st_size if self.file.exists() else 0
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stream.close()
+    def complete(self, address: str) -> tuple[str, str]:
+        """Download what is missing and return MD5 and SHA-256. MirrorError if this mirror fails or has another file.
 
-    def write(self, chunk: bytes) -> None:
-        remaining = memoryview(chunk)
-        try:
-            while remaining:
-                remaining = remaining[self._stream.write(remaining) :]
-        except OSError as error:
-            raise DataError(f"cannot write {self.file}: {error.strerror}") from error
-        self._count(chunk)
+        Failures that may pass are retried after growing waits, as long as they are few or something more has come.
+        """
+        failures, furthest = 0, self.size
+        while True:
+            try:
+                return self._attempt(address)
+            except Transient as error:
+                failures = 0 if self.size > furthest else failures + 1
+                furthest = max(furthest, self.size)
+                if failures == ATTEMPTS:
+                    raise MirrorError(f"{address}: {error}; given up after {ATTEMPTS} attempts") from error
+                # Jitter keeps many machines from coming back at the same moment.
+                delay = max(error.wait, min(LONGEST_BACKOFF_S, BACKOFF_S * 2**failures) * random.uniform(0.5, 1.5))
+                if delay > LONGEST_WAIT_S:
+                    raise MirrorError(f"{address}: {error}; it asks to wait {delay:.0f} s") from error
+                print(f"{address}: {error}; resuming in {delay:.1f} s at byte {self.size}", file=sys.stderr)
+                if self._stop.wait(delay):
+                    raise DataError("stopped") from error
 
-    def restart(self, source: Source) -> None:
-        """Drops what is there; what follows comes from `source`."""
-        self._stream.seek(0)
-        self._stream.truncate()
+    def _attempt(self, address: str) -> tuple[str, str]:
+        if self.size == 0 or self.size != self._wanted.bytes:
+            self._request(address)
+        md5, sha256 = _sums(self.file)
+        if not (mismatch := _mismatch(self._wanted, self.size, md5, sha256)):
+            return md5, sha256
+        resumed = self.resumed
+        self._discard()
+        if resumed:  # only what comes from this mirror in one response proves it wrong
+            raise Transient("checksum mismatch after resuming")
+        raise MirrorError(f"{address} {mismatch}")
+
+    def _discard(self) -> None:
         self._progress(-self.size)
-        self.size, self.resumed, self.source = 0, False, source
-        self.md5, self.sha256 = hashlib.md5(), hashlib.sha256()
-        self._notes.write_text(json.dumps(asdict(source)), encoding="utf-8")
+        self.file.unlink(missing_ok=True)
+        self.resumed = False
 
-    def finish(self, target: Path) -> None:
-        """Gives the archive its final name, when its bytes are on the disk."""
-        os.fsync(self._stream.fileno())
-        replace_durably(self.file, target)
-        remove_leftovers(target)
-
-    def _count(self, chunk: bytes) -> None:
-        self.md5.update(chunk)
-        self.sha256.update(chunk)
-        self.size += len(chunk)
-        self._progress(len(chunk))
-
-    def _read_notes(self) -> Source:
+    def _request(self, address: str) -> None:
+        """Send one request for the bytes that are missing, and write its answer."""
         try:
-            return Source(**json.loads(self._notes.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return Source()
+            response = _send("GET", address, {"Range": f"bytes={self.size}-"} if self.size else {})
+        except HTTPError as error:
+            raise _failure(address, error) from error
+        try:
+            length = self._begin(response, address)
+            with self.file.open("ab") as stream:
+                # read1 hands out what has arrived, so that a cut costs nothing that has.
+                while self.size < length and (chunk := response.read1(CHUNK_BYTES, decode_content=False)):
+                    if self._stop.is_set():
+                        raise DataError("stopped")
+                    stream.write(chunk)
+                    stream.flush()
+                    self._progress(len(chunk))
+        except HTTPError as error:
+            raise _failure(address, error) from error
+        finally:
+            # Not back into the pool: what is left of the body may be gigabytes, or never come.
+            response.close()
+        if self.size < length < math.inf:
+            raise Transient("the connection ended early")
 
-
-def remove_leftovers(target: Path) -> None:
-    """Removes what an unfinished download of `target` left beside it."""
-    for suffix in (".part", ".part.json"):
-        target.with_name(target.name + suffix).unlink(missing_ok=True)
+    def _begin(self, response: urllib3.BaseHTTPResponse, address: str) -> float:
+        """Judge an answer by its status and headers; return the whole file's length, infinite where it is not known."""
+        status, headers = response.status, response.headers
+        if status in TRANSIENT:
+            raise Transient(f"{address}: HTTP status {status}", _number(headers.get("Retry-After")) or 0)
+        if status not in (200, 206, 416):
+            raise MirrorError(f"{address}: HTTP status {status}")
+        _, _, length_of_all = headers.get("Content-Range", "").partition("/")
+        length = _number(headers.get("Content-Length") if status == 200 else length_of_all)
+        published = self._wanted.bytes
+        if length and published and length != published:
+            raise MirrorError(
+                f"{address} has {length} bytes, {published} were published: not the published archive {MISMATCH_HINT}"
+            )
+        if status == 200:
+            self._discard()
+        elif (status == 206 and f" {self.size}-" in headers.get("Content-Range", "")) or length == self.size:
+            self.resumed = True
+        else:
+            self._discard()
+            raise Transient("it has a shorter file, or sends another range than asked for")
+        return length or published or math.inf
 
 
 def fetch(
-    wanted: Archive,
-    mirrors: Sequence[str],
-    target: Path,
-    progress: Callable[[int], object] = lambda count: None,
-    stop: threading.Event | None = None,
+    wanted: Archive, mirrors: Sequence[str], target: Path, progress: Progress, stop: threading.Event | None = None
 ) -> tuple[str, str]:
-    """Downloads an archive from the first mirror that has it; returns its MD5 and SHA-256.
+    """Download an archive from the first mirror that has it; return its MD5 and SHA-256.
 
-    `target` appears when its MD5 has been found right; a size of 0 is one that is not known. `progress` is told the
+    `target` appears when its sums have been found right; a size of 0 is one that is not known. `progress` is told the
     bytes that are added, or, where it must start again, lost. DataError says what each mirror did wrong.
     """
-    stop = stop or threading.Event()
+    partial = PartialDownload(wanted, target, progress, stop)
     reasons = []
-    with Partial(target, progress) as partial:
-        if partial.size > max(wanted.bytes, partial.source.length):
-            partial.restart(Source())
-        for address in (f"{mirror.rstrip('/')}/{wanted.file}" for mirror in mirrors):
-            try:
-                if _matches(partial, wanted, address, stop):
-                    partial.finish(target)
-                    return partial.md5.hexdigest(), partial.sha256.hexdigest()
-            except MirrorError as error:
-                reasons.append(str(error))
-                print(f"warning: {error}", file=sys.stderr)
+    for address in (f"{mirror.rstrip('/')}/{wanted.file}" for mirror in mirrors):
+        try:
+            md5, sha256 = partial.complete(address)
+        except MirrorError as error:
+            reasons.append(str(error))
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        atomic_replace(partial.file, target)
+        return md5, sha256
     raise DataError(f"no mirror delivered {wanted.file}: {'; '.join(reasons)}")
 
 
-def announced_bytes(mirrors: Sequence[str], file: str) -> int:
-    """The size of a file by the first mirror that tells; 0 if none does."""
-    for address in (f"{mirror.rstrip('/')}/{file}" for mirror in mirrors):
-        try:
-            response = _pool(address).request(
-                "HEAD", address, headers=HEADERS, retries=_redirects(), timeout=_timeout()
-            )
-        except HTTPError:
-            continue
-        if response.status == 200 and (length := response.headers.get("Content-Length", "")).isdigit():
-            return int(length)
+def content_length(mirrors: Sequence[str], file: str) -> int:
+    """Return the size of a file by the first mirror that tells it; 0 if none does."""
+    for mirror in mirrors:
+        with suppress(HTTPError):
+            response = _send("HEAD", f"{mirror.rstrip('/')}/{file}", {})
+            if response.status == 200 and (length := _number(response.headers.get("Content-Length"))):
+                return length
     return 0
 
 
-def _matches(partial: Partial, wanted: Archive, address: str, stop: threading.Event) -> bool:
-    """Completes the archive from one mirror. MirrorError if it fails or has a file of another sum."""
-    for last in (False, True):
-        _complete(partial, wanted, address, stop)
-        found, size, pieced = partial.md5.hexdigest(), partial.size, partial.resumed
-        if found == wanted.md5:
-            return True
-        partial.restart(Source())
-        if last or not pieced:
-            break
-        # Only what came from this mirror in this run proves it wrong; pieces get a second chance, from the beginning.
-        print(f"{wanted.file}: the pieces do not fit together; starting again", file=sys.stderr)
-    raise MirrorError(
-        f"{address} ({size} bytes) has MD5 {found}, expected {wanted.md5}: damaged, or not the published archive {HINT}"
-    )
-
-
-def _complete(partial: Partial, wanted: Archive, address: str, stop: threading.Event) -> None:
-    """Requests what is missing until nothing is, waiting longer and longer between failures."""
-    failures, furthest = 0, partial.size
-    while True:
-        if partial.size and partial.size == (wanted.bytes or partial.source.length):
-            return
-        try:
-            _request(partial, wanted, address, stop)
-            return
-        except Transient as error:
-            failures = 0 if partial.size > furthest else failures + 1
-            furthest = max(furthest, partial.size)
-            if failures == ATTEMPTS:
-                raise MirrorError(f"{address}: {error}; given up after {ATTEMPTS} attempts") from error
-            # Jitter keeps many machines from coming back at the same moment.
-            delay = min(LONGEST_BACKOFF_S, BACKOFF_S * 2**failures) * random.uniform(0.5, 1.5)
-            if error.wait is not None:
-                delay = max(delay, error.wait)
-            if delay > LONGEST_WAIT_S:
-                raise MirrorError(f"{address}: {error}; it asks to wait {delay:.0f} s") from error
-            print(f"{wanted.file}: {error}; going on in {delay:.1f} s at byte {partial.size}", file=sys.stderr)
-            if stop.wait(delay):
-                raise Stopped from error
-
-
-def _request(partial: Partial, wanted: Archive, address: str, stop: threading.Event) -> None:
-    """One request for the bytes from partial.size on, and its answer."""
-    headers = dict(HEADERS)
-    if partial.size:
-        headers["Range"] = f"bytes={partial.size}-"
-        # Weak ETags may not be used here: they promise equal meaning, not equal bytes.
-        if partial.source.address == address and partial.source.version and partial.source.version[:2] != "W/":
-            headers["If-Range"] = partial.source.version
-    try:
-        response = _pool(address).request(
-            "GET", address, headers=headers, preload_content=False, retries=_redirects(), timeout=_timeout()
-        )
-    except HTTPError as error:
-        raise Transient(_reason(error)) from error
-    try:
-        _prepare_for(response, partial, wanted, address)
-        while True:
-            try:
-                # read1 hands out what has arrived, so that a cut costs nothing that has.
-                chunk = response.read1(CHUNK_BYTES, decode_content=False)
-            except HTTPError as error:
-                raise Transient(_reason(error)) from error
-            if stop.is_set():
-                raise Stopped
-            if not chunk:
-                break
-            partial.write(chunk)
-            if 0 < wanted.bytes < partial.size:
-                size = partial.size
-                partial.restart(Source())
-                raise MirrorError(f"{address} sends more than {size} bytes, {wanted.bytes} were published")
-        if 0 < partial.size < (wanted.bytes or partial.source.length):
-            raise Transient("the connection ended early")
-    finally:
-        # Not back into the pool: what is left of the body may be gigabytes, or never come.
-        response.close()
-
-
-def _prepare_for(response: urllib3.BaseHTTPResponse, partial: Partial, wanted: Archive, address: str) -> None:
-    """Judges an answer by its status and headers; what cannot be continued is started again."""
-    status, found = response.status, response.headers
-    if status in TRANSIENT:
-        raise Transient(f"{address}: HTTP status {status}", _wait(response))
-    source = Source(address, found.get("ETag") or found.get("Last-Modified") or "")
-    if status == 206 and partial.size:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", found.get("Content-Range", "").strip())
-        if match is None or int(match[1]) != partial.size:
-            partial.restart(Source())
-            raise Transient(f"{address} sends another range than asked for")
-        length = 0 if match[2] == "*" else int(match[2])
-        same_place = partial.source.address == address
-        changed = same_place and source.version != partial.source.version
-        unknown = not same_place and not (length and length == (wanted.bytes or partial.source.length))
-        if changed or unknown or partial.source.length not in (0, length or partial.source.length):
-            partial.restart(Source())
-            raise Transient(f"{address} has another version of the file")
-        partial.resumed = True
-    elif status == 200:
-        announced = found.get("Content-Length", "")
-        length = int(announced) if announced.isdigit() else 0
-        _check_length(address, length, wanted)
-        partial.restart(Source(address, source.version, length))
-    elif status == 416 and partial.size:
-        partial.restart(Source())
-        raise Transient(f"{address} has a shorter file")
-    else:
-        raise MirrorError(f"{address}: HTTP status {status}")
-    _check_length(address, length, wanted)
-
-
-def _check_length(address: str, length: int, wanted: Archive) -> None:
-    if length and wanted.bytes and length != wanted.bytes:
-        raise MirrorError(
-            f"{address} has {length} bytes, {wanted.bytes} were published: not the published archive {HINT}"
-        )
-
-
-def _wait(response: urllib3.BaseHTTPResponse) -> float | None:
-    """What Retry-After asks for, be it seconds or a date."""
-    try:
-        return Retry().get_retry_after(response)
-    except HTTPError:
-        return None
-
-
-def _reason(error: HTTPError) -> str:
-    """The cause, without the names of objects that urllib3 puts before it."""
-    return (
-        re.sub(r"<[^>]*>(?:\([^)]*\))?:? ?", "", str(getattr(error, "reason", None) or error)) or type(error).__name__
-    )
-
-
-def _redirects() -> Retry:
-    return Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5, respect_retry_after_header=False)
-
-
-def _timeout() -> urllib3.Timeout:
-    return urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S)
-
-
-def _pool(address: str) -> urllib3.PoolManager:
-    """Connections to an address, through the proxy that http_proxy, https_proxy and no_proxy name."""
+def _send(method: str, address: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
+    """Send a request, through the proxy that http_proxy, https_proxy and no_proxy name; its body is not read yet."""
     parts = urllib.parse.urlsplit(address)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if not proxy or urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
-        return urllib3.PoolManager()
-    if "://" not in proxy:
-        proxy = f"http://{proxy}"
-    login = parse_url(proxy).auth
-    headers = make_headers(proxy_basic_auth=urllib.parse.unquote(login)) if login else None
-    return urllib3.ProxyManager(proxy, proxy_headers=headers)
+        pool = urllib3.PoolManager()
+    else:
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+        login = urllib.parse.unquote(parse_url(proxy).auth or "")
+        pool = urllib3.ProxyManager(proxy, proxy_headers=make_headers(proxy_basic_auth=login or None))
+    headers = {**HEADERS, **headers}
+    return pool.request(method, address, headers=headers, preload_content=False, retries=REDIRECTS, timeout=TIMEOUT_S)
+
+
+def _failure(address: str, error: HTTPError) -> Transient | MirrorError:
+    """Return what a failure means, without the names of objects that urllib3 puts before its cause."""
+    cause = getattr(error, "reason", None) or error
+    reason = re.sub(r"<[^>]*>(?:\([^)]*\))?:? ?", "", str(cause)) or type(error).__name__
+    lasting = isinstance(cause, (ResponseError, SSLError))  # endless redirects, or a certificate that is not trusted
+    return MirrorError(f"{address}: {reason}") if lasting else Transient(reason)
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isdigit() else None

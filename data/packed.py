@@ -1,4 +1,4 @@
-"""The packed data set: what it looks like on disk, and how it is written, opened and read. The only code that knows.
+"""The packed data set: all knowledge of its format on disk, and how it is written, opened and read.
 
     <dataset>/dataset.json              corpus, splits, counts, archive sums, the digest of everything; written last
     <dataset>/<subset>/audio.npy        one-dimensional int16, 16 kHz mono, all utterances end to end, by length
@@ -16,21 +16,19 @@ so it is the same on every machine. It is computed as the files are read; the ta
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import json
 import os
-import sys
 import tarfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
+
+from data.files import CHUNK_BYTES, DataError, atomic_write, file_digest, progress_bar
 
 FORMAT_VERSION = 1
 SAMPLE_RATE = 16000
@@ -38,13 +36,8 @@ TRANSCRIPT_CHARACTERS = "'ABCDEFGHIJKLMNOPQRSTUVWXYZ "
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "speaker", "offset", "samples", "transcript", "sha256")
 AUDIO_FILE, INDEX_FILE, DATASET_FILE = "audio.npy", "utterances.csv", "dataset.json"
+SUMMARY_FIELDS = {"samples": "num_samples", "longest_samples": "max_samples"}  # by the key in dataset.json
 AUDIO_HEADER_BYTES = 128
-CHUNK_BYTES = 1 << 20
-ROWS_AT_ONCE = 4096
-
-
-class DataError(Exception):
-    """Anything wrong with archives, data sets or what the user asked for: one line, shown without a traceback."""
 
 
 class DatasetError(DataError):
@@ -53,25 +46,25 @@ class DatasetError(DataError):
 
 @dataclass(frozen=True, slots=True)
 class UtteranceRow:
-    """A row of utterances.csv: `offset` and `samples` count samples in audio.npy; `sha256` is utterance_digest's."""
+    """A row of utterances.csv. `offset` is a sample of audio.npy; `sha256` is what utterance_digest returns."""
 
     id: str
     speaker: str
     offset: int
-    samples: int
+    num_samples: int
     transcript: str
     sha256: str
 
 
 @dataclass(frozen=True)
 class SubsetSummary:
-    """What dataset.json knows about one subset. `index_sha256` is utterances.csv's, which covers every utterance."""
+    """An entry of dataset.json. `index_sha256` is that of utterances.csv, which covers every utterance."""
 
     name: str
     utterances: int
     speakers: int
-    samples: int
-    longest_samples: int
+    num_samples: int
+    max_samples: int  # of one utterance
     index_sha256: str
     archive: str
     archive_md5: str
@@ -79,44 +72,8 @@ class SubsetSummary:
     official: bool  # whether the archive was the published one, by its MD5
 
     @property
-    def seconds(self) -> float:
-        return self.samples / SAMPLE_RATE
-
-    @property
     def hours(self) -> float:
-        return self.seconds / 3600
-
-
-class Texts(Sequence[str]):
-    """Many short strings in one block of UTF-8: a quarter of the memory of a list, and nothing for Python to track."""
-
-    def __init__(self) -> None:
-        self._content = bytearray()
-        self._ends = array("q", [0])
-
-    def extend(self, texts: Sequence[str]) -> None:
-        encoded = [text.encode() for text in texts]
-        ends = accumulate(map(len, encoded), initial=len(self._content))
-        self._ends.extend(islice(ends, 1, None))
-        self._content += b"".join(encoded)
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        position = range(len(self))[index]
-        return self._content[self._ends[position] : self._ends[position + 1]].decode()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]  # equal to a list, which has none
+        return self.num_samples / SAMPLE_RATE / 3600
 
 
 @dataclass(frozen=True)
@@ -126,7 +83,7 @@ class Subset:
     name: str
     audio: np.ndarray  # int16 [total samples]
     offsets: np.ndarray  # int64 [N], first sample of each utterance
-    samples: np.ndarray  # int64 [N], lengths, ascending
+    num_samples: np.ndarray  # int64 [N], ascending
     ids: Sequence[str]
     speakers: Sequence[str]
     transcripts: Sequence[str]
@@ -135,9 +92,9 @@ class Subset:
         return len(self.ids)
 
     def waveform(self, index: int) -> np.ndarray:
-        """Samples of utterance `index`: int16 [samples[index]], a view of the mapped file."""
+        """Return the samples of utterance `index`: int16 [num_samples[index]], a view of the mapped file."""
         start = int(self.offsets[index])
-        return self.audio[start : start + int(self.samples[index])]
+        return self.audio[start : start + int(self.num_samples[index])]
 
 
 @dataclass(frozen=True)
@@ -161,61 +118,68 @@ class PackedDataset:
 
     @property
     def official(self) -> bool:
-        """Whether every subset comes from the published archive (synthetic speech never does)."""
+        """Return whether every subset comes from the published archive (synthetic speech never does)."""
         return all(subset.official for subset in self.summary.values())
 
     def subset(self, name: str) -> Subset:
-        """Opens one prepared subset; DatasetError where it is not there or does not fit dataset.json."""
+        """Open one prepared subset; DatasetError where it is not there or does not fit dataset.json."""
         if name not in self.summary:
             raise DatasetError(f"{self.path} has no subset '{name}'; it has: {', '.join(self.summary)}")
         folder = self.path / name
-        ids, speakers, offsets, samples, transcripts = _read_columns(folder / INDEX_FILE)
+        ids, speakers, transcripts, offsets, num_samples = [], [], [], array("q"), array("q")
+        for row in read_index(folder / INDEX_FILE):
+            ids.append(row.id)
+            speakers.append(row.speaker)
+            transcripts.append(row.transcript)
+            offsets.append(row.offset)
+            num_samples.append(row.num_samples)
         try:
             audio = np.load(folder / AUDIO_FILE, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise DatasetError(f"cannot open {folder / AUDIO_FILE}: {error}; run verify_dataset.sh") from error
         expected = self.summary[name]
-        if len(ids) != expected.utterances or audio.dtype != np.int16 or audio.shape != (expected.samples,):
+        if len(ids) != expected.utterances or audio.dtype != np.int16 or audio.shape != (expected.num_samples,):
             raise DatasetError(f"{folder} does not fit {DATASET_FILE}; run verify_dataset.sh")
         return Subset(
             name=name,
             audio=audio,
-            offsets=offsets,
-            samples=samples,
+            offsets=np.array(offsets),
+            num_samples=np.array(num_samples),
             ids=ids,
             speakers=speakers,
             transcripts=transcripts,
         )
 
     def split(self, name: str) -> list[Subset]:
-        """The prepared subsets of a split, opened; an empty list where none was prepared."""
+        """Open the prepared subsets of a split; an empty list where none was prepared."""
         if name not in self.splits:
             raise DatasetError(f"no split '{name}'; there are: {', '.join(self.splits)}")
         return [self.subset(subset) for subset in self.splits[name]]
 
 
 def read_dataset(path: Path) -> PackedDataset:
-    """Reads dataset.json, be the data set finished or not. DatasetError where it is absent or of another format."""
+    """Read dataset.json, be the data set finished or not. DatasetError where it is absent or of another format."""
     file = path / DATASET_FILE
+    if path.exists() and not path.is_dir():
+        raise DatasetError(f"{path} is not a folder, so not a data set")
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        version = int(content["format_version"])
     except FileNotFoundError:
         raise DatasetError(
             f"no data set in {path}: run 'sh download_dataset.sh' (with --corpus NAME and --dataset-dir {path})"
         ) from None
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"cannot read {file}: {error}; remove {path} and run download_dataset.sh again") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
+    except OSError as error:
+        raise DatasetError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path} is not a data set of this program, by {file} ({error!r})") from error
     if version != FORMAT_VERSION:
         raise DatasetError(
             f"{path} has format version {version}, this code reads version {FORMAT_VERSION}: "
-            "remove it and run download_dataset.sh again"
+            "run download_dataset.sh with another --dataset-dir"
         )
     try:
-        summary = {
-            name: SubsetSummary(name=name, **{key: value for key, value in entry.items() if key != "hours"})
-            for name, entry in content["subsets"].items()
-        }
+        summary = {name: _read_summary(name, entry) for name, entry in content["subsets"].items()}
         return PackedDataset(
             path=path,
             corpus=content["corpus"],
@@ -225,11 +189,11 @@ def read_dataset(path: Path) -> PackedDataset:
             summary=summary,
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{file} is damaged ({error}); remove {path} and run download_dataset.sh again") from error
+        raise DatasetError(f"{file} is damaged ({error!r}): give download_dataset.sh another --dataset-dir") from error
 
 
 def open_dataset(path: Path) -> PackedDataset:
-    """Opens a finished data set, reading dataset.json only. DatasetError says what to run where there is none."""
+    """Open a finished data set, reading dataset.json only. DatasetError says what to run where there is none."""
     dataset = read_dataset(path)
     if not dataset.digest:
         raise DatasetError(
@@ -239,85 +203,51 @@ def open_dataset(path: Path) -> PackedDataset:
     return dataset
 
 
-@contextmanager
-def locked(path: Path, *, shared: bool = False, other: str = "") -> Iterator[int]:
-    """Keeps others from changing a data set, or, unless `shared`, from using it. The lock dies with its process.
-
-    DatasetError where another process has it, which `other` says the work of (default: that of data sets). It is taken
-    on the folder itself, so a read-only data set will do. Gives the lock's descriptor, for processes that outlive this.
-    """
-    other = other or f"download{'' if shared else ' or verification'}"
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DatasetError(f"another {other} is working in {path}; wait until it has ended") from None
-        except OSError as error:  # such as NFS, which locks no folders
-            print(f"warning: {path} cannot be locked ({error}): let nothing else work in it now", file=sys.stderr)
-        yield folder
-    finally:
-        os.close(folder)
-
-
-def write_dataset(dataset: PackedDataset) -> None:
-    """Writes dataset.json, whole or not at all."""
-    subsets = {}
-    for name, summary in dataset.summary.items():
-        entry = {**asdict(summary), "hours": round(summary.hours, 4)}
-        del entry["name"]
-        subsets[name] = entry
+def write_dataset(dataset: PackedDataset, scratch: Path | None = None) -> None:
+    """Write dataset.json, whole or not at all, by way of a file in `scratch` (atomic_write)."""
     content = {
         "format_version": FORMAT_VERSION,
         "corpus": dataset.corpus,
         "synthetic": dataset.synthetic,
         "splits": dataset.splits,
         "digest": dataset.digest,
-        "subsets": subsets,
+        "subsets": {name: _write_summary(summary) for name, summary in dataset.summary.items()},
     }
-    write_durably(dataset.path / DATASET_FILE, json.dumps(content, indent=2) + "\n")
+    atomic_write(dataset.path / DATASET_FILE, json.dumps(content, indent=2) + "\n", scratch)
 
 
-def write_durably(file: Path, text: str) -> None:
-    """Writes a file such that even a power cut leaves the old one or the new one."""
-    partial = file.with_name(file.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    replace_durably(partial, file)
+def _read_summary(name: str, entry: dict[str, Any]) -> SubsetSummary:
+    fields = {SUMMARY_FIELDS.get(key, key): value for key, value in entry.items() if key != "hours"}
+    return SubsetSummary(name=name, **fields)
 
 
-def replace_durably(partial: Path, final: Path) -> None:
-    """Gives a finished file or folder its final name, such that a power cut leaves the old one or the new one."""
-    partial.replace(final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _write_summary(summary: SubsetSummary) -> dict[str, Any]:
+    keys = {field: key for key, field in SUMMARY_FIELDS.items()}
+    entry = {keys.get(field, field): value for field, value in asdict(summary).items() if field != "name"}
+    return {**entry, "hours": round(summary.hours, 4)}
 
 
-def audio_header(samples: int) -> bytes:
-    """The header of an .npy file of `samples` int16. Made here because numpy's own padding changes with its version."""
-    text = f"{{'descr': '<i2', 'fortran_order': False, 'shape': ({samples},), }}"
+def audio_header(num_samples: int) -> bytes:
+    """Return the header of an .npy file of so many int16."""
+    # Made here because numpy's own padding changes with its version.
+    text = f"{{'descr': '<i2', 'fortran_order': False, 'shape': ({num_samples},), }}"
     prefix = b"\x93NUMPY\x01\x00" + (AUDIO_HEADER_BYTES - 10).to_bytes(2, "little")
     return prefix + text.ljust(AUDIO_HEADER_BYTES - 11).encode("latin1") + b"\n"
 
 
 def write_index(file: Path, rows: Iterable[UtteranceRow]) -> str:
-    """Writes utterances.csv and returns its SHA-256."""
+    """Write utterances.csv and return its SHA-256."""
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(COLUMNS)
-        writer.writerows((row.id, row.speaker, row.offset, row.samples, row.transcript, row.sha256) for row in rows)
+        writer.writerows((row.id, row.speaker, row.offset, row.num_samples, row.transcript, row.sha256) for row in rows)
         stream.flush()
         os.fsync(stream.fileno())
     return file_digest(file, "sha256")
 
 
 def read_index(file: Path) -> Iterator[UtteranceRow]:
-    """The rows of utterances.csv. DatasetError names the line of a row that is not one."""
+    """Yield the rows of utterances.csv. DatasetError names the line of a row that is not one."""
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             reader = csv.reader(stream, strict=True)
@@ -336,63 +266,36 @@ def read_index(file: Path) -> Iterator[UtteranceRow]:
         raise DatasetError(f"cannot read {file}: {error}; run verify_dataset.sh") from error
 
 
-def _read_columns(file: Path) -> tuple[Texts, Texts, np.ndarray, np.ndarray, Texts]:
-    """Ids, speakers, offsets, samples and transcripts of utterances.csv, without Python objects that stay."""
-    ids, speakers, transcripts = Texts(), Texts(), Texts()
-    offsets, samples = array("q"), array("q")
-    try:
-        with file.open(encoding="utf-8", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            if tuple(next(reader, ())) != COLUMNS:
-                raise ValueError
-            while rows := list(islice(reader, ROWS_AT_ONCE)):
-                columns = list(zip(*rows, strict=True))
-                ids.extend(columns[0])
-                speakers.extend(columns[1])
-                offsets.extend(map(int, columns[2]))
-                samples.extend(map(int, columns[3]))
-                transcripts.extend(columns[4])
-    except (OSError, ValueError, IndexError, OverflowError, csv.Error):
-        for _ in read_index(file):  # slower, but its error names the line
-            pass
-        raise DatasetError(f"cannot read {file}; run verify_dataset.sh") from None
-    return ids, speakers, np.array(offsets, dtype=np.int64), np.array(samples, dtype=np.int64), transcripts
-
-
 def utterance_digest(waveform: np.ndarray, transcript: str) -> str:
-    """SHA-256 (hex) of an utterance: its int16 samples, little-endian, then its transcript."""
+    """Return the SHA-256 (hex) of an utterance: its int16 samples, little-endian, then its transcript."""
     digest = hashlib.sha256(np.ascontiguousarray(waveform, dtype="<i2").data)
     digest.update(transcript.encode("utf-8"))
     return digest.hexdigest()
 
 
-def file_digest(file: Path, algorithm: str) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, algorithm).hexdigest()
-
-
 def content_files(subsets: Iterable[str]) -> list[str]:
-    """Names of the files that a data set's digest covers, in its order."""
+    """Return the names of the files that a data set's digest covers, in its order."""
     return sorted(f"{subset}/{file}" for subset in subsets for file in (AUDIO_FILE, INDEX_FILE))
 
 
-def content_digest(path: Path, subsets: Iterable[str], progress: Callable[[int], object] = lambda count: None) -> str:
-    """SHA-256 (hex) of the GNU-format tarball of the subsets' files; `progress` is told the bytes read."""
-    digest = hashlib.sha256()
-    total = 0
-    for name in content_files(subsets):
-        entry = tarfile.TarInfo(name)
-        entry.size = (path / name).stat().st_size
-        # The GNU format, unlike ustar, has room for members of 8 GiB and more.
-        header = entry.tobuf(tarfile.GNU_FORMAT)
-        digest.update(header)
-        with (path / name).open("rb") as stream:
-            while chunk := stream.read(CHUNK_BYTES):
-                digest.update(chunk)
-                progress(len(chunk))
-        padding = -entry.size % tarfile.BLOCKSIZE
-        digest.update(bytes(padding))
-        total += len(header) + entry.size + padding
+def dataset_digest(path: Path, subsets: Iterable[str]) -> str:
+    """Return the SHA-256 (hex) of the GNU-format tarball of the subsets' files."""
+    files = content_files(subsets)
+    digest, total = hashlib.sha256(), 0
+    with progress_bar("checksum", sum((path / name).stat().st_size for name in files), "B") as bar:
+        for name in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = (path / name).stat().st_size
+            # The GNU format, unlike ustar, has room for members of 8 GiB and more.
+            header = entry.tobuf(tarfile.GNU_FORMAT)
+            digest.update(header)
+            with (path / name).open("rb") as stream:
+                while chunk := stream.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+            padding = -entry.size % tarfile.BLOCKSIZE
+            digest.update(bytes(padding))
+            total += len(header) + entry.size + padding
     end = 2 * tarfile.BLOCKSIZE
     digest.update(bytes(end + -(total + end) % tarfile.RECORDSIZE))
     return digest.hexdigest()

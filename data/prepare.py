@@ -1,7 +1,8 @@
 """From an archive to packed subsets: unpack, read the headers, allocate, decode in parallel into place.
 
-Nothing has its final name before it is complete: a subset is built in `<dataset>/<subset>.partial/`, flushed to disk
-and renamed, and only then entered into dataset.json. A run that was cut short is repeated from the last whole subset.
+Nothing has its final name before it is complete: a subset is built in `<dataset>/unfinished/`, flushed to disk, entered
+into dataset.json and renamed. A run that was cut short is repeated from the last whole subset. Whatever has the name of
+a subset that dataset.json does not name is somebody else's, and an error; but an empty folder is in nobody's way.
 """
 
 from __future__ import annotations
@@ -12,55 +13,40 @@ import os
 import shutil
 import sys
 import tarfile
-import threading
 import zlib
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-from tqdm import tqdm
 
 from data.corpora import Corpus, CorpusSubset
+from data.fetch import VerifiedArchive
+from data.files import DataError, atomic_replace, die_with_parent, not_ours, progress_bar
 from data.packed import (
     AUDIO_FILE,
     AUDIO_HEADER_BYTES,
+    DATASET_FILE,
     INDEX_FILE,
-    DataError,
     PackedDataset,
     SubsetSummary,
     UtteranceRow,
     audio_header,
-    content_digest,
-    content_files,
-    replace_durably,
+    dataset_digest,
     utterance_digest,
     write_dataset,
     write_index,
 )
 from data.readers import Utterance, decode, read_utterances
 
-UNPACKED = "unpacked"  # folder in the data set's for the files of one archive, while its subsets are made
+CONTENT = (AUDIO_FILE, INDEX_FILE)
 UTTERANCES_PER_TASK = 16
-FRAME_STEP_SAMPLES = 160
 # Speech in FLAC or 16-bit samples hardly shrinks by gzip; what grows this much on unpacking is no speech.
 MOST_EXPANSION, SMALL_BYTES = 20, 16 << 20
-
-
-@dataclass(frozen=True)
-class CheckedArchive:
-    """An archive on this disk whose sum has been checked. `official`: it is the published one."""
-
-    file: Path
-    md5: str
-    sha256: str
-    official: bool
 
 
 class StrictTarInfo(tarfile.TarInfo):
@@ -76,73 +62,58 @@ class StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(str(error)) from error
 
 
-def prepare_archive(
-    dataset: PackedDataset, corpus: Corpus, archive: CheckedArchive, subsets: Sequence[CorpusSubset], jobs: int
-) -> PackedDataset:
-    """Adds the subsets that lie in one archive to a data set, which is unfinished then; returns its new state."""
-    with temporary_folder(dataset.path / UNPACKED) as unpacked:
+@dataclass
+class Preparation:
+    """A data set to which subsets are added; `work` is a work_folder in it, `jobs` the number of decoding processes."""
+
+    dataset: PackedDataset
+    corpus: Corpus
+    work: Path
+    jobs: int
+
+    def add_archive(self, archive: VerifiedArchive, subsets: Sequence[CorpusSubset]) -> None:
+        """Add the subsets that lie in one archive to the data set, which is unfinished then."""
+        unpacked = self.work / "unpacked"
+        unpacked.mkdir()
         unpack(archive.file, unpacked)
         for subset in subsets:
-            utterances = read_utterances(unpacked, corpus.layout, subset)
+            utterances = read_utterances(unpacked, self.corpus.layout, subset)
             if archive.official and subset.utterances not in (None, len(utterances)):
                 raise DataError(
-                    f"{archive.file}: {len(utterances)} utterances in {subset.name}, not {subset.utterances}"
+                    f"{archive.file}: {subset.name} has {len(utterances)}, not {subset.utterances} utterances"
                 )
-            dataset = prepare_subset(dataset, corpus, archive, subset.name, utterances, jobs)
-    return dataset
+            self.add_subset(archive, subset.name, utterances)
+        shutil.rmtree(unpacked)
 
+    def add_subset(self, archive: VerifiedArchive, name: str, utterances: Sequence[Utterance]) -> None:
+        """Add one subset to the data set, which is unfinished then."""
+        partial, final = self.work / name, self.dataset.path / name
+        partial.mkdir()
+        summary = _pack(utterances, partial, name, archive, self.jobs)
+        check_place(self.dataset, [name])
+        summaries = {**self.dataset.summary, name: summary}
+        prepared = [subset.name for subset in self.corpus.subsets if subset.name in summaries]
+        summaries = {name: summaries[name] for name in prepared}
+        self.dataset = replace(self.dataset, digest="", splits=self.corpus.splits(prepared), summary=summaries)
+        # Entered before it has its name: a kill in between leaves nothing there that is not known to be ours.
+        write_dataset(self.dataset, self.work)
+        if final.is_dir():  # check_place has seen that only these two files can be in it
+            for file in CONTENT:
+                (final / file).unlink(missing_ok=True)
+            final.rmdir()
+        atomic_replace(partial, final)
+        print(f"{name}: prepared {summary.utterances} utterances", file=sys.stderr)
 
-def prepare_subset(
-    dataset: PackedDataset,
-    corpus: Corpus,
-    archive: CheckedArchive,
-    name: str,
-    utterances: Sequence[Utterance],
-    jobs: int,
-) -> PackedDataset:
-    """Adds one subset to a data set, which is unfinished then; returns its new state."""
-    with temporary_folder(dataset.path / f"{name}.partial") as partial:
-        summary = _pack(utterances, partial, name, archive, jobs)
-        final = dataset.path / name
-        if final.exists():  # left by a run that ended between the renaming and dataset.json
-            shutil.rmtree(final)
-        replace_durably(partial, final)
-    summaries = {**dataset.summary, name: summary}
-    prepared = [known.name for known in corpus.subsets if known.name in summaries]
-    dataset = replace(
-        dataset,
-        digest="",
-        splits=corpus.splits(prepared),
-        summary={name: summaries[name] for name in prepared},
-    )
-    write_dataset(dataset)
-    print(f"{name}: prepared {summary.utterances} utterances", file=sys.stderr)
-    if short := [utterance.id for utterance in utterances if not alignable(utterance.samples, utterance.transcript)]:
-        print(
-            f"{name}: {len(short)} utterances are too short for CTC to align their transcripts; training leaves them "
-            f"out, evaluation does not: {', '.join(short)}",
-            file=sys.stderr,
-        )
-    return dataset
-
-
-def alignable(samples: int, transcript: str) -> bool:
-    """Whether CTC can spell the transcript: a DeepSpeech2 output frame, of 20 ms, a label; one more between repeats."""
-    frames = samples // FRAME_STEP_SAMPLES + 1
-    return len(transcript) + sum(a == b for a, b in pairwise(transcript)) <= (frames - 1) // 2 + 1
-
-
-def finish_dataset(dataset: PackedDataset) -> PackedDataset:
-    """Computes the digest of everything and with it declares the data set finished."""
-    total = sum((dataset.path / name).stat().st_size for name in content_files(dataset.subsets))
-    with progress_bar("checksum", total, "B") as bar:
-        dataset = replace(dataset, digest=content_digest(dataset.path, dataset.subsets, bar.update))
-    write_dataset(dataset)
-    return dataset
+    def finish(self) -> PackedDataset:
+        """Compute the digest of everything and with it declare the data set finished."""
+        digest = dataset_digest(self.dataset.path, self.dataset.subsets)
+        self.dataset = replace(self.dataset, digest=digest)
+        write_dataset(self.dataset, self.work)
+        return self.dataset
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpacks a .tar.gz of plain files and folders. DataError names a member that is anything else or lies outside."""
+    """Unpack a .tar.gz of plain files and folders. DataError names a member that is anything else or lies outside."""
     room = MOST_EXPANSION * archive.stat().st_size + SMALL_BYTES
     try:
         with (
@@ -173,43 +144,37 @@ def unpack(archive: Path, folder: Path) -> None:
         raise DataError(f"{archive} cannot be unpacked into {folder}: {error}") from error
 
 
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def progress_bar(description: str, total: float, unit: str) -> tqdm:
-    """A bar with rate and time left on standard error, only where that is a terminal."""
-    return tqdm(desc=description, total=total, unit=unit, unit_scale=True, file=sys.stderr, disable=None, leave=False)
-
-
 def _pack(
-    utterances: Sequence[Utterance], folder: Path, name: str, archive: CheckedArchive, jobs: int
+    utterances: Sequence[Utterance], folder: Path, name: str, archive: VerifiedArchive, jobs: int
 ) -> SubsetSummary:
-    """Writes audio.npy and utterances.csv of one subset into `folder`."""
-    ordered = sorted(utterances, key=lambda utterance: (utterance.samples, utterance.id))
-    offsets = array("q", accumulate((utterance.samples for utterance in ordered), initial=0))
+    """Write audio.npy and utterances.csv of one subset into `folder`."""
+    ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.id))
+    offsets = list(accumulate((utterance.num_samples for utterance in ordered), initial=0))
     audio = folder / AUDIO_FILE
-    _allocate(audio, offsets[-1])
-
-    def rows() -> Iterator[UtteranceRow]:
-        with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
-            digests = chain.from_iterable(_decode_all(audio, ordered, offsets, jobs))
-            # The digests first, so that their processes have ended when this has.
-            for digest, utterance, offset in zip(digests, ordered, offsets, strict=False):
-                bar.update(1)
-                yield UtteranceRow(
-                    utterance.id, utterance.speaker, offset, utterance.samples, utterance.transcript, digest
-                )
-
-    index_sha256 = write_index(folder / INDEX_FILE, rows())
+    with audio.open("wb") as stream:
+        stream.write(audio_header(offsets[-1]))
+        if hasattr(os, "posix_fallocate"):  # a disk that is too small is then noticed before anything is decoded
+            os.posix_fallocate(stream.fileno(), 0, AUDIO_HEADER_BYTES + 2 * offsets[-1])
+    digests: list[str] = []
+    with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
+        for some in _decode_all(audio, ordered, offsets, jobs):
+            digests += some
+            bar.update(len(some))
+    index_sha256 = write_index(
+        folder / INDEX_FILE,
+        (
+            UtteranceRow(spoken.id, spoken.speaker, offset, spoken.num_samples, spoken.transcript, digest)
+            for spoken, offset, digest in zip(ordered, offsets[:-1], digests, strict=True)
+        ),
+    )
     with audio.open("rb") as stream:
         os.fsync(stream.fileno())
     return SubsetSummary(
         name=name,
         utterances=len(ordered),
         speakers=len({utterance.speaker for utterance in ordered}),
-        samples=offsets[-1],
-        longest_samples=ordered[-1].samples,
+        num_samples=offsets[-1],
+        max_samples=ordered[-1].num_samples,
         index_sha256=index_sha256,
         archive=archive.file.name,
         archive_md5=archive.md5,
@@ -218,34 +183,8 @@ def _pack(
     )
 
 
-def _allocate(audio: Path, samples: int) -> None:
-    """Makes audio.npy in its full size, so that a disk that is too small is noticed before anything is decoded."""
-    size = AUDIO_HEADER_BYTES + 2 * samples
-    try:
-        with audio.open("wb") as stream:
-            stream.write(audio_header(samples))
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(stream.fileno(), 0, size)
-            else:
-                stream.truncate(size)
-    except OSError as error:
-        raise DataError(f"cannot write the {size} bytes of {audio}: {error.strerror}") from error
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone: killed, it could not say so."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def _decode_all(audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int) -> Iterator[list[str]]:
-    """Decodes all utterances into audio.npy, in `jobs` processes; yields their digests, in order."""
+    """Decode all utterances into audio.npy, in `jobs` processes; yield their digests, in order."""
     starts = range(0, len(ordered), UTTERANCES_PER_TASK)
     tasks = [ordered[start : start + UTTERANCES_PER_TASK] for start in starts]
     arguments = [audio] * len(tasks), tasks, [offsets[start] for start in starts]
@@ -255,7 +194,7 @@ def _decode_all(audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int
         return
     # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=die_with_parent, initargs=(os.getpid(),)) as pool:
         try:
             yield from pool.map(_decode_into, *arguments)
         except BrokenProcessPool:
@@ -266,29 +205,30 @@ def _decode_all(audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int
 
 
 def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> list[str]:
-    """Decodes successive utterances into audio.npy from sample `offset` on; returns their digests."""
+    """Decode successive utterances into audio.npy from sample `offset` on; return their digests."""
     digests = []
     # Written, not memory-mapped: a full disk is then an error and not a bus fault.
-    with audio.open("r+b", buffering=0) as stream:
+    with audio.open("r+b") as stream:
         stream.seek(AUDIO_HEADER_BYTES + 2 * offset)
         for utterance in utterances:
             waveform = np.ascontiguousarray(decode(utterance), dtype="<i2")
             digests.append(utterance_digest(waveform, utterance.transcript))
-            remaining = waveform.data.cast("B")
-            try:
-                while remaining:
-                    remaining = remaining[stream.write(remaining) :]
-            except OSError as error:
-                raise DataError(f"cannot write {audio}: {error.strerror}") from error
+            stream.write(waveform.data)
     return digests
 
 
-@contextmanager
-def temporary_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder of this name, removed at the end; what an earlier, killed run left in it goes first."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def check_place(dataset: PackedDataset, subsets: Iterable[str]) -> None:
+    """Raise DataError where something that is not this program's lies where these subsets are to be prepared."""
+    if (dataset.path / DATASET_FILE).is_symlink():
+        raise not_ours(dataset.path / DATASET_FILE)
+    for name in subsets:
+        folder = dataset.path / name
+        if os.path.lexists(folder) and not _holds_only(folder, CONTENT if name in dataset.summary else ()):
+            raise not_ours(folder)
+
+
+def _holds_only(folder: Path, names: Collection[str]) -> bool:
+    """Return whether this is a folder, no link to one, with no entries but files of these names."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(entry.name in names and entry.is_file() and not entry.is_symlink() for entry in folder.iterdir())

@@ -1,7 +1,11 @@
-"""What lies in an unpacked archive: its utterances, without decoding them, and the decoding of one utterance.
+"""The utterances of an unpacked archive or of a manifest, found without decoding them, and the decoding of one.
 
-Two layouts: LibriSpeech (a FLAC file per utterance, a `.trans.txt` per chapter) and AN4 (headerless big-endian 16-bit
-files, lists in `etc/`). Every doubt is an error that names file and utterance: nothing is skipped or repaired silently.
+- LibriSpeech: a FLAC file per utterance, a `.trans.txt` per chapter.
+- AN4: headerless big-endian 16-bit files, lists in `etc/`.
+- A manifest, of your own speech: a line `path<TAB>transcript` per utterance, audio of any format, rate and channels.
+  Paths are absolute or start from the manifest's own folder; a path is also the utterance's id, its folder the speaker.
+
+Every doubt is an error that names file and utterance: nothing is skipped or repaired silently.
 """
 
 from __future__ import annotations
@@ -9,14 +13,16 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data.audio import decode_any, decode_flac, decode_raw, flac_samples
+from data.audio import any_num_samples, decode_any, decode_flac, decode_raw, read_flac_header
 from data.corpora import CorpusSubset
-from data.packed import TRANSCRIPT_CHARACTERS, DataError
+from data.files import DataError
+from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
 
 OTHER_AUDIO = {".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aiff", ".raw", ".pcm", ".sph"}
 AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)\)$")
@@ -24,22 +30,22 @@ AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)
 
 @dataclass(frozen=True, slots=True)
 class Utterance:
-    """An utterance and its file. `samples` is its length at 16 kHz, known before it is decoded.
+    """An utterance and its file. `num_samples` is its length at 16 kHz, known before it is decoded.
 
-    `file` is no Path, of which a corpus would need very many. `encoding` tells which decoder reads it: "flac", "raw"
-    (headerless, 16 bits, big-endian) or "any".
+    `file` is a str to save memory. `encoding` tells which decoder reads it: "flac", "raw" (headerless, 16 bits,
+    big-endian) or "any".
     """
 
     id: str
     speaker: str
     transcript: str
     file: str
-    samples: int
+    num_samples: int
     encoding: str = "flac"
 
 
 def read_utterances(folder: Path, layout: str, subset: CorpusSubset) -> list[Utterance]:
-    """All utterances of `subset` in an unpacked archive, by id. DataError where audio and transcripts do not match."""
+    """Return all utterances of `subset` in an unpacked archive, by id. DataError where audio and text do not match."""
     reader = {"librispeech": _read_librispeech, "an4": _read_an4}[layout]
     utterances: dict[str, Utterance] = {}
     for utterance in reader(folder, subset.name):
@@ -52,20 +58,19 @@ def read_utterances(folder: Path, layout: str, subset: CorpusSubset) -> list[Utt
 
 
 def decode(utterance: Utterance) -> np.ndarray:
-    """Its samples at 16 kHz mono: int16 [utterance.samples]. DataError for audio that is damaged."""
+    """Return its samples at 16 kHz mono: int16 [utterance.num_samples]. DataError for audio that is damaged."""
     try:
         waveform = {"flac": decode_flac, "raw": decode_raw, "any": decode_any}[utterance.encoding](Path(utterance.file))
     except DataError as error:
         raise DataError(f"utterance {utterance.id}: {error}") from error
-    if waveform.shape != (utterance.samples,):
-        raise DataError(
-            f"utterance {utterance.id}: {utterance.file} has {len(waveform)} samples, not {utterance.samples} as before"
-        )
+    found, expected = len(waveform), utterance.num_samples
+    if found != expected:
+        raise DataError(f"utterance {utterance.id}: {utterance.file} has {found} samples, not {expected} as before")
     return waveform
 
 
 def check_transcript(text: str, name: str, file: Path) -> str:
-    """The transcript in upper case with single spaces. DataError if empty or with a character outside the 28."""
+    """Return the transcript in upper case with single spaces. DataError if empty or with a character outside the 28."""
     for character in text:
         if character not in TRANSCRIPT_CHARACTERS and character not in TRANSCRIPT_CHARACTERS.lower():
             raise DataError(
@@ -105,7 +110,12 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
                 transcript = check_transcript(text, name, list_file)
                 if name not in audio:
                     raise DataError(f"{list_file}: utterance {name} has no audio file")
-                yield Utterance(name, name.split("-")[0], transcript, audio[name], flac_samples(Path(audio[name])))
+                header = read_flac_header(Path(audio[name]))
+                if header.rate != SAMPLE_RATE:
+                    raise DataError(
+                        f"{audio[name]}: utterance {name} has {header.rate} Hz, by its header; all have 16000"
+                    )
+                yield Utterance(name, name.split("-")[0], transcript, audio[name], header.frames)
         if silent := sorted(audio.keys() - spoken):
             raise DataError(f"{audio[silent[0]]}: utterance {silent[0]} has no transcript")
 
@@ -134,3 +144,48 @@ def _read_an4(folder: Path, subset: str) -> Iterator[Utterance]:
     for file in sorted((root / "wav").rglob("*.raw")):
         if str(file.relative_to(root / "wav").with_suffix("")) not in listed:
             raise DataError(f"{file} is in no list of {root / 'etc'}: audio without transcript")
+
+
+def read_manifest(manifest: Path, jobs: int) -> list[Utterance]:
+    """Return the utterances of a manifest, by id. DataError names the line or the utterance that is wrong."""
+    lines = list(_manifest_lines(manifest))
+    if not lines:
+        raise DataError(f"{manifest} holds no utterance")
+
+    def measure(line: tuple[str, str]) -> Utterance:
+        path, transcript = line
+        file = manifest.parent / path
+        try:
+            num_samples = any_num_samples(file)
+        except (DataError, OSError) as error:
+            raise DataError(f"{manifest}: utterance {path}: {error}") from error
+        return Utterance(path, Path(path).parent.name, transcript, str(file), num_samples, "any")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            utterances = list(pool.map(measure, lines))
+        except DataError:
+            pool.shutdown(cancel_futures=True)  # the first error is enough
+            raise
+    return sorted(utterances, key=lambda utterance: utterance.id)
+
+
+def _manifest_lines(manifest: Path) -> Iterator[tuple[str, str]]:
+    """Yield path and transcript of each line; empty lines do not count."""
+    try:
+        text = manifest.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the manifest {manifest}: {error}") from error
+    seen = set()
+    # Not splitlines: it would also split at characters that a file name may hold.
+    for number, line in enumerate(text.split("\n"), start=1):
+        line = line.removesuffix("\r")
+        if not line.strip():
+            continue
+        path, tab, transcript = line.partition("\t")
+        if not tab or not path.strip() or "\0" in path:
+            raise DataError(f"{manifest}, line {number}: not 'path<TAB>transcript': {line[:80]!r}")
+        if path in seen:
+            raise DataError(f"{manifest}, line {number}: utterance {path} occurs twice")
+        seen.add(path)
+        yield path, check_transcript(transcript, path, manifest)

@@ -6,48 +6,40 @@
 
 Prints `Dataset Checksum Passed.` and exits 0, or `WARNING: Dataset Checksum Failed.`, what is wrong and where, and
 exits 1. The checksum is that of packed.py, computed from the files and compared with dataset.json, and with the
-catalogue's where that knows one. In the same reading, threads compare the digest of each utterance with the index's,
-which tells what is damaged.
+catalogue's where that knows one. Only if it is wrong, the audio is read a second time and the digest of each utterance
+compared with the index's, which tells what is damaged.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import tyro
 
 from data.corpora import CORPORA, Corpus, find_corpus
+from data.files import DataError, file_digest, locked, progress_bar
 from data.packed import (
     AUDIO_FILE,
     AUDIO_HEADER_BYTES,
     DATASET_FILE,
     INDEX_FILE,
-    TRANSCRIPT_CHARACTERS,
-    DataError,
     PackedDataset,
     SubsetSummary,
     UtteranceRow,
     audio_header,
-    content_digest,
     content_files,
-    file_digest,
-    locked,
+    dataset_digest,
     open_dataset,
     read_index,
     utterance_digest,
 )
-from data.prepare import available_cores, progress_bar
 
 SHOWN_PROBLEMS = 20
 HOURS_TOLERANCE = 0.05  # published hours are rounded, some of them roughly
-BATCH_BYTES = 4 << 20  # of utterances that a thread checks at a time
 
 
 @dataclass(frozen=True)
@@ -60,26 +52,16 @@ class Options:
     """check sizes, counts and index only; samples are not read"""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Successive utterances of a subset, which lie before byte `end` of all that is read."""
-
-    summary: SubsetSummary
-    audio: Path
-    rows: list[UtteranceRow]
-    end: int
-
-
 def main() -> None:
     options = tyro.cli(Options, prog="verify_dataset.sh", description=Options.__doc__)
     try:
         dataset = open_dataset(options.dataset_dir)
-        with locked(dataset.path, shared=True):
-            problems = find_problems(dataset, quick=options.quick)
+        with locked(dataset.path, "download", shared=True):
+            problems = validate(dataset, quick=options.quick)
     except (DataError, OSError) as error:
         problems = [str(error)]
     except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was checked to the end")
+        sys.exit("Interrupted. Not everything was checked.")
     if problems:
         print("WARNING: Dataset Checksum Failed.")
         print("\n".join(problems[:SHOWN_PROBLEMS]))
@@ -97,108 +79,64 @@ def main() -> None:
         print(f"sha256 {dataset.digest}")
 
 
-def find_problems(dataset: PackedDataset, *, quick: bool = False) -> list[str]:
-    """All that is wrong with a data set, one line each that says where; empty if nothing is.
+def validate(dataset: PackedDataset, *, quick: bool = False) -> list[str]:
+    """Return all that is wrong with a data set, one line each that says where; empty if nothing is.
 
     `quick` leaves out what needs the samples to be read.
     """
     corpus = find_corpus(dataset.corpus)
-    problems = list(_catalogue_problems(dataset, corpus))
+    problems = list(_check_against_catalogue(dataset, corpus))
     missing = [name for name in content_files(dataset.subsets) if not (dataset.path / name).is_file()]
     if missing:
         return problems + [f"{dataset.path / name} is missing" for name in missing]
     readable = []
     for name, summary in dataset.summary.items():
-        problems += _file_problems(dataset.path / name, summary)
+        problems += _check_files(dataset.path / name, summary)
         try:
-            problems += _index_problems(read_index(dataset.path / name / INDEX_FILE), summary)
-            readable.append(name)
+            problems += _check_index(read_index(dataset.path / name / INDEX_FILE), summary)
+            readable.append(summary)
         except DataError as error:
             problems.append(str(error))
     if quick:
         return problems
-    digest = _read_everything(dataset, readable, problems)
+    digest = dataset_digest(dataset.path, dataset.subsets)
     if digest != dataset.digest:
+        for summary in readable:
+            problems += _corrupt_utterances(dataset.path / summary.name, summary)
         problems.append(f"the checksum of {dataset.path} is {digest}, {DATASET_FILE} has {dataset.digest}")
     if corpus.reference_digest and len(dataset.subsets) == len(corpus.subsets) and digest != corpus.reference_digest:
-        problems.append(f"the checksum of {dataset.path} is {digest}, the reference is {corpus.reference_digest}")
+        problems.append(
+            f"the checksum of {dataset.path} is {digest}, the reference is {corpus.reference_digest}: "
+            "eSpeak NG of another platform or version speaks slightly differently"
+        )
     return problems
 
 
-def _read_everything(dataset: PackedDataset, readable: list[str], problems: list[str]) -> str:
-    """The digest of all content. Adds the utterances that are not those of the `readable` indexes to `problems`."""
-    total = sum((dataset.path / name).stat().st_size for name in content_files(dataset.subsets))
-    cores = available_cores()
-    batches = _batches(dataset, readable)
-    waiting = next(batches, None)
-    running: deque[Future[list[str]]] = deque()
-    position = 0
-
-    with progress_bar("checksum", total, "B") as bar, ThreadPoolExecutor(cores) as pool:
-
-        def advance(count: int) -> None:
-            # Utterances are checked when the checksum has just passed them, so that the disk is read only once.
-            nonlocal position, waiting
-            bar.update(count)
-            position += count
-            while waiting is not None and waiting.end <= position:
-                running.append(pool.submit(_damage, waiting))
-                waiting = next(batches, None)
-            while len(running) > 2 * cores:
-                problems.extend(running.popleft().result())
-
-        digest = content_digest(dataset.path, dataset.subsets, advance)
-        while waiting is not None:  # what should lie beyond the end of a file that is cut short
-            running.append(pool.submit(_damage, waiting))
-            waiting = next(batches, None)
-        for future in running:
-            problems.extend(future.result())
-    return digest
-
-
-def _batches(dataset: PackedDataset, readable: list[str]) -> Iterator[Batch]:
-    """The utterances of all subsets with a readable index, in the order in which content_digest reads them."""
-    begin = 0
-    for file in content_files(dataset.subsets):
-        name = file.split("/")[0]
-        if file.endswith(AUDIO_FILE) and name in readable:
-            summary, path = dataset.summary[name], dataset.path / file
-            rows: list[UtteranceRow] = []
-            for row in read_index(dataset.path / name / INDEX_FILE):
-                if row.offset < 0 or row.samples < 0 or row.offset + row.samples > summary.samples:
-                    continue  # _index_problems has named it
-                rows.append(row)
-                end = AUDIO_HEADER_BYTES + 2 * (row.offset + row.samples)
-                if 2 * (row.offset - rows[0].offset) > BATCH_BYTES:
-                    yield Batch(summary, path, rows, begin + end)
-                    rows = []
-            if rows:
-                yield Batch(summary, path, rows, begin + end)
-        begin += (dataset.path / file).stat().st_size
-
-
-def _damage(batch: Batch) -> list[str]:
-    """Which utterances do not have the digest that utterances.csv states."""
-    problems = []
-    with batch.audio.open("rb") as stream:
-        for row in batch.rows:
-            start = AUDIO_HEADER_BYTES + 2 * row.offset
+def _corrupt_utterances(folder: Path, summary: SubsetSummary) -> Iterator[str]:
+    """Name the utterances that do not have the digest that utterances.csv states."""
+    name = summary.name
+    with (
+        (folder / AUDIO_FILE).open("rb") as stream,
+        progress_bar(f"looking for damage in {name}", summary.utterances, " utterances") as bar,
+    ):
+        for row in read_index(folder / INDEX_FILE):
+            bar.update(1)
+            if row.offset < 0 or row.num_samples < 0 or row.offset + row.num_samples > summary.num_samples:
+                continue  # _check_index has named it
+            start, size = AUDIO_HEADER_BYTES + 2 * row.offset, 2 * row.num_samples
             stream.seek(start)
-            content = stream.read(2 * row.samples)
-            if len(content) < 2 * row.samples:
-                problems.append(
-                    f"{batch.summary.name}: utterance {row.id} is cut short: {AUDIO_FILE} ends before it does"
-                )
+            content = stream.read(size)
+            if len(content) < size:
+                yield f"{name}: utterance {row.id} is cut short: {AUDIO_FILE} ends before it does"
             elif utterance_digest(np.frombuffer(content, dtype="<i2"), row.transcript) != row.sha256:
-                problems.append(
-                    f"{batch.summary.name}: utterance {row.id} has changed: its transcript or "
-                    f"bytes {start} to {start + 2 * row.samples} of {AUDIO_FILE}"
+                yield (
+                    f"{name}: utterance {row.id} has changed: its transcript or "
+                    f"bytes {start} to {start + size} of {AUDIO_FILE}"
                 )
-    return problems
 
 
-def _catalogue_problems(dataset: PackedDataset, corpus: Corpus) -> Iterator[str]:
-    """Compares the counts in dataset.json with the published ones, for subsets from the published archives."""
+def _check_against_catalogue(dataset: PackedDataset, corpus: Corpus) -> Iterator[str]:
+    """Compare the counts in dataset.json with the published ones, for subsets from the published archives."""
     known = {subset.name: subset for subset in corpus.subsets}
     for name, summary in dataset.summary.items():
         if name not in known:
@@ -208,7 +146,7 @@ def _catalogue_problems(dataset: PackedDataset, corpus: Corpus) -> Iterator[str]
         if summary.official and (
             summary.archive_md5 != published.archive.md5 or published.archive.sha256 not in ("", summary.archive_sha256)
         ):
-            yield f"{name} passes for the published archive, but its archive had MD5 {summary.archive_md5}"
+            yield f"{name} claims to be the published archive, but its archive had MD5 {summary.archive_md5}"
         if not (summary.official or dataset.synthetic):
             continue
         if published.utterances not in (None, summary.utterances):
@@ -219,48 +157,31 @@ def _catalogue_problems(dataset: PackedDataset, corpus: Corpus) -> Iterator[str]
             yield f"{name} has {summary.hours:.2f} h, {published.hours} h were published"
 
 
-def _file_problems(folder: Path, summary: SubsetSummary) -> Iterator[str]:
-    """Whether the files of a subset have the size, the header and the index that were written."""
+def _check_files(folder: Path, summary: SubsetSummary) -> Iterator[str]:
+    """Check that the files of a subset have the size, the header and the index that were written."""
     if file_digest(folder / INDEX_FILE, "sha256") != summary.index_sha256:
         yield f"{summary.name}/{INDEX_FILE} is not the file that was prepared"
     file = folder / AUDIO_FILE
-    size = AUDIO_HEADER_BYTES + 2 * summary.samples
+    size = AUDIO_HEADER_BYTES + 2 * summary.num_samples
     if file.stat().st_size != size:
         yield f"{summary.name}/{AUDIO_FILE} has {file.stat().st_size} bytes, not {size}"
     with file.open("rb") as stream:
-        if stream.read(AUDIO_HEADER_BYTES) != audio_header(summary.samples):
+        if stream.read(AUDIO_HEADER_BYTES) != audio_header(summary.num_samples):
             yield f"{summary.name}/{AUDIO_FILE}: the header, its first {AUDIO_HEADER_BYTES} bytes, is damaged"
 
 
-def _index_problems(rows: Iterable[UtteranceRow], summary: SubsetSummary) -> Iterator[str]:
-    """Whether utterances.csv covers audio.npy without gaps, in order, with transcripts of known characters."""
-    name = summary.name
-    count = -1  # the end is no utterance
-    end = 0
-    before = UtteranceRow("the start", "", 0, 0, "", "")
-    seen = set()
-    for row in chain(rows, [UtteranceRow("the end", "", summary.samples, sys.maxsize, "A", "")]):
-        count += 1
-        if row.offset > end:
+def _check_index(rows: Iterable[UtteranceRow], summary: SubsetSummary) -> Iterator[str]:
+    """Check that the utterances of utterances.csv follow each other in audio.npy without gaps, and are all there."""
+    name, count, end, before = summary.name, 0, 0, "the start"
+    for row in rows:
+        if row.offset != end or row.num_samples < 1:
             yield (
-                f"{name}: an utterance is missing between {before.id} and {row.id}: "
-                f"samples {end} to {row.offset} of {AUDIO_FILE} belong to none"
+                f"{name}: utterance {row.id} has {row.num_samples} samples from sample {row.offset} on, "
+                f"where {before} ends at sample {end}"
             )
-        elif row.offset < end:
-            yield f"{name}: utterance {row.id} begins at sample {row.offset}, within or before {before.id}"
-        if (row.samples, row.id) < (before.samples, before.id) and before.samples:
-            yield f"{name}: utterance {row.id} is out of order: {row.samples} samples after {before.samples}"
-        if row.samples < 1:
-            yield f"{name}: utterance {row.id} has {row.samples} samples"
-        if row.id in seen:
-            yield f"{name}: utterance {row.id} occurs twice"
-        if not row.transcript:
-            yield f"{name}: the transcript of utterance {row.id} is empty"
-        for character in sorted(set(row.transcript) - set(TRANSCRIPT_CHARACTERS)):
-            yield f"{name}: the transcript of utterance {row.id} has the unknown character {character!r}"
-        seen.add(row.id)
-        end = row.offset + row.samples
-        before = row
+        count, end, before = count + 1, row.offset + row.num_samples, row.id
+    if end != summary.num_samples:
+        yield f"{name}: {before} ends at sample {end}, the audio at sample {summary.num_samples}"
     if count != summary.utterances:
         yield f"{name}/{INDEX_FILE} has {count} utterances, {DATASET_FILE} has {summary.utterances}"
 

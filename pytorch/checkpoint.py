@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs to go on, and a trained model to be used.
+"""Checkpoints: what a run needs to resume, and a trained model to be used.
 
 A checkpoint is a dictionary of plain values and tensors, read with `weights_only=True`, that holds the SHA-256 digest
 of its own content. It is written beside its final path, flushed to disk and renamed, so a file at the final path is
@@ -8,7 +8,7 @@ whole; one that was damaged there is found out, and the one before it is used. A
     checkpoint_previous.pt  the one before it
     checkpoint_best.pt      of the evaluation with the lowest WER
 
-Those of a run before it in the same folder are kept in its folder `earlier`.
+Those of an earlier run in the same folder are kept in `previous_run/`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.packed import replace_durably
+from data.files import atomic_replace
 from pytorch.cli import RunError
 from pytorch.config import Config, fields_of, with_current_names
 from pytorch.ctc import LABELS
+from pytorch.distributed import World
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (3, 4)  # version 3 has one optimizer; its model can be used, but its run not be resumed
 BEST = "checkpoint_best.pt"
 LAST = "checkpoint_last.pt"
 PREVIOUS = "checkpoint_previous.pt"
-EARLIER = "earlier"
+PREVIOUS_RUN = "previous_run"
 
 
 @dataclasses.dataclass
@@ -49,30 +52,30 @@ class TrainState:
     skipped_in_a_row: int = 0
     wer: float | None = None  # percent, of the last evaluation
     best_wer: float | None = None  # percent
-    elapsed_seconds: float = 0.0  # on the clock, before this process
+    elapsed_seconds: float = 0.0  # on the clock, when this was saved
     evaluation_seconds: float = 0.0  # of those, spent in evaluations
     resumed: bool = False
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Count the steps of another epoch."""
+        self.epoch, self.step_in_epoch, self.losses_in_epoch, self.sum_of_losses_in_epoch = epoch, 0, 0, 0.0
 
 
 def save(
     folder: Path,
     config: Config,
     dataset_digest: str,
-    progress: TrainState,
-    eval_model: torch.nn.Module,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    launch: str | None,
-    best: bool,
+    state: TrainState,
+    tensors: dict[str, Any],
+    launch_id: str | None,
 ) -> None:
-    """Write the newest checkpoint: the model that is evaluated as "model", the one in training as "trained_model".
+    """Write the newest checkpoint; the one that was the newest becomes the one before.
 
     Args:
-        folder: of the run's checkpoints; the newest one there becomes the one before.
-        config, dataset_digest, progress, eval_model, model, optimizer: its content.
-        launch: which start of the run it is from, see `pytorch.launch`; None if that started no processes.
-        best: whether it is the best one as well.
+        folder: the run's output folder.
+        config, dataset_digest, state: of the run.
+        tensors: `Trainer.state_dict()`.
+        launch_id: see `World`.
 
     Raises:
         RunError: it cannot be written, such as on a full disk. What was there before is untouched.
@@ -82,12 +85,10 @@ def save(
         "labels": LABELS,
         "config": config.to_dict(),
         "dataset_digest": dataset_digest,
-        "launch": launch,
-        "progress": dataclasses.asdict(progress),
+        "launch": launch_id,
+        "progress": dataclasses.asdict(state),
         "random_state": torch.get_rng_state(),
-        "model": eval_model.state_dict(),
-        "trained_model": model.state_dict(),  # takes no space where it is the same
-        "optimizer": optimizer.state_dict(),
+        **tensors,
     }
     content["digest"] = _digest(content)
     path = folder / LAST
@@ -99,17 +100,27 @@ def save(
             os.fsync(file.fileno())
         if path.exists():
             _link_or_copy(path, folder / PREVIOUS)
-        if best:
-            _link_or_copy(partial, folder / BEST)
-        replace_durably(partial, path)  # which makes the folder's other names durable too
+        atomic_replace(partial, path)  # which makes the folder's other names durable too
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         with contextlib.suppress(OSError):
             partial.unlink()
         raise RunError(f"{path}: the checkpoint could not be written: {error}") from error
 
 
+def mark_best(folder: Path) -> None:
+    """Keep the newest checkpoint as the best one, too.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        _link_or_copy(folder / LAST, folder / BEST)
+    except OSError as error:
+        raise RunError(f"{folder / BEST}: the checkpoint could not be written: {error}") from error
+
+
 def _link_or_copy(path: Path, second: Path) -> None:
-    """Make a file known by a second path too, replacing what is there; a copy where there are no hard links."""
+    """Hard-link `path` to `second`, or copy it, replacing what is there."""
     partial = second.with_name(second.name + ".partial")
     partial.unlink(missing_ok=True)
     try:
@@ -121,10 +132,14 @@ def _link_or_copy(path: Path, second: Path) -> None:
     partial.rename(second)
 
 
-def archive_previous_run(folder: Path) -> Path | None:
+def archive_previous_run(folder: Path, others: Sequence[str] = ()) -> Path | None:
     """Move the checkpoints of an earlier run into a folder of their own, in place of those there.
 
     Nothing is moved if that run has not come further than its first checkpoint, which holds no training.
+
+    Args:
+        folder: the output folder.
+        others: files that belong to that run and move along.
 
     Returns:
         Where they are now; None if none was moved.
@@ -132,23 +147,24 @@ def archive_previous_run(folder: Path) -> Path | None:
     Raises:
         RunError: they cannot be moved.
     """
-    there = [name for name in (LAST, PREVIOUS, BEST) if (folder / name).exists()]
-    if set(there) <= {LAST}:
+    files = (LAST, PREVIOUS, BEST, *others)
+    found = [name for name in files if (folder / name).exists()]
+    if PREVIOUS not in found and BEST not in found:
         return None
-    earlier = folder / EARLIER
+    archive = folder / PREVIOUS_RUN
     try:
-        earlier.mkdir(exist_ok=True)
-        for name in (LAST, PREVIOUS, BEST):
-            (earlier / name).unlink(missing_ok=True)
-        for name in there:
-            replace_durably(folder / name, earlier / name)
+        archive.mkdir(exist_ok=True)
+        for name in files:
+            (archive / name).unlink(missing_ok=True)
+        for name in found:
+            atomic_replace(folder / name, archive / name)
     except OSError as error:
-        raise RunError(f"{earlier}: the earlier run's checkpoints cannot be moved there: {error.strerror}") from error
-    return earlier
+        raise RunError(f"{archive}: cannot move the earlier run's files there: {error.strerror}") from error
+    return archive
 
 
 def _digest(content: Any) -> str:
-    """SHA-256 of plain values and tensors: of all keys, types, shapes and bytes, in order."""
+    """Return the SHA-256 of plain values and tensors: of all keys, types, shapes and bytes, in order."""
     digest = hashlib.sha256()
 
     def add(thing: Any) -> None:
@@ -180,10 +196,10 @@ def load(path: Path) -> dict[str, Any]:
         version, labels = content["format_version"], content.get("labels")
         whole = content.pop("digest", None) == _digest(content)
     except FileNotFoundError:
-        raise RunError(f"{path}: there is no such checkpoint") from None
+        raise RunError(f"{path}: checkpoint not found") from None
     except Exception as error:  # the digest is in the file, so it is read first; damaged bytes may do anything then
         raise RunError(f"{path}: not a checkpoint of this project, or damaged ({type(error).__name__})") from error
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise RunError(f"{path}: checkpoint format {version}; this version reads format {FORMAT_VERSION}")
     if labels != LABELS:
         raise RunError(f"{path}: its labels are {labels!r}, expected {LABELS!r}")
@@ -192,29 +208,61 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def find_resumable(config: Config, dataset_digest: str, world: World) -> dict[str, Any] | None:
+    """Return the checkpoint to resume from, if that was asked for or torchrun has started this launch's ranks again.
+
+    Machines may have different checkpoints, or none: the newest that any of them has is used, one of this launch before
+    any other.
+
+    Raises:
+        RunError: there is none though --resume asks for one, or it is of another configuration or data set.
+    """
+    path, content, failure = config.output_dir / LAST, None, None
+    if world.local_rank == 0 and (config.resume or world.launch_id):
+        try:
+            path, content = load_newest(config.output_dir)
+        except RunError as error:
+            failure = error
+    of_this_launch = content is not None and content["launch"] == world.launch_id
+    if not (of_this_launch or config.resume):
+        content = None
+    candidates = world.all_gather_object((of_this_launch, content["progress"]["step"] if content is not None else -1))
+    newest = candidates.index(max(candidates))
+    if candidates[newest][1] < 0:
+        if config.resume:
+            raise failure or RunError(f"{path}: checkpoint not found")
+        return None  # the ranks start for the first time, or one was lost before the first checkpoint
+    content = world.broadcast_object(content, newest)
+    assert content is not None
+    check_resumable(path, content, config, dataset_digest)
+    world.print_once(f"Resuming from {path}: step {content['progress']['step']}.")
+    return content
+
+
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a run that is whole, and where it is; says so if it is not the last one written.
+    """Return a run's newest checkpoint that is whole, and its path; say so if it is not the last one written.
 
     Raises:
         RunError: there is none, or none that is whole.
     """
-    path = folder / LAST
+    path, previous = folder / LAST, folder / PREVIOUS
     try:
         return path, load(path)
     except RunError as error:
-        previous = folder / PREVIOUS
         if not previous.exists():
             raise
-        print(f"{error}; going on from the one before, {previous.name}", file=sys.stderr)
+        print(f"{error}; falling back to {previous.name}", file=sys.stderr)
         return previous, load(previous)
 
 
 def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset_digest: str) -> None:
-    """Refuse to go on from a checkpoint of another configuration or data set.
+    """Refuse to resume from a checkpoint of another configuration or data set.
 
     Raises:
         RunError: names each difference.
     """
+    if content["format_version"] != FORMAT_VERSION:
+        raise RunError(f"{path}: checkpoint format {content['format_version']} can be used, but not be resumed")
     saved, current = with_current_names(content["config"]), config.to_dict()
     different = [name for name in fields_of("training", "model") if saved.get(name) != current[name]]
     differences = [f"{name.replace('_', '-')} {saved.get(name)} there, {current[name]} now" for name in different]

@@ -1,7 +1,8 @@
-"""What the commands have in common: how they end, and how they show that they go on."""
+"""Exit statuses, errors and progress bars that all commands share."""
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -9,47 +10,65 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.packed import DataError, write_durably
-
-
-class RunError(Exception):
-    """A fact that ends a run. The message is one line, complete for the user: the command line prints only that."""
-
-
-class Preempted(Exception):
-    """The system has asked the process to end, and what it did is saved and said."""
-
-
-class RankFailure(Exception):
-    """Another process of the run is gone or hangs. The message names it."""
-
+from data.files import DataError, atomic_write
 
 RANK_FAILED = os.EX_IOERR  # 74
 PREEMPTED = os.EX_TEMPFAIL  # 75
+READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 
 
-def exit_status(work: Callable[[], object], *, interrupted: str = "interrupted") -> int:
+class RunError(Exception):
+    """A user-facing error; its one-line message is all that is printed."""
+
+
+class Preempted(Exception):
+    """The system has asked the process to end. State is saved and the user informed."""
+
+
+class RankFailure(Exception):
+    """Another rank of the run is gone or hangs. The message names it."""
+
+
+def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted.") -> int:
     """Do a command's work and return its exit status. What was raised is printed as one line.
 
-    The status is 0, 1 if the work returned False or failed, 130 if interrupted, RANK_FAILED or PREEMPTED.
+    The status is 0, 1 if the work returned False or failed, 130 if interrupted, RANK_FAILED, PREEMPTED, or READER_GONE
+    if whoever read standard output has left, as `| head` does.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as by 2>&-
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     try:
-        return 1 if work() is False else 0
+        status = 1 if work() is False else 0
+        sys.stdout.flush()
+        return status
     except (RunError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(error, 1)
     except RankFailure as error:
-        print(f"error: {error}", file=sys.stderr)
-        return RANK_FAILED
+        return _failed(error, RANK_FAILED)
     except Preempted:
         return PREEMPTED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise  # not of standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would fail again when it ends
+        return (
+            READER_GONE
+            if isinstance(error, BrokenPipeError)
+            else _failed(f"standard output cannot be written: {error.strerror}", 1)
+        )
+
+
+def _failed(error: object, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write the file that a command line names: whole or not at all, and where a symbolic link points to.
+    """Write the file that a command line names, and make its folder: whole or not at all, and where a link points to.
 
     What is no regular file, such as a pipe or /dev/null, is written to and stays what it is.
 
@@ -61,15 +80,17 @@ def write_output(path: Path, text: str) -> None:
             path.write_text(text, encoding="utf-8")
             return
         path = Path(os.path.realpath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             with path.open("rb") as file:
                 if any(b":::MLLOG " in line for line in file):
                     raise RunError(f"{path}: this is the log of a run, which is not replaced; choose another name")
-        write_durably(path, text)
+        atomic_write(path, text)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-def progress_bar(title: str, total: int, initial: int = 0, *, shown: bool = True) -> tqdm:
-    """Progress with time left on standard error, gone when done; silent where that is no terminal."""
-    return tqdm(total=total, initial=initial, desc=title, leave=False, disable=None if shown else True, unit="batch")
+def progress_bar(title: str, total: float | None, initial: int = 0, *, unit: str = "batch", shown: bool = True) -> tqdm:
+    """Return a progress bar on standard error, silent where that is no terminal; a total tells the time left."""
+    scaled, disabled = unit != "batch", None if shown else True
+    return tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=scaled, leave=False, disable=disabled)

@@ -1,6 +1,6 @@
 """Configurations: every hyperparameter of a run, its default, its constraint, and where it may differ.
 
-    python -m pytorch.config            prints the table of hyperparameters that README.md holds
+    python -m pytorch.config            prints the table of docs/hyperparameters.md
 
 A configuration is one `Config`. The named ones are in `CONFIGS`; any field can be changed on the command line of
 `pytorch.train`, which refuses unknown names and values that break a constraint. The command line wins.
@@ -189,6 +189,8 @@ class Config:
             constraint, value = field.metadata["constraint"], getattr(self, field.name)
             if constraint is not None and value is not None and not constraint.check(value):
                 raise RunError(f"--{field.name.replace('_', '-')} is {value}; it must be {constraint.text}")
+        if self.resume_with_changes and not self.resume:
+            raise RunError("--resume-with-changes says how to resume; add --resume")
         ranges = ("tempo_min", "tempo_max"), ("gain_min_db", "gain_max_db"), ("noise_min_snr_db", "noise_max_snr_db")
         for low, high in ranges:
             if getattr(self, low) > getattr(self, high):
@@ -339,7 +341,7 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
 
 
 def hyperparameter_table() -> str:
-    """Return README.md's table of the hyperparameters: constraint, and default of each configuration."""
+    """Return the table of docs/hyperparameters.md: constraint, and default of each configuration."""
     rows = [f"| hyperparameter | constraint | {' | '.join(CONFIGS)} |", "|" + "---|" * (len(CONFIGS) + 2)]
     for field in dataclasses.fields(Config):
         if field.name in HYPERPARAMETERS:

@@ -1,4 +1,4 @@
-"""Where and how precisely to compute, and copies from there that nothing waits for."""
+"""Device, precision, asynchronous copies to the host, advice where memory runs out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from pytorch.cli import RunError
 from pytorch.config import Precision
 from pytorch.layers import kernels
 
-NO_MEMORY = "can't allocate memory", "not enough memory", "Storage size calculation overflowed"  # on a CPU
+NO_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "Storage size calculation overflowed",
+    "could not create a primitive",
+)  # on a CPU
 
 
 def select_device(name: str, number: int = 0) -> torch.device:
-    """Device of that name; `auto` is the GPU of that number if there is one.
+    """Return the device of that name; `auto` is the GPU of that number if there is one.
 
     Raises:
         RunError: there is no such device, or no GPU of that number.
@@ -32,14 +37,13 @@ def select_device(name: str, number: int = 0) -> torch.device:
         raise RunError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu or auto")
     if number >= torch.cuda.device_count():
         raise RunError(
-            f"{number + 1} processes on this machine, one a GPU, of which it has {torch.cuda.device_count()}; "
-            "set NPROC_PER_NODE"
+            f"{number + 1} processes but only {torch.cuda.device_count()} GPUs on this machine; set NPROC_PER_NODE"
         )
     return torch.device(name, number)
 
 
 def set_device(device: torch.device) -> None:
-    """Make a GPU the one that this process means where none is named: for events, and for NCCL."""
+    """Set the current CUDA device, which events and NCCL use."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
@@ -61,7 +65,7 @@ def explain_oom(advice: str) -> Iterator[None]:
 
 
 def select_precision(name: Precision, device: torch.device) -> Precision:
-    """fp32 or bf16; `auto` is bf16 where the device multiplies it natively. Allows TF32 on a GPU."""
+    """Return fp32 or bf16; `auto` is bf16 where the device multiplies it natively. Allows TF32 on a GPU."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -73,7 +77,7 @@ def select_precision(name: Precision, device: torch.device) -> Precision:
 
 
 def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:
-    """Start to copy a tensor to the CPU. What is returned waits for that copy, not for what was started after it."""
+    """Start to copy a tensor to the CPU. Returns a function that waits for this copy, not for later work."""
     if tensor.device.type == "cpu":
         return lambda: tensor
     copy = tensor.to("cpu", non_blocking=True)

@@ -1,43 +1,30 @@
-"""The processes of one run, which torchrun starts (torch.distributed): one a GPU, or a few on CPUs.
+"""The ranks of a run, which torchrun starts (torch.distributed): one for each GPU, or a few on CPUs.
 
-Without torchrun a run is one process, and everything here does nothing. torchrun tells each process in the environment
-which one it is; `gloo` carries what CPUs say to each other, `nccl` what GPUs do.
+Without torchrun a run is one rank, and everything here does nothing. torchrun tells each process in the environment
+which rank it is; `gloo` carries messages between CPUs, `nccl` those between GPUs.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.futures import Future
 
+from data.files import die_with_parent
 from pytorch.cli import RankFailure
 
-LAUNCH = "DEEPSPEECH2_LAUNCH"  # where launch.py on machine 0 tells the name of this launch
 Anything = TypeVar("Anything")
 
-
-class _Talk:
-    """What this module keeps of the processes' talk."""
-
-    store: dist.Store | None = None  # what all of them can write to
-    group: Any = None  # of `all_reduce_sum`: one of its own, so that small messages do not queue behind gradients
-    seconds: float = 0.0  # stood still in `all_reduce_sum` and `note_gradients_are_there`
-    last_gradients: float = 0.0  # time.monotonic() when the last gradients of a backward pass were there
-
-
-_talk = _Talk()
+_store: dist.Store | None = None  # where ranks leave a note when they have lost contact
+_sums: Any = None  # of `all_reduce_sum`, so that small messages do not queue behind gradients
 
 
 @dataclass(frozen=True)
@@ -47,121 +34,85 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine
-    launch: str | None = None  # name of the launch, which stays when torchrun starts processes again; None: no torchrun
+    launch_id: str | None = None  # names a launch, also when torchrun starts its processes again; None: no torchrun
 
     @classmethod
-    def start(cls, device_type: str, timeout_seconds: float) -> World:
-        """Meet the other processes, if torchrun has started this one.
+    def init(cls, device_type: str, timeout_seconds: float, launch_id: str | None = None) -> World:
+        """Connect to the other ranks, if torchrun has started this process.
 
         Args:
             device_type: cpu or cuda.
-            timeout_seconds: how long to wait for another process before it is taken for lost.
+            timeout_seconds: how long to wait for another rank before it is taken for lost.
+            launch_id: the launch's, on the machine that knows it.
 
         Raises:
             RankFailure: the others did not come.
         """
+        global _store, _sums
         if "TORCHELASTIC_RUN_ID" not in os.environ:
-            return cls()
-        die_with_parent()
+            return cls(launch_id=launch_id)
+        die_with_parent()  # torchrun, so that no orphan outlives a restart
         timeout = timedelta(seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
         try:
-            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-            _talk.store = store
-            _talk.group = dist.new_group(timeout=timeout)
+            _store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+            dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
+            _sums = dist.new_group(timeout=timeout)
         except RuntimeError as error:
-            raise RankFailure(f"the processes of this run did not find each other: {_first_line(error)}") from error
+            raise RankFailure(f"the ranks of this run did not find each other: {_first_line(error)}") from error
         world = cls(rank, size, int(os.environ["LOCAL_RANK"]))
         # torchrun's count of restarts tells less: those after a machine has joined again are not in it.
-        names = [name for name in world.all_gather_object(os.environ.get(LAUNCH)) if name]
-        return replace(world, launch=names[0] if names else None)
+        known = [name for name in world.all_gather_object(launch_id) if name]
+        return cls(rank, size, world.local_rank, known[0] if known else None)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that logs and saves."""
+        """Whether this rank logs and saves."""
         return self.rank == 0
 
     def print_once(self, text: str) -> None:
-        """Print on standard error, once for all of them."""
+        """Print on standard error, on one rank."""
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
     def all_gather_object(self, thing: Anything) -> list[Anything]:
-        """What each of them gives, by rank; on all of them."""
+        """Gather one object from every rank, on every rank."""
         if self.size == 1:
             return [thing]
-        everything: list[Anything] = [thing] * self.size
-        dist.all_gather_object(everything, thing)
-        return everything
+        gathered: list[Anything] = [thing] * self.size
+        dist.all_gather_object(gathered, thing)
+        return gathered
 
     def broadcast_object(self, thing: Anything, source: int) -> Anything:
-        """What the process of that rank has, on all of them."""
+        """Return the object of rank `source` on every rank."""
         if self.size == 1:
             return thing
         box = [thing]
         dist.broadcast_object_list(box, src=source)
         return box[0]
 
-    def tell(self, what: str) -> None:
-        """Let all of them know something; none waits for it."""
-        if _talk.store is not None:
-            _talk.store.set(what, "")
-
-    def told(self, what: str) -> bool:
-        """Whether one of them has told that."""
-        return _talk.store is not None and bool(_talk.store.check([what]))
-
-
-def die_with_parent() -> None:
-    """On Linux, be killed with torchrun: orphans would go on beside the processes that take their place."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
 
 def shutdown() -> None:
-    """Leave the other processes."""
+    """Disconnect from the other ranks."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def is_distributed() -> bool:
-    """Whether there are other processes."""
+    """Return whether there are other ranks."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The tensor, replaced by its sum over all processes."""
+    """Replace a tensor by its sum over all ranks, and return it."""
     if is_distributed():
-        started = time.monotonic()
-        dist.all_reduce(tensor, group=_talk.group)
-        _talk.seconds += time.monotonic() - started
+        dist.all_reduce(tensor, group=_sums)
     return tensor
-
-
-def average_gradients(bucket: dist.GradBucket) -> Future[Tensor]:
-    """What DistributedDataParallel does with gradients by itself, noting when: for a hook of it, on a CPU."""
-    _talk.last_gradients = time.monotonic()
-    return allreduce_hook(dist.group.WORLD, bucket)  # type: ignore[arg-type]
-
-
-def note_gradients_are_there() -> None:
-    """To be called when the backward pass is over, on a CPU: since its last gradients were there, it has but waited."""
-    _talk.seconds += time.monotonic() - _talk.last_gradients
-
-
-def seconds_waited() -> float:
-    """How long this process has stood still for others and for messages: sums of batch norms and loss, and gradients.
-
-    Not in it: the part of the gradients' messages that goes on behind the backward pass. On a GPU, which goes on
-    meanwhile, this says nothing.
-    """
-    return _talk.seconds
 
 
 @contextmanager
 def report_lost_ranks() -> Iterator[None]:
-    """Turn the failure of an exchange into a RankFailure: those that do not report one too within some seconds."""
+    """Turn a failed exchange into a RankFailure that names the ranks which do not report one too within seconds."""
     try:
         yield
     except RuntimeError as error:
@@ -176,13 +127,13 @@ def report_lost_ranks() -> Iterator[None]:
 
 
 def _unresponsive_ranks(patience: float = 5.0) -> list[int]:
-    store, attempt = _talk.store, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if store is None:
+    if _store is None:
         raise RuntimeError("no store")
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     keys = [f"failed/{attempt}/{rank}" for rank in range(dist.get_world_size())]
-    store.set(keys[dist.get_rank()], "")
+    _store.set(keys[dist.get_rank()], "")
     time.sleep(patience)
-    return [rank for rank, key in enumerate(keys) if not store.check([key])]
+    return [rank for rank, key in enumerate(keys) if not _store.check([key])]
 
 
 def _first_line(error: Exception) -> str:

@@ -1,29 +1,38 @@
-"""Evaluation of a run: greedy decoding of every validation utterance, counted."""
+"""Evaluation: every utterance decoded and counted. The one that a timed run and tools/evaluate.py share."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from mlperf_logging import mllog
 from mlperf_logging.mllog import constants
+from mlperf_logging.mllog.mllog import MLLogger
 from torch import Tensor
 
 from pytorch.cli import RunError, progress_bar
 from pytorch.ctc import collapse
 from pytorch.device import copy_to_cpu_async
+from pytorch.distributed import World
 from pytorch.loader import Batch, Utterances, batch_by_padded_size, make_batch, prefetch, split_balanced
 from pytorch.metrics import ErrorCounts, count_errors
-from pytorch.trainer import Trainer
+
+# Starts to decode logits [T, B, V] with valid frames [B] on their device; what it returns waits for the transcripts.
+Decoder: TypeAlias = Callable[[Tensor, Tensor], Callable[[], list[str]]]
 
 
-class Recognised(NamedTuple):
-    """A validation utterance, as it was understood."""
+def greedy_decoder(logits_TBV: Tensor, frames_B: Tensor) -> Callable[[], list[str]]:
+    """Decode greedily: only the best label of each frame is copied from the device."""
+    best_TB = copy_to_cpu_async(logits_TBV.argmax(dim=2))
+    return lambda: collapse(best_TB(), frames_B)
+
+
+class Hypothesis(NamedTuple):
+    """What the model made of an utterance."""
 
     id: str
     subset: str
@@ -34,35 +43,36 @@ class Recognised(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every validation utterance, in order of length."""
+    """Hypotheses of every utterance, in order of length."""
 
-    recognised: list[Recognised]
+    hypotheses: list[Hypothesis]
 
-    @property
-    def total(self) -> ErrorCounts:
-        """Errors of all utterances."""
-        return sum((each.errors for each in self.recognised), ErrorCounts())
-
+    @cached_property
     def by_subset(self) -> dict[str, ErrorCounts]:
         """Errors by subset."""
         errors: dict[str, ErrorCounts] = {}
-        for each in self.recognised:
+        for each in self.hypotheses:
             errors[each.subset] = errors.get(each.subset, ErrorCounts()) + each.errors
         return errors
 
-    def log_errors(self, log: mllog.mllog.MLLogger, epoch: int) -> None:
+    @cached_property
+    def total(self) -> ErrorCounts:
+        """Errors of all utterances."""
+        return sum(self.by_subset.values(), ErrorCounts())
+
+    def log_errors(self, log: MLLogger, epoch: int) -> None:
         """Log the corpus WER, and all rates of each subset."""
         total = self.total
         detail: dict[str, Any] = {constants.EPOCH_NUM: epoch, "utterances": total.utterances, "words": total.words}
         log.event(constants.EVAL_ACCURACY, total.wer, metadata=detail)
-        for name, counts in [("all", total), *self.by_subset().items()]:
+        for name, counts in [("all", total), *self.by_subset.items()]:
             rates = {"wer": counts.wer, "cer": counts.cer, "mean_utterance_wer": counts.mean_utterance_wer}
             metadata = {constants.EPOCH_NUM: epoch, **rates, **dataclasses.asdict(counts)}
             log.event("validation_errors", name, metadata=metadata)
 
-    def log_transcripts(self, log: mllog.mllog.MLLogger) -> None:
+    def log_transcripts(self, log: MLLogger) -> None:
         """Log the three worst utterances, four in the middle and the three best by WER: what the figure looks like."""
-        ranked = sorted(self.recognised, key=lambda each: (-each.errors.wer, each.id))
+        ranked = sorted(self.hypotheses, key=lambda each: (-each.errors.wer, each.id))
         last, middle = len(ranked) - 1, len(ranked) // 2
         positions = np.unique(np.clip([0, 1, 2, *range(middle - 2, middle + 2), last - 2, last - 1, last], 0, last))
         for position in positions.tolist():
@@ -73,60 +83,61 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    trainer: Trainer, utterances: Utterances, capacity: int, told_to_end: Callable[[], bool] = lambda: False
+    forward: Callable[[Batch], tuple[Tensor, Tensor]],
+    utterances: Utterances,
+    world: World,
+    *,
+    max_batch_samples: int,
+    pin_memory: bool = False,
+    decoder: Decoder = greedy_decoder,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Recognise **every** utterance by greedy decoding, each in one of the processes; all get what all found.
-
-    The processes get like numbers of utterances and samples, so that none waits long for the others.
+    """Decode **every** utterance, each on one rank, and return the same result on all ranks.
 
     Args:
-        trainer: the model and where it is.
-        utterances: what to evaluate.
-        capacity: samples of a batch, padding included, but for an utterance that is longer than that. What a process
-            computes at once in training is known to fit into memory, together with its gradients.
-        told_to_end: asked before each batch; once it says so, this process goes no further.
+        forward: returns logits [T, B, V] and valid frames [B] of a batch, from a model in evaluation mode.
+        utterances: what to evaluate, shared out such that ranks have like numbers of utterances and samples.
+        world: the ranks.
+        max_batch_samples: samples of a batch, padding included; a longer utterance is a batch of its own.
+        pin_memory: whether waveforms are to be page-locked, from which a GPU copies without waiting.
+        decoder: makes transcripts of logits.
+        stop_requested: asked before each batch; once it is true, this rank goes no further.
 
     Returns:
-        None, in all processes, if one of them was told to end.
+        None on all ranks if one of them was stopped.
 
     Raises:
         RunError: not every utterance was counted exactly once.
     """
-    trainer.eval_model.eval()
-    world = trainer.world
-    share = np.sort(split_balanced(utterances, np.arange(len(utterances)), world.size)[world.rank])
-    plan = [share[batch] for batch in batch_by_padded_size(utterances.num_samples[share], capacity)]
-    make = partial(make_batch, utterances, pinned=trainer.device.type == "cuda")
-    recognised: dict[int, Recognised] = {}
+    mine = np.sort(split_balanced(utterances, np.arange(len(utterances)), world.size)[world.rank])
+    batches = [mine[batch] for batch in batch_by_padded_size(utterances.num_samples[mine], max_batch_samples)]
+    found: dict[int, Hypothesis] = {}
 
-    def decode(batch: Batch, best_TB: Callable[[], Tensor], frames_B: Tensor) -> None:
-        hypotheses = collapse(best_TB(), frames_B)
-        for index, reference, hypothesis in zip(batch.indices.tolist(), batch.transcripts, hypotheses, strict=True):
-            subset = utterances.subsets[utterances.subset_of[index]].name
-            errors = count_errors([reference], [hypothesis])
-            recognised[index] = Recognised(utterances.id(index), subset, reference, hypothesis, errors)
+    def count(batch: Batch, transcripts: Callable[[], list[str]]) -> None:
+        for index, reference, transcript in zip(batch.indices.tolist(), batch.transcripts, transcripts(), strict=True):
+            errors = count_errors([reference], [transcript])
+            found[index] = Hypothesis(utterances.id(index), utterances.subset(index), reference, transcript, errors)
 
-    started: tuple[Batch, Callable[[], Tensor], Tensor] | None = None  # decoded while the device works on the next one
-    ended = False
-    with progress_bar("evaluation", len(plan), shown=world.is_main) as bar:
-        for batch in prefetch(plan, make):
-            ended = told_to_end()
-            if ended:
+    decoding: tuple[Batch, Callable[[], list[str]]] | None = None
+    stopped = False
+    with progress_bar("evaluation", len(batches), shown=world.is_main) as bar:
+        for batch in prefetch(batches, partial(make_batch, utterances, pin_memory=pin_memory)):
+            stopped = stop_requested()
+            if stopped:
                 break
-            logits_TBV, frames_B = trainer.logits(trainer.eval_model, batch)
-            best_TB = copy_to_cpu_async(logits_TBV.argmax(dim=2))
-            if started is not None:
-                decode(*started)
-            started = batch, best_TB, frames_B
+            started = batch, decoder(*forward(batch))
+            if decoding is not None:
+                count(*decoding)  # while the device works on the next batch
+            decoding = started
             bar.update()
-    if started is not None:
-        decode(*started)
-    found = world.all_gather_object((ended, list(recognised.items())))
-    if any(ended for ended, _ in found):
+    if decoding is not None:
+        count(*decoding)
+    gathered = world.all_gather_object((stopped, list(found.items())))
+    if any(stopped for stopped, _ in gathered):
         return None
-    everything = [item for _, part in found for item in part]
-    if sorted(index for index, _ in everything) != list(range(len(utterances))):
+    everything = sorted(item for _, items in gathered for item in items)
+    if [index for index, _ in everything] != list(range(len(utterances))):
         raise RunError(
             f"evaluation counted {len(everything)} utterances, which are not the {len(utterances)} there are"
         )
-    return Evaluation([each for _, each in sorted(everything)])
+    return Evaluation([hypothesis for _, hypothesis in everything])

@@ -1,4 +1,4 @@
-"""Waveform -> normalised log-magnitude spectrogram, with augmentation; batched, on the device of the waveforms.
+"""Waveform -> normalized log-magnitude spectrogram, with augmentation; batched, on the device of the waveforms.
 
 Axes: B batch, S samples, F frequency, T time (frames). 16 kHz, 20 ms Hamming window, hop length 10 ms, n_fft 320 -> 161
 bins, log1p of the magnitude, mean and standard deviation of each utterance over its own frames (Deep Speech 2,
@@ -28,9 +28,9 @@ HOP_LENGTH = 160  # samples: 10 ms
 FREQUENCY_BINS = N_FFT // 2 + 1
 
 
-def frame_counts(samples: Tensor) -> Tensor:
-    """Frames of utterances of so many samples: one every hop length, the first centred on the first sample."""
-    return samples // HOP_LENGTH + 1
+def frame_counts(num_samples: Tensor) -> Tensor:
+    """Return the frames of so many samples: one every hop length, the first centered on the first sample."""
+    return num_samples // HOP_LENGTH + 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class LogSpectrogram(nn.Module):
     def forward(
         self, waveforms_BS: Tensor, num_samples_B: Tensor, augmentation: Augmentation | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Features of a batch.
+        """Return features [B, F, T] and frames [B] (CPU) of a batch.
 
         Args:
             waveforms_BS: int16, on any device.
@@ -158,7 +158,7 @@ def change_tempo(magnitude_BFT: Tensor, frames_B: Tensor, tempo_B: Tensor) -> tu
 
 
 def _normalize(features_BFT: Tensor, valid_B1T: Tensor, frames_B: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 of each utterance over its valid frames; zero elsewhere."""
+    """Give each utterance mean 0 and standard deviation 1 over its valid frames, and zeros elsewhere."""
     count_B11 = (frames_B * features_BFT.shape[1]).float()[:, None, None]
     mean_B11 = features_BFT.mul(valid_B1T).sum((1, 2), keepdim=True) / count_B11
     centred_BFT = (features_BFT - mean_B11).mul_(valid_B1T)
@@ -167,7 +167,7 @@ def _normalize(features_BFT: Tensor, valid_B1T: Tensor, frames_B: Tensor) -> Ten
 
 
 def _mask(features_BFT: Tensor, augmentation: Augmentation, frames_B: Tensor) -> None:
-    """SpecAugment (arXiv 1904.08779) without warping, in place: masked features become the mean, which is zero."""
+    """Apply SpecAugment (arXiv 1904.08779) without warping, in place: masked features become the mean, zero."""
     device = features_BFT.device
     _, bins, time = features_BFT.shape
     frequency_BM2 = _to(augmentation.frequency_masks, device)

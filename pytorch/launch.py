@@ -1,18 +1,17 @@
-"""Start the timed run in as many processes as there are devices, by PyTorch's own torchrun if that is more than one.
+"""Start the timed run: one process for each GPU, by PyTorch's own torchrun if that is more than one.
 
     python -m pytorch.launch --config an4           what run_and_time.sh does; all arguments are those of pytorch.train
 
 Environment variables:
 
-    NPROC_PER_NODE  processes on this machine (default: one a GPU, or one)
+    NPROC_PER_NODE  processes on this machine (default: one for each GPU, or one)
     NNODES          machines, on each of which this is started (default: 1)
     NODE_RANK       number of this machine, from 0 (default: 0)
     MASTER_ADDR     name or address of machine 0 (default: localhost)
     MASTER_PORT     free port there (default: 29500)
     MAX_RESTARTS    how often all processes start again from the newest checkpoint after one was lost (default: 0)
 
-The exit status is that of pytorch.train. A process that ends in an orderly way, whatever came out, is no failure to
-torchrun, which would only start it again; it leaves its exit status in a file.
+The exit status is that of pytorch.train.
 """
 
 from __future__ import annotations
@@ -26,53 +25,83 @@ from pathlib import Path
 import torch
 
 from pytorch import train
-from pytorch.cli import RunError
-from pytorch.distributed import LAUNCH
+from pytorch.cli import RANK_FAILED, RunError, exit_status
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun passes on; its own choice lacks SIGUSR1
-LONGEST_GRACE_SECONDS = 180  # of those in cluster/: how long processes have to save before torchrun kills them
-HIGHEST_PORT = 65535
+GRACE_SECONDS = 180  # that ranks have to save before torchrun kills them; the files in cluster/ grant as much
+MAX_PORT = 65535
 VARIABLES = {"NPROC_PER_NODE": 0, "NNODES": 1, "NODE_RANK": 0, "MASTER_PORT": 29500, "MAX_RESTARTS": 0}
+RANK = "--rank-of-launch"  # first argument of the processes that torchrun starts
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        given = {name: _number(name, default) for name, default in VARIABLES.items()}
-        if not 0 < given["MASTER_PORT"] <= HIGHEST_PORT:
-            raise RunError(f"MASTER_PORT is {given['MASTER_PORT']}; it must be a number from 1 to {HIGHEST_PORT}")
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if arguments[:1] == [RANK]:
+        return _run_rank(arguments[1], arguments[2], arguments[3:])
+    status = 0
+
+    def work() -> None:
+        nonlocal status
+        status = _launch(arguments)
+
+    return exit_status(work) or status
+
+
+def _launch(arguments: list[str]) -> int:
+    """Train in this process, or in several; returns the exit status.
+
+    Raises:
+        RunError: an environment variable has a wrong value, or torchrun could not start the ranks.
+    """
+    given = {name: _number(name, default) for name, default in VARIABLES.items()}
+    if not 0 < given["MASTER_PORT"] <= MAX_PORT:
+        raise RunError(f"MASTER_PORT is {given['MASTER_PORT']}; it must be a number from 1 to {MAX_PORT}")
     processes = processes_here()
     if processes == given["NNODES"] == 1 and not given["MAX_RESTARTS"]:
         return train.main(arguments)
     if processes > 1 and not os.environ.get("OMP_NUM_THREADS"):  # they share the cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
-    options = [
-        *("--nnodes", str(given["NNODES"]), "--nproc-per-node", str(processes)),
-        *("--max-restarts", str(given["MAX_RESTARTS"]), "--rdzv-backend", "c10d", "--rdzv-id", "deepspeech2"),
-        *("--rdzv-endpoint", f"{os.environ.get('MASTER_ADDR', 'localhost')}:{given['MASTER_PORT']}"),
-        *("--rdzv-conf", f"is_host={given['NODE_RANK'] == 0}", "--signals-to-handle", SIGNALS),
-    ]
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(LONGEST_GRACE_SECONDS))
-    os.environ.pop(LAUNCH, None)
-    if given["NODE_RANK"] == 0:  # it is there from a launch's start to its end; other machines may join again
-        os.environ[LAUNCH] = uuid.uuid4().hex
+    endpoint = f"{os.environ.get('MASTER_ADDR') or 'localhost'}:{given['MASTER_PORT']}"
+    options = {
+        "--nnodes": given["NNODES"],
+        "--nproc-per-node": processes,
+        "--max-restarts": given["MAX_RESTARTS"],
+        "--rdzv-backend": "c10d",
+        "--rdzv-id": "deepspeech2",
+        "--rdzv-endpoint": endpoint,
+        "--rdzv-conf": f"is_host={given['NODE_RANK'] == 0}",
+        "--signals-to-handle": SIGNALS,
+    }
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_SECONDS))
     # A machine that joins again could else wait forever for an address that machine 0 has told in the first round only.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Machine 0 names the launch. It is there from a launch's start to its end; other machines may join again.
+    launch_id = uuid.uuid4().hex if given["NODE_RANK"] == 0 else "-"
     with tempfile.TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
-        os.environ[train.STATUS_FILE] = str(status_file)
-        failure = _torchrun([*options, "-m", "pytorch.train", *arguments])
+        command = ["-m", "pytorch.launch", RANK, str(status_file), launch_id, *arguments]
+        failure = _torchrun([*(f"{name}={value}" for name, value in options.items()), *command], endpoint)
         if failure:
             print(f"error: {failure}", file=sys.stderr)
         return int(status_file.read_text()) if status_file.exists() else int(failure is not None)
 
 
+def _run_rank(status_file: str, launch_id: str, arguments: list[str]) -> int:
+    """Train as one of torchrun's processes.
+
+    To torchrun, a process that ends in an orderly way must end with status 0, or it would start it again: the exit
+    status goes into a file.
+    """
+    status = train.main(arguments, None if launch_id == "-" else launch_id)
+    if status == RANK_FAILED:
+        return status
+    Path(status_file).write_text(str(status))
+    return 0
+
+
 def processes_here() -> int:
-    """How many processes a run has on this machine; RunError where NPROC_PER_NODE is no number."""
+    """Return how many processes a run has on this machine; RunError where NPROC_PER_NODE is no number."""
     return _number("NPROC_PER_NODE", 0) or max(1, torch.cuda.device_count())
 
 
@@ -83,8 +112,8 @@ def _number(name: str, default: int) -> int:
     return int(value)
 
 
-def _torchrun(arguments: list[str]) -> str | None:
-    """Returns what went wrong, if anything did."""
+def _torchrun(arguments: list[str], endpoint: str) -> str | None:
+    """Run torchrun; returns what went wrong, if anything did."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -97,7 +126,10 @@ def _torchrun(arguments: list[str]) -> str | None:
     except ChildFailedError as error:
         failures = (f"rank {rank} ended with status {failed.exitcode}" for rank, failed in error.failures.items())
         return f"the run has lost processes: {', '.join(failures)}; what they said is above"
-    except (SignalException, RendezvousError) as error:
+    except RendezvousError as error:
+        cause = (str(error.__cause__ or error).splitlines() or [""])[0]
+        return f"no connection at {endpoint} (MASTER_ADDR, MASTER_PORT); is the port free, and machine 0 there? {cause}"
+    except SignalException as error:
         return str(error)
     return None
 

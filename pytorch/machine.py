@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import getpass
 import mmap
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -22,13 +24,13 @@ if TYPE_CHECKING:
     import torch  # slow to import: not for those who only read logs
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Hardware and software of this machine that bear on a result."""
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Return the hardware and software of this machine that bear on a result."""
     import torch
 
     packages = "torch", "numpy", "mlperf-logging"
     found: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": next(iter(cpuinfo().get("model name", [])), platform.processor() or platform.machine()),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -45,33 +47,51 @@ def environment(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _processor() -> str:
+def cpuinfo() -> dict[str, list[str]]:
+    """Return each field of /proc/cpuinfo with its value for each logical CPU; empty where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return {}
+    found: dict[str, list[str]] = {}
+    for name, separator, value in (line.partition(":") for line in lines):
+        if separator:
+            found.setdefault(name.strip(), []).append(value.strip())
+    return found
 
 
 def git_revision() -> tuple[str, bool | None]:
-    """Commit of this repository, and whether files differ from it; "unknown" and None without git or its folder."""
+    """Return the commit of this repository, and whether the code differs from it.
+
+    The code is what is tracked, and untracked sources that a command would run. "unknown" and None without git.
+    """
     if told := os.environ.get("DEEPSPEECH2_COMMIT"):  # by docker/run-dev.sh: an image needs no git
         return told.removesuffix("-dirty"), told.endswith("-dirty")
     if shutil.which("git") is None:
         return "unknown", None
     git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
+    sources = ("data/*.py", "pytorch/*.py", "pytorch/*.cpp", "tools/*.py")
+    untracked_sources = ["ls-files", "--others", "--exclude-standard", *sources]
     answers = [
         subprocess.run([*git, *command], capture_output=True, text=True)
-        for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"], untracked_sources)
     ]
     if any(answer.returncode for answer in answers):
         return "unknown", None
-    return answers[0].stdout.strip(), bool(answers[1].stdout.strip())
+    return answers[0].stdout.strip(), any(answer.stdout.strip() for answer in answers[1:])
+
+
+def user_name() -> str:
+    """Return the user's name, or number where there is none, fit for a field of comma-separated ASCII."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # no such variable, and no such entry in the password file
+        name = str(os.getuid())
+    return re.sub(r"[^!-~]|,", "_", name)
 
 
 def clear_cache(dataset: PackedDataset) -> str:
-    """Drop a data set from the operating system's page cache.
+    """Evict a data set from the operating system's page cache.
 
     Returns:
         Why that was not possible, for the first file of which some of it is still there; empty if nothing is.
@@ -88,7 +108,7 @@ def clear_cache(dataset: PackedDataset) -> str:
 
 
 def _evict(path: Path) -> int:
-    """Drop a file from the page cache; how many of its pages are still there.
+    """Evict a file from the page cache; return how many of its pages are still there.
 
     A page that is just being read or written goes a moment later.
     """
@@ -106,7 +126,7 @@ def _evict(path: Path) -> int:
 
 
 def _cached_pages(descriptor: int) -> int:
-    """How many pages of a file are in memory. To read some of it, even without waiting, would bring them there."""
+    """Return how many pages of a file are in memory, without reading it, which would bring them there."""
     size = os.fstat(descriptor).st_size
     if not size:
         return 0

@@ -7,6 +7,8 @@ own name.
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -25,14 +27,7 @@ class ErrorCounts:
     sum_of_utterance_wers: float = 0.0
 
     def __add__(self, other: ErrorCounts) -> ErrorCounts:
-        return ErrorCounts(
-            self.utterances + other.utterances,
-            self.word_errors + other.word_errors,
-            self.words + other.words,
-            self.character_errors + other.character_errors,
-            self.characters + other.characters,
-            self.sum_of_utterance_wers + other.sum_of_utterance_wers,
-        )
+        return ErrorCounts(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
     @property
     def wer(self) -> float:
@@ -51,23 +46,17 @@ class ErrorCounts:
 
 
 def count_errors(references: Iterable[str], hypotheses: Iterable[str]) -> ErrorCounts:
-    """Errors of hypotheses against references, pair by pair.
+    """Count the errors of hypotheses against references, pair by pair.
 
     Raises:
         ValueError: the numbers differ, or a reference has no word (its rate has no meaning).
     """
-    total = ErrorCounts()
+    counts = []
     for reference, hypothesis in zip(references, hypotheses, strict=True):
         words = reference.split()
         if not words:
             raise ValueError("a reference transcript is empty")
         errors = Levenshtein.distance(words, hypothesis.split())
-        total += ErrorCounts(
-            1,
-            errors,
-            len(words),
-            Levenshtein.distance(reference, hypothesis),
-            len(reference),
-            errors / len(words),
-        )
-    return total
+        characters = Levenshtein.distance(reference, hypothesis)
+        counts.append(ErrorCounts(1, errors, len(words), characters, len(reference), errors / len(words)))
+    return sum(counts, ErrorCounts())

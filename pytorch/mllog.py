@@ -1,73 +1,154 @@
-"""The run's log: `:::MLLOG` lines on standard output through the `mlperf-logging` package (MLPerf training rules)."""
+"""The run's log: MLPerf events through `mlperf-logging`, one `:::MLLOG` line each, to all of its sinks.
+
+The sinks are standard output, the file last_run.log in the output folder, and TensorBoard if a folder is asked for:
+
+    python -m pytorch.train --config an4 --tensorboard runs/an4
+    tensorboard --logdir runs                                       # needs the extra `tensorboard`
+
+A sink that fails before the clock starts is an error. One that fails later, such as on a full disk, is named once on
+standard error: the other sinks go on, and so does the run.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
-from mlperf_logging import mllog
+import torch
 from mlperf_logging.mllog import constants
+from mlperf_logging.mllog.mllog import MLLogger
 
 from data.packed import PackedDataset
 from pytorch.cli import RunError
 from pytorch.config import EVENTS, ROOT, Config
-from pytorch.machine import environment, git_revision
-
-if TYPE_CHECKING:
-    import torch  # slow to import: not for those who only read logs
+from pytorch.machine import describe_machine, git_revision
 
 BENCHMARK = "deepspeech2"
 DIVISIONS = (constants.CLOSED, constants.OPEN)
-LOG_COPY = "DEEPSPEECH2_LOG_COPY"  # names a file for what is printed, too: run_and_time.py's
-LOG, REPORT = "last_run.log", "report.html"  # which run_and_time.sh leaves in the output folder
 STATUSES = (constants.ONPREM, constants.CLOUD, "preview", constants.RESEARCH)
+LOG, REPORT = "last_run.log", "report.html"  # in the output folder
 
 
-def get_logger() -> mllog.mllog.MLLogger:
-    """Logger to standard output, with file names relative to the repository; silent in all processes but the first."""
-    if int(os.environ.get("RANK", "0")) > 0:  # torchrun's
-        return mllog.mllog.MLLogger(logging.Logger("silent", logging.CRITICAL))
-    mllog.config(root_dir=str(ROOT))
-    if LOG_COPY in os.environ:
-        mllog.get_mllogger().logger.addHandler(_Copy(Path(os.environ.pop(LOG_COPY))))
-    return mllog.get_mllogger()
+class Sink(logging.Handler):
+    """Where lines of the log go."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.error = name, ""
 
-class _Copy(logging.FileHandler):
-    """What is printed, in a file that has another name until the clock starts: a run that cannot start has no log."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._partial = path, partial_copy(path)
-        self._started = not self._partial.exists()  # by processes that were lost: these were started in their place
-        super().__init__(path if self._started else self._partial, encoding="utf-8")
+    def write(self, line: str) -> None:
+        """Write a line; OSError if that fails."""
+        raise NotImplementedError
 
     def emit(self, record: logging.LogRecord) -> None:
-        super().emit(record)
-        if not self._started and f'"{constants.RUN_START}"' in record.getMessage():
-            self._started = True
-            with suppress(OSError):  # a copy is no reason to end the run
-                self._partial.replace(self._path)
+        if self.error:
+            return
+        try:
+            self.write(record.getMessage())
+        except OSError as error:
+            self.error = f"{self.name} cannot be written: {error.strerror or error}"
+            print(f"warning: {self.error}; the log goes on elsewhere", file=sys.stderr)
 
 
-def partial_copy(path: Path) -> Path:
-    """Name of the copy of a log before the clock has started; whoever asks for the copy makes this file."""
-    return path.with_name(f"{path.name}.partial")
+class StandardOutput(Sink):
+    """Standard output."""
+
+    def __init__(self) -> None:
+        super().__init__("standard output")
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
 
 
-def print_result(log: mllog.mllog.MLLogger, line: str) -> None:
-    """Print the line that a success ends with, where the events are."""
-    print(line, flush=True)
-    for handler in log.logger.handlers:
-        if isinstance(handler, _Copy):
-            handler.emit(logging.makeLogRecord({"msg": line}))
+class LogFile(Sink):
+    """A file, opened when the clock starts: a run that cannot start leaves the log of the run before."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path, self.append = path, False
+        self._held: list[str] = []
+        self._file: IO[str] | None = None
+
+    def write(self, line: str) -> None:
+        if self._file is None:
+            self._held.append(line)
+            if f'"{constants.RUN_START}"' not in line:
+                return
+            self._file = self.path.open("a" if self.append else "w", encoding="utf-8")
+            line = "\n".join(self._held)
+        self._file.write(line + "\n")
+        self._file.flush()
+
+
+class TensorBoard(Sink):
+    """Curves over steps, in a folder in which earlier runs may have written.
+
+    Args:
+        folder: where to write.
+        step: of the run that a resumed run starts from; what was written after it is dropped.
+
+    Raises:
+        RunError: the package tensorboard is missing, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        super().__init__(f"--tensorboard {folder}")
+        self._step = step
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
+        except ImportError as error:
+            raise RunError("--tensorboard needs a package: python -m pip install -e '.[tensorboard]'") from error
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        except OSError as error:
+            raise RunError(f"--tensorboard {folder}: cannot be written: {error.strerror}") from error
+
+    def write(self, line: str) -> None:
+        if not line.startswith(":::MLLOG "):
+            return
+        event = json.loads(line.removeprefix(":::MLLOG "))
+        key, value, metadata = event["key"], event["value"], event["metadata"]
+        if key == "train_loss":
+            self._step = metadata["step_num"]
+            self._add("train", loss=value, **{name: metadata[name] for name in ("learning_rate", "gradient_norm")})
+        elif key == constants.EPOCH_STOP:
+            self._add("train", **{name: metadata[name] for name in ("utterances_per_second", "data_wait_fraction")})
+        elif key == "validation_errors":
+            self._add("validation/wer", **{value: metadata["wer"]})
+        elif key == constants.EVAL_STOP:
+            self._writer.flush()
+        elif key == constants.RUN_STOP:
+            self._writer.close()
+
+    def _add(self, group: str, **values: float) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, self._step)
+
+
+def make_logger(path: Path) -> tuple[MLLogger, LogFile]:
+    """Return a logger to standard output and to a file, silent on all ranks but the first; and the file's sink."""
+    logger = logging.Logger("mlperf", logging.INFO)
+    file = LogFile(path)
+    if int(os.environ.get("RANK", "0")) == 0:  # torchrun's
+        logger.addHandler(StandardOutput())
+        logger.addHandler(file)
+    return MLLogger(logger, root_dir=str(ROOT)), file
+
+
+def require_sinks(log: MLLogger) -> None:
+    """Raise RunError if something that was logged could not be written."""
+    for sink in log.logger.handlers:
+        if isinstance(sink, Sink) and sink.error:
+            raise RunError(sink.error)
 
 
 def log_submission(
-    log: mllog.mllog.MLLogger, config: Config, dataset: PackedDataset, device: torch.device, ranks: int
+    log: MLLogger, config: Config, dataset: PackedDataset, device: torch.device, world_size: int
 ) -> None:
     """Log who runs what on what, and every hyperparameter, before the clock starts.
 
@@ -75,11 +156,11 @@ def log_submission(
         RunError: SUBMISSION_DIVISION or SUBMISSION_STATUS is set to what the rules do not know.
     """
     log.event(constants.SUBMISSION_BENCHMARK, BENCHMARK)
-    log.event(constants.SUBMISSION_ORG, os.environ.get("SUBMISSION_ORG", "reference"))
+    log.event(constants.SUBMISSION_ORG, os.environ.get("SUBMISSION_ORG") or "reference")
     log.event(constants.SUBMISSION_DIVISION, submission_division())
     log.event(constants.SUBMISSION_STATUS, submission_status())
-    machine = environment(device)
-    log.event(constants.SUBMISSION_PLATFORM, submission_platform(machine, ranks))
+    machine = describe_machine(device)
+    log.event(constants.SUBMISSION_PLATFORM, submission_platform(machine, world_size))
     for name, event in EVENTS.items():
         log.event(event, getattr(config, name))
     log.event("configuration", config.config, metadata=config.to_dict())
@@ -88,7 +169,7 @@ def log_submission(
         dataset.digest,
         metadata={"corpus": dataset.corpus, "official_archives": dataset.official, "synthetic": dataset.synthetic},
     )
-    log.event("number_of_ranks", ranks)
+    log.event("number_of_ranks", world_size)
     log.event("environment", machine["processor"], metadata=machine)
     commit, changed = git_revision()
     log.event("git_commit", commit, metadata={"uncommitted_changes": changed})
@@ -97,32 +178,32 @@ def log_submission(
 
 
 def submission_division() -> str:
-    """Division of the runs that are started now; RunError where the rules do not know it."""
-    return _chosen("SUBMISSION_DIVISION", constants.OPEN, DIVISIONS)
+    """Return the division of runs that start now; RunError where the rules do not know it."""
+    return _choice("SUBMISSION_DIVISION", constants.OPEN, DIVISIONS)
 
 
 def submission_status() -> str:
-    """Status of the system that runs; RunError where the rules do not know it."""
-    return _chosen("SUBMISSION_STATUS", constants.RESEARCH, STATUSES)
+    """Return the status of the system that runs; RunError where the rules do not know it."""
+    return _choice("SUBMISSION_STATUS", constants.RESEARCH, STATUSES)
 
 
-def submission_platform(machine: dict[str, Any], ranks: int) -> str:
-    """What a run uses of a machine (`environment`): each of its processes one accelerator, if there are any."""
+def submission_platform(machine: dict[str, Any], world_size: int) -> str:
+    """Return what a run uses of a machine (`describe_machine`): one accelerator for each rank, if there are any."""
     if named := os.environ.get("SUBMISSION_PLATFORM"):
         return named
     if machine["accelerators"]:
-        return f"{ranks} x {machine['accelerator']}"
+        return f"{world_size} x {machine['accelerator']}"
     return f"{machine['cores']} cores of {machine['processor']}"
 
 
-def _chosen(variable: str, default: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(variable, default)
+def _choice(variable: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(variable) or default  # set but empty is not set
     if value not in allowed:
         raise RunError(f"{variable} is {value!r}; it must be one of {', '.join(allowed)}")
     return value
 
 
-def log_cache_clear(log: mllog.mllog.MLLogger, machines: Sequence[str]) -> None:
+def log_cache_clear(log: MLLogger, machines: Sequence[str]) -> None:
     """Log whether the data set is out of memory on all machines, and where not, why.
 
     Args:

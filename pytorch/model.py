@@ -12,7 +12,7 @@ Axes: B batch, T time (frames), F frequency, C channels, N valid frames of all u
 works on the N valid frames alone, kept as the rows of a packed sequence, so every batch norm is sequence-wise and no
 statistic sees padding.
 
-Weights are initialised as PyTorch does: convolutions U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the GRUs'
+Weights are initialized as PyTorch does: convolutions U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the GRUs'
 biases and the weights of their inputs U(-1/sqrt(H), 1/sqrt(H)), batch norm scale 1 and shift 0. But the GRUs' recurrent
 weights are orthogonal, gate by gate (Saxe et al., arXiv 1312.6120), and so are the labels' weights in the linear layer,
 each of norm 3; and the last batch norm's shift makes blank likely. CTC's first lesson is that most frames are blank. A
@@ -42,7 +42,7 @@ OUTPUT_FREQUENCIES = 41  # 161 bins, halved twice and rounded up
 
 
 def output_frames(frames: Tensor) -> Tensor:
-    """Output frames of utterances of so many input frames: 'same' padding, stride 2 in the first convolution."""
+    """Return the output frames of so many input frames: 'same' padding, stride 2 in the first convolution."""
     return (frames - 1) // TIME_STRIDE + 1
 
 
@@ -62,19 +62,13 @@ class DeepSpeech2(nn.Module):
         self.norm2 = BatchNorm(conv_channels, CLIPPED)
         sizes = [OUTPUT_FREQUENCIES * conv_channels] + [hidden_size] * (GRU_LAYERS - 1)
         self.grus = nn.ModuleList(GRU(size, hidden_size) for size in sizes)
-        for name, parameter in self.grus.named_parameters():
-            if "weight_hh" in name:
-                for gate in parameter.detach().chunk(3):
-                    nn.init.orthogonal_(gate)
+        _make_gates_orthogonal(self.grus)
         self.norms = nn.ModuleList(BatchNorm(hidden_size) for _ in sizes)
         self.classifier = nn.Linear(hidden_size, len(LABELS), bias=False)
-        nn.init.orthogonal_(self.classifier.weight, LABEL_NORM)
-        with torch.no_grad():
-            blank_H = self.classifier.weight[BLANK]
-            self.norms[-1].bias.copy_(BLANK_LOGIT * blank_H / blank_H.square().sum())  # type: ignore[union-attr, operator]
+        _make_blank_likely(self.classifier.weight, self.norms[-1].get_parameter("bias"))
 
     def forward(self, features_BFT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Label logits.
+        """Compute label logits.
 
         Args:
             features_BFT: zero beyond each utterance's end.
@@ -87,14 +81,12 @@ class DeepSpeech2(nn.Module):
         layout = _pack_layout(output_frames_B)
         x_BTFC = self.conv1(features_BFT.transpose(1, 2).unsqueeze(3))
         batch, time = x_BTFC.shape[:2]
-        rows_N = (layout.time_N + layout.utterance_N * time).to(x_BTFC.device, non_blocking=True)
-
-        x_NFC = _normalize_and_clip(x_BTFC.flatten(0, 1).index_select(0, rows_N), self.norm1)
-        x_BTFC = (
-            x_NFC.new_zeros(batch * time, *x_NFC.shape[1:]).index_copy(0, rows_N, x_NFC).unflatten(0, (batch, time))
-        )
-        x_BTFC = self.conv2(x_BTFC)
-        x_NFC = _normalize_and_clip(x_BTFC.flatten(0, 1).index_select(0, rows_N), self.norm2)
+        # Where each packed row lies in [B, T]; padding is left out of the norms, and zero again before conv2.
+        rows_of_BT_N = (layout.time_N + layout.utterance_N * time).to(x_BTFC.device, non_blocking=True)
+        x_NFC = _normalize_and_clip(x_BTFC.flatten(0, 1).index_select(0, rows_of_BT_N), self.norm1)
+        x_BTFC = x_NFC.new_zeros(batch * time, *x_NFC.shape[1:]).index_copy(0, rows_of_BT_N, x_NFC)
+        x_BTFC = self.conv2(x_BTFC.unflatten(0, (batch, time)))
+        x_NFC = _normalize_and_clip(x_BTFC.flatten(0, 1).index_select(0, rows_of_BT_N), self.norm2)
 
         packed = PackedSequence(x_NFC.flatten(1), layout.batch_sizes)
         for gru, norm in zip(self.grus, self.norms, strict=True):
@@ -102,13 +94,41 @@ class DeepSpeech2(nn.Module):
             packed = PackedSequence(norm(packed.data), layout.batch_sizes)
         logits_NV = self.classifier(packed.data).float()
 
-        rows_N = (layout.time_N * batch + layout.utterance_N).to(logits_NV.device, non_blocking=True)
-        logits_TBV = logits_NV.new_zeros(time * batch, len(LABELS)).index_copy(0, rows_N, logits_NV)
+        rows_of_TB_N = (layout.time_N * batch + layout.utterance_N).to(logits_NV.device, non_blocking=True)
+        logits_TBV = logits_NV.new_zeros(time * batch, len(LABELS)).index_copy(0, rows_of_TB_N, logits_NV)
         return logits_TBV.unflatten(0, (time, batch)), output_frames_B
 
 
+def training_flops(model: DeepSpeech2, frames: int) -> tuple[float, float]:
+    """Return the floating-point operations of a forward pass and of a training step on so many valid output frames.
+
+    A multiplication with its addition counts as two. Each matrix is applied once a frame, and each convolution's kernel
+    once a frame and output frequency. Batch norms, spectrogram, CTC and optimizer are left out.
+    """
+    conv1 = model.conv1.weight.numel() * (2 * OUTPUT_FREQUENCIES - 1)
+    conv2 = model.conv2.weight.numel() * OUTPUT_FREQUENCIES
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
+    forward = 2.0 * frames * (conv1 + conv2 + matrices)
+    return forward, 3 * forward - 2.0 * frames * conv1  # the features need no gradient
+
+
+@torch.no_grad()
+def _make_gates_orthogonal(grus: nn.ModuleList) -> None:
+    for name, parameter in grus.named_parameters():
+        if "weight_hh" in name:
+            for gate in parameter.chunk(3):
+                nn.init.orthogonal_(gate)
+
+
+@torch.no_grad()
+def _make_blank_likely(labels_VH: Tensor, bias_H: Tensor) -> None:
+    """Initialize the labels' weights, and the shift of the batch norm before them."""
+    nn.init.orthogonal_(labels_VH, LABEL_NORM)
+    bias_H.copy_(BLANK_LOGIT * labels_VH[BLANK] / labels_VH[BLANK].square().sum())
+
+
 def _normalize_and_clip(x_NFC: Tensor, norm: nn.Module) -> Tensor:
-    """Batch norm of each channel over rows and frequencies, clipped."""
+    """Apply a batch norm to each channel, over rows and frequencies, and clip."""
     return norm(x_NFC.flatten(0, 1)).view_as(x_NFC)
 
 
@@ -121,7 +141,7 @@ class _PackLayout(NamedTuple):
 
 
 def _pack_layout(frames_B: Tensor) -> _PackLayout:
-    """Rows of a PackedSequence of utterances of so many frames: by time step, the longest utterance first."""
+    """Return the rows of a PackedSequence of so many frames: by time step, the longest utterance first."""
     longest_first_B = torch.argsort(frames_B, descending=True, stable=True)
     valid_TB = torch.arange(int(frames_B.max()))[:, None] < frames_B[longest_first_B]
     time_N, position_N = valid_TB.nonzero(as_tuple=True)

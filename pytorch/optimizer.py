@@ -1,9 +1,11 @@
-"""Muon for the GRUs' weights, AdamW for everything else.
+"""AdamW, SGD, and Muon for the GRUs' weights; the learning-rate schedule.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) moves a matrix along its momentum, with all
 singular values made about equal, so that it learns in all directions at the same rate. While CTC has not begun to
 align, the gradients of the GRUs have little but the difference between speech and silence in them, and under AdamW the
 layers lose whatever else they tell apart; BENCHMARKS.md says how much that costs.
+
+Every optimizer here changes nothing in a step whose attribute `found_inf` is not zero.
 """
 
 from __future__ import annotations
@@ -25,54 +27,74 @@ COEFFICIENTS, MOMENTUM = (3.4445, -4.7750, 2.0315), 0.95  # Jordan's
 ROOT_MEAN_SQUARE, ITERATIONS = 0.6, 3
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW, but Muon for weights [3H, I], whose three gates [H, I] are matrices of their own.
+def make_optimizers(config: Config, model: DeepSpeech2) -> list[torch.optim.Optimizer]:
+    """Return the configuration's optimizer, or Muon and AdamW. The learning rate is set before each step."""
+    betas = config.beta1, config.beta2
+    if config.optimizer == "sgd":
+        sgd = torch.optim.SGD(
+            model.parameters(),
+            config.learning_rate,
+            momentum=config.beta1,
+            nesterov=config.beta1 > 0,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        if config.beta1 > 0:
+            # The first step would allocate the momentum without writing to it, and leave it so if it is skipped.
+            for parameter in model.parameters():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return [sgd]
+    muon_params = (
+        [weight for weight in model.grus.parameters() if weight.ndim == 2] if config.optimizer == "muon" else []
+    )
+    adam_params = [each for each in model.parameters() if all(each is not weight for weight in muon_params)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(adam_params, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
+    ]
+    if muon_params:
+        native = muon_params[0].device.type == "cuda" or kernels.has_native_bf16()
+        compute_dtype = torch.bfloat16 if config.precision == "bf16" and native else torch.float32
+        optimizers.append(Muon(muon_params, config.learning_rate, config.weight_decay, compute_dtype))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the weights [3H, I] of GRUs, whose three gates [H, I] are matrices of their own.
 
     torch.optim.Muon knows no gates, cannot leave out a step whose gradient is not finite, and always rounds to
     bfloat16, with which it takes 20 times as long on a CPU that does not multiply that natively.
 
     Args:
-        muon_params: the GRUs' weights.
-        adam_params: all other parameters.
-        learning_rate: of both; a gate of full rank moves by 0.6 of it in root mean square.
-        betas: AdamW's.
-        weight_decay: decoupled, of both.
-        compute_dtype: the precision of the Newton-Schulz products; all that is kept is as precise as the weights.
+        params: the weights.
+        lr: learning rate; a gate of full rank moves by 0.6 of it in root mean square.
+        weight_decay: decoupled.
+        compute_dtype: of the Newton-Schulz products; all that is kept is as precise as the weights.
     """
 
     def __init__(
         self,
-        muon_params: Iterable[nn.Parameter],
-        adam_params: Iterable[nn.Parameter],
-        learning_rate: float,
-        betas: tuple[float, float],
+        params: Iterable[nn.Parameter],
+        lr: float,
         weight_decay: float,
         compute_dtype: torch.dtype = torch.float32,
     ) -> None:
-        groups = [{"params": list(adam_params)}, {"params": list(muon_params)}]
-        super().__init__(groups, learning_rate, betas, weight_decay=weight_decay, fused=True)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.compute_dtype = compute_dtype
-        for weight in self.param_groups[1]["params"]:
-            # AdamW, when it loads a state, looks for the number of steps in all of it
-            self.state[weight] = {"step": torch.tensor(0.0), "momentum_buffer": torch.zeros_like(weight)}
+        for weight in self.param_groups[0]["params"]:
+            self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """One step, which changes nothing if there is an attribute `found_inf` that is not zero."""
-        group = self.param_groups[1]
-        gradients = [weight.grad for weight in group["params"]]
-        for weight in group["params"]:
-            weight.grad = None  # AdamW passes over what has no gradient
-        super().step()
+        """Take one step."""
+        (group,) = self.param_groups
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        for weight, gradient in zip(group["params"], gradients, strict=True):
-            weight.grad = gradient
+        for weight in group["params"]:
             by_shape.setdefault(weight.shape, []).append(weight)
         for weights in by_shape.values():
-            self._move(weights, **group)
+            self._move(weights, group["lr"], group["weight_decay"])
 
-    def _move(self, weights: list[nn.Parameter], lr: float, weight_decay: float, **_: object) -> None:
-        """Move weights of one shape, all at once: their matrices are small."""
+    def _move(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        """Move weights of one shape, all at once, because their matrices are small."""
         gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         moved = torch.stack(buffers).lerp_(gradients, 1 - MOMENTUM)
@@ -86,9 +108,9 @@ class Muon(torch.optim.AdamW):
 
 
 def newton_schulz(matrices_NMK: Tensor) -> Tensor:
-    """Each matrix with its singular values, but those below a fortieth of its norm, near 1 (0.5 to 1.3).
+    """Return each matrix with its singular values near 1 (0.5 to 1.3), but for those below a fortieth of its norm.
 
-    That is an iteration like Newton and Schulz's: a polynomial of degree 5 of the singular values over and over.
+    The iteration is like Newton's and Schulz's: a polynomial of degree 5 of the singular values, over and over.
     """
     wide = matrices_NMK if matrices_NMK.shape[1] <= matrices_NMK.shape[2] else matrices_NMK.mT
     x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
@@ -99,49 +121,18 @@ def newton_schulz(matrices_NMK: Tensor) -> Tensor:
     return x if wide is matrices_NMK else x.mT
 
 
-def make_optimizer(config: Config, model: DeepSpeech2) -> torch.optim.Optimizer:
-    """The configuration's optimizer; its learning rate is set before each step.
-
-    The fused implementations, and Muon, leave everything as it is in a step whose `found_inf` is not zero.
-    """
-    if config.optimizer == "sgd":
-        sgd = torch.optim.SGD(
-            model.parameters(),
-            config.learning_rate,
-            momentum=config.beta1,
-            nesterov=config.beta1 > 0,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        if config.beta1 > 0:  # else the first step makes it of memory as it is, and leaves it so if it is skipped
-            for weight in model.parameters():
-                sgd.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        return sgd
-    betas = config.beta1, config.beta2
-    if config.optimizer == "muon":
-        muon_params = [weight for weight in model.grus.parameters() if weight.ndim == 2]
-        adam_params = [weight for weight in model.parameters() if all(weight is not gate for gate in muon_params)]
-        natively = config.precision == "bf16" and (muon_params[0].device.type == "cuda" or kernels.has_native_bf16())
-        compute_dtype = torch.bfloat16 if natively else torch.float32
-        return Muon(muon_params, adam_params, config.learning_rate, betas, config.weight_decay, compute_dtype)
-    return torch.optim.AdamW(
-        model.parameters(), config.learning_rate, betas, weight_decay=config.weight_decay, fused=True
-    )
-
-
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Learning rate of a step.
+    """Return the learning rate of a step.
 
     Args:
         config: schedule and its values.
         step: of the run, from 0.
         steps_per_epoch: in the whole epoch.
     """
-    rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "anneal":
-        fall = config.lr_gamma ** -(step // steps_per_epoch)
+        decay = config.lr_gamma ** -(step // steps_per_epoch)
     else:
-        way = min(1.0, step / (config.lr_decay_epochs * steps_per_epoch))
-        end = config.min_lr_ratio
-        fall = end + (1 - end) * 0.5 * (1 + math.cos(math.pi * way))
-    return config.learning_rate * rise * fall
+        progress = min(1.0, step / (config.lr_decay_epochs * steps_per_epoch))
+        decay = config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.learning_rate * warmup * decay

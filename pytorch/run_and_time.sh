@@ -1,9 +1,9 @@
 #!/bin/sh
 # The timed run. Usage: sh run_and_time.sh [--config NAME] [overrides] | tee mlperf_ds2.log      (--help lists all)
-# --runs N [--system NAME]: N runs with seeds of their own into results/NAME/deepspeech2, and their score.
-# Else standard output is the MLPerf log; its last line is RESULT,DEEPSPEECH2,<seed>,<seconds>,<user>,<start time>.
-# A page that shows the run, report.html, is in the output folder. Exit status 0 only if the target was reached.
-# Environment variables say how many processes on how many machines (default: one a GPU, or one); see launch.py.
+# Standard output is the MLPerf log; its last line is RESULT,DEEPSPEECH2,<seed>,<seconds>,<user>,<start time>.
+# The log, last_run.log, and a page that shows the run, report.html, are in the output folder.
+# Exit status 0 only if the target was reached. Environment variables say how many processes on how many machines
+# (default: one for each GPU, or one); see launch.py. Several runs and their score: python -m tools.mlperf series --help
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/environment.sh"
@@ -11,9 +11,4 @@ use_environment run
 # The GNU C library returns large blocks to the system when they are freed; on a CPU each step then waits for the same
 # memory to be mapped again, a page at a time. Kept instead, a step of the an4 configuration took 379 ms, not 457.
 export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
-for argument; do
-    case "$argument" in
-    --runs | --runs=*) exec "$python" -m tools.mlperf.runs "$@" ;; # which calls this script for each run
-    esac
-done
-exec "$python" -m pytorch.run_and_time "$@"
+exec "$python" -m tools.run_and_time "$@"

@@ -1,21 +1,19 @@
-"""The timed run: train DeepSpeech2 until the validation set's corpus WER reaches the target.
+"""The timed run: train DeepSpeech2 until the corpus WER of the validation set reaches the target.
 
     python -m pytorch.train --config synthetic
     python -m pytorch.train --config librispeech-2018 --seed 7
     python -m pytorch.train --config an4 --resume
 
 Prints the MLPerf log on standard output and progress on standard error. Exit status: 0 the target was reached, 1 it was
-not or something went wrong, 2 the command line was not understood, 130 interrupted, 75 told to end by SIGTERM or
-SIGUSR1: then the step under way was finished and saved, and --resume goes on from there; 74 lost another process.
+not or something went wrong, 2 the command line was not understood, 130 interrupted, 75 stopped by SIGTERM or SIGUSR1
+after the step under way was saved, so that --resume continues from there; 74 lost another rank.
 
-Started by torchrun, it is one of several ranks (distributed.py) that take the same steps together: each computes a part
-of every batch.
+Started by torchrun (launch.py), it is one of several ranks (distributed.py) that take the same steps together.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import getpass
 import math
 import os
 import signal
@@ -23,11 +21,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
-from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -35,176 +33,372 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 from torch import Tensor
 
+from data.files import DataError, locked
 from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, machine, mllog
 from pytorch.checkpoint import TrainState
-from pytorch.cli import RANK_FAILED, Preempted, RunError, exit_status, progress_bar
+from pytorch.cli import Preempted, RunError, exit_status, progress_bar
 from pytorch.config import Config, fields_of, parse_config
-from pytorch.device import select_device, select_precision, set_device
-from pytorch.distributed import World, report_lost_ranks, seconds_waited, shutdown
+from pytorch.device import explain_oom, select_device, select_precision, set_device
+from pytorch.distributed import World, report_lost_ranks, shutdown
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.features import SAMPLE_RATE
 from pytorch.layers import kernels
-from pytorch.loader import Utterances, epoch_batches, make_batch, prefetch, split_balanced, split_evenly
+from pytorch.loader import TrainingLoader, Utterances
 from pytorch.optimizer import learning_rate
-from pytorch.tensorboard import Scalars
 from pytorch.trainer import Trainer
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
-STATUS_FILE = "DEEPSPEECH2_STATUS_FILE"  # where launch.py wants to find the exit status
-PENDING_LOSSES = {"cpu": 0, "cuda": 4}  # whose losses are still to be read, so that a GPU never waits for the CPU
+PENDING_LOSSES = {"cpu": 0, "cuda": 4}  # read that many steps late, so that a GPU never waits for the host
 
 
 class Clock:
-    """Seconds since it was made, plus those of the run before it was resumed."""
+    """The benchmark's clock: seconds since it was started, and those of the run before it was resumed."""
 
-    def __init__(self, before: float = 0.0) -> None:
-        self._start = time.monotonic() - before
+    def __init__(self) -> None:
+        self._before, self._started = 0.0, math.nan
+
+    def start(self, before: float) -> None:
+        """Start it at so many seconds."""
+        self._before, self._started = before, time.monotonic()
+
+    def stop(self) -> float:
+        """Stop it, and return what it shows."""
+        self._before, self._started = self.seconds(), math.nan
+        return self._before
 
     def seconds(self) -> float:
-        return time.monotonic() - self._start
+        """Return what it shows."""
+        return self._before + (0.0 if math.isnan(self._started) else time.monotonic() - self._started)
+
+
+class StopSignal:
+    """Remembers that this process was told to stop. The step under way goes on, and is saved."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.request)
+
+    def request(self, *_: object) -> None:
+        """Handle a signal."""
+        self.requested = True
 
 
 @dataclass
 class TrainingRun:
     """What a run works with."""
 
-    trainer: Trainer
+    config: Config  # its precision is fp32 or bf16
+    world: World
     dataset: PackedDataset
+    trainer: Trainer
     log: MLLogger
-    scalars: Scalars = field(default_factory=Scalars)
+    state: TrainState
+    stop: StopSignal
     clock: Clock = field(default_factory=Clock)
-    saved_at: float = field(default_factory=time.monotonic)  # time.monotonic() of the newest checkpoint
-    stop_asked: bool = False  # by a signal, of this process
-
-    def request_stop(self, *_: object) -> None:
-        """Handle a signal: the step under way goes on."""
-        self.stop_asked = True
-
-    def told_to_end(self) -> bool:
-        """Whether this process was asked to stop, or has heard that another one was."""
-        if self.stop_asked:
-            self.trainer.world.tell("end")
-        return self.stop_asked or self.trainer.world.told("end")
-
-    @property
-    def config(self) -> Config:
-        """The run's configuration, its precision chosen."""
-        return self.trainer.config
+    saved: float = field(default_factory=time.monotonic)  # time.monotonic() when the newest checkpoint was written
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
-
-    def work() -> bool:
-        config = parse_config(
-            sys.argv[1:] if arguments is None else arguments,
-            program="python -m pytorch.train",
-            description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target. "
-            "(run_and_time.sh --runs N [--system NAME] trains N times, with seeds of their own, and scores.)",
-        )
-        with report_lost_ranks():
-            return train(config)
-
-    status = exit_status(work, interrupted="interrupted; --resume goes on from the last checkpoint")
-    shutdown()
-    if STATUS_FILE in os.environ and status != RANK_FAILED:
-        Path(os.environ[STATUS_FILE]).write_text(str(status))
-        return 0
-    return status
-
-
-def train(config: Config) -> bool:
+def train(config: Config, launch_id: str | None = None) -> bool:
     """Train until the target, or until the configuration's limits. Returns whether the target was reached.
 
     Raises:
         RunError: the run cannot start or go on.
         DataError: the data set is absent or damaged.
-        Preempted: the process was told to end.
-        RuntimeError: another process was lost.
+        Preempted: the process was told to stop.
+        RuntimeError: another rank was lost.
     """
-    run, progress = setup(config)
-    world, log = run.trainer.world, run.log
-    handlers = {number: signal.signal(number, run.request_stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    started_at = datetime.now()
-    log.start(constants.RUN_START)
-    run.clock = Clock(progress.elapsed_seconds)
-    reached = False
-    try:
-        reached, evaluation = _train_to_target(run, progress)
-    finally:
-        seconds = run.clock.seconds()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        log.end(constants.RUN_STOP, metadata={"status": constants.SUCCESS if reached else constants.ABORTED})
-        run.scalars.close()
-    evaluation.log_transcripts(log)
-    try:
-        _save(run, progress, best=progress.wer == progress.best_wer)  # off the clock, and no reason to lose the result
-    finally:
-        if reached:
-            print_result(run, progress, seconds, started_at)
-        else:
-            world.print_once(f"The target WER of {config.target_wer:g} was not reached; best: {progress.best_wer:.2f}.")
-    world.all_gather_object(None)  # none leaves while another is still busy
-    return reached
+    with ExitStack() as resources:
+        run = setup(config, launch_id, resources)
+        state, world, user = run.state, run.world, machine.user_name()
+        if state.wer is not None and state.wer <= config.target_wer:
+            world.print_once(
+                f"Target WER of {config.target_wer:g} was reached in {state.elapsed_seconds:.0f} s already."
+            )
+            return True
+
+        started_at, reached = datetime.now(), False
+        run.log.start(constants.RUN_START)
+        run.clock.start(before=state.elapsed_seconds)
+        try:
+            with explain_oom("memory ran out; use a smaller --batch-size, or more --gradient-accumulation-steps"):
+                evaluation = train_to_target(run)
+            reached = evaluation.total.wer <= config.target_wer
+        finally:
+            seconds = run.clock.stop()
+            status = constants.SUCCESS if reached else constants.ABORTED
+            run.log.end(constants.RUN_STOP, metadata={"status": status})
+        evaluation.log_transcripts(run.log)
+
+        try:
+            save(run, best=state.wer == state.best_wer)  # with the last WER; a full disk does not cost the result
+        finally:
+            print_result(run, reached, seconds, user, started_at)
+        world.all_gather_object(None)  # none leaves while another is still busy
+        return reached
 
 
-def setup(config: Config) -> tuple[TrainingRun, TrainState]:
-    """All that may be done before the clock starts: only the summary of the data is read."""
-    log = mllog.get_logger()
+def train_to_target(run: TrainingRun) -> Evaluation:
+    """Train and evaluate, on the clock, until the target or a limit is reached. Returns the last evaluation."""
+    config, state = run.config, run.state
+    loader, validation = open_data(run)
+    while True:
+        stats = train_epoch(run, loader)
+        save(run)  # first, so that an evaluation may be interrupted at any time
+        evaluation = evaluate_epoch(run, validation, stats)
+        if state.step_in_epoch == len(loader):
+            state.begin_epoch(state.epoch + 1)
+        out_of_steps = config.max_steps is not None and state.step >= config.max_steps
+        if evaluation.total.wer <= config.target_wer or out_of_steps or state.epoch > config.max_epochs:
+            return evaluation
+        if state.wer == state.best_wer and run.world.is_main:
+            checkpoint.mark_best(config.output_dir)
+
+
+def open_data(run: TrainingRun) -> tuple[TrainingLoader, Utterances]:
+    """Open the audio, for the first time, and say which training utterances are left out."""
+    train, validation = (Utterances(run.dataset.split(split)) for split in ("train", "validation"))
+    loader = TrainingLoader(train, run.config, run.world, pin_memory=run.trainer.device.type == "cuda")
+    run.log.event(constants.TRAIN_SAMPLES, len(loader.included))
+    run.log.event(constants.EVAL_SAMPLES, len(validation))
+    left_out = {"reason": "too short for CTC", "ids": [train.id(index) for index in loader.left_out.tolist()]}
+    run.log.event("train_samples_left_out", len(loader.left_out), metadata=left_out)
+    return loader, validation
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """What an epoch, or the rest of one, came to."""
+
+    loss: float  # mean over its steps
+    seconds: float
+    utterances_per_second: float
+    audio_seconds_per_second: float  # of speech as it is in the corpus, before augmentation
+    data_wait_fraction: float  # of the time, on the rank that waited most
+    skipped_steps: int  # of the run so far
+    finished: bool  # whether to its end: max_steps may come before
+
+
+class PendingStep(NamedTuple):
+    """A step that the device may still be working on."""
+
+    step: int
+    lr: float
+    indices: np.ndarray  # of its utterances
+    result: Callable[[], Tensor]
+
+
+def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
+    """Train the rest of the epoch under way.
+
+    Raises:
+        RunError: see `log_step`.
+        Preempted: a rank was told to stop; the state is saved.
+    """
+    config, state, trainer, world = run.config, run.state, run.trainer, run.world
+    run.log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: state.epoch})
+    started, utterances, samples = time.monotonic(), 0, 0
+    pending: deque[PendingStep] = deque()
+    trainer.model.train()
+    first, last = state.step_in_epoch, len(loader)
+    if config.max_steps is not None:
+        last = min(last, first + config.max_steps - state.step)
+    with progress_bar(f"epoch {state.epoch}", len(loader), first, shown=world.is_main) as bar:
+        for indices, microbatches in loader.epoch(state.epoch, first, last):
+            lr = learning_rate(config, state.step, len(loader))
+            save_due = world.is_main and time.monotonic() - run.saved > 60 * config.checkpoint_interval_minutes
+            # What one rank wants travels with the loss, so that all ranks know it after the same step.
+            result = trainer.train_step(microbatches, len(indices), lr, flags=(run.stop.requested, save_due))
+            state.step += 1
+            state.step_in_epoch += 1
+            pending.append(PendingStep(state.step, lr, indices, result))
+            utterances, samples = utterances + len(indices), samples + int(loader.utterances.num_samples[indices].sum())
+            stop, save_now = log_finished_steps(run, loader, pending, keep=PENDING_LOSSES[trainer.device.type])
+            bar.update()
+            if stop or save_now:
+                stop_late, _ = log_finished_steps(run, loader, pending, keep=0)
+                save(run)
+                if stop or stop_late:
+                    raise_preempted(run)
+        log_finished_steps(run, loader, pending, keep=0)
+    seconds = time.monotonic() - started
+    stats = EpochStats(
+        loss=state.sum_of_losses_in_epoch / state.losses_in_epoch if state.losses_in_epoch else math.nan,
+        seconds=seconds,
+        utterances_per_second=utterances / seconds,
+        audio_seconds_per_second=samples / SAMPLE_RATE / seconds,
+        data_wait_fraction=max(world.all_gather_object(loader.data_wait_seconds)) / seconds,
+        skipped_steps=state.skipped_steps,
+        finished=state.step_in_epoch == len(loader),
+    )
+    metadata = {constants.EPOCH_NUM: state.epoch, "step": state.step, **dataclasses.asdict(stats)}
+    run.log.end(constants.EPOCH_STOP, metadata=metadata)
+    return stats
+
+
+def log_finished_steps(
+    run: TrainingRun, loader: TrainingLoader, pending: deque[PendingStep], keep: int
+) -> tuple[bool, bool]:
+    """Wait for and log all pending steps but the newest `keep`. Returns whether any rank wants to stop, and to save."""
+    stop = save_now = False
+    while len(pending) > keep:
+        step, lr, indices, result = pending.popleft()
+        loss, grad_norm, wants_stop, wants_save = result().tolist()
+        stop, save_now = stop or wants_stop > 0, save_now or wants_save > 0
+        log_step(run, step, lr, loss, grad_norm, [loader.utterances.id(index) for index in indices])
+    return stop, save_now
+
+
+def log_step(run: TrainingRun, step: int, lr: float, loss: float, grad_norm: float, ids: list[str]) -> None:
+    """Log a step, and count it as skipped if its loss or gradient was not finite.
+
+    Raises:
+        RunError: too many steps in a row were not.
+    """
+    state = run.state
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        state.skipped_in_a_row = 0
+        state.losses_in_epoch += 1
+        state.sum_of_losses_in_epoch += loss
+        metadata = {"step_num": step, "learning_rate": lr, "gradient_norm": grad_norm}
+        run.log.event("train_loss", loss, metadata=metadata)
+        return
+    state.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    run.log.event("skipped_step", step, metadata={"reason": "not finite", "utterances": ids})
+    if state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+        raise RunError(
+            f"step {step}: loss or gradient was not finite {state.skipped_in_a_row} times in a row, last with the "
+            f"utterances {', '.join(ids)}; try a lower --learning-rate"
+        )
+
+
+def evaluate_epoch(run: TrainingRun, validation: Utterances, stats: EpochStats) -> Evaluation:
+    """Evaluate, log and print the result of the epoch under way.
+
+    Raises:
+        Preempted: a rank was told to stop. The resumed run has no step of this epoch left, and evaluates it.
+    """
+    config, state, trainer, world = run.config, run.state, run.trainer, run.world
+    started = time.monotonic()
+    run.log.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: state.epoch})
+    trainer.eval_model.eval()
+    microbatch = math.ceil(config.batch_size / (world.size * config.gradient_accumulation_steps))
+    evaluation = evaluate(
+        partial(trainer.logits, trainer.eval_model),
+        validation,
+        world,
+        # What a rank computes at once in training is known to fit into memory, together with its gradients.
+        max_batch_samples=microbatch * max_train_samples(run.dataset),
+        pin_memory=trainer.device.type == "cuda",
+        stop_requested=lambda: run.stop.requested,
+    )
+    if evaluation is None:
+        raise_preempted(run)
+    evaluation.log_errors(run.log, state.epoch)
+    total = evaluation.total
+    state.evaluation_seconds += time.monotonic() - started
+    fraction = state.evaluation_seconds / run.clock.seconds()
+    metadata = {constants.EPOCH_NUM: state.epoch, "evaluation_fraction_of_run": fraction}
+    run.log.end(constants.EVAL_STOP, metadata=metadata)
+    state.wer = total.wer
+    state.best_wer = total.wer if state.best_wer is None else min(total.wer, state.best_wer)
+    subsets = ", ".join(f"{name} {counts.wer:.2f}" for name, counts in evaluation.by_subset.items())
+    world.print_once(
+        f"epoch {state.epoch:3d}  loss {stats.loss:8.3f}  WER {total.wer:6.2f} ({subsets})  CER {total.cer:6.2f}  "
+        f"train {stats.seconds:.0f} s (waited for data {stats.data_wait_fraction:.1%})  "
+        f"clock {run.clock.seconds():.0f} s (evaluation {fraction:.0%})"
+    )
+    return evaluation
+
+
+def save(run: TrainingRun, *, best: bool = False) -> None:
+    """Write a checkpoint on the first rank; RunError if it cannot be written."""
+    started, state = time.monotonic(), run.state
+    state.elapsed_seconds = run.clock.seconds()
+    if run.world.is_main:
+        tensors, folder = run.trainer.state_dict(), run.config.output_dir
+        checkpoint.save(folder, run.config, run.dataset.digest, state, tensors, run.world.launch_id)
+        if best:
+            checkpoint.mark_best(folder)
+        run.log.event("checkpoint", time.monotonic() - started, metadata={"step_num": state.step})
+    run.saved = time.monotonic()
+
+
+def raise_preempted(run: TrainingRun) -> NoReturn:
+    """Tell the user how to continue, and end the run."""
+    run.world.print_once(f"Told to stop: checkpoint saved at step {run.state.step}. Continue with --resume.")
+    raise Preempted
+
+
+def print_result(run: TrainingRun, reached: bool, seconds: float, user: str, started_at: datetime) -> None:
+    """Say how the run ended; a success has a last line of the log that MLPerf's scripts expect."""
+    config, state = run.config, run.state
+    if not reached:
+        run.world.print_once(f"The target WER of {config.target_wer:g} was not reached; best: {state.best_wer:.2f}.")
+        return
+    resumed = " (resumed: no uninterrupted benchmark result)" if state.resumed else ""
+    run.world.print_once(f"Target WER of {config.target_wer:g} reached in {seconds:.0f} s{resumed}.")
+    kind, when = "RESUMED" if state.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
+    run.log.logger.info(f"{kind},DEEPSPEECH2,{config.seed},{seconds:.0f},{user},{when}")
+
+
+def setup(config: Config, launch_id: str | None, resources: ExitStack) -> TrainingRun:
+    """Do all that may be done before the clock starts: of the data, only the summary is read."""
+    stop = StopSignal()
+    log, log_file = mllog.make_logger(config.output_dir / mllog.LOG)
     log.start(constants.INIT_START)
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
-    device = select_device(config.device, processes_here - 1)  # if there is one for the last, all go on
-    world = World.start(device.type, config.dist_timeout_seconds)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    device = select_device(config.device, local_world_size - 1)  # if there is one for the last, there is for all
+    world = World.init(device.type, config.dist_timeout_seconds, launch_id)
     device = select_device(config.device, world.local_rank)
     set_device(device)
     dataset = open_dataset(config.dataset_dir)
     config = dataclasses.replace(config, precision=select_precision(config.precision, device))
-    _check_agreement(world, config, dataset.digest)
-    for split in ("train", "validation"):
-        if not dataset.splits[split]:
-            raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
-    parts = world.size * config.gradient_accumulation_steps
-    if config.batch_size < parts:
-        raise RunError(
-            f"--batch-size {config.batch_size}: cannot be divided into {parts} parts (devices x accumulation)"
-        )
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"--output-dir {config.output_dir}: cannot be made: {error.strerror}") from error
+    require_agreement(world, config, dataset)
+    require_batches(world, config, dataset)
+    lock_output_dir(world, config, resources)
     cache = machine.clear_cache(dataset) if world.local_rank == 0 else None
     mllog.log_cache_clear(log, [each for each in world.all_gather_object(cache) if each is not None])
     mllog.log_submission(log, config, dataset, device, world.size)
 
     torch.manual_seed(config.seed)
-    trainer = Trainer.make(config, device, world)
+    with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
+        trainer = Trainer(config, device, world)
     log.event("gru_implementation", "cuDNN" if device.type == "cuda" else kernels.status())
-    trainer.warm_up(_longest_training_utterance(dataset))
-    run = TrainingRun(trainer, dataset, log)
-    progress = _resume(run) or TrainState()
-    if config.max_steps is not None and progress.step >= config.max_steps and not progress.step_in_epoch:
-        raise RunError(f"--max-steps {config.max_steps}: all of them are done already; give a larger number to go on")
-    run.scalars = Scalars(config.tensorboard if world.is_main else None, progress.step)
-    if not progress.resumed:
-        if world.is_main and (earlier := checkpoint.archive_previous_run(config.output_dir)):
-            world.print_once(
-                f"Checkpoints of an earlier run are now in {earlier}; --resume would have gone on from them."
-            )
-        _save(run, progress, best=False)  # so that the disk is known to do
+    trainer.warm_up(max_train_samples(dataset))
+
+    run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop)
+    saved = checkpoint.find_resumable(config, dataset.digest, world)
+    if saved is not None:
+        run.state = TrainState(**{**saved["progress"], "resumed": True})
+        torch.set_rng_state(saved["random_state"])
+        trainer.load_state_dict(saved, run.state.step)
+        log.event("resumed", True, metadata={k: v for k, v in vars(run.state).items() if v is not None})
+        # torchrun has started lost ranks again: the same run goes on, and so does its log
+        log_file.append = saved["launch"] is not None and saved["launch"] == world.launch_id
+    require_steps_left(run)
+    if config.tensorboard is not None and world.is_main:
+        log.logger.addHandler(mllog.TensorBoard(config.tensorboard, run.state.step))
+    if saved is None:
+        previous = (mllog.LOG, mllog.REPORT)
+        if world.is_main and (archive := checkpoint.archive_previous_run(config.output_dir, previous)):
+            world.print_once(f"The earlier run in this folder is now in {archive}; --resume would have continued it.")
+        save(run)  # proves that the disk can be written
     log.end(constants.INIT_STOP)
-    return run, progress
+    mllog.require_sinks(log)
+    return run
 
 
-def _check_agreement(world: World, config: Config, dataset_digest: str) -> None:
-    """Refuse to train together what differs between processes, such as after a mistake on one of many machines.
+def require_agreement(world: World, config: Config, dataset: PackedDataset) -> None:
+    """Refuse to train together what differs between ranks, such as after a mistake on one of many machines.
 
     Raises:
-        RunError: names each difference from process 0.
+        RunError: names each difference from rank 0.
     """
     own = fields_of("machine")
-    mine = {key: value for key, value in config.to_dict().items() if key not in own} | {"data_set": dataset_digest}
+    mine = {key: value for key, value in config.to_dict().items() if key not in own} | {"data_set": dataset.digest}
     first, *others = world.all_gather_object(mine)
     differences = [
         f"{key.replace('_', '-')} {other[key]} on rank {rank}, {first[key]} on rank 0"
@@ -213,254 +407,61 @@ def _check_agreement(world: World, config: Config, dataset_digest: str) -> None:
         if other[key] != first[key]
     ]
     if differences:
-        raise RunError(f"the processes of this run were not told the same: {'; '.join(differences)}")
+        raise RunError(f"ranks disagree on the configuration: {'; '.join(differences)}")
 
 
-def print_result(run: TrainingRun, progress: TrainState, seconds: float, started_at: datetime) -> None:
-    target, resumed = run.config.target_wer, " (resumed: no uninterrupted benchmark result)" if progress.resumed else ""
-    run.trainer.world.print_once(f"Target WER of {target:g} reached in {seconds:.0f} s{resumed}.")
-    if run.trainer.world.is_main:
-        kind, when = "RESUMED" if progress.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
-        line = f"{kind},DEEPSPEECH2,{run.config.seed},{seconds:.0f},{getpass.getuser()},{when}"
-        mllog.print_result(run.log, line)
+def require_batches(world: World, config: Config, dataset: PackedDataset) -> None:
+    """Raise RunError where a split is missing, or a batch cannot give every rank its microbatches."""
+    for split in ("train", "validation"):
+        if not dataset.splits[split]:
+            raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
+    parts = world.size * config.gradient_accumulation_steps
+    if config.batch_size < parts:
+        raise RunError(f"--batch-size {config.batch_size}: cannot be divided into {parts} parts (ranks x accumulation)")
 
 
-def _longest_training_utterance(dataset: PackedDataset) -> int:
-    return max(dataset.summary[name].longest_samples for name in dataset.splits["train"])
-
-
-def _train_to_target(run: TrainingRun, progress: TrainState) -> tuple[bool, Evaluation]:
-    """The part on the clock. Returns whether the target was reached, and the last evaluation."""
-    config, dataset, log, clock = run.config, run.dataset, run.log, run.clock
-    utterances = Utterances(dataset.split("train"))
-    validation = Utterances(dataset.split("validation"))
-    ctc_feasible = utterances.ctc_feasible()
-    included = np.flatnonzero(ctc_feasible)
-    log.event(constants.TRAIN_SAMPLES, len(included))
-    log.event(constants.EVAL_SAMPLES, len(validation))
-    left_out = [utterances.id(index) for index in np.flatnonzero(~ctc_feasible).tolist()]
-    log.event("train_samples_left_out", len(left_out), metadata={"reason": "too short for CTC", "ids": left_out})
-    parts = run.trainer.world.size * config.gradient_accumulation_steps
-    smallest = min(map(len, split_evenly(included, config.batch_size))) if len(included) else 0
-    if smallest < parts:
-        raise RunError(
-            f"{len(included)} training utterances in batches of at most {config.batch_size} leave one of {smallest}, "
-            f"which cannot be divided into {parts} parts (devices x accumulation)"
-        )
-
-    capacity = -(-config.batch_size // parts) * _longest_training_utterance(dataset)
-    for epoch in range(progress.epoch, config.max_epochs + 1):
-        log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: epoch})
-        trained = _train_epoch(run, utterances, included, progress)
-        metadata = {constants.EPOCH_NUM: epoch, "step": progress.step, **dataclasses.asdict(trained)}
-        log.end(constants.EPOCH_STOP, metadata=metadata)
-
-        evaluation_started = time.monotonic()
-        log.start(constants.EVAL_START, metadata={constants.EPOCH_NUM: epoch})
-        evaluation = evaluate(run.trainer, validation, capacity, run.told_to_end)
-        if evaluation is None:  # resumed, the run has no step of this epoch left, and evaluates it
-            save_and_exit(run, progress)
-        evaluation.log_errors(log, epoch)
-        total = evaluation.total
-        progress.evaluation_seconds += time.monotonic() - evaluation_started
-        fraction = progress.evaluation_seconds / clock.seconds()
-        log.end(constants.EVAL_STOP, metadata={constants.EPOCH_NUM: epoch, "evaluation_fraction_of_run": fraction})
-        wers = {name: counts.wer for name, counts in {"all": total, **evaluation.by_subset()}.items()}
-        run.scalars.epoch(progress.step, wers, trained.utterances_per_second, trained.data_wait_fraction)
-        reached = total.wer <= config.target_wer
-        each = ", ".join(f"{name} {counts.wer:.2f}" for name, counts in evaluation.by_subset().items())
-        run.trainer.world.print_once(
-            f"epoch {epoch:3d}  loss {trained.loss:8.3f}  WER {total.wer:6.2f} ({each})  CER {total.cer:6.2f}  "
-            f"train {trained.seconds:.0f} s (waited for data {trained.data_wait_fraction:.1%})  "
-            f"clock {clock.seconds():.0f} s (evaluation {fraction:.0%})"
-        )
-        if trained.finished:
-            progress.epoch, progress.step_in_epoch = epoch + 1, 0
-            progress.losses_in_epoch, progress.sum_of_losses_in_epoch = 0, 0.0
-        progress.wer = total.wer
-        progress.best_wer = min(total.wer, progress.best_wer if progress.best_wer is not None else math.inf)
-        if reached or progress.step == config.max_steps or epoch == config.max_epochs:
-            return reached, evaluation
-        _save(run, progress, best=total.wer == progress.best_wer)
-    raise RunError(f"--max-epochs {config.max_epochs}: all of them are done already; give a larger number to go on")
-
-
-def save_and_exit(run: TrainingRun, progress: TrainState) -> NoReturn:
-    _save(run, progress, best=False)
-    run.trainer.world.print_once(f"Told to end: step {progress.step} is done and saved; --resume goes on from there.")
-    raise Preempted
-
-
-def _save(run: TrainingRun, progress: TrainState, *, best: bool) -> None:
-    trainer, started = run.trainer, time.monotonic()
-    progress.elapsed_seconds = run.clock.seconds()
-    if trainer.world.is_main:
-        models = trainer.eval_model, trainer.model
-        folder, digest = run.config.output_dir, run.dataset.digest
-        state = run.config, digest, progress, *models, trainer.optimizer
-        checkpoint.save(folder, *state, launch=trainer.world.launch, best=best)
-        run.log.event("checkpoint", time.monotonic() - started, metadata={"step_num": progress.step})
-    run.saved_at = time.monotonic()
-
-
-@dataclass(frozen=True)
-class EpochStats:
-    """What an epoch, or the rest of one, came to."""
-
-    finished: bool  # whether to its end: max_steps may come before
-    loss: float  # mean over its steps
-    seconds: float
-    utterances_per_second: float
-    audio_seconds_per_second: float  # of speech as it is in the corpus, before augmentation
-    data_wait_fraction: float  # of the time, in the process that waited most
-    # Of the time, what each process stood still in messages, see distributed.seconds_waited (not measured on GPUs) ...
-    rank_wait_fractions: list[float]
-    # ... and what the messages themselves took: of each step, what the process that waited least stood still.
-    communication_fraction: float
-    skipped_steps: int  # of the run so far
-
-
-def _train_epoch(run: TrainingRun, utterances: Utterances, included: np.ndarray, progress: TrainState) -> EpochStats:
-    """The rest of the epoch under way.
-
-    Raises:
-        RunError: see `log_step`.
-        Preempted: the process was told to end.
-    """
-    config, trainer, world = run.config, run.trainer, run.trainer.world
-    plan = epoch_batches(utterances, included, config.batch_size, config.seed, progress.epoch)
-    parts = config.gradient_accumulation_steps
-    mine = [
-        share
-        for indices in plan[progress.step_in_epoch :]
-        for share in split_balanced(utterances, indices, parts * world.size)[world.rank :: world.size]
-    ]
-    augment = (config, progress.epoch) if progress.epoch >= config.augment_from_epoch else None
-    make = partial(make_batch, utterances, augment=augment, pinned=trainer.device.type == "cuda")
-    batches = prefetch(mine, make)
-    unread: deque[tuple[int, float, np.ndarray, Callable[[], Tensor]]] = deque()
-    started, waiting, done, samples = time.monotonic(), 0.0, 0, 0
-    waits: list[float] = []  # of each step
-    trainer.model.train()
-    stop = save = False
-
-    def read(most_unread: int) -> None:
-        nonlocal stop, save
-        while len(unread) > most_unread:
-            step, rate, indices, result = unread.popleft()
-            loss, norm, asked_to_stop, asked_to_save = result().tolist()
-            stop, save = stop or asked_to_stop > 0, save or asked_to_save > 0
-            if log_step(run, progress, step, rate, loss, norm, [utterances.id(index) for index in indices]):
-                progress.losses_in_epoch += 1
-                progress.sum_of_losses_in_epoch += loss
-                bar.set_postfix_str(f"loss {loss:.2f}", refresh=False)
-
-    with progress_bar(f"epoch {progress.epoch}", len(plan), progress.step_in_epoch, shown=world.is_main) as bar:
-        while progress.step_in_epoch < len(plan) and (config.max_steps is None or progress.step < config.max_steps):
-            asked = time.monotonic()
-            shares = [next(batches) for _ in range(parts)]
-            waiting += time.monotonic() - asked
-            indices = plan[progress.step_in_epoch]
-            rate = learning_rate(config, progress.step, len(plan))
-            due = world.is_main and time.monotonic() - run.saved_at > 60 * config.checkpoint_interval_minutes
-            waited = seconds_waited()
-            result = trainer.step(shares, len(indices), rate, (run.stop_asked, due))
-            waits.append(seconds_waited() - waited)
-            done, samples = done + len(indices), samples + int(utterances.num_samples[indices].sum())
-            progress.step += 1
-            progress.step_in_epoch += 1
-            unread.append((progress.step, rate, indices, result))
-            read(PENDING_LOSSES[trainer.device.type])
-            bar.update()
-            if stop or save:
-                read(0)
-            if stop:
-                save_and_exit(run, progress)
-            if save:
-                _save(run, progress, best=False)
-                save = False
-        read(0)
-    batches.close()  # type: ignore[attr-defined]  # stops the reader when max_steps ended the epoch early
-    seconds = time.monotonic() - started
-    waits_RS = np.array(world.all_gather_object(waits))
-    return EpochStats(
-        finished=progress.step_in_epoch == len(plan),
-        loss=progress.sum_of_losses_in_epoch / progress.losses_in_epoch if progress.losses_in_epoch else math.nan,
-        seconds=seconds,
-        utterances_per_second=done / seconds,
-        audio_seconds_per_second=samples / SAMPLE_RATE / seconds,
-        data_wait_fraction=max(world.all_gather_object(waiting)) / seconds,
-        rank_wait_fractions=(waits_RS.sum(1) / seconds).tolist(),
-        communication_fraction=float(waits_RS.min(0).sum() / seconds),
-        skipped_steps=progress.skipped_steps,
-    )
-
-
-def log_step(
-    run: TrainingRun, progress: TrainState, step: int, rate: float, loss: float, norm: float, ids: list[str]
-) -> bool:
-    """Log a step that is done. Returns whether its loss and gradient were finite.
-
-    Raises:
-        RunError: too many steps in a row were not.
-    """
-    if math.isfinite(loss) and math.isfinite(norm):
-        progress.skipped_in_a_row = 0
-        run.log.event("train_loss", loss, metadata={"step_num": step, "learning_rate": rate, "gradient_norm": norm})
-        run.scalars.step(step, loss, rate, norm)
-        return True
-    progress.skipped_steps += 1
-    progress.skipped_in_a_row += 1
-    run.log.event("skipped_step", step, metadata={"reason": "not finite", "utterances": ids})
-    if progress.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-        raise RunError(
-            f"step {step}: loss or gradient was not finite {progress.skipped_in_a_row} times in a row, last with the "
-            f"utterances {', '.join(ids)}; try a lower --learning-rate"
-        )
-    return False
-
-
-def _resume(run: TrainingRun) -> TrainState | None:
-    """Go on from a checkpoint, if that was asked for or torchrun has started the processes of this launch again.
-
-    Processes of several machines may find different checkpoints, or none: the newest that one of them has is used, one
-    of this launch before any other.
-    """
-    trainer, config, world = run.trainer, run.config, run.trainer.world
-    if not (config.resume or world.launch):
-        return None
-    path, content, trouble = config.output_dir / checkpoint.LAST, None, None
-    if world.local_rank == 0:
+def lock_output_dir(world: World, config: Config, resources: ExitStack) -> None:
+    """Keep other runs out of the output folder as long as this process lives; RunError on all ranks if one is there."""
+    failure = None
+    if world.is_main:
         try:
-            path, content = checkpoint.load_newest(config.output_dir)
-        except RunError as error:
-            trouble = error
-    ours = content is not None and content.get("launch") == world.launch
-    if not (ours or config.resume):
-        content = None  # of an earlier run
-    found = world.all_gather_object((ours, content["progress"]["step"] if content is not None else -1))
-    newest = found.index(max(found))
-    nothing = found[newest][1] < 0
-    if nothing and not config.resume:
-        return None  # the processes start for the first time, or one was lost before the first checkpoint
-    if nothing:
-        raise trouble or RunError(f"{path}: there is no such checkpoint")
-    content = world.broadcast_object(content, newest)
-    assert content is not None
-    checkpoint.check_resumable(path, content, config, run.dataset.digest)
-    progress = TrainState(**{**content["progress"], "resumed": True})
-    torch.set_rng_state(content["random_state"])
-    trainer.model.load_state_dict(content["trained_model"])
-    if trainer.ema is not None:
-        trainer.ema.module.load_state_dict(content["model"])
-        trainer.ema.n_averaged.fill_(progress.step)  # not zero, at which it would start with the model's weights
-    # Hyperparameters are those of the configuration, which are others if it was resumed with changes.
-    groups = trainer.optimizer.state_dict()["param_groups"]
-    trainer.optimizer.load_state_dict({**content["optimizer"], "param_groups": groups})
-    known = {name: value for name, value in vars(progress).items() if value is not None}
-    run.log.event("resumed", True, metadata=known)
-    world.print_once(f"Resuming from {path}: epoch {progress.epoch}, step {progress.step}.")
-    return progress
+            config.output_dir.mkdir(parents=True, exist_ok=True)
+            resources.enter_context(locked(config.output_dir, "run"))
+        except (OSError, DataError) as error:
+            failure = f"--output-dir {config.output_dir}: {getattr(error, 'strerror', None) or error}"
+    if failure := world.broadcast_object(failure, source=0):
+        raise RunError(failure)
+
+
+def require_steps_left(run: TrainingRun) -> None:
+    """Raise RunError where the run that is resumed has reached its limits."""
+    config, state = run.config, run.state
+    if config.max_steps is not None and state.step >= config.max_steps and not state.step_in_epoch:
+        raise RunError(f"--max-steps {config.max_steps}: already reached; increase it to continue")
+    if state.epoch > config.max_epochs:
+        raise RunError(f"--max-epochs {config.max_epochs}: already reached; increase it to continue")
+
+
+def max_train_samples(dataset: PackedDataset) -> int:
+    """Return the samples of the longest training utterance."""
+    return max(dataset.summary[name].max_samples for name in dataset.splits["train"])
+
+
+def main(arguments: list[str] | None = None, launch_id: str | None = None) -> int:
+    """Run a command line; returns the exit status."""
+
+    def work() -> bool:
+        config = parse_config(
+            sys.argv[1:] if arguments is None else arguments,
+            program="python -m pytorch.train",
+            description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target.",
+        )
+        with report_lost_ranks():
+            return train(config, launch_id)
+
+    status = exit_status(work, interrupted="Interrupted. --resume continues from the last checkpoint.")
+    shutdown()
+    return status
 
 
 if __name__ == "__main__":

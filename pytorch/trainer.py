@@ -1,11 +1,12 @@
-"""A model in training: its loss on a batch, its optimizer, the average of its weights."""
+"""One optimizer step: the model, its loss on a batch, gradients over all ranks, the EMA of the weights."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,142 +17,162 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from pytorch.config import Config
 from pytorch.ctc import ctc_loss
 from pytorch.device import copy_to_cpu_async, explain_oom
-from pytorch.distributed import World, all_reduce_sum, average_gradients, note_gradients_are_there
+from pytorch.distributed import World, all_reduce_sum
 from pytorch.features import SAMPLE_RATE, LogSpectrogram
 from pytorch.layers import kernels
 from pytorch.loader import Batch
 from pytorch.model import DeepSpeech2
-from pytorch.optimizer import make_optimizer
+from pytorch.optimizer import make_optimizers
 
 
-@dataclass
 class Trainer:
-    """What a training step works with. The configuration's precision is fp32 or bf16: select_precision has chosen."""
+    """A model in training, initialized from torch's global generator.
 
-    config: Config
-    device: torch.device
-    world: World
-    spectrogram: LogSpectrogram
-    model: DeepSpeech2
-    ddp_model: nn.Module  # the model; with several processes, wrapped to average gradients over them
-    ema: AveragedModel | None  # exponential moving average of the model's weights and batch-norm statistics
-    optimizer: torch.optim.Optimizer
+    Args:
+        config: its precision is fp32 or bf16, see `select_precision`.
+        device: where to compute.
+        world: the ranks; every one of them makes a Trainer.
+    """
 
-    @classmethod
-    def make(cls, config: Config, device: torch.device, world: World | None = None) -> Trainer:
-        """A new model, initialised from torch's global generator; on a CPU its kernel is built."""
-        world = world or World()
-        model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
+    def __init__(self, config: Config, device: torch.device, world: World | None = None) -> None:
+        self.config, self.device, self.world = config, device, world or World()
+        self.spectrogram = LogSpectrogram().to(device)
+        self.model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
         if device.type == "cpu":
-            kernels.load()
-        ddp_model: nn.Module = model
-        if world.size > 1:
+            kernels.load()  # compiles them, the first time
+        self.ddp_model: nn.Module = self.model
+        if self.world.size > 1:
             with warnings.catch_warnings():  # broadcast_buffers has a newer name that not all versions know
                 warnings.simplefilter("ignore", FutureWarning)
-                ddp_model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-            if device.type == "cpu":
-                # a lambda, since it wants no annotations that are text
-                ddp_model.register_comm_hook(None, lambda _, bucket: average_gradients(bucket))
-        ema = AveragedModel(model, use_buffers=True) if config.ema_decay > 0 else None
-        optimizer = make_optimizer(config, model)
-        return cls(config, device, world, LogSpectrogram().to(device), model, ddp_model, ema, optimizer)
+                # Batch norms see the rows of all ranks, so their statistics are equal without a broadcast.
+                self.ddp_model = DistributedDataParallel(
+                    self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+        # The EMA has the batch norms' running statistics, too.
+        self.ema = AveragedModel(self.model, use_buffers=True) if config.ema_decay > 0 else None
+        self.optimizers = make_optimizers(config, self.model)
 
     @property
     def eval_model(self) -> nn.Module:
-        """Return the model that is evaluated and kept: the EMA if there is one."""
+        """The model that is evaluated and kept: the EMA if there is one."""
         return self.model if self.ema is None else self.ema.module
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: "model" is the one that is evaluated, "trained_model" the one in training."""
+        return {
+            "model": self.eval_model.state_dict(),
+            "trained_model": self.model.state_dict(),  # takes no space where it is the same
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], steps: int) -> None:
+        """Restore `state_dict()` of a run of so many steps. Hyperparameters stay those of the configuration."""
+        self.model.load_state_dict(state["trained_model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["model"])
+            self.ema.n_averaged.fill_(steps)  # at zero it would start again with the model's weights
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
+
     def logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A model's logits [T, B, V] and output frames [B] of a batch, augmented if the batch says so."""
+        """Return a model's logits [T, B, V] and output frames [B] (CPU) of a batch, augmented if the batch says so."""
         waveforms_BS = batch.waveforms_BS.to(self.device, non_blocking=True)
         features = self.spectrogram(waveforms_BS, batch.num_samples_B, batch.augmentation)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return model(*features)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The model's loss on a batch: mean over its utterances."""
+        """Return the loss on a batch: mean over its utterances."""
         logits_TBV, frames_B = self.logits(self.ddp_model, batch)
         return ctc_loss(logits_TBV, frames_B, batch.targets.to(self.device, non_blocking=True), batch.target_lengths_B)
 
-    def step(
-        self, shares: Sequence[Batch], count: int, rate: float, asked: Sequence[bool] = ()
+    def train_step(
+        self, microbatches: Sequence[Batch], global_batch_size: int, lr: float, flags: Sequence[bool] = ()
     ) -> Callable[[], Tensor]:
-        """One optimizer step, which changes nothing if its loss or gradient is not finite.
+        """Take one optimizer step, which changes nothing on any rank if its loss or gradient norm is not finite.
 
-        The loss is the mean over the utterances of the global batch, whoever computes them; its gradient, batch norms
-        and so the new weights are the same in every process.
+        The loss is the mean over the utterances of the global batch, on whichever rank they are; its gradient, batch
+        norms and so the new weights are the same on every rank.
 
         Args:
-            shares: this process's part of the global batch, to be computed one after another.
-            count: utterances of the global batch.
-            rate: learning rate.
-            asked: things that this process asks of all of them.
+            microbatches: this rank's part of the global batch, to be computed one after another.
+            global_batch_size: utterances of all ranks' microbatches.
+            lr: learning rate.
+            flags: whatever this rank wants all of them to know.
 
         Returns:
-            What waits for the step and gives loss, gradient norm and, for each thing, by how many it was asked.
+            A function that waits for the step and returns, as float64 on the CPU, the loss, the gradient norm and, for
+            each flag, the number of ranks on which it was set. Nothing else here waits for the device.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        before = [statistic.clone() for statistic in self._batch_norm_buffers()]
-        said = torch.tensor([0.0, *asked], dtype=torch.float64).to(self.device, non_blocking=True)
-        for share in shares:
-            gradients_are_whole = share is shares[-1] or self.world.size == 1
-            with nullcontext() if gradients_are_whole else self.ddp_model.no_sync():  # type: ignore[operator]
-                loss = self.loss(share) * (len(share) / count)
-                (loss * self.world.size).backward()  # what averages the gradients divides by that
-            said[0] += loss.detach()
-        if self.world.size > 1 and self.device.type == "cpu":
-            note_gradients_are_there()
-        all_reduce_sum(said)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
-        result = torch.cat([said[:1], norm.double().view(1), said[1:]])
-        finite = result[:2].isfinite().all()
-        for statistic, old in zip(self._batch_norm_buffers(), before, strict=True):
-            torch.where(finite, statistic, old, out=statistic)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+        buffers_before = [buffer.clone() for buffer in self._batch_norm_buffers()]
+        reduced = torch.tensor([0.0, *flags], dtype=torch.float64).to(self.device, non_blocking=True)
+        for microbatch in microbatches:
+            # DDP exchanges gradients during the last backward pass only.
+            exchange = microbatch is microbatches[-1] or self.world.size == 1
+            with nullcontext() if exchange else self.ddp_model.no_sync():  # type: ignore[operator]
+                loss = self.loss(microbatch) * (len(microbatch) / global_batch_size)
+                (loss * self.world.size).backward()  # DDP divides the sum of gradients by the number of ranks
+            reduced[0] += loss.detach()
+        all_reduce_sum(reduced)
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
+        result = torch.cat([reduced[:1], grad_norm.double().view(1), reduced[1:]])
+        finite = result[:2].isfinite().all()  # stays on the device: `if finite` would wait for it
+        for buffer, before in zip(self._batch_norm_buffers(), buffers_before, strict=True):
+            torch.where(finite, buffer, before, out=buffer)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # The convention of torch.amp.GradScaler: fused optimizers read this tensor on the device, and leave weights
+            # and moments alone unless it is zero. Muon here does, too.
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
         if self.ema is not None:
             self._update_ema(self.ema, finite)
         return copy_to_cpu_async(result)
 
     def _update_ema(self, ema: AveragedModel, finite: Tensor) -> None:
-        """Move the average towards the model, if the step was finite: a bool on the device, not to be waited for."""
+        """Move the EMA towards the model if the step was finite (a bool on the device, not to be waited for)."""
         steps = int(ema.n_averaged)  # of the run, skipped ones included, as for the learning rate
-        decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))  # the first steps are soon forgotten
-        move = get_ema_multi_avg_fn(decay)
+        decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))  # forgets the first steps soon
+        update = get_ema_multi_avg_fn(decay)
 
-        def move_if_finite(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
+        def update_if_finite(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
             # an average that moves towards itself stays where it is, to the bit
-            kept = [torch.where(finite, value, old) for value, old in zip(values, averages, strict=True)]
-            move(averages, kept, count)
+            targets = [torch.where(finite, value, old) for value, old in zip(values, averages, strict=True)]
+            update(averages, targets, count)
 
-        ema.multi_avg_fn = move_if_finite
+        ema.multi_avg_fn = update_if_finite
         ema.update_parameters(self.model)
 
     def _batch_norm_buffers(self) -> list[Tensor]:
-        """Running means and variances of the batch norms."""
+        """Return the running means and variances."""
         return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
-    def warm_up(self, longest_samples: int) -> None:
-        """One whole training step on made-up data as large as the largest batch, then everything as it was.
+    def warm_up(self, max_samples: int) -> None:
+        """Take one training step on made-up data as large as the largest batch, then restore the model.
 
-        Kernels are chosen, processes have met, and memory is known to suffice, before the clock starts.
+        Selects kernels, opens connections and proves that the largest batch fits, before the clock starts.
+
+        Args:
+            max_samples: of the longest training utterance.
 
         Raises:
             RunError: the largest batch does not fit into memory.
         """
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
-        parts = self.world.size * self.config.gradient_accumulation_steps
-        count, samples = -(-self.config.batch_size // parts), int(longest_samples / min(1.0, self.config.tempo_min))
+        accumulation = self.config.gradient_accumulation_steps
+        count = math.ceil(self.config.batch_size / (self.world.size * accumulation))
+        num_samples = int(max_samples / min(1.0, self.config.tempo_min))
         with explain_oom(
-            f"a batch of {count} utterances of {samples / SAMPLE_RATE:.0f} s does not fit into memory; "
+            f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
             f"use a smaller --batch-size than {self.config.batch_size}, or compute it in "
-            f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
+            f"{2 * accumulation} parts: --gradient-accumulation-steps"
         ):
-            noise = torch.randint(-1000, 1000, (count, samples), dtype=torch.int16)
-            lengths, ones = torch.full((count,), samples), torch.full((count,), 1)
-            self.loss(Batch(np.arange(count), noise, lengths, ones, ones, ["'"] * count, None)).backward()
-            make_optimizer(self.config, self.model).step()
+            noise_BS = torch.randint(-1000, 1000, (count, num_samples), dtype=torch.int16)
+            num_samples_B, ones = torch.full((count,), num_samples), torch.full((count,), 1)
+            self.loss(Batch(np.arange(count), noise_BS, num_samples_B, ones, ones, ["'"] * count, None)).backward()
+            for optimizer in make_optimizers(self.config, self.model):
+                optimizer.step()
         self.model.zero_grad(set_to_none=True)
         self.model.load_state_dict(before)

@@ -45,7 +45,7 @@ def write_packed_dataset(path: Path, counts: dict[str, int], *, seed: int = 0) -
             name, count, 1, offset, len(spoken[-1][0]), index_sha256, "none", nothing, nothing, False
         )
     splits = {split: [f"tones-{split}"] if split in counts else [] for split in packed.SPLITS}
-    digest = packed.content_digest(path, summaries)
+    digest = packed.dataset_digest(path, summaries)
     packed.write_dataset(packed.PackedDataset(path, "tones", True, splits, digest, summaries))
     return path
 

@@ -16,13 +16,12 @@ LAYERS = [
     ["cli", "metrics"],
     ["config", "ctc", "distributed", "layers.kernels"],
     ["features", "machine", "device", "layers.batch_norm", "layers.convolution", "layers.gru"],
-    ["model", "checkpoint", "mllog", "tensorboard"],
+    ["model", "checkpoint", "mllog"],
     ["loader", "optimizer"],
     ["trainer"],
     ["evaluation"],
     ["train"],
     ["launch"],
-    ["run_and_time"],
 ]
 DATA_FOR_PYTORCH = {"data.packed", "data.files"}
 PACKAGES = {  # third parties of a timed run; README.md says what each is for

@@ -1,4 +1,4 @@
-"""How good a trained model is: word and character error rates on a data set, with confidence intervals.
+"""Word and character error rates of a trained model on a data set, with confidence intervals.
 
     python -m tools.evaluate results/an4/checkpoint_best.pt --dataset-dir AN4_dataset
     python -m tools.evaluate results/librispeech/checkpoint_best.pt --dataset-dir LibriSpeech_dataset --split test
@@ -10,18 +10,15 @@ Prints a table. `--output` names a folder for
     summary.json            the table's figures
     utterances.jsonl        subset, id, speaker, reference and hypothesis of every utterance
     <subset>.ref.trn        references and hypotheses for NIST's sclite: sclite -r ... trn -h ... trn -i rm
-    <subset>.hyp.trn
+    <subset>.hyp.trn        (ids are <speaker>-<utterance>; what sclite could misread in them is percent-encoded)
 
-Exit status: 0, or 1 if something went wrong. With torchrun each utterance is recognised by one of the processes, and
-the first one reports.
+Exit status: 0, or 1 if something went wrong. With torchrun each utterance is recognized by one of the processes, and
+the first one reports. The evaluation is the timed run's own (pytorch/evaluation.py), in its precision.
 
 The intervals are those of the bootstrap (M. Bisani and H. Ney, "Bootstrap estimates for confidence intervals in ASR
 performance evaluation", ICASSP 2004): utterances, or whole speakers, are drawn with replacement 10,000 times from a
 generator of a fixed seed, and between the 2.5th and the 97.5th percentile of the drawn sets' rates lies the interval.
 Utterances of one speaker succeed and fail together, so the interval over speakers is the one that speaks about others.
-
-A hypothesis is its words with single spaces between them. The log of a training run counts spaces as they were decoded,
-so its character error rate differs by some tenths; word error rates are the same.
 """
 
 from __future__ import annotations
@@ -30,27 +27,35 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 import Levenshtein
 import numpy as np
-import torch.distributed
 import tyro
 
-from data.packed import Subset, open_dataset
+from data.packed import open_dataset
 from pytorch.cli import RunError, exit_status
+from pytorch.distributed import World, report_lost_ranks, shutdown
+from pytorch.evaluation import Hypothesis, greedy_decoder
 from pytorch.features import SAMPLE_RATE
 from pytorch.loader import Utterances
-from pytorch.metrics import ErrorCounts, count_errors
-from tools.language_model.beam_search import Decoding
-from tools.recognizer import Recognizer, emissions, select_subsets, speed
+from pytorch.metrics import ErrorCounts
+from tools.language_model.beam_search import Decoding, decode_each
+from tools.output import output_file, prepare_outputs
+from tools.recognizer import Recognizer, greedy, select_subsets, speed
 
 BOOTSTRAP_SETS = 10_000
 BOOTSTRAP_SEED = 0
 _SETS_AT_ONCE = 500
+_TIMEOUT_S = 3600.0  # for the other processes, which may have more to search
+
+Interval = tuple[float, float]
+Spoken = tuple[str, Hypothesis]  # speaker, empty where not known, and what was made of an utterance
 
 
 @dataclass(frozen=True)
@@ -65,167 +70,135 @@ class Options:
     """validation, test or train, or comma-separated names of subsets, such as dev-clean,dev-other"""
     output: Path | None = None
     """folder for the figures and all pairs of reference and hypothesis"""
+    overwrite: bool = False
+    """replace such files in the folder"""
     batch_size: int = 16
-    """utterances recognised together; changes no figure"""
+    """utterances recognized together; changes no figure but by rounding"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto: the GPU if there is one"""
+    precision: Literal["fp32", "bf16"] | None = None
+    """None: that of the checkpoint's run, if the device has arithmetic for it, else fp32"""
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
 
 
-@dataclass(frozen=True)
-class Recognised:
-    """An utterance and what was recognised."""
-
-    subset: str
-    id: str
-    speaker: str
-    reference: str
-    hypothesis: str
-
-
-@dataclass(frozen=True)
-class Edits:
-    """What turns references into hypotheses."""
-
-    insertions: int = 0
-    deletions: int = 0
-    substitutions: int = 0
-
-
-@dataclass(frozen=True)
-class Score:
-    """Rates of a set of utterances, in percent; intervals of 95 %, over speakers None where there is only one."""
-
-    utterances: int
-    speakers: int
-    words: int
-    wer: float
-    wer_interval: tuple[float, float]
-    wer_interval_over_speakers: tuple[float, float] | None
-    word_edits: Edits
-    mean_utterance_wer: float
-    characters: int
-    cer: float
-    cer_interval: tuple[float, float]
-    cer_interval_over_speakers: tuple[float, float] | None
-    character_edits: Edits
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line; return the exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m tools.evaluate", description=__doc__)
     return exit_status(lambda: evaluate(options))
 
 
-def evaluate(options: Options) -> dict[str, Score] | None:
-    """Recognise and score; returns the scores by subset, and of all as "all" (None in torchrun's other processes).
+def evaluate(options: Options) -> None:
+    """Recognize, score and report.
 
     Raises:
         RunError: checkpoint, options or output folder will not do.
         DataError: the data set is absent or damaged, or has no such subset.
+        RankFailure: another process is lost.
     """
     if options.batch_size < 1:
         raise RunError(f"--batch-size is {options.batch_size}; it must be a positive integer")
     dataset = open_dataset(options.dataset_dir)
     utterances = Utterances(select_subsets(dataset, options.split))
+    names = [subset.name for subset in utterances.subsets]
     if options.output is not None:
-        try:
-            options.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"--output {options.output}: cannot be made: {error.strerror}") from error
-    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    recognizer = Recognizer.load(options.checkpoint, options.device)
+        files = [
+            "summary.json",
+            "utterances.jsonl",
+            *(f"{name}.{side}.trn" for name in names for side in ("ref", "hyp")),
+        ]
+        prepare_outputs([options.output / file for file in files], options.overwrite)
     decode = options.decoding.make()
-    if processes > 1:
-        torch.distributed.init_process_group("gloo")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's
+    recognizer = Recognizer.load(options.checkpoint, options.device, options.precision, local_rank)
+    world = World.init(recognizer.device.type, _TIMEOUT_S)
     try:
         started = time.monotonic()
-        hypotheses = {
-            index: " ".join(decode(emission_TV).split())
-            for index, emission_TV in emissions(recognizer, utterances, options.batch_size, rank, processes)
-        }
-        if processes > 1:
-            gathered: list[dict[int, str]] | None = [{} for _ in range(processes)] if rank == 0 else None
-            torch.distributed.gather_object(hypotheses, gathered)
-            if gathered is None:
-                return None
-            hypotheses = {index: text for part in gathered for index, text in part.items()}
+        with report_lost_ranks():
+            decoder = greedy_decoder if decode is greedy else decode_each(decode)
+            evaluation = recognizer.evaluate(utterances, options.batch_size, decoder, world)
         seconds = time.monotonic() - started
     finally:
-        if processes > 1:
-            torch.distributed.destroy_process_group()
-    if len(hypotheses) != len(utterances):
-        raise RunError(f"evaluation counted {len(hypotheses)} of {len(utterances)} utterances")
+        shutdown()
+    if not world.is_main:
+        return
 
-    recognised = _in_order(utterances.subsets, utterances, hypotheses)
-    scores = {
-        subset.name: score([pair for pair in recognised if pair.subset == subset.name]) for subset in utterances.subsets
-    }
-    scores["all"] = score(recognised)
+    everything = [(utterances.speaker(index), found) for index, found in enumerate(evaluation.hypotheses)]
+    everything.sort(key=lambda spoken: (names.index(spoken[1].subset), spoken[1].id))
+    by_subset = {name: [spoken for spoken in everything if spoken[1].subset == name] for name in names}
+    scores = {name: score(spoken) for name, spoken in {**by_subset, "all": everything}.items()}
     audio_seconds = int(utterances.num_samples.sum()) / SAMPLE_RATE
     print(table(scores))
-    print(f"{audio_seconds:.0f} s of speech in {seconds:.1f} s: {speed(audio_seconds, seconds)}")
-    if options.output is not None:
-        summary = {
-            "checkpoint": str(options.checkpoint),
-            "dataset_digest": dataset.digest,
-            "decoding": {key: str(value) for key, value in asdict(options.decoding).items() if options.decoding.lm},
-            "real_time_factor": seconds / audio_seconds,
-            "scores": {name: asdict(figures) for name, figures in scores.items()},
-        }
-        write_pairs(options.output, recognised, summary)
-    return scores
-
-
-def _in_order(subsets: Sequence[Subset], utterances: Utterances, hypotheses: dict[int, str]) -> list[Recognised]:
-    """By subset, and in it by id."""
-    by_id = {
-        (utterances.subsets[utterances.subset_of[index]].name, utterances.id(index)): hypothesis
-        for index, hypothesis in hypotheses.items()
-    }
-    return [
-        Recognised(subset.name, name, speaker, reference, by_id[subset.name, name])
-        for subset in subsets
-        for name, speaker, reference in sorted(zip(subset.ids, subset.speakers, subset.transcripts, strict=True))
-    ]
-
-
-def score(recognised: Sequence[Recognised]) -> Score:
-    """Rates of a set of utterances, with their intervals."""
-    errors = [count_errors([pair.reference], [pair.hypothesis]) for pair in recognised]
-    total = sum(errors, ErrorCounts())
-    _, speaker_N = np.unique([pair.speaker for pair in recognised], return_inverse=True)
-    counts_N4 = np.array([[e.word_errors, e.words, e.character_errors, e.characters] for e in errors])
-    speakers = int(speaker_N.max()) + 1
-    by_speaker_K4 = np.zeros((speakers, 4), dtype=np.int64)
-    np.add.at(by_speaker_K4, speaker_N, counts_N4)
-    over_utterances = bootstrap_intervals(counts_N4)
-    over_speakers = bootstrap_intervals(by_speaker_K4) if speakers > 1 else (None, None)
-    return Score(
-        utterances=total.utterances,
-        speakers=speakers,
-        words=total.words,
-        wer=total.wer,
-        wer_interval=over_utterances[0],
-        wer_interval_over_speakers=over_speakers[0],
-        word_edits=count_edits([(pair.reference.split(), pair.hypothesis.split()) for pair in recognised]),
-        mean_utterance_wer=total.mean_utterance_wer,
-        characters=total.characters,
-        cer=total.cer,
-        cer_interval=over_utterances[1],
-        cer_interval_over_speakers=over_speakers[1],
-        character_edits=count_edits([(pair.reference, pair.hypothesis) for pair in recognised]),
+    print(
+        f"{audio_seconds:.0f} s of speech in {seconds:.1f} s: {speed(audio_seconds, seconds)}; {recognizer.precision}"
     )
+    if options.output is None:
+        return
+    summary = {
+        "checkpoint": str(options.checkpoint),
+        "dataset_digest": dataset.digest,
+        "device": recognizer.device.type,
+        "precision": recognizer.precision,
+        "decoding": {key: str(value) for key, value in asdict(options.decoding).items() if options.decoding.lm},
+        "real_time_factor": seconds / audio_seconds,
+        "scores": scores,
+    }
+    with output_file(options.output / "utterances.jsonl") as stream:
+        for speaker, found in everything:
+            pair = {"subset": found.subset, "id": found.id, "speaker": speaker}
+            stream.write(json.dumps(pair | {"reference": found.reference, "hypothesis": found.hypothesis}) + "\n")
+    for name, spoken in by_subset.items():
+        ids = trn_ids(spoken)
+        for side, texts in (
+            ("ref", [found.reference for _, found in spoken]),
+            ("hyp", [found.hypothesis for _, found in spoken]),
+        ):
+            with output_file(options.output / f"{name}.{side}.trn") as stream:
+                stream.writelines(f"{text} ({name})\n" for text, name in zip(texts, ids, strict=True))
+    with output_file(options.output / "summary.json") as stream:
+        stream.write(json.dumps(summary, indent=2) + "\n")
 
 
-def count_edits(pairs: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> Edits:
-    """Insertions, deletions and substitutions of shortest edits from references to hypotheses."""
-    kinds = [kind for reference, hypothesis in pairs for kind, *_ in Levenshtein.editops(reference, hypothesis)]
-    return Edits(kinds.count("insert"), kinds.count("delete"), kinds.count("replace"))
+def score(spoken: Sequence[Spoken]) -> dict[str, Any]:
+    """Return the rates of a set of utterances in percent, with their intervals, under the names of summary.json.
+
+    `speakers` is None where not all are known. The intervals over speakers are None then, or where there is but one.
+    """
+    errors = [found.errors for _, found in spoken]
+    total = sum(errors, ErrorCounts())
+    counts_N4 = np.array([[e.word_errors, e.words, e.character_errors, e.characters] for e in errors])
+    wer_interval, cer_interval = bootstrap_intervals(counts_N4)
+    speakers, speaker_N = np.unique([speaker for speaker, _ in spoken], return_inverse=True)
+    known = "" not in speakers
+    over_speakers: tuple[Interval | None, Interval | None] = (None, None)
+    if known and len(speakers) > 1:
+        by_speaker_K4 = np.zeros((len(speakers), 4), dtype=np.int64)
+        np.add.at(by_speaker_K4, speaker_N, counts_N4)
+        over_speakers = bootstrap_intervals(by_speaker_K4)
+    return {
+        "utterances": total.utterances,
+        "speakers": len(speakers) if known else None,
+        "words": total.words,
+        "wer": total.wer,
+        "wer_interval": wer_interval,
+        "wer_interval_over_speakers": over_speakers[0],
+        "word_edits": count_edits([(found.reference.split(), found.hypothesis.split()) for _, found in spoken]),
+        "mean_utterance_wer": total.mean_utterance_wer,
+        "characters": total.characters,
+        "cer": total.cer,
+        "cer_interval": cer_interval,
+        "cer_interval_over_speakers": over_speakers[1],
+        "character_edits": count_edits([(found.reference, found.hypothesis) for _, found in spoken]),
+    }
 
 
-def bootstrap_intervals(counts_N4: np.ndarray) -> tuple[tuple[float, float], tuple[float, float]]:
-    """95 % intervals, in percent, of two rates of a set of N units (utterances or speakers).
+def count_edits(pairs: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> dict[str, int]:
+    """Count the insertions, deletions and substitutions of shortest edits from references to hypotheses."""
+    kinds = Counter(kind for pair in pairs for kind, *_ in Levenshtein.editops(*pair))
+    return {"insertions": kinds["insert"], "deletions": kinds["delete"], "substitutions": kinds["replace"]}
+
+
+def bootstrap_intervals(counts_N4: np.ndarray) -> tuple[Interval, Interval]:
+    """Return the 95 % intervals, in percent, of WER and CER of a set of N units (utterances or speakers).
 
     Args:
         counts_N4: word errors, words, character errors and characters of each unit.
@@ -241,51 +214,41 @@ def bootstrap_intervals(counts_N4: np.ndarray) -> tuple[tuple[float, float], tup
     return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
 
 
-def table(scores: dict[str, Score]) -> str:
-    """The figures as text, a line for each subset and one for all."""
+def table(scores: dict[str, dict[str, Any]]) -> str:
+    """Return the figures as text, a line for each subset and one for all."""
 
-    def interval(limits: tuple[float, float] | None) -> str:
-        return "one speaker" if limits is None else f"{limits[0]:.2f}-{limits[1]:.2f}"
+    def cells(name: str, figures: dict[str, Any]) -> list[str]:
+        known = figures["speakers"] is not None
+
+        def interval(key: str) -> str:
+            limits = figures[key]
+            return f"{limits[0]:.2f}-{limits[1]:.2f}" if limits else "one speaker" if known else "not known"
+
+        counts = [name, figures["utterances"], figures["speakers"] if known else "not known", figures["words"]]
+        wer = [f"{figures['wer']:.2f}", interval("wer_interval"), interval("wer_interval_over_speakers")]
+        edits = [*figures["word_edits"].values(), f"{figures['mean_utterance_wer']:.2f}"]
+        cer = [f"{figures['cer']:.2f}", interval("cer_interval"), interval("cer_interval_over_speakers")]
+        return [str(cell) for cell in (*counts, *wer, *edits, *cer)]
 
     header = ["", "utterances", "speakers", "words", "WER", "95% utterances", "95% speakers", "ins", "del", "sub"]
-    rows = [[*header, "mean WER", "CER", "95% utterances", "95% speakers"]]
-    for name, s in scores.items():
-        edits = s.word_edits
-        row = [name, str(s.utterances), str(s.speakers), str(s.words)]
-        row += [f"{s.wer:.2f}", interval(s.wer_interval), interval(s.wer_interval_over_speakers)]
-        row += [str(edits.insertions), str(edits.deletions), str(edits.substitutions), f"{s.mean_utterance_wer:.2f}"]
-        row += [f"{s.cer:.2f}", interval(s.cer_interval), interval(s.cer_interval_over_speakers)]
-        rows.append(row)
+    header += ["mean WER", "CER", "95% utterances", "95% speakers"]
+    rows = [header, *(cells(name, figures) for name, figures in scores.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
+    aligned = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, aligned, strict=True))
 
 
-def write_pairs(folder: Path, recognised: Sequence[Recognised], summary: dict[str, Any]) -> None:
-    """Writes figures and pairs, each file whole or not at all; RunError where that is impossible."""
-    files = {
-        "summary.json": json.dumps(summary, indent=2) + "\n",
-        "utterances.jsonl": "".join(json.dumps(asdict(pair)) + "\n" for pair in recognised),
-    }
-    for subset in dict.fromkeys(pair.subset for pair in recognised):
-        pairs = [pair for pair in recognised if pair.subset == subset]
-        files[f"{subset}.ref.trn"] = "".join(f"{pair.reference} ({_trn_id(pair)})\n" for pair in pairs)
-        files[f"{subset}.hyp.trn"] = "".join(f"{pair.hypothesis} ({_trn_id(pair)})\n" for pair in pairs)
-    try:
-        for name, content in files.items():
-            partial = folder / f"{name}.partial"
-            partial.write_text(content, encoding="utf-8")
-            partial.replace(folder / name)
-    except OSError as error:
-        raise RunError(f"--output {folder}: cannot be written: {error.strerror}") from error
+def trn_ids(spoken: Sequence[Spoken]) -> list[str]:
+    """Return ids for sclite, which takes what comes before the first hyphen for the speaker. No two are the same.
 
-
-def _trn_id(pair: Recognised) -> str:
-    """An id that begins with the speaker, by which sclite sums up."""
-    return pair.id if pair.id.startswith(f"{pair.speaker}-") else f"{pair.speaker}-{pair.id}"
+    Where all ids begin with their speaker already, as in LibriSpeech, they stay.
+    """
+    prefixed = all(found.id.startswith(f"{speaker}-") for speaker, found in spoken)
+    ids = []
+    for speaker, found in spoken:
+        label = quote(speaker or "unknown", safe="").replace("-", "%2D").replace("_", "%5F")
+        ids.append(f"{label}-{quote(found.id.removeprefix(f'{speaker}-') if prefixed else found.id, safe='')}")
+    return ids
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """A trained model in use: waveforms -> label probabilities -> transcript, with the time and confidence of each word.
 
     recognizer = Recognizer.load(Path("results/synthetic/checkpoint_best.pt"), "auto")
-    for log_probabilities_TV in recognizer.emissions([waveform]):
-        words = align(greedy(log_probabilities_TV), log_probabilities_TV)
+    for emission_TV in recognizer.emissions([waveform]):
+        words = align(greedy(emission_TV), emission_TV)
 
-Axes: T output frames (20 ms each), V labels.
-
-This is the outer ring: a timed run imports nothing of it.
+An emission is the log probability of each label at each output frame. Axes: T output frames (20 ms each), V labels.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,24 +21,27 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchaudio.functional import forced_align
-from tqdm import tqdm
 
-from data.packed import DataError, PackedDataset, Subset
+from data.files import DataError
+from data.packed import PackedDataset, Subset
 from pytorch import checkpoint
 from pytorch.cli import RunError
+from pytorch.config import Precision
 from pytorch.ctc import BLANK, encode, greedy_decode
-from pytorch.device import explain_oom, select_device
+from pytorch.device import copy_to_cpu_async, explain_oom, select_device, select_precision, set_device
+from pytorch.distributed import World
+from pytorch.evaluation import Decoder, Evaluation, evaluate, greedy_decoder
 from pytorch.features import HOP_LENGTH, SAMPLE_RATE, LogSpectrogram
 from pytorch.layers import kernels
-from pytorch.loader import Utterances, split_evenly
+from pytorch.loader import Utterances
 from pytorch.model import TIME_STRIDE, DeepSpeech2
 
-FRAME_SECONDS = TIME_STRIDE * HOP_LENGTH / SAMPLE_RATE  # 0.02 s; output frame t is centred on t times that
+FRAME_SECONDS = TIME_STRIDE * HOP_LENGTH / SAMPLE_RATE  # 0.02 s; output frame t is centered on t times that
 
 
 @dataclass(frozen=True)
 class Word:
-    """A recognised word.
+    """A recognized word.
 
     `start` and `end` are seconds from the beginning of the waveform. `confidence`, in [0, 1], is the geometric mean of
     the probability of the aligned label, blanks included, over the output frames from the word's first character to
@@ -55,44 +56,61 @@ class Word:
 
 @dataclass(frozen=True)
 class Recognizer:
-    """A model with the features that it was trained on, ready for use on one device."""
+    """A trained model with its features, ready for use on one device."""
 
-    name: str  # of the configuration that it was trained with
-    dataset_digest: str  # of the data set that it was trained on
     device: torch.device
+    precision: Precision
     spectrogram: LogSpectrogram
     model: DeepSpeech2
 
     @classmethod
-    def load(cls, path: Path, device_name: str) -> Recognizer:
-        """The model of a checkpoint.
+    def load(cls, path: Path, device_name: str, precision: Precision | None = None, local_rank: int = 0) -> Recognizer:
+        """Load the model of a checkpoint.
+
+        Args:
+            path: of the checkpoint.
+            device_name: auto, cpu or cuda.
+            precision: None for the one that its run was evaluated with, if the device has arithmetic for it.
+            local_rank: number of the GPU.
 
         Raises:
             RunError: the checkpoint is absent, damaged or of another version; or the device is not there.
         """
         content: dict[str, Any] = checkpoint.load(path)
-        device = select_device(device_name)
+        device = select_device(device_name, local_rank)
+        set_device(device)
+        native = select_precision("auto", device)
         try:
             config = content["config"]
             model = DeepSpeech2(config["conv_channels"], config["hidden_size"])
             model.load_state_dict(content["model"])
+            if precision is None:
+                precision = "bf16" if (config["precision"], native) == ("bf16", "bf16") else "fp32"
             recognizer = cls(
-                config["config"], content["dataset_digest"], device, LogSpectrogram().to(device), model.to(device)
+                device, select_precision(precision, device), LogSpectrogram().to(device), model.to(device).eval()
             )
         except (KeyError, TypeError, RuntimeError) as error:
             problem = str(error).splitlines()[0]
             raise RunError(f"{path}: its weights are not those of a model of this project ({problem})") from error
         if device.type == "cpu":
             kernels.load()
-        recognizer.model.eval()
         return recognizer
+
+    def forward(self, waveforms_BS: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits [T, B, V] on the device and output frames [B] on the CPU, of padded int16 waveforms at 16 kHz.
+
+        Raises:
+            RunError: they do not fit into memory together.
+        """
+        batch, longest = len(num_samples_B), int(num_samples_B.max()) / SAMPLE_RATE
+        with explain_oom(f"{batch} x {longest:.0f} s of audio do not fit into memory; use a smaller --batch-size"):
+            features = self.spectrogram(waveforms_BS.to(self.device, non_blocking=True), num_samples_B)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                return self.model(*features)
 
     @torch.inference_mode()
     def emissions(self, waveforms: Sequence[np.ndarray]) -> list[Tensor]:
-        """Log probabilities of the labels, float32 [T, V] on the CPU, of each waveform.
-
-        Args:
-            waveforms: int16 [S] at 16 kHz, at least one sample each. Which ones share a call changes no result.
+        """Return the emission, float32 [T, V] on the CPU, of each waveform: int16 [S] at 16 kHz, one sample or more.
 
         Raises:
             RunError: they do not fit into memory together.
@@ -101,32 +119,52 @@ class Recognizer:
         waveforms_BS = torch.zeros(len(waveforms), int(num_samples_B.max()), dtype=torch.int16)
         for row, waveform in enumerate(waveforms):
             waveforms_BS[row, : len(waveform)] = torch.from_numpy(np.array(waveform, dtype=np.int16))
-        longest = int(num_samples_B.max()) / SAMPLE_RATE
-        advice = f"{len(waveforms)} pieces of up to {longest:.0f} s do not fit into memory; use a smaller --batch-size"
-        with explain_oom(advice):
-            logits_TBV, frames_B = self.model(*self.spectrogram(waveforms_BS.to(self.device), num_samples_B))
-        log_probabilities_BTV = logits_TBV.log_softmax(2).cpu().transpose(0, 1)
-        return [
-            emission_TV[:frames].contiguous()
-            for emission_TV, frames in zip(log_probabilities_BTV, frames_B.tolist(), strict=True)
-        ]
+        return copy_emissions(*self.forward(waveforms_BS, num_samples_B))()
+
+    def evaluate(
+        self, utterances: Utterances, batch_size: int, decoder: Decoder = greedy_decoder, world: World | None = None
+    ) -> Evaluation:
+        """Decode and count every utterance, in batches whose memory `batch_size` of the longest utterances would take.
+
+        Raises:
+            RunError: a batch does not fit into memory.
+        """
+        evaluation = evaluate(
+            lambda batch: self.forward(batch.waveforms_BS, batch.num_samples_B),
+            utterances,
+            world or World(),
+            max_batch_samples=batch_size * int(utterances.num_samples.max()),
+            pin_memory=self.device.type == "cuda",
+            decoder=decoder,
+        )
+        assert evaluation is not None  # which is what a run that is stopped gets
+        return evaluation
 
 
-def greedy(log_probabilities_TV: Tensor) -> str:
-    """Transcript by best path decoding, as in a timed run."""
-    return greedy_decode(log_probabilities_TV[:, None], torch.tensor([len(log_probabilities_TV)]))[0]
+def copy_emissions(logits_TBV: Tensor, frames_B: Tensor) -> Callable[[], list[Tensor]]:
+    """Start to copy emissions to the CPU; what is returned waits for them: float32 [T, V] of each utterance."""
+    emissions_TBV = copy_to_cpu_async(logits_TBV.log_softmax(2))
+    return lambda: [
+        emission_TV[:frames].contiguous()
+        for emission_TV, frames in zip(emissions_TBV().transpose(0, 1), frames_B.tolist(), strict=True)
+    ]
 
 
-def align(transcript: str, log_probabilities_TV: Tensor) -> list[Word]:
-    """Words of a transcript with their times, from the most probable CTC path that spells it.
+def greedy(emission_TV: Tensor) -> str:
+    """Return the transcript by best-path decoding, as in a timed run."""
+    return greedy_decode(emission_TV[:, None], torch.tensor([len(emission_TV)]))[0]
+
+
+def align(transcript: str, emission_TV: Tensor) -> list[Word]:
+    """Return the words of a transcript with their times, from the most probable CTC path that spells it.
 
     Args:
-        transcript: what was decoded from `log_probabilities_TV`, so that there are frames enough to spell it.
-        log_probabilities_TV: float32 on the CPU.
+        transcript: what was decoded from the emission, so that there are frames enough to spell it.
+        emission_TV: float32 on the CPU.
     """
     if not transcript.strip():
         return []
-    path_BT, score_BT = forced_align(log_probabilities_TV[None], torch.tensor([encode(transcript)]), blank=BLANK)
+    path_BT, score_BT = forced_align(emission_TV[None], torch.tensor([encode(transcript)]), blank=BLANK)
     path, scores = path_BT[0].tolist(), score_BT[0].tolist()
     # A label begins where the path leaves the one before it.
     starts = [t for t, label in enumerate(path) if label != BLANK and (t == 0 or path[t - 1] != label)]
@@ -141,7 +179,7 @@ def align(transcript: str, log_probabilities_TV: Tensor) -> list[Word]:
 
 
 def select_subsets(dataset: PackedDataset, split: str) -> list[Subset]:
-    """The subsets of a split, or those of these names; DataError if there is none."""
+    """Return the subsets of a split, or those of these names; raise DataError if there is none."""
     if split not in dataset.splits:
         return [dataset.subset(name) for name in dict.fromkeys(part.strip() for part in split.split(","))]
     if not dataset.splits[split]:
@@ -150,17 +188,7 @@ def select_subsets(dataset: PackedDataset, split: str) -> list[Subset]:
 
 
 def speed(audio_seconds: float, seconds: float) -> str:
-    """Real-time factor, and the most memory that this process ever held, in words."""
+    """Return the real-time factor, and the most memory that this process ever held, in words."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
     factor = f"real-time factor {seconds / audio_seconds:.4f}, {audio_seconds / seconds:.1f} x real time"
     return f"{factor}, {peak / 1024:.0f} MiB of memory at most"
-
-
-def emissions(
-    recognizer: Recognizer, utterances: Utterances, batch_size: int, rank: int = 0, processes: int = 1
-) -> Iterator[tuple[int, Tensor]]:
-    """Position and log probabilities [T, V] of every utterance that this one of the processes has to recognise."""
-    plan = split_evenly(np.arange(len(utterances)), batch_size)[rank::processes]
-    for indices in tqdm(plan, desc="recognising", unit="batch", leave=False, disable=None if rank == 0 else True):
-        waveforms = [utterances.waveform(index) for index in indices.tolist()]
-        yield from zip(indices.tolist(), recognizer.emissions(waveforms), strict=True)

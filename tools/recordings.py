@@ -1,19 +1,16 @@
-"""Recordings of any length, format, rate and number of channels, in pieces that the network can take.
+"""Recordings of any length, format, rate and number of channels, in segments that the network can take.
 
-    pieces = cut(recording.blocks())
+    for segment in segments(read_file(path)): ...
 
-Memory does not grow with the recording: it is read in blocks, mixed and resampled as a stream, and cut at pauses. Each
-piece also holds what is around it, so that no word is heard by halves alone; `seam` says where, in the overlap of two
-pieces, the words of the first end and those of the second begin.
+Memory does not grow with the recording: it is read in blocks, mixed and resampled as a stream, and cut in pauses. Each
+segment also holds what is around it, so that every word is whole in at least one of them; `join` says which words of
+two neighbors are to be kept.
 """
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,24 +18,24 @@ import numpy as np
 import soundfile
 import soxr
 
-from data.audio import CUT_SHORT, SNDFILE_FAILURES
-from data.packed import SAMPLE_RATE, DataError
+from data.audio import HIGHEST_RATE, LOWEST_RATE, SNDFILE_FAILURES, find_cut, open_recording, tells_length
+from data.files import DataError
+from data.packed import SAMPLE_RATE
 from tools.recognizer import Word
 
-LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz
 SHORTEST_S, LONGEST_S = 3.0, 12.0  # between two cuts; an utterance of LibriSpeech has 12 s on average
-CONTEXT_S = 0.5  # that a piece hears before and after its cuts
+CONTEXT_S = 0.5  # that a segment holds before and after its cuts
 PAUSE_S = 0.3  # a cut is made in the middle of the quietest stretch of this length
-_BLOCK_SAMPLES = 1 << 19  # read at once, of all channels together
+HIGHEST_PEAK = 16.0  # of full scale: mastering and lossy codecs go beyond 1, but not that far
+_BLOCK_SAMPLES = 1 << 13  # read at once, of all channels together; what precedes damage by less than that is lost
 _ENERGY_SAMPLES = SAMPLE_RATE // 100
-_VARIABLE_LENGTH = ("MP3", "OGG")  # whose headers need not tell the length exactly
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a recording, which overlaps its neighbours by CONTEXT_S on either side of the cuts between them.
+class Segment:
+    """A part of a recording, which overlaps its neighbors by CONTEXT_S on either side of the cuts between them.
 
-    `waveform`, int16 [S] at 16 kHz, begins at `start` (s); `cut` (s) is that to the next piece, None in the last one.
+    `waveform`, int16 [S] at 16 kHz, begins at `start` (s); `cut` (s) is that to the next segment, None in the last one.
     """
 
     waveform: np.ndarray
@@ -52,31 +49,27 @@ class Piece:
 
     @property
     def silent(self) -> bool:
-        """Whether it is digital silence: then there is nothing to hear, and nothing to normalise features by."""
+        """Whether it is digital silence: then there is nothing to hear, and nothing to normalize features by."""
         return bool((self.waveform == self.waveform[0]).all())
 
 
 def read_file(path: Path) -> Iterator[np.ndarray]:
-    """Blocks of int16 samples at 16 kHz mono of an audio file: by libsndfile, or what it does not know by sox.
+    """Yield blocks of int16 samples at 16 kHz mono of an audio file.
 
     Raises:
         DataError: it is no audio, or damaged, which may turn out after some blocks. The message names the file.
     """
     try:
-        if not path.is_file():
-            raise DataError(f"{path} is missing or not a file")
-        with soundfile.SoundFile(path) as audio:
-            yield from _read_sound(path, audio)
-            return
-    except SNDFILE_FAILURES as error:
-        reason = str(error).strip()
+        with open_recording(path) as audio:
+            # Else soundfile seeks after each block, which is slow, and fails in a FLAC file of unknown length.
+            audio.seekable = lambda: False
+            yield from _read_blocks(path, audio)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    yield from _read_by_sox(path, reason)
 
 
 def file_seconds(path: Path) -> float:
-    """Length by the header; 0 where it tells none."""
+    """Return the length by the header; 0 where it tells none."""
     try:
         if not path.is_file():  # a pipe would be waited for
             return 0.0
@@ -87,27 +80,32 @@ def file_seconds(path: Path) -> float:
 
 
 def read_raw(stream: BinaryIO, name: str, rate: int) -> Iterator[np.ndarray]:
-    """The same of headerless little-endian 16-bit mono audio, as it arrives."""
+    """Yield the same of headerless little-endian 16-bit mono audio, as it arrives."""
     resample = _Resampler(name, rate)
-    rest = b""
+    rest, empty = b"", True
     while chunk := stream.read1(_BLOCK_SAMPLES):  # type: ignore[attr-defined]
-        chunk = rest + chunk
+        chunk, empty = rest + chunk, False
         whole = len(chunk) // 2 * 2
         rest = chunk[whole:]
         yield resample(np.frombuffer(chunk[:whole], dtype="<i2").astype(np.float32) / 32768)
     yield resample(np.zeros(0, dtype=np.float32), last=True)
+    if empty:
+        raise DataError(f"{name} holds no audio")
     if rest:
         raise DataError(f"{name} ends in the middle of a 16-bit sample")
 
 
-def _read_sound(path: Path, audio: soundfile.SoundFile) -> Iterator[np.ndarray]:
+def _read_blocks(path: Path, audio: soundfile.SoundFile) -> Iterator[np.ndarray]:
     resample = _Resampler(path, audio.samplerate)
     frames = 0
     try:
         while len(block := audio.read(max(1, _BLOCK_SAMPLES // audio.channels), dtype="float32", always_2d=True)):
-            if not np.isfinite(block).all():
+            peak = float(np.abs(block).max())
+            if not np.isfinite(peak):
                 at = (frames + int(np.flatnonzero(~np.isfinite(block).all(1))[0])) / audio.samplerate
                 raise DataError(f"{path} holds samples that are not finite numbers, the first at {at:.2f} s")
+            if peak > HIGHEST_PEAK:
+                raise DataError(f"{path} has samples {peak:.0f} times full scale: integers in a file of floats?")
             frames += len(block)
             yield resample(block.mean(1))
     except SNDFILE_FAILURES as error:
@@ -115,8 +113,7 @@ def _read_sound(path: Path, audio: soundfile.SoundFile) -> Iterator[np.ndarray]:
     yield resample(np.zeros(0, dtype=np.float32), last=True)
     if not frames:
         raise DataError(f"{path} holds no audio")
-    cut = CUT_SHORT.search(audio.extra_info)
-    if cut or (frames < audio.frames and audio.format not in _VARIABLE_LENGTH):
+    if find_cut(audio) or (frames < audio.frames and tells_length(audio)):
         raise DataError(f"{path} is cut short: it ends after {frames / audio.samplerate:.2f} s, before its header says")
 
 
@@ -134,39 +131,11 @@ class _Resampler:
         return np.clip(np.rint(block * 32768.0), -32768, 32767).astype(np.int16)
 
 
-def _read_by_sox(path: Path, reason: str) -> Iterator[np.ndarray]:
-    if shutil.which("sox") is None:
-        raise DataError(
-            f"{path} is in no format that libsndfile reads ({reason}), and sox, which knows more of them, is not "
-            "installed; on Debian and Ubuntu: apt-get install sox libsox-fmt-all"
-        )
-    # An absolute path, and no globbing: sox would take '|...' for a command and '*' for a pattern.
-    command = ["sox", "-V1", "--no-dither", "--no-glob", str(path.absolute())]
-    command += ["-t", "raw", "-r", str(SAMPLE_RATE), "-c", "1", "-b", "16", "-e", "signed-integer", "-L", "-"]
-    with tempfile.TemporaryFile() as complaints:
-        sox = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=complaints)
-        assert sox.stdout is not None
-        heard = False
-        try:
-            for block in read_raw(sox.stdout, str(path), SAMPLE_RATE):  # type: ignore[arg-type]
-                heard = heard or len(block) > 0
-                yield block
-            status = sox.wait()
-        finally:
-            sox.kill()  # where the reader stopped early
-            sox.wait()
-            sox.stdout.close()
-        if status or not heard:
-            complaints.seek(0)
-            told = complaints.read().decode(errors="replace").strip().splitlines() or ["no audio"]
-            raise DataError(f"{path} can be read neither by libsndfile ({reason}) nor by sox ({told[-1]})")
-
-
-def cut(blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
-    """Pieces of a recording, in order, from its blocks of int16 samples.
+def segments(blocks: Iterable[np.ndarray]) -> Iterator[Segment]:
+    """Yield the segments of a recording, in order, from its blocks of int16 samples.
 
     Raises:
-        DataError: what reading the blocks raised, after the pieces of all that came before.
+        DataError: what reading the blocks raised, after the segments of all that came before.
     """
     context, longest = int(CONTEXT_S * SAMPLE_RATE), int(LONGEST_S * SAMPLE_RATE)
     held = np.zeros(0, dtype=np.int16)  # from `begin` on, which is `context` before `position`, the last cut
@@ -182,21 +151,21 @@ def cut(blocks: Iterable[np.ndarray]) -> Iterator[Piece]:
                 continue
             held, arrived, waiting = np.concatenate([held, *arrived]), [], 0
             while begin + len(held) > position + longest + context:
-                pause = position + _quietest(held[position - begin : position - begin + longest])
-                yield Piece(held[: pause + context - begin].copy(), begin / SAMPLE_RATE, pause / SAMPLE_RATE)
+                pause = position + _find_pause(held[position - begin : position - begin + longest])
+                yield Segment(held[: pause + context - begin].copy(), begin / SAMPLE_RATE, pause / SAMPLE_RATE)
                 held = held[pause - context - begin :]
                 begin, position = pause - context, pause
     except DataError as error:
         problem = error
     held = np.concatenate([held, *arrived])
     if len(held):
-        yield Piece(held, begin / SAMPLE_RATE, None)
+        yield Segment(held, begin / SAMPLE_RATE, None)
     if problem is not None:
         raise problem
 
 
-def _quietest(waveform: np.ndarray) -> int:
-    """Sample, SHORTEST_S or more from the start, in the middle of the quietest stretch of PAUSE_S."""
+def _find_pause(waveform: np.ndarray) -> int:
+    """Return the sample, SHORTEST_S or more from the start, in the middle of the quietest stretch of PAUSE_S."""
     frames = len(waveform) // _ENERGY_SAMPLES
     samples = waveform[: frames * _ENERGY_SAMPLES].astype(np.float64).reshape(frames, _ENERGY_SAMPLES)
     energy = np.concatenate([[0.0], np.cumsum(samples.var(axis=1))])
@@ -206,16 +175,39 @@ def _quietest(waveform: np.ndarray) -> int:
     return (first + int(stretches.argmin())) * _ENERGY_SAMPLES + width * _ENERGY_SAMPLES // 2
 
 
-def seam(cut: float, before: Sequence[Word], after: Sequence[Word]) -> float:
-    """The time, within CONTEXT_S of a cut, in the middle of the longest time in which neither piece has a word.
+def join(cut: float, before: Sequence[Word], after: Sequence[Word]) -> tuple[list[Word], list[Word]]:
+    """Return the words to keep of two neighbors, so that each sound is in one word, and none begins before one ends.
 
-    Words, with times in the recording, belong to the piece before if their middle comes earlier, else to the one after.
+    A word is kept if its middle lies on its own segment's side of a joint near the cut, and it is clipped there.
+
+    Args:
+        cut: between the segments (s).
+        before: words of the first one, with times in the recording.
+        after: those of the second one.
+    """
+    joint = _find_joint(cut, [(word.start, word.end) for word in (*before, *after)])
+    kept = [replace(word, end=min(word.end, joint)) for word in before if word.start + word.end < 2 * joint]
+    return kept, [replace(word, start=max(word.start, joint)) for word in after if word.start + word.end >= 2 * joint]
+
+
+def _find_joint(cut: float, words: Sequence[tuple[float, float]]) -> float:
+    """Return the middle of the longest time, within CONTEXT_S of a cut, in which no word lies.
+
+    Where there is none, the segments heard the same sound as different words: then return the start or end of a word
+    that cuts off least of another one.
     """
     low, high = cut - CONTEXT_S, cut + CONTEXT_S
-    spans = sorted((word.start, word.end) for word in (*before, *after) if word.end > low and word.start < high)
+    near = sorted((start, end) for start, end in words if end > low and start < high)
     best, length, free = cut, 0.0, low
-    for start, end in [*spans, (high, high)]:
+    for start, end in [*near, (high, high)]:
         if start - free > length:
             best, length = (free + start) / 2, start - free
         free = max(free, end)
-    return best
+    if length > 0:
+        return best
+
+    def cut_off(time: float) -> float:
+        return sum(min(time - start, end - time) for start, end in near if start < time < end)
+
+    edges = [min(max(edge, low), high) for word in near for edge in word]
+    return min(edges, key=lambda edge: (cut_off(edge), abs(edge - cut)))

@@ -5,12 +5,13 @@
     python -m tools.transcribe CHECKPOINT recording.flac --lm lm.arpa.gz --alpha 0.5 --beta 1
     arecord -t raw -f S16_LE -r 16000 | python -m tools.transcribe CHECKPOINT - --raw-rate 16000 --batch-size 1
 
-Files may have any format that libsndfile or, where it is installed, sox reads, any rate, any number of channels (they
-are mixed) and any length; of folders, all audio files below are taken. `-` is standard input: a file, or with
---raw-rate headerless little-endian 16-bit mono audio, transcribed as it arrives.
+Files may have any format that libsndfile or, where they are installed, sox and ffmpeg read, any rate, any number of
+channels (they are mixed) and any length; of folders, all files below with the name of audio or video are taken. `-` is
+standard input: a file, or with --raw-rate headerless little-endian 16-bit mono audio, transcribed as it arrives.
 
-Formats: text (a line for each piece between two pauses; behind the file's name and a tab if there are several), json
-(an object a line for each piece, with the times in seconds and the confidences of its words), srt and vtt (captions).
+Formats: text (a line for each segment between two pauses; behind the file's name and a tab if there are several), json
+(an object a line for each segment, with the times in seconds and the confidences of its words; one without words where
+nothing was heard), srt and vtt (captions).
 Times come from the most probable CTC path; a confidence is the geometric mean of the network's probabilities over a
 word's frames (recognizer.py): it orders words, it is no probability of being right.
 
@@ -21,34 +22,35 @@ is written, and the others are still done; 2 the command line was not understood
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from typing import Annotated, Literal
 
 import tyro
-from tqdm import tqdm
 
-from data.packed import DataError
-from pytorch.cli import RunError, exit_status
+from data.files import DataError
+from pytorch.cli import RunError, exit_status, progress_bar
 from tools.language_model.beam_search import Decode, Decoding
+from tools.output import output_file, prepare_outputs
 from tools.recognizer import Recognizer, Word, align, speed
-from tools.recordings import Piece, cut, file_seconds, read_file, read_raw, seam
+from tools.recordings import Segment, file_seconds, join, read_file, read_raw, segments
 
 Format = Literal["text", "json", "srt", "vtt"]
 
 STANDARD_INPUT = "-"
-AUDIO_SUFFIXES = {
-    *(".aif", ".aifc", ".aiff", ".amr", ".au", ".caf", ".flac", ".gsm", ".mp3", ".nist", ".oga", ".ogg", ".opus"),
-    *(".rf64", ".snd", ".sph", ".w64", ".wav"),
-}
+AUDIO_SUFFIXES = (
+    "3gp aac ac3 aif aifc aiff amr amr-nb amr-wb ape au avi awb caf flac flv gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 "
+    "mpc mpeg mpg nist oga ogg ogv opus rf64 snd sph spx tta voc w64 wav wave webm wma wmv wv"
+)
 SUFFIXES = {"text": ".txt", "json": ".jsonl", "srt": ".srt", "vtt": ".vtt"}
-LONGEST_CAPTION = 84  # characters: two lines of 42
+CAPTION_LINES, CAPTION_WIDTH = 2, 42  # characters
 LONGEST_CAPTION_S = 7.0
 CAPTION_GAP_S = 1.0  # a pause of this length ends a caption
 
@@ -65,10 +67,12 @@ class Options:
     """of the transcripts"""
     output_dir: Path | None = None
     """folder for one transcript a recording, of the recording's name; without one they go to standard output"""
+    overwrite: bool = False
+    """replace transcripts that are in the folder already"""
     raw_rate: int | None = None
     """standard input is headerless little-endian 16-bit mono audio of this rate in Hz"""
     batch_size: int = 8
-    """pieces of recordings recognised together; changes no transcript; 1 shows each as soon as it was heard"""
+    """segments recognized together; 1 shows each as soon as it was heard"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto: the GPU if there is one"""
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
@@ -76,35 +80,22 @@ class Options:
 
 @dataclass(frozen=True)
 class Recording:
-    """Something to transcribe: its name in messages, that of its transcript (without suffix), and how to read it."""
+    """Something to transcribe: its name in messages, where its transcript goes in --output-dir, and how to read it."""
 
     name: str
-    output: Path
-    pieces: Callable[[], Iterator[Piece]]
+    transcript: Path
+    segments: Callable[[], Iterator[Segment]]
     seconds: float = 0.0  # by its header; 0: not known
 
 
-@dataclass(frozen=True)
-class End:
-    """The end of a recording, and what was wrong with it."""
-
-    problem: str | None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line; return the exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m tools.transcribe", description=__doc__)
-    try:
-        return exit_status(lambda: transcribe(options))
-    except BrokenPipeError:  # such as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:  # such as a disk that is full
-        print(f"error: transcripts cannot be written: {error.strerror}", file=sys.stderr)
-    return 1
+    return exit_status(lambda: transcribe(options))
 
 
 def transcribe(options: Options) -> bool:
-    """Transcribe everything; returns whether nothing was wrong with any recording.
+    """Transcribe everything; return whether nothing was wrong with any recording.
 
     Raises:
         RunError: checkpoint, options or output folder will not do.
@@ -115,238 +106,224 @@ def transcribe(options: Options) -> bool:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
     with tempfile.TemporaryDirectory() as scratch:
         recordings = find_recordings(options, Path(scratch))
-        recognizer = Recognizer.load(options.checkpoint, options.device)
         decode = options.decoding.make()
+        recognizer = Recognizer.load(options.checkpoint, options.device)
         return _transcribe_all(options, recordings, recognizer, decode)
 
 
 def find_recordings(options: Options, scratch: Path) -> list[Recording]:
-    """What the command line names. A file on standard input is first copied into `scratch`: formats need seeking."""
+    """Return what the command line names. What comes on standard input is copied into `scratch`: formats need seeking.
+
+    Raises:
+        RunError: nothing is named, or options do not go together, or a transcript would replace a file.
+        DataError: a folder holds no audio.
+    """
     if not options.files:
         raise RunError("nothing to transcribe: name audio files, folders, or - for standard input")
     if options.raw_rate is not None and options.files != (STANDARD_INPUT,):
         raise RunError("--raw-rate is for standard input alone: give - and no file")
     recordings = []
     for name in options.files:
-        if name == STANDARD_INPUT:
-            recordings.append(_standard_input(options.raw_rate, scratch / "standard input"))
-            continue
         path = Path(name)
-        if not path.is_dir():
-            recordings.append(_file(path, Path(path.stem)))
-            continue
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES and file.is_file())
-        if not found:
-            raise DataError(f"{path} is a folder without audio files")
-        recordings += [_file(file, file.relative_to(path).with_suffix("")) for file in found]
+        if name == STANDARD_INPUT:
+            recordings.append(_standard_input(options, scratch / "standard input"))
+        elif path.is_dir():
+            recordings += [_file(options, file, file.relative_to(path)) for file in _audio_files(path)]
+        else:
+            recordings.append(_file(options, path, Path(path.name)))
     if options.output_dir is None:
         if len(recordings) > 1 and options.format in ("srt", "vtt"):
             raise RunError(f"--format {options.format} of several recordings needs an --output-dir")
         return recordings
     outputs: dict[Path, str] = {}
     for recording in recordings:
-        other = outputs.setdefault(recording.output, recording.name)
+        other = outputs.setdefault(recording.transcript, recording.name)
         if other != recording.name:
-            raise RunError(f"{other} and {recording.name} would both be written to {recording.output} in --output-dir")
+            both = f"{other} and {recording.name}"
+            raise RunError(f"{both} would both be written to {recording.transcript}; name one of them")
+    prepare_outputs(outputs, options.overwrite)
     return recordings
 
 
-def _file(path: Path, output: Path) -> Recording:
-    return Recording(str(path), output, lambda: cut(read_file(path)), file_seconds(path))
+def _audio_files(folder: Path) -> list[Path]:
+    """Return the files below a folder with the name of audio, and say which others there are."""
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    # What begins with ._ is what macOS knows about another file.
+    known = AUDIO_SUFFIXES.split()
+    found = [path for path in files if path.suffix.lower()[1:] in known and not path.name.startswith("._")]
+    if not found:
+        raise DataError(f"{folder} is a folder without audio files")
+    others = Counter(path.suffix or path.name for path in set(files).difference(found))
+    if others:
+        told = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(others.items()))
+        print(f"{folder}: left out, as not audio by their names: {told}", file=sys.stderr)
+    return found
 
 
-def _standard_input(raw_rate: int | None, copy: Path) -> Recording:
-    name = "standard input"
-    if raw_rate is not None:
-        return Recording(name, Path("stdin"), lambda: cut(read_raw(sys.stdin.buffer, name, raw_rate)))
+def _file(options: Options, path: Path, relative: Path) -> Recording:
+    return Recording(str(path), _transcript(options, relative), lambda: segments(read_file(path)), file_seconds(path))
 
-    def pieces() -> Iterator[Piece]:
+
+def _standard_input(options: Options, copy: Path) -> Recording:
+    name, rate = "standard input", options.raw_rate
+
+    def parts() -> Iterator[Segment]:
+        if rate is not None:
+            yield from segments(read_raw(sys.stdin.buffer, name, rate))
+            return
         with copy.open("wb") as stream:
             shutil.copyfileobj(sys.stdin.buffer, stream)
         try:
-            yield from cut(read_file(copy))
+            yield from segments(read_file(copy))
         except DataError as error:
             raise DataError(str(error).replace(str(copy), name)) from error
 
-    return Recording(name, Path("stdin"), pieces)
+    return Recording(name, _transcript(options, Path("stdin")), parts)
+
+
+def _transcript(options: Options, relative: Path) -> Path:
+    return (options.output_dir or Path()) / relative.with_suffix(SUFFIXES[options.format])
 
 
 def _transcribe_all(options: Options, recordings: Sequence[Recording], recognizer: Recognizer, decode: Decode) -> bool:
-    """Reads pieces of all recordings in turn, recognises them in batches, and writes them in the same order."""
+    """Read segments of all recordings in turn, recognize them in batches, and write them in the same order."""
     started = time.monotonic()
     failures, heard_seconds = 0, 0.0
-    writers = iter([_Writer(options, recording, len(recordings) > 1) for recording in recordings])
-    writer = next(writers)
-    pending: list[Piece | End] = []
+    pending: list[tuple[_Writer, Segment | DataError | None]] = []  # a recording ends with what was wrong with it
 
     def write_pending() -> None:
-        nonlocal writer, failures
-        pieces = [event for event in pending if isinstance(event, Piece)]
-        words = iter(recognise(recognizer, decode, pieces))
-        for event in pending:
-            if isinstance(event, Piece):
+        nonlocal failures
+        words = iter(recognize(recognizer, decode, [event for _, event in pending if isinstance(event, Segment)]))
+        for writer, event in pending:
+            if isinstance(event, Segment):
                 writer.add(event, next(words))
                 continue
             writer.finish()
-            if event.problem is not None:
+            if event is not None:
                 failures += 1
-                tqdm.write(f"error: {event.problem}", file=sys.stderr)
-            writer = next(writers, writer)
+                bar.write(f"error: {event}", file=sys.stderr)
         pending.clear()
 
-    with tqdm(
-        total=sum(recording.seconds for recording in recordings) or None,
-        desc="transcribing",
-        unit="s of audio",
-        unit_scale=True,
-        leave=False,
-        disable=None,
-    ) as bar:
-        try:
-            for recording in recordings:
-                reached = 0.0
-                for event in _events(recording):
-                    pending.append(event)
-                    if isinstance(event, Piece):
-                        end = event.end if event.cut is None else event.cut
-                        bar.update(end - reached)
-                        heard_seconds += end - reached
-                        reached = end
-                    if sum(isinstance(event, Piece) for event in pending) == options.batch_size:
-                        write_pending()
-            write_pending()
-        finally:
-            writer.abandon()
+    total = sum(recording.seconds for recording in recordings) or None
+    with progress_bar("transcribing", total, unit="s of audio") as bar:
+        for recording in recordings:
+            writer = _Writer(options, recording, named=len(recordings) > 1)
+            reached = 0.0
+            for event in _events(recording):
+                pending.append((writer, event))
+                if isinstance(event, Segment):
+                    end = event.end if event.cut is None else event.cut
+                    bar.update(end - reached)
+                    heard_seconds += end - reached
+                    reached = end
+                if sum(isinstance(event, Segment) for _, event in pending) == options.batch_size:
+                    write_pending()
+        write_pending()
     seconds = time.monotonic() - started
     if heard_seconds:
-        print(f"{heard_seconds:.1f} s of audio in {seconds:.1f} s: {speed(heard_seconds, seconds)}", file=sys.stderr)
+        told = f"{speed(heard_seconds, seconds)}, {recognizer.precision}"
+        print(f"{heard_seconds:.1f} s of audio in {seconds:.1f} s: {told}", file=sys.stderr)
     if failures:
         print(f"{failures} of {len(recordings)} recordings could not be read, or not to the end", file=sys.stderr)
     return not failures
 
 
-def _events(recording: Recording) -> Iterator[Piece | End]:
+def _events(recording: Recording) -> Iterator[Segment | DataError | None]:
+    problem = None
     try:
-        yield from recording.pieces()
+        yield from recording.segments()
     except DataError as error:
-        yield End(str(error))
-    else:
-        yield End(None)
+        problem = error
+    yield problem
 
 
-def recognise(recognizer: Recognizer, decode: Decode, pieces: Sequence[Piece]) -> list[list[Word]]:
-    """Words of pieces, with times in their recordings."""
-    heard = [piece for piece in pieces if not piece.silent]
-    emissions = iter(recognizer.emissions([piece.waveform for piece in heard]) if heard else [])
+def recognize(recognizer: Recognizer, decode: Decode, parts: Sequence[Segment]) -> list[list[Word]]:
+    """Return the words of segments, with times in their recordings."""
+    voiced = [part for part in parts if not part.silent]
+    emissions = iter(recognizer.emissions([part.waveform for part in voiced]) if voiced else [])
     words: list[list[Word]] = []
-    for piece in pieces:
-        if piece.silent:
-            words.append([])
-            continue
-        emission_TV = next(emissions)
+    for part in parts:
+        aligned = []
+        if not part.silent:
+            emission_TV = next(emissions)
+            aligned = align(decode(emission_TV), emission_TV)
         words.append(
-            [
-                Word(word.text, piece.start + word.start, min(piece.end, piece.start + word.end), word.confidence)
-                for word in align(decode(emission_TV), emission_TV)
-            ]
+            [replace(word, start=part.start + word.start, end=min(part.end, part.start + word.end)) for word in aligned]
         )
     return words
 
 
 @dataclass
 class _Writer:
-    """Joins the pieces of one recording, and writes its transcript."""
+    """Joins the segments of one recording, and writes its transcript: at its end, or at once on standard output."""
 
     options: Options
     recording: Recording
     named: bool  # whether its name must stand in each line of text
-    _stream: TextIO | None = None
-    _held: tuple[Piece, list[Word]] | None = None  # a piece whose end waits for the next one
+    _held: tuple[Segment, list[Word]] | None = None  # a segment whose end waits for the next one
+    _parts: list[str] = field(default_factory=list)  # of the transcript
     _captions: int = 0
-    _path: Path | None = field(default=None)
 
-    def add(self, piece: Piece, words: list[Word]) -> None:
-        """The next piece of the recording, with its words."""
+    def add(self, segment: Segment, words: list[Word]) -> None:
+        """Take the next segment of the recording, with its words."""
         if self._held is not None:
             before, held = self._held
             assert before.cut is not None
-            joint = seam(before.cut, held, words)
-            self._write([word for word in held if word.start + word.end < 2 * joint])
-            words = [word for word in words if word.start + word.end >= 2 * joint]
-        self._held = piece, words
+            held, words = join(before.cut, held, words)
+            self._write(held)
+        self._held = segment, words
 
     def finish(self) -> None:
-        """The recording has ended. A transcript in --output-dir gets its name now, if anything was heard."""
+        """Write the transcript of a recording that has ended, if anything of it could be read."""
         if self._held is None:
             return
         self._write(self._held[1])
-        if self._path is not None and self._stream is not None:
-            self._stream.close()
-            _partial(self._path).replace(self._path)
-        self._stream = self._held = None
-
-    def abandon(self) -> None:
-        """Remove what is unfinished."""
-        if self._path is not None and self._stream is not None:
-            self._stream.close()
-            _partial(self._path).unlink(missing_ok=True)
+        if self.options.format == "json" and not self._parts:
+            self._put(as_json(self.recording.name, 0.0, self._held[0].end, []))
+        if self.options.format == "vtt" and not self._parts:
+            self._put("WEBVTT\n\n")
+        if self.options.output_dir is not None:
+            with output_file(self.recording.transcript) as stream:
+                stream.writelines(self._parts)
 
     def _write(self, words: Sequence[Word]) -> None:
-        if self._stream is None:
-            self._stream = self._open()
-            if self.options.format == "vtt":
-                self._stream.write("WEBVTT\n\n")
-        name = self.recording.name
+        if not words:
+            return
         if self.options.format == "json":
-            if words:
-                self._stream.write(json.dumps(as_json(name, words)) + "\n")
+            self._put(as_json(self.recording.name, words[0].start, words[-1].end, words))
         elif self.options.format == "text":
-            if words:
-                start = f"{name}\t" if self.named and self._path is None else ""
-                self._stream.write(start + " ".join(word.text for word in words) + "\n")
+            start = f"{self.recording.name}\t" if self.named and self.options.output_dir is None else ""
+            self._put(start + " ".join(word.text for word in words) + "\n")
         else:
             for caption in captions(words):
                 self._captions += 1
-                self._stream.write(as_caption(self.options.format, self._captions, caption))
-        self._stream.flush()
+                self._put(as_caption(self.options.format, self._captions, caption))
 
-    def _open(self) -> TextIO:
+    def _put(self, text: str) -> None:
+        self._parts.append(text)
         if self.options.output_dir is None:
-            return sys.stdout
-        output = self.options.output_dir / self.recording.output
-        self._path = output.with_name(output.name + SUFFIXES[self.options.format])
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            return _partial(self._path).open("w", encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"{self._path} cannot be written: {error.strerror}") from error
+            print(text, end="", flush=True)
 
 
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
+def as_json(name: str, start: float, end: float, words: Sequence[Word]) -> str:
+    """Return a segment of a transcript as a line, times in seconds."""
+    each = [
+        {"word": word.text, **_times(word.start, word.end), "confidence": round(word.confidence, 4)} for word in words
+    ]
+    text = " ".join(word.text for word in words)
+    return json.dumps({"file": name, **_times(start, end), "text": text, "words": each}) + "\n"
 
 
-def as_json(name: str, words: Sequence[Word]) -> dict[str, object]:
-    """A piece of a transcript, times in seconds."""
-    return {
-        "file": name,
-        "start": round(words[0].start, 2),
-        "end": round(words[-1].end, 2),
-        "text": " ".join(word.text for word in words),
-        "words": [
-            {
-                "word": word.text,
-                "start": round(word.start, 2),
-                "end": round(word.end, 2),
-                "confidence": round(word.confidence, 4),
-            }
-            for word in words
-        ],
-    }
+def _times(start: float, end: float) -> dict[str, float]:
+    return {"start": round(start, 2), "end": round(end, 2)}
+
+
+def _caption_lines(words: Sequence[Word]) -> list[str]:
+    return textwrap.wrap(" ".join(word.text for word in words), CAPTION_WIDTH, break_long_words=False)
 
 
 def captions(words: Sequence[Word]) -> list[list[Word]]:
-    """Words in groups that can be read at once."""
+    """Return the words in groups that can be read at once."""
     groups: list[list[Word]] = []
     for word in words:
         group = groups[-1] if groups else None
@@ -354,7 +331,7 @@ def captions(words: Sequence[Word]) -> list[list[Word]]:
             group is None
             or word.start - group[-1].end >= CAPTION_GAP_S
             or word.end - group[0].start > LONGEST_CAPTION_S
-            or sum(len(other.text) + 1 for other in group) + len(word.text) > LONGEST_CAPTION
+            or len(_caption_lines([*group, word])) > CAPTION_LINES
         ):
             groups.append([])
         groups[-1].append(word)
@@ -362,16 +339,17 @@ def captions(words: Sequence[Word]) -> list[list[Word]]:
 
 
 def as_caption(format: Format, number: int, words: Sequence[Word]) -> str:
-    """A caption in SubRip or WebVTT."""
-    comma = "," if format == "srt" else "."
-    start, end = _clock(words[0].start, comma), _clock(max(words[-1].end, words[0].start + 0.001), comma)
-    return (f"{number}\n" if format == "srt" else "") + f"{start} --> {end}\n{' '.join(w.text for w in words)}\n\n"
+    """Return a caption in SubRip or WebVTT."""
+    mark = "," if format == "srt" else "."
+    first = f"{number}\n" if format == "srt" else "WEBVTT\n\n" if number == 1 else ""
+    times = f"{_clock(words[0].start, mark)} --> {_clock(words[-1].end, mark)}"
+    return f"{first}{times}\n" + "\n".join(_caption_lines(words)) + "\n\n"
 
 
-def _clock(seconds: float, comma: str) -> str:
+def _clock(seconds: float, mark: str) -> str:
     milliseconds = round(seconds * 1000)
     minutes, rest = divmod(milliseconds, 60_000)
-    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}{comma}{rest % 1000:03d}"
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}{mark}{rest % 1000:03d}"
 
 
 if __name__ == "__main__":

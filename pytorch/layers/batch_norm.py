@@ -44,7 +44,7 @@ class BatchNorm(nn.BatchNorm1d):
         self.clamp = clamp
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise rows [N, C]."""
+        """Normalize rows [N, C]."""
         if not self.training or not (distributed.is_distributed() or _has_kernel(input)):
             return self.clip(super().forward(input))
         output, mean_C, variance_C, count = _SyncBatchNorm.apply(input, self.weight, self.bias, self.eps, self.clamp)
@@ -56,7 +56,7 @@ class BatchNorm(nn.BatchNorm1d):
         return output
 
     def clip(self, output: Tensor) -> Tensor:
-        """The output within the limits."""
+        """Return the output within the limits."""
         return output if self.clamp == NO_LIMITS else nn.functional.hardtanh(output, *self.clamp)
 
 
@@ -99,7 +99,7 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 
 class _Affine(NamedTuple):
-    """What makes the output of the input."""
+    """y = (x - mean) scale + bias, within limits."""
 
     mean_C: Tensor
     scale_C: Tensor
@@ -117,7 +117,7 @@ def _call(name: str, x_NC: Tensor, *arguments: float | Tensor) -> None:
 
 
 def _moments(x_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel, float64."""
+    """Return mean and variance of each channel, float64."""
     if _has_kernel(x_NC):
         mean_C, variance_C = x_NC.new_empty(2, x_NC.shape[1], dtype=torch.float64)
         _call("batch_norm_moments", x_NC, mean_C, variance_C)
@@ -127,7 +127,7 @@ def _moments(x_NC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _output(x_NC: Tensor, normal: _Affine) -> Tensor:
-    """y."""
+    """Return y."""
     if _has_kernel(x_NC):
         output_NC = torch.empty_like(x_NC)
         _call("batch_norm_output", x_NC, *normal, output_NC)
@@ -137,7 +137,7 @@ def _output(x_NC: Tensor, normal: _Affine) -> Tensor:
 
 
 def _sums(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over rows of d and of d (x - mean), float64."""
+    """Return the sums over rows of d and of d (x - mean), float64."""
     if _has_kernel(x_NC):
         sum_C, product_C = x_NC.new_empty(2, x_NC.shape[1], dtype=torch.float64)
         _call("batch_norm_sums", x_NC, *normal, d_output_NC, sum_C, product_C)
@@ -147,7 +147,7 @@ def _sums(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor) -> tuple[Tensor, T
 
 
 def _gradient(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor, offset_C: Tensor, slope_C: Tensor) -> Tensor:
-    """scale (d - offset - slope (x - mean))."""
+    """Return scale (d - offset - slope (x - mean))."""
     if _has_kernel(x_NC):
         d_input_NC = torch.empty_like(x_NC)
         _call("batch_norm_gradient", x_NC, *normal, d_output_NC, offset_C, slope_C, d_input_NC)
@@ -157,7 +157,7 @@ def _gradient(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor, offset_C: Tens
 
 
 def _within_limits(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """d and x - mean."""
+    """Return d and x - mean."""
     deviation_NC = x_NC.float() - normal.mean_C
     y_NC = deviation_NC * normal.scale_C + normal.bias_C
     return d_output_NC.float() * ((y_NC > normal.low) & (y_NC < normal.high)), deviation_NC

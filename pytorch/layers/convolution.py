@@ -7,7 +7,7 @@ Parameters and state_dict are those of torch.nn.Conv2d on [B, C, F, T], and so a
 them. On a CPU other forms of the same sums are faster than oneDNN's direct convolution (figures in BENCHMARKS.md):
 
 - One input channel: a matrix product. The input is unfolded along time only, so that the window of an output frequency
-  is one contiguous run; a few neighbouring outputs share a slightly longer run, whose weights form a band (Toeplitz)
+  is one contiguous run; a few neighboring outputs share a slightly longer run, whose weights form a band (Toeplitz)
   matrix. The unfolded input is 11 times the input, not 451 times as with the usual im2col.
 - More channels: a product of Fourier transforms, of tiles of a few frames so that a tile's padding stays small. The
   transforms are matrix products too.
@@ -19,6 +19,8 @@ Axes: B batch, T time, F frequency, C channels; N = B x T rows.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +67,7 @@ class _UnfoldedConvolution(torch.autograd.Function):
     def forward(ctx, input_BTF: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(input_BTF, weight)
         ctx.stride = stride
-        channels, frequencies = len(weight), -(-input_BTF.shape[2] // stride[0])
+        channels, frequencies = len(weight), math.ceil(input_BTF.shape[2] / stride[0])
         unfolded_NK, times = _unfold(input_BTF, weight.shape, stride)
         output_NFC = input_BTF.new_empty(len(unfolded_NK), frequencies, channels)
         for outputs, columns in _groups(frequencies, weight, stride):
@@ -91,7 +93,7 @@ class _UnfoldedConvolution(torch.autograd.Function):
 
 
 def _unfold(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int]) -> tuple[Tensor, int]:
-    """Rows of one output frame each, with the kernel's frames of each padded frequency; and the number of frames T'."""
+    """Return rows of one output frame each, with the kernel's frames of each padded frequency; and the frames T'."""
     kernel_frequency, kernel_time = weight_shape[2:]
     padded_BTF = nn.functional.pad(input_BTF, (kernel_frequency // 2,) * 2 + (kernel_time // 2,) * 2)
     unfolded_BTFk = padded_BTF.unfold(1, kernel_time, stride[1])
@@ -99,7 +101,7 @@ def _unfold(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int]
 
 
 def _groups(frequencies: int, weight: Tensor, stride: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Output frequencies of each matrix product, and the columns of the unfolded input that they need."""
+    """Return the output frequencies of each matrix product, and the columns of the unfolded input that they need."""
     channels, _, kernel_frequency, kernel_time = weight.shape
     size = (COLUMNS_IN_BFLOAT16 if weight.dtype == torch.bfloat16 else COLUMNS) // min(channels, 8)
     groups = []
@@ -111,7 +113,7 @@ def _groups(frequencies: int, weight: Tensor, stride: tuple[int, int]) -> list[t
 
 
 def _band(weight: Tensor, count: int, stride: int) -> Tensor:
-    """Weights of `count` neighbouring output frequencies: [columns, count x C], zero outside each one's window."""
+    """Return weights of `count` neighboring output frequencies: [columns, count x C], zero outside their windows."""
     channels, _, kernel_frequency, kernel_time = weight.shape
     width = kernel_frequency + (count - 1) * stride
     band = weight.new_zeros(width, kernel_time, count, channels)
@@ -124,7 +126,7 @@ def _band(weight: Tensor, count: int, stride: int) -> Tensor:
 class _FourierConvolution(torch.autograd.Function):
     """Several input channels, stride 1 along time: products of Fourier transforms of overlapping tiles.
 
-    As many neighbouring frequencies as the stride become one row j of so many times the channels. Then the stride is 1,
+    As many neighboring frequencies as the stride become one row j of so many times the channels. Then the stride is 1,
     a kernel of 21 frequencies has 11 rows q, and, without the padding,
 
         output[t, j] = sum over k, q of weight[k, q] @ input[t + k, j + q]
@@ -163,7 +165,7 @@ class _FourierConvolution(torch.autograd.Function):
 
 
 def _multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Complex matrix products [2, bins, M, K] @ [2, bins, K, N]: the real parts come first, then the imaginary ones."""
+    """Return complex matrix products [2, bins, M, K] @ [2, bins, K, N]: real parts first, then imaginary ones."""
     product = left.new_empty(*left.shape[:3], right.shape[3])
     torch.bmm(left[0], right[0], out=product[0]).baddbmm_(left[1], right[1], alpha=-1)
     torch.bmm(left[0], right[1], out=product[1]).baddbmm_(left[1], right[0])
@@ -181,7 +183,7 @@ class _Transform:
         time_waves: complex, [rates, frames of a tile].
         row_waves: complex, [rates, rows].
         dtype: of x and of the bins.
-        phases: neighbouring frequencies of one row.
+        phases: neighboring frequencies of one row.
         padding: zeros before the first frame, and before the first frequency.
         tiles: of each utterance.
         step: frames from a tile's start to the next one's.
@@ -214,13 +216,13 @@ class _Transform:
         return torch.mm(self.of_frames, x.view(2 * self.frames, -1)).view(2, -1, *tiles_tjrc.shape[2:])
 
     def transposed(self, bins: Tensor) -> Tensor:
-        """The real part of the transposed map."""
+        """Return the real part of the transposed map."""
         x = torch.mm(self.of_bins, bins.view(len(self.of_frames), -1))
         x = torch.bmm(self.of_rows.t().expand(self.frames, -1, -1), x.view(self.frames, len(self.of_rows), -1))
         return self._join(x)
 
     def _cut(self, x_BTFC: Tensor) -> Tensor:
-        """Tiles [frames, rows, B x tiles, phases x C] of x and zeros around it."""
+        """Return tiles [frames, rows, B x tiles, phases x C] of x and zeros around it."""
         batch, time, frequencies, channels = self.shape
         before, below = self.padding
         after = (self.tiles - 1) * self.step + self.frames - before - time
@@ -230,7 +232,7 @@ class _Transform:
         return tiles_brjct.permute(4, 2, 0, 1, 3).flatten(2, 3).contiguous()
 
     def _join(self, tiles: Tensor) -> Tensor:
-        """The transpose of cutting: the sum of the tiles, each in its place."""
+        """Return the transpose of cutting: the sum of the tiles, each in its place."""
         batch, time, frequencies, channels = self.shape
         before, below = self.padding
         blocks = [
@@ -245,17 +247,19 @@ class _Transform:
 
 
 def _transforms(input_BTFC: Tensor, weight_CTFI: Tensor, stride: int) -> tuple[_Transform, _Transform, _Transform]:
-    """The transforms of input, weight and output."""
+    """Return the transforms of input, weight and output."""
     batch, time, frequencies, _ = input_BTFC.shape
     channels, kernel_time, kernel_frequency, _ = weight_CTFI.shape
-    tiles = -(-time // (2 * kernel_time))
-    step = -(-time // tiles)
+    tiles = math.ceil(time / (2 * kernel_time))
+    step = math.ceil(time / tiles)
     frames = step + kernel_time - 1
     # Of the padding below the frequencies, whole rows need no zeros: instead, the weight's rows start so much earlier.
     skipped, below = divmod(kernel_frequency // 2, stride)
-    rows, kernel_rows, output_rows = (-(-n // stride) for n in (below + frequencies, kernel_frequency, frequencies))
+    rows, kernel_rows, output_rows = (
+        math.ceil(n / stride) for n in (below + frequencies, kernel_frequency, frequencies)
+    )
     # So many that nothing wraps around. At half-integer rates two real rows give one complex bin, and none is real.
-    row_bins = -(-max(skipped + rows, output_rows + kernel_rows - 1 - skipped) // 2)
+    row_bins = math.ceil(max(skipped + rows, output_rows + kernel_rows - 1 - skipped) / 2)
 
     def waves(times: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         time_turns = torch.outer(torch.arange(frames), times).double() / frames

@@ -115,7 +115,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _operand(x: Tensor, rounded: bool) -> Tensor:
-    """x, or x rounded to bfloat16; kept as float32 where the CPU, and so torch, is slow at products of bfloat16."""
+    """Return x, rounded to bfloat16 if so told; in float32 where the CPU, and so torch, is slow at such products."""
     if not rounded:
         return x
     return x.bfloat16() if kernels.has_native_bf16() else x.bfloat16().to(x.dtype)
@@ -151,7 +151,7 @@ def _loop_backward(
     weights_hh: Sequence[Tensor],
     batch_sizes: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the sums inside the gates r, z, n [D, N, G], and of q [D, N, H]."""
+    """Return the gradients of the sums inside the gates r, z, n [D, N, G], and of q [D, N, H]."""
     sizes = batch_sizes.tolist()
     r, z, n = gates_DNG.chunk(3, dim=2)
     # For every row at once: the gradients per unit of the state's gradient, which the loop multiplies in.
@@ -180,7 +180,7 @@ def _kernel_forward(
     keep: bool,
     rounded: bool,
 ) -> tuple[Tensor, ...]:
-    """As _loop_forward, except that the gates are written, and h' and q returned, only if they are to be kept."""
+    """Do as _loop_forward, but write the gates, and return h' and q, only if they are to be kept."""
     states_DNH = gates_DNG.new_empty(*gates_DNG.shape[:2], weights_hh[0].shape[1])
     kept = [torch.empty_like(states_DNH), torch.empty_like(states_DNH)] if keep else []
     by_direction = [[tensor.contiguous() for tensor in tensors] for tensors in (weights_hh, biases_n)]
@@ -199,7 +199,7 @@ def _kernel_backward(
     batch_sizes: Tensor,
     rounded: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As _loop_backward."""
+    """Do as _loop_backward."""
     d_gates_DNG, d_q_DNH = torch.empty_like(gates_DNG), torch.empty_like(q_DNH)
     tensors = (d_outputs_NH, gates_DNG, previous_DNH, q_DNH, d_gates_DNG, d_q_DNH)
     weights = [weight.contiguous() for weight in weights_hh]
@@ -208,7 +208,7 @@ def _kernel_backward(
 
 
 def _sizes(rounded: bool, like_DNH: Tensor, batch_sizes: Tensor) -> tuple[bool, int, int, int, int, Tensor]:
-    """What both functions of gru.cpp want first."""
+    """Return the leading arguments common to both functions of gru.cpp."""
     directions, _, hidden = like_DNH.shape
     return rounded, torch.get_num_threads(), directions, hidden, len(batch_sizes), batch_sizes
 

@@ -1,7 +1,7 @@
 """What runs as C++ on a CPU: the recurrent layers' loop (gru.cpp) and batch norm (batch_norm.cpp).
 
 Compiled at first use into one library, which is kept for each CPU and version of the source; status() says what there
-is. The sources need no header of torch or Python, and so a compiler takes seconds: they get addresses and sizes.
+is. The C++ takes raw pointers and sizes only, so it needs no headers of torch and compiles in seconds.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ SOURCES = [Path(__file__).with_name(name) for name in ("gru.cpp", "batch_norm.cp
 
 
 def autocast_is_bf16() -> bool:
-    """Whether the operands of products on a CPU are to be rounded to bfloat16: so autocast says."""
+    """Return whether autocast wants the operands of products on a CPU rounded to bfloat16."""
     return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 @functools.cache
 def has_native_bf16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
+    """Return whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
     if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that pyproject.toml allows
         return False
     return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 
 
 def status() -> str:
-    """What computes on a CPU: the kernels, or plain PyTorch and why."""
+    """Return what computes on a CPU: the kernels, or plain PyTorch and why."""
     library = load()
     return f"plain PyTorch: {library}" if isinstance(library, str) else f"fused kernel ({Path(library._name).stem})"
 
 
 def available() -> bool:
-    """Whether there is a library; the first time, it is compiled."""
+    """Return whether there is a library; the first time, it is compiled."""
     return isinstance(load(), ctypes.CDLL)
 
 
 @functools.cache
 def load() -> ctypes.CDLL | str:
-    """The library, compiled unless the cache has it; or why there is none."""
+    """Return the library, compiled unless the cache has it; or why there is none."""
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine() in ("aarch64", "arm64"):
         flags = []
@@ -57,13 +57,18 @@ def load() -> ctypes.CDLL | str:
         flags = ["-mavx2", "-mfma"]
     elif capability == "AVX512":
         flags = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-        flags += ["-mavx512bf16"] * has_native_bf16()
+        if has_native_bf16():
+            flags.append("-mavx512bf16")
     else:
         return f"no kernel for this CPU ({platform.machine()}, {capability}): it needs AVX2"
     flags = ["-std=c++17", "-O3", *flags, "-fopenmp", "-fPIC", "-shared"]
     everything = [*(source.read_bytes() for source in SOURCES), " ".join([platform.machine(), *flags]).encode()]
     key = hashlib.sha256(b"".join(everything)).hexdigest()[:16]
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", "~/.cache/torch_extensions")).expanduser()
+    cache = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
+    try:
+        folder = Path(cache).expanduser()
+    except RuntimeError as error:  # no HOME, and no entry in the password file
+        return f"no folder for the library; set TORCH_EXTENSIONS_DIR: {error}"
     library = folder / f"deepspeech2_{key}" / f"{capability}.so"
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     try:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from data.archives import read_checksums
 from data.corpora import CORPORA, find_corpus
 from data.download import Options, download
-from data.packed import DataError, PackedDataset, open_dataset, read_dataset
+from data.fetch import read_checksums
+from data.files import MARK, DataError
+from data.packed import PackedDataset, open_dataset, read_dataset
 from tests.data.made_up import (
     REPOSITORY,
     SPOKEN,
@@ -92,10 +93,11 @@ def test_subsets_can_be_added_and_the_result_is_the_same_as_at_once(options: Opt
 
 
 def test_what_a_killed_run_left_behind_does_not_matter(options: Options, dataset: PackedDataset) -> None:
-    (dataset.path / "dataset.json").unlink()  # the kill came after the subsets were renamed, before they were entered
-    for name in ("unpacked/LibriSpeech", "dev-clean.partial"):
-        (dataset.path / name).mkdir(parents=True)
-        (dataset.path / name / "audio.npy").write_bytes(b"rest")
+    shutil.rmtree(dataset.path / "dev-clean")  # the kill came after it was entered, before it was renamed
+    for name in ("unpacked/LibriSpeech", "dev-clean"):
+        (dataset.path / "unfinished" / name).mkdir(parents=True)
+        (dataset.path / "unfinished" / name / "audio.npy").write_bytes(b"rest")
+    (dataset.path / "unfinished" / MARK).touch()
     assert download(options).digest == dataset.digest
     assert files_below(dataset.path) == COMPLETE
 
@@ -168,10 +170,8 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_read(
     options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type(shutil.disk_usage("/"))(10, 10, 0)
-    monkeypatch.setattr("data.archives.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(
-        DataError, match=r"dataset needs 0.0 GB of free disk space \(.*\), 0.0 GB are free: make room there"
-    ):
+    monkeypatch.setattr("data.fetch.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(DataError, match=r"dataset needs 0.1 MB of free disk space, 0.0 MB are free: make room there"):
         download(options)
 
 
@@ -218,13 +218,15 @@ def test_archives_are_kept_on_request_and_then_not_fetched_again(
     assert summed == digest
 
 
-def test_an_archive_that_lies_there_damaged_is_fetched_anew(
+def test_a_downloaded_archive_that_is_no_longer_wanted_is_fetched_anew(
     options: Options, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "dataset" / "archives").mkdir(parents=True)
-    (tmp_path / "dataset" / "archives" / "dev-clean.tar.gz").write_bytes(b"damaged")
+    left = tmp_path / "dataset" / "unfinished" / "downloads" / "dev-clean.tar.gz"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of other --checksums")
+    (left.parent.parent / MARK).touch()
     assert download(replace(options, mirror=server.address)).subsets == ["train-clean-100", "dev-clean"]
-    assert "fetching it anew" in capsys.readouterr().err
+    assert "downloading again" in capsys.readouterr().err
     assert files_below(tmp_path / "dataset") == COMPLETE
 
 
@@ -284,7 +286,8 @@ def test_a_download_killed_twenty_times_ends_bit_identical(tmp_path: Path) -> No
         code = (
             "import sys; from pathlib import Path; from data.corpora import Archive; from data import fetch;"
             "fetch.CHUNK_BYTES = 1 << 14;"
-            "fetch.fetch(Archive('dev-clean.tar.gz', 0, sys.argv[1]), [sys.argv[2]], Path(sys.argv[3]))"
+            "wanted = Archive('dev-clean.tar.gz', 0, sys.argv[1]);"
+            "fetch.fetch(wanted, [sys.argv[2]], Path(sys.argv[3]), lambda count: None)"
         )
         target = tmp_path / "out" / "dev-clean.tar.gz"
         target.parent.mkdir()

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.download import Options, download
-from data.packed import DataError, open_dataset
+from data.files import DataError
+from data.packed import open_dataset
 from data.prepare import unpack
 from tests.data.made_up import command, files_below, flac, librispeech_files, sound, write_mirror
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from data.download import Options, download
-from data.packed import DataError, DatasetError, PackedDataset, locked, open_dataset
-from data.verify import find_problems
+from data.files import MARK, DataError, locked
+from data.packed import DatasetError, PackedDataset, open_dataset
+from data.verify import validate
 from tests.data.made_up import REPOSITORY, command, files_below, librispeech_files, write_mirror
 from tests.data.misbehaving import serving
 
@@ -54,7 +55,7 @@ def assert_whole_or_closed(dataset_dir: Path) -> None:
         dataset = open_dataset(dataset_dir)
     except DatasetError:
         return
-    assert find_problems(dataset) == []
+    assert validate(dataset) == []
 
 
 def test_a_preparation_killed_twenty_times_has_the_same_digest(options: Options, mirror: Path, tmp_path: Path) -> None:
@@ -86,14 +87,15 @@ def test_a_preparation_killed_twenty_times_has_the_same_digest(options: Options,
     assert finished.digest == undisturbed
     shutil.rmtree(dataset_dir / "archives", ignore_errors=True)  # of a kill just before the last was removed
     assert files_below(dataset_dir) == files_below(tmp_path / "undisturbed")
-    assert find_problems(finished) == []
+    assert validate(finished) == []
 
 
 def test_files_left_by_a_run_that_was_killed_at_its_very_end_are_removed_by_the_next(options: Options) -> None:
     before = files_below(download(options).path)
     assert options.dataset_dir is not None
-    left = options.dataset_dir / "unpacked" / "LibriSpeech" / "dev-clean" / "84"
+    left = options.dataset_dir / "unfinished" / "unpacked" / "LibriSpeech" / "dev-clean" / "84"
     left.mkdir(parents=True)
+    (options.dataset_dir / "unfinished" / MARK).touch()
     (left / "84-1-0000.flac").write_bytes(b"fLaC")
     assert files_below(download(options).path) == before
 
@@ -105,7 +107,7 @@ def test_decoding_processes_end_when_their_parent_is_killed(options: Options, mi
     # The read end of a pipe that all of them inherit sees its end when the last of them is gone.
     with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
         assert run.stdout is not None and run.stdout.readline() == b"ready\n"
-        while not (tmp_path / "dataset" / "dev-clean.partial" / "audio.npy").exists() and run.poll() is None:
+        while not (tmp_path / "dataset" / "unfinished" / "dev-clean" / "audio.npy").exists() and run.poll() is None:
             time.sleep(0.005)
         time.sleep(0.3)  # the processes are starting, or at work
         run.send_signal(signal.SIGKILL)
@@ -121,7 +123,7 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_a_rerun_finishes(
 ) -> None:
     larger_mirror(mirror)
     expected = download(options).digest
-    monkeypatch.setattr("data.archives.check_space", lambda *arguments, **sizes: None)
+    monkeypatch.setattr("data.fetch.check_space", lambda *arguments, **sizes: None)
     with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=16m", "none") as disk, serving(mirror) as server:
         asked = replace(options, dataset_dir=disk / "dataset", mirror=server.address if remote else options.mirror)
         failures = 0
@@ -142,13 +144,16 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_a_rerun_finishes(
         assert files_below(disk / "dataset") == files_below(tmp_path / "dataset")
 
 
-def test_a_data_set_on_a_read_only_disk_can_be_verified_and_read(dataset: PackedDataset, tmp_path: Path) -> None:
+def test_a_data_set_on_a_read_only_disk_can_be_verified_and_read(
+    options: Options, dataset: PackedDataset, tmp_path: Path
+) -> None:
     with mounted(tmp_path / "read-only", "-o", "bind,ro", str(dataset.path)) as path:
         if os.access(path / "dataset.json", os.W_OK):
             pytest.skip("this machine mounts nothing read-only")
         run = command("verify_dataset.sh", "--dataset-dir", path)
         assert run.stdout.startswith("Dataset Checksum Passed."), run.stdout
         assert len(open_dataset(path).subset("dev-clean").waveform(0)) == 1000
+        assert download(replace(options, dataset_dir=path)).digest == dataset.digest
 
 
 def test_a_read_only_place_for_a_data_set_is_one_line(options: Options, tmp_path: Path) -> None:
@@ -161,7 +166,7 @@ def test_a_read_only_place_for_a_data_set_is_one_line(options: Options, tmp_path
 
 
 def test_verification_waits_for_no_download_but_says_that_one_is_at_work(dataset: PackedDataset) -> None:
-    with locked(dataset.path):
+    with locked(dataset.path, "download"):
         run = command("verify_dataset.sh", "--dataset-dir", dataset.path)
     assert run.returncode == 1
     assert "another download is working in" in run.stdout
@@ -172,8 +177,8 @@ def test_two_verifications_may_work_at_once_but_no_download_beside_them(
 ) -> None:
     message = "another download or verification is working in"
     with (
-        locked(dataset.path, shared=True),
-        locked(dataset.path, shared=True),
+        locked(dataset.path, "download", shared=True),
+        locked(dataset.path, "download", shared=True),
         pytest.raises(DataError, match=message),
     ):
         download(options)
@@ -181,8 +186,8 @@ def test_two_verifications_may_work_at_once_but_no_download_beside_them(
 
 def test_the_lock_of_a_killed_process_is_gone(options: Options, tmp_path: Path) -> None:
     (tmp_path / "dataset").mkdir()
-    code = "import sys,time; from pathlib import Path; from data.packed import locked\n"
-    code += "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    code = "import sys,time; from pathlib import Path; from data.files import locked\n"
+    code += "with locked(Path(sys.argv[1]), 'download'): print('locked', flush=True); time.sleep(60)"
     words = [sys.executable, "-c", code, str(tmp_path / "dataset")]
     with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"

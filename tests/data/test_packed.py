@@ -13,10 +13,9 @@ from data.packed import (
     INDEX_FILE,
     DatasetError,
     PackedDataset,
-    Texts,
     UtteranceRow,
     audio_header,
-    content_digest,
+    dataset_digest,
     open_dataset,
     read_index,
     write_dataset,
@@ -28,7 +27,7 @@ from tests.data.made_up import SPOKEN, TAR, sound
 def test_utterances_are_sorted_by_length_and_then_by_id(dataset: PackedDataset) -> None:
     subset = dataset.subset("train-clean-100")
     assert subset.ids == ["84-1-0001", "7-3-0000", "84-2-0000", "84-1-0000"]
-    assert subset.samples.tolist() == [1000, 2000, 2000, 3000]
+    assert subset.num_samples.tolist() == [1000, 2000, 2000, 3000]
     assert subset.offsets.tolist() == [0, 1000, 3000, 5000]
     assert subset.speakers == ["84", "7", "84", "84"]
 
@@ -63,7 +62,7 @@ def test_opening_reads_nothing_but_dataset_json(dataset: PackedDataset) -> None:
     opened = open_dataset(dataset.path)
     assert opened == dataset
     assert opened.summary["train-clean-100"].utterances == 4
-    assert opened.summary["train-clean-100"].longest_samples == 3000
+    assert opened.summary["train-clean-100"].max_samples == 3000
     assert opened.summary["train-clean-100"].hours == 8000 / 16000 / 3600
     assert not opened.official
 
@@ -71,7 +70,7 @@ def test_opening_reads_nothing_but_dataset_json(dataset: PackedDataset) -> None:
 def test_the_digest_is_the_sha256_of_one_tarball(dataset: PackedDataset) -> None:
     script = f"cd '{dataset.path}' && LC_ALL=C && {TAR} $(ls */*.npy */*.csv) | sha256sum"
     expected = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split()[0]
-    assert content_digest(dataset.path, dataset.subsets) == expected == dataset.digest
+    assert dataset_digest(dataset.path, dataset.subsets) == expected == dataset.digest
 
 
 def test_the_digest_of_a_file_beyond_8_gib_is_that_of_gnu_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +90,7 @@ def test_the_digest_of_a_file_beyond_8_gib_is_that_of_gnu_tar(tmp_path: Path, mo
 
     monkeypatch.setattr("data.packed.hashlib.sha256", Recorder)
     with pytest.raises(StopIteration):
-        content_digest(tmp_path, ["big"])
+        dataset_digest(tmp_path, ["big"])
     assert hashed[0] == header
 
 
@@ -126,6 +125,14 @@ def test_a_damaged_dataset_json_is_an_error_of_one_line(tmp_path: Path, content:
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"name": "other"}', '{"format_version": "1.0"}'])
+def test_the_dataset_json_of_another_program_is_said_to_be_that(tmp_path: Path, content: str) -> None:
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(DatasetError, match=f"{tmp_path} is not a data set of this program") as error:
+        open_dataset(tmp_path)
+    assert "remove" not in str(error.value)
+
+
 def test_another_format_version_is_refused(dataset: PackedDataset) -> None:
     file = dataset.path / "dataset.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
@@ -138,17 +145,6 @@ def test_audio_that_does_not_fit_the_index_does_not_open(dataset: PackedDataset)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(DatasetError, match="verify_dataset"):
         dataset.subset("dev-clean")
-
-
-def test_columns_of_texts_are_like_lists_of_strings() -> None:
-    texts = Texts()
-    texts.extend(["", "A"])
-    texts.extend(["DON'T", "é"])
-    assert texts == ["", "A", "DON'T", "é"] and list(texts) == texts
-    assert texts != ["A"] and texts[-1] == "é" and texts[1:3] == ["A", "DON'T"]
-    assert len(texts) == 4 and "A" in texts and texts.index("DON'T") == 2
-    with pytest.raises(IndexError):
-        texts[4]
 
 
 @pytest.mark.parametrize(("old", "new"), [(",0,1000,", ",x,1000,"), (",0,1000,", f",{2**70},1000,"), ("SHORT", "A,B")])

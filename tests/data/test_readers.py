@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from data.audio import read_flac_header
 from data.corpora import find_corpus
-from data.packed import TRANSCRIPT_CHARACTERS, DataError
+from data.files import DataError
+from data.packed import TRANSCRIPT_CHARACTERS
 from data.readers import Utterance, check_transcript, decode, read_utterances
 from tests.data.made_up import an4_files, flac, librispeech_files, sound
 
@@ -36,7 +37,7 @@ def utterance(file: Path, samples: int) -> Utterance:
 
 def test_librispeech_utterances_have_id_speaker_transcript_and_length(tmp_path: Path) -> None:
     found = read_utterances(lay_out(tmp_path, librispeech_files("dev-clean")), "librispeech", DEV_CLEAN)
-    assert [(entry.id, entry.speaker, entry.samples) for entry in found] == [
+    assert [(entry.id, entry.speaker, entry.num_samples) for entry in found] == [
         ("7-3-0000", "7", 2000),
         ("84-1-0000", "84", 3000),
         ("84-1-0001", "84", 1000),
@@ -68,6 +69,7 @@ def test_an4_audio_is_big_endian_and_its_transcripts_become_upper_case(tmp_path:
         ({f"{CHAPTER}/84-1-0002.wav": b""}, "84-1-0002.wav: audio of this layout is FLAC"),
         ({f"{CHAPTER}/84-1-0001.flac": b""}, "84-1-0001.flac is not a FLAC file"),
         ({f"{CHAPTER}/84-1-0001.flac": b"RIFF" + bytes(100)}, "84-1-0001.flac is not a FLAC file"),
+        ({f"{CHAPTER}/84-1-0001.flac": flac(sound(9), 8000)}, "84-1-0001 has 8000 Hz, by its header"),
         ({f"{CHAPTER}/84-1-0001.flac": without_frames(flac(sound(9)))}, "84-1-0001.flac holds no audio"),
     ],
 )

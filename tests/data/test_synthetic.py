@@ -9,37 +9,37 @@ import numpy as np
 import pytest
 
 from data.corpora import find_corpus
-from data.packed import DataError
-from data.synthetic import plan, speak
+from data.files import DataError
+from data.synthetic.archive import build_speakers, synthesize
 
 TRAIN, VALIDATION, TEST = "synthetic-train", "synthetic-validation", "synthetic-test"
 
 
 def sentences(subset: str) -> list[str]:
-    return [line.text for speaker in plan()[subset] for line in speaker.lines]
+    return [line.text for speaker in build_speakers()[subset] for line in speaker.lines]
 
 
 def test_the_plan_has_the_counts_of_the_catalogue() -> None:
     for subset in find_corpus("synthetic").subsets:
         assert len(sentences(subset.name)) == subset.utterances
-        assert len(plan()[subset.name]) == subset.speakers
+        assert len(build_speakers()[subset.name]) == subset.speakers
 
 
 def test_no_sentence_occurs_twice_in_the_corpus() -> None:
-    every = [text for subset in plan() for text in sentences(subset)]
+    every = [text for subset in build_speakers() for text in sentences(subset)]
     assert len(set(every)) == len(every)
 
 
 def test_no_voice_of_validation_or_test_is_heard_in_training_but_every_accent_is() -> None:
-    voices = {subset: {speaker.voice for speaker in speakers} for subset, speakers in plan().items()}
-    accents = {subset: {speaker.accent for speaker in speakers} for subset, speakers in plan().items()}
+    voices = {subset: {speaker.voice for speaker in speakers} for subset, speakers in build_speakers().items()}
+    accents = {subset: {speaker.accent for speaker in speakers} for subset, speakers in build_speakers().items()}
     assert voices[TRAIN].isdisjoint(voices[VALIDATION] | voices[TEST])
     assert voices[VALIDATION].isdisjoint(voices[TEST])
     assert accents[TRAIN] == accents[VALIDATION] == accents[TEST]
 
 
 def test_speakers_and_utterances_have_names_of_their_own() -> None:
-    speakers = [speaker for group in plan().values() for speaker in group]
+    speakers = [speaker for group in build_speakers().values() for speaker in group]
     assert len({speaker.number for speaker in speakers}) == len(speakers)
     lines = [line for speaker in speakers for line in speaker.lines]
     assert len({line.id for line in lines}) == len({line.seed for line in lines}) == len(lines)
@@ -53,15 +53,15 @@ def test_every_word_is_frequent_in_training_and_none_is_new_in_validation() -> N
 
 
 def test_sentences_are_short() -> None:
-    lengths = [len(text.split()) for subset in plan() for text in sentences(subset)]
+    lengths = [len(text.split()) for subset in build_speakers() for text in sentences(subset)]
     assert min(lengths) >= 4 and max(lengths) <= 10
 
 
 @pytest.mark.parametrize("index", [0, 30])
 def test_a_speaker_sounds_the_same_every_time(index: int) -> None:
-    speaker = plan()[TRAIN][index]
+    speaker = build_speakers()[TRAIN][index]
     speaker = replace(speaker, lines=speaker.lines[:5])
-    once, again = speak(speaker), speak(speaker)
+    once, again = synthesize(speaker), synthesize(speaker)
     assert len(once) == 5
     for first, second in zip(once, again, strict=True):
         np.testing.assert_array_equal(first, second)
@@ -71,12 +71,12 @@ def test_a_speaker_sounds_the_same_every_time(index: int) -> None:
 
 def test_a_voice_that_does_not_exist_is_an_error_that_names_it() -> None:
     with pytest.raises(DataError, match=r"the voice en-nowhere\+m1: there is no such voice"):
-        speak(replace(plan()[TRAIN][0], voice="m1", accent="en-nowhere"))
+        synthesize(replace(build_speakers()[TRAIN][0], voice="m1", accent="en-nowhere"))
 
 
 def test_every_voice_is_one_of_espeak_ng_without_breath() -> None:
     # eSpeak NG takes an unknown variant for the plain voice, and noise of breath is not the same from run to run.
     folder = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
-    for voice in {speaker.voice for speakers in plan().values() for speaker in speakers}:
+    for voice in {speaker.voice for speakers in build_speakers().values() for speaker in speakers}:
         definition = (folder / voice).read_text(encoding="utf-8", errors="replace").splitlines()
         assert not [line for line in definition if line.strip().startswith("breath ")], voice

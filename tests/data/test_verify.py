@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.packed import (
@@ -14,11 +14,11 @@ from data.packed import (
     INDEX_FILE,
     PackedDataset,
     content_files,
+    dataset_digest,
     open_dataset,
     write_dataset,
 )
-from data.prepare import finish_dataset
-from data.verify import find_problems
+from data.verify import validate
 from tests.data.made_up import command
 
 
@@ -49,12 +49,12 @@ def test_one_changed_bit_is_found_and_its_utterance_named(dataset: PackedDataset
     for index, name in enumerate(subset.ids):
         position = AUDIO_HEADER_BYTES + 2 * int(subset.offsets[index]) + 501
         edit_audio(dataset, position)
-        problems = find_problems(dataset)
+        problems = validate(dataset)
         assert len(problems) == 2
         assert f"dev-clean: utterance {name} has changed" in problems[0]
         assert "the checksum of" in problems[1]
         edit_audio(dataset, position)
-    assert find_problems(dataset) == []
+    assert validate(dataset) == []
 
 
 def test_the_command_tells_what_has_changed_and_exits_with_1(dataset: PackedDataset) -> None:
@@ -70,19 +70,24 @@ def test_a_missing_utterance_is_located(dataset: PackedDataset) -> None:
     file = dataset.path / "dev-clean" / INDEX_FILE
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:2] + lines[3:]))
-    problems = "\n".join(find_problems(dataset))
+    problems = "\n".join(validate(dataset))
     assert "dev-clean/utterances.csv has 3 utterances, dataset.json has 4" in problems
-    assert "an utterance is missing between 85-1-0001 and 85-2-0000: samples 1000 to 3000" in problems
+    message = "utterance 85-2-0000 has 2000 samples from sample 3000 on, where 85-1-0001 ends at sample 1000"
+    assert message in problems
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("IT'S BETWEEN", "IT'S BETWÉEN", "utterance 85-2-0000 has the unknown character 'É'"),
+        ("IT'S BETWEEN", "IT'S BETWÉEN", "utterance 85-2-0000 has changed"),
         ("IT'S BETWEEN", "IT'S AMONG", "utterance 85-2-0000 has changed"),
-        ("IT'S BETWEEN", "", "the transcript of utterance 85-2-0000 is empty"),
-        ("85-1-0001", "85-1-0000", "utterance 85-1-0000 occurs twice"),
-        (",1000,2000,", ",999,2000,", "utterance 7-3-0000 begins at sample 999"),
+        ("IT'S BETWEEN", "", "utterance 85-2-0000 has changed"),
+        ("85-1-0001", "85-1-0000", "dev-clean/utterances.csv is not the file that was prepared"),
+        (
+            ",1000,2000,",
+            ",999,2000,",
+            "utterance 7-3-0000 has 2000 samples from sample 999 on, where 85-1-0001 ends at",
+        ),
         (",0,1000,", ",0,-1,", "utterance 85-1-0001 has -1 samples"),
         (",0,1000,", ",0,x,", "line 2: not an utterance"),
         ("id,speaker", "name,speaker", "the first line does not read"),
@@ -93,25 +98,25 @@ def test_a_changed_index_is_found_and_the_utterance_named(
     dataset: PackedDataset, old: str, new: str, message: str
 ) -> None:
     edit_index(dataset, old, new)
-    assert message in "\n".join(find_problems(dataset))
+    assert message in "\n".join(validate(dataset))
 
 
 def test_a_damaged_header_is_told_from_damaged_audio(dataset: PackedDataset) -> None:
     edit_audio(dataset, 100)
-    assert "audio.npy: the header" in find_problems(dataset)[0]
+    assert "audio.npy: the header" in validate(dataset)[0]
 
 
 def test_audio_that_ends_early_names_the_utterances_that_are_cut(dataset: PackedDataset) -> None:
     file = dataset.path / "dev-clean" / AUDIO_FILE
     file.write_bytes(file.read_bytes()[:-10])
-    problems = "\n".join(find_problems(dataset))
+    problems = "\n".join(validate(dataset))
     assert "dev-clean/audio.npy has 16118 bytes, not 16128" in problems
     assert "dev-clean: utterance 85-1-0000 is cut short" in problems
 
 
 def test_a_missing_file_is_named(dataset: PackedDataset) -> None:
     (dataset.path / "dev-clean" / AUDIO_FILE).unlink()
-    assert find_problems(dataset) == [f"{dataset.path}/dev-clean/audio.npy is missing"]
+    assert validate(dataset) == [f"{dataset.path}/dev-clean/audio.npy is missing"]
 
 
 def test_an_absent_data_set_fails_without_a_traceback(tmp_path: Path) -> None:
@@ -138,31 +143,32 @@ def test_the_quick_check_finds_a_file_of_another_length(dataset: PackedDataset, 
     assert f"dev-clean/{file}" in run.stdout and "Traceback" not in run.stderr
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_damage_anywhere_is_found(tones: Path, data: st.DataObject) -> None:
     dataset = replace(open_dataset(tones), corpus="librispeech")  # one of the catalogue, though not that one
-    known = find_problems(dataset)
+    known = validate(dataset)
     file = tones / data.draw(st.sampled_from(content_files(dataset.subsets)))
     content = file.read_bytes()
     position = data.draw(st.integers(0, len(content) - 1))
     flipped = content[position] ^ 1 << data.draw(st.integers(0, 7))
     try:
         file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
-        assert len(find_problems(dataset)) > len(known)
+        assert len(validate(dataset)) > len(known)
     finally:
         file.write_bytes(content)
 
 
 def test_an_archive_that_only_passes_for_the_published_one_fails(dataset: PackedDataset) -> None:
     summary = {name: replace(subset, official=True) for name, subset in dataset.summary.items()}
-    problems = "\n".join(find_problems(replace(dataset, summary=summary), quick=True))
-    assert "dev-clean passes for the published archive, but its archive had MD5" in problems
+    problems = "\n".join(validate(replace(dataset, summary=summary), quick=True))
+    assert "dev-clean claims to be the published archive, but its archive had MD5" in problems
 
 
 def test_counts_other_than_the_published_ones_fail_for_a_published_archive(dataset: PackedDataset) -> None:
     summary = {name: replace(subset, official=True) for name, subset in dataset.summary.items()}
     write_dataset(replace(dataset, summary=summary))
-    problems = "\n".join(find_problems(replace(dataset, summary=summary)))
+    problems = "\n".join(validate(replace(dataset, summary=summary)))
     assert "dev-clean has 4 utterances, 2703 were published" in problems
     assert "train-clean-100 has 2 speakers, 251 were published" in problems
     assert "dev-clean has 0.00 h, 5.4 h were published" in problems
@@ -180,8 +186,9 @@ def test_a_checksum_other_than_the_reference_fails(dataset: PackedDataset) -> No
     summary = {
         name: replace(summaries.get(name, summaries[names[0]]), name=name) for name in [*names, "synthetic-test"]
     }
-    other = finish_dataset(replace(dataset, corpus="synthetic", synthetic=True, summary=summary))
-    problems = find_problems(other)
+    other = replace(dataset, corpus="synthetic", synthetic=True, summary=summary)
+    other = replace(other, digest=dataset_digest(other.path, other.subsets))
+    problems = validate(other)
     assert f"the checksum of {dataset.path} is {other.digest}, the reference is" in problems[-1]
 
 

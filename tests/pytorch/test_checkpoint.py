@@ -22,7 +22,8 @@ def save(folder: Path) -> Path:
     """A small checkpoint."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
-    checkpoint.save(folder, CONFIG, "digest", TrainState(), model, model, optimizer, launch=None, best=False)
+    tensors = {"model": model.state_dict(), "optimizers": [optimizer.state_dict()]}
+    checkpoint.save(folder, CONFIG, "digest", TrainState(), tensors, launch_id=None)
     return folder / checkpoint.LAST
 
 
@@ -58,5 +59,18 @@ def test_another_data_set_is_refused_unless_that_is_wanted(tmp_path: Path, capsy
     content = checkpoint.load(path)
     with pytest.raises(RunError, match="data set digest there, another now"):
         checkpoint.check_resumable(path, content, CONFIG, "another")
-    checkpoint.check_resumable(path, content, dataclasses.replace(CONFIG, resume_with_changes=True), "another")
+    checkpoint.check_resumable(
+        path, content, dataclasses.replace(CONFIG, resume=True, resume_with_changes=True), "another"
+    )
     assert "resumed with changes: data set digest there, another now" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_the_version_before_can_be_used_but_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 3)
+    path = save(tmp_path)
+    monkeypatch.undo()
+    content = checkpoint.load(path)
+    with pytest.raises(RunError, match="format 3 can be used, but not be resumed"):
+        checkpoint.check_resumable(path, content, CONFIG, "digest")

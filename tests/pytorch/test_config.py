@@ -13,7 +13,7 @@ def parse(*arguments: str) -> Config:
     return parse_config(arguments, program="train", description="")
 
 
-def test_named_configurations_are_those_of_the_readme() -> None:
+def test_named_configurations_are_those_of_the_documents() -> None:
     assert list(CONFIGS) == ["librispeech", "librispeech-100", "mini", "an4", "synthetic", "librispeech-2018"]
 
 
@@ -91,5 +91,5 @@ def test_a_configuration_of_an_earlier_version_is_read_under_todays_names() -> N
     assert with_current_names({"config": "an4", "recipe": "modern", "seed": 2}) == {"config": "an4", "seed": 2}
 
 
-def test_the_readme_holds_the_table_of_hyperparameters() -> None:
-    assert hyperparameter_table() in (ROOT / "README.md").read_text()
+def test_the_documents_hold_the_table_of_hyperparameters() -> None:
+    assert hyperparameter_table() in (ROOT / "docs" / "hyperparameters.md").read_text()

@@ -1,9 +1,11 @@
-"""What a log says of the run's surroundings: cache, commit, platform; and its copy in a file."""
+"""What a log says of the run's surroundings: cache, commit, platform; and where it goes."""
 
 import logging
 import mmap
 import os
+import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from pytorch import mllog
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from tests.conftest import write_packed_dataset
-from tools.mlperf.events import read_events
+from tools.mlperf.runlog import RunLog
 
 CPU = torch.device("cpu")
 
@@ -100,7 +102,7 @@ def test_the_log_says_whether_all_machines_have_cleared_their_cache(
     printed = Printed()
     mllog.log_cache_clear(a_logger(printed), machines)
     (tmp_path / "run.log").write_text("\n".join(printed.lines))
-    ((event,), _) = read_events(tmp_path / "run.log")
+    (event,) = RunLog.read(tmp_path / "run.log").events
     assert (event.key, event.value, event.metadata) == ("cache_clear", value, metadata)
 
 
@@ -160,29 +162,111 @@ def test_a_submission_that_the_rules_do_not_know_is_refused(
         mllog.log_submission(a_logger(), CONFIGS["synthetic"], open_dataset(tones), CPU, 1)
 
 
-# --- copy
+# --- sinks
 
 
-def test_a_copy_of_the_log_replaces_the_one_before_it_when_the_clock_starts(tmp_path: Path) -> None:
-    path, partial = tmp_path / "last_run.log", tmp_path / "last_run.log.partial"
+def test_the_file_replaces_the_log_before_it_when_the_clock_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "last_run.log"
     path.write_text("of the run before\n")
-    partial.touch()
-    printed = Printed()
-    log = a_logger(printed, mllog._Copy(path))
+    log, _ = mllog.make_logger(path)
     log.start("init_start")
     assert path.read_text() == "of the run before\n"
     log.start("run_start")
     log.end("run_stop")
-    mllog.print_result(log, "RESULT,DEEPSPEECH2,1,2,me,now")
-    assert path.read_text().splitlines() == [*printed.lines, "RESULT,DEEPSPEECH2,1,2,me,now"]
-    assert not partial.exists()
+    log.logger.info("RESULT,DEEPSPEECH2,1,2,me,now")
+    lines = path.read_text().splitlines()
+    assert lines == capsys.readouterr().out.splitlines()
+    assert (len(lines), lines[-1]) == (4, "RESULT,DEEPSPEECH2,1,2,me,now")
 
 
-def test_processes_that_are_started_in_the_place_of_lost_ones_go_on_with_the_copy(tmp_path: Path) -> None:
-    path = tmp_path / "last_run.log"
-    mllog.partial_copy(path).touch()
-    for _ in range(2):
-        log = a_logger(mllog._Copy(path))
-        log.start("init_start")
+def test_a_run_that_torchrun_has_started_again_continues_its_file(tmp_path: Path) -> None:
+    for append in (False, True):
+        log, file = mllog.make_logger(tmp_path / "last_run.log")
+        file.append = append
         log.start("run_start")
-    assert path.read_text().count("run_start") == 2
+    assert (tmp_path / "last_run.log").read_text().count("run_start") == 2
+
+
+def test_ranks_other_than_the_first_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    log, _ = mllog.make_logger(tmp_path / "last_run.log")
+    log.start("run_start")
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "last_run.log").exists()
+
+
+def test_a_sink_that_fails_is_named_once_and_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, _ = mllog.make_logger(tmp_path / "no such folder" / "last_run.log")
+    for _ in range(3):
+        log.start("run_start")
+    output, errors = capsys.readouterr()
+    assert output.count("run_start") == 3
+    assert errors.count("last_run.log cannot be written: No such file or directory") == 1
+    with pytest.raises(RunError, match="cannot be written"):
+        mllog.require_sinks(log)
+
+
+# --- TensorBoard
+
+
+def write_curves(board: mllog.TensorBoard, steps: range) -> None:
+    log = a_logger(board)
+    for step in steps:
+        log.event("train_loss", 100.0 / step, {"step_num": step, "learning_rate": 0.001, "gradient_norm": 2.0 * step})
+    log.end("epoch_stop", metadata={"utterances_per_second": 16.0, "data_wait_fraction": 0.01})
+    for name, wer in (("all", 40.0), ("dev-clean", 30.0)):
+        log.event("validation_errors", name, metadata={"wer": wer})
+    log.end("eval_stop")
+    log.end("run_stop")
+    log.logger.info("RESULT,DEEPSPEECH2,1,2,me,now")
+
+
+def test_what_is_logged_is_what_tensorboard_reads(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tensorboard)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_curves(mllog.TensorBoard(tmp_path / "curves"), range(1, 7))
+    write_curves(mllog.TensorBoard(tmp_path / "curves", 4), range(5, 9))  # resumed from a checkpoint of its fourth step
+    read = EventAccumulator(str(tmp_path / "curves")).Reload()
+    curves = {name: [(event.step, event.value) for event in read.Scalars(name)] for name in read.Tags()["scalars"]}
+    assert curves["train/gradient_norm"] == [(step, 2.0 * step) for step in range(1, 9)]
+    assert curves["validation/wer/dev-clean"] == [(8, 30.0)]
+    assert set(curves) == {
+        *(f"train/{name}" for name in ("loss", "learning_rate", "gradient_norm")),
+        *(f"train/{name}" for name in ("utterances_per_second", "data_wait_fraction")),
+        *(f"validation/wer/{name}" for name in ("all", "dev-clean")),
+    }
+
+
+def test_without_the_package_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(RunError, match=r"pip install -e '\.\[tensorboard\]'"):
+        mllog.TensorBoard(tmp_path)
+
+
+def test_a_folder_of_curves_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tensorboard)")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"--tensorboard .*file"):
+        mllog.TensorBoard(tmp_path / "file" / "curves")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_said_once_and_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No file may grow beyond a limit for a while, which fails as a full disk does: in the writer's own thread."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tensorboard)")
+    board = mllog.TensorBoard(tmp_path / "curves")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        write_curves(board, range(1, 50))
+        write_curves(board, range(50, 60))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err.count("cannot be written: File too large") == 1

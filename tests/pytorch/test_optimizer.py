@@ -1,10 +1,14 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pytorch.optimizer import COEFFICIENTS, ITERATIONS, MOMENTUM, ROOT_MEAN_SQUARE, Muon, newton_schulz
+from pytorch.config import CONFIGS
+from pytorch.model import DeepSpeech2
+from pytorch.optimizer import COEFFICIENTS, ITERATIONS, MOMENTUM, ROOT_MEAN_SQUARE, Muon, make_optimizers, newton_schulz
 
-LEARNING_RATE, BETAS, WEIGHT_DECAY = 1e-2, (0.9, 0.98), 0.1
+LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1
 
 
 def parameters(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
@@ -37,10 +41,10 @@ def test_a_matrix_of_zeros_stays_one() -> None:
 
 
 @pytest.mark.parametrize("shape", [(48, 24), (48, 8)])
-def test_each_gate_moves_as_under_torch_s_muon_and_all_else_as_under_adamw(shape: tuple[int, int]) -> None:
-    (muon_params, other), (same_other,) = parameters(shape, (7,)), parameters(shape, (7,))[1:]
-    separate = [nn.Parameter(gate.detach().clone()) for gate in muon_params.chunk(3)]
-    muon = Muon([muon_params], [other], LEARNING_RATE, BETAS, WEIGHT_DECAY)
+def test_each_gate_moves_as_under_torch_s_muon(shape: tuple[int, int]) -> None:
+    (weight,) = parameters(shape)
+    separate = [nn.Parameter(gate.detach().clone()) for gate in weight.chunk(3)]
+    muon = Muon([weight], LEARNING_RATE, WEIGHT_DECAY)
     faster = ROOT_MEAN_SQUARE / 0.2  # the latter is what match_rms_adamw stands for
     theirs = torch.optim.Muon(
         separate,
@@ -50,25 +54,30 @@ def test_each_gate_moves_as_under_torch_s_muon_and_all_else_as_under_adamw(shape
         ns_steps=ITERATIONS,
         adjust_lr_fn="match_rms_adamw",
     )
-    adamw = torch.optim.AdamW([same_other], LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
-    start = muon_params.detach().clone()
+    start = weight.detach().clone()
     for step in range(3):
-        set_gradients([muon_params, other], step)
-        same_other.grad = other.grad
-        assert muon_params.grad is not None
-        for weight, gradient in zip(separate, muon_params.grad.chunk(3), strict=True):
-            weight.grad = gradient.clone()
-        for optimizer in (muon, theirs, adamw):
-            optimizer.step()
-    assert torch.equal(other, same_other)
-    moved, expected = muon_params.detach() - start, torch.cat([*separate]).detach() - start
+        set_gradients([weight], step)
+        assert weight.grad is not None
+        for gate, gradient in zip(separate, weight.grad.chunk(3), strict=True):
+            gate.grad = gradient.clone()
+        muon.step()
+        theirs.step()
+    moved, expected = weight.detach() - start, torch.cat([*separate]).detach() - start
     assert (moved - expected).norm() < 0.02 * expected.norm()  # torch's rounds to bfloat16
+
+
+def test_muon_has_the_grus_weights_and_adamw_all_other_parameters() -> None:
+    model = DeepSpeech2(conv_channels=2, hidden_size=4)
+    adamw, muon = make_optimizers(dataclasses.replace(CONFIGS["synthetic"], optimizer="muon"), model)
+    sizes = [sum(weight.numel() for weight in each.param_groups[0]["params"]) for each in (adamw, muon)]
+    assert sizes[1] == sum(weight.numel() for name, weight in model.grus.named_parameters() if "weight" in name)
+    assert sum(sizes) == sum(weight.numel() for weight in model.parameters())
 
 
 def test_a_step_that_is_left_out_changes_nothing_and_leaves_no_trace() -> None:
     def run(found: list[int]) -> list[Tensor]:
-        weights = parameters((12, 4), (3,))
-        muon = Muon(weights[:1], weights[1:], LEARNING_RATE, BETAS, WEIGHT_DECAY)
+        weights = parameters((12, 4), (6, 2))
+        muon = Muon(weights, LEARNING_RATE, WEIGHT_DECAY)
         for number in found:
             set_gradients(weights, 0)
             if number:

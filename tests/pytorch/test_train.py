@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,20 +15,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from data.files import locked
 from data.packed import open_dataset
-from pytorch import checkpoint, launch, train, trainer
+from pytorch import checkpoint, launch, machine, train, trainer
 from pytorch.cli import PREEMPTED, RunError
 from pytorch.config import CONFIGS, Config
 from pytorch.distributed import World
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.layers import kernels
-from pytorch.loader import Utterances
+from pytorch.loader import Batch, TrainingLoader, Utterances
 from pytorch.optimizer import learning_rate
 from pytorch.trainer import Trainer
 from tests.conftest import ROOT, write_packed_dataset
 from tests.processes import run_module_for_text
 from tools.bench import random_batch
-from tools.mlperf.logs import RunLog
+from tools.mlperf.runlog import RunLog
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = ["--config", "synthetic", "--hidden-size", "16", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
@@ -101,15 +104,13 @@ def test_progress_goes_to_standard_error_with_the_wer_of_each_subset(
 
 
 def test_losses_that_are_read_late_are_the_same(
-    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logged = []
     for unread in (0, 4):
         monkeypatch.setitem(train.PENDING_LOSSES, "cpu", unread)
-        arguments = [*SMALL, "--dataset-dir", str(tones), "--output-dir", str(tmp_path), "--max-epochs", "2"]
-        assert train.main(arguments) == 1
-        output = "\n".join(caplog.messages)
-        caplog.clear()
+        assert run_here(tones, tmp_path, "--max-epochs", "2") == 1
+        output = capsys.readouterr().out
         steps = [event["metadata"]["step_num"] for event in events(output) if event["key"] == "train_loss"]
         assert steps == list(range(1, 13))
         logged.append(values(output, "train_loss"))
@@ -221,7 +222,7 @@ def test_resuming_another_configuration_is_refused_with_the_difference(tones: Pa
 
 
 def test_a_damaged_or_missing_checkpoint_is_refused_by_name(tones: Path, tmp_path: Path) -> None:
-    assert "there is no such checkpoint" in small_run(tones, tmp_path, "--resume").stderr
+    assert "checkpoint not found" in small_run(tones, tmp_path, "--resume").stderr
     (tmp_path / "checkpoint_last.pt").write_bytes(b"no checkpoint")
     run = small_run(tones, tmp_path, "--resume")
     assert run.returncode == 1
@@ -258,10 +259,11 @@ def test_a_disk_that_is_full_at_the_end_does_not_cost_the_result(
 
     def save(*arguments: Any, **options: Any) -> None:
         saves.append(options)
-        if len(saves) == 2:
+        if len(saves) == 3:  # the first is that of the setup, the second comes before the evaluation
             raise RunError("checkpoint_last.pt: the checkpoint could not be written: no space left")
 
     monkeypatch.setattr(checkpoint, "save", save)
+    monkeypatch.setattr(checkpoint, "mark_best", lambda folder: None)
     arguments = [*SMALL, "--dataset-dir", str(tones), "--output-dir", str(tmp_path), "--target-wer", "1000"]
     assert train.main(arguments) == 1
     output, errors = capsys.readouterr()
@@ -338,28 +340,31 @@ def test_a_batch_that_does_not_fit_into_memory_is_an_error_with_advice_before_tr
     assert not values(output, "run_start")
 
 
-def test_checkpoints_of_an_earlier_run_are_moved_aside_unless_they_hold_no_training(
+def test_files_of_an_earlier_run_are_moved_aside_unless_they_hold_no_training(
     tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for seed in ("1", "2", "3"):
         run_here(tones, tmp_path, "--max-steps", "1", "--target-wer", "0", "--seed", seed)
-        assert ("Checkpoints of an earlier run are now in" in capsys.readouterr().err) == (seed != "1")
-    assert checkpoint.load(tmp_path / checkpoint.EARLIER / checkpoint.LAST)["config"]["seed"] == 2
+        assert ("The earlier run in this folder is now in" in capsys.readouterr().err) == (seed != "1")
+    archive = tmp_path / checkpoint.PREVIOUS_RUN
+    assert checkpoint.load(archive / checkpoint.LAST)["config"]["seed"] == 2
+    assert RunLog.read(archive / "last_run.log").seed == 2
     for name in (checkpoint.PREVIOUS, checkpoint.BEST):
         (tmp_path / name).unlink()
     assert checkpoint.archive_previous_run(tmp_path) is None
 
 
 def test_processes_that_torchrun_starts_again_go_on_from_checkpoints_of_their_own_launch_only(
-    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps: list[list[int]] = []
     for name in ("first", "first", "second"):
-        monkeypatch.setattr(World, "start", lambda *_, name=name: World(launch=name))
-        run_here(tones, tmp_path, "--max-steps", str(len(steps) + 2), "--target-wer", "0")
-        logged = [event for event in events("\n".join(caplog.messages)) if event["key"] == "train_loss"]
+        options = ["--max-steps", str(len(steps) + 2), "--target-wer", "0"]
+        train.main([*SMALL, "--dataset-dir", str(tones), "--output-dir", str(tmp_path), *options], launch_id=name)
+        logged = [event for event in events(capsys.readouterr().out) if event["key"] == "train_loss"]
         steps.append([event["metadata"]["step_num"] for event in logged])
-        caplog.clear()
+        if len(steps) == 2:  # the launch's log goes on, too
+            assert len(values((tmp_path / "last_run.log").read_text(), "train_loss")) == 3
     assert steps == [[1, 2], [3], [1, 2, 3, 4]]
 
 
@@ -374,20 +379,21 @@ def test_hyperparameters_of_the_optimizer_may_change_on_resuming_but_not_its_kin
         assert run_here(tones, tmp_path, *options, option, value) == 1
         assert f"would not fit: {option.removeprefix('--')} " in capsys.readouterr().err
     run_here(tones, tmp_path, *options, "--weight-decay", "0.5", "--beta1", "0.7")
-    groups = checkpoint.load(tmp_path / checkpoint.LAST)["optimizer"]["param_groups"]
-    assert {(group["weight_decay"], tuple(group["betas"])) for group in groups} == {(0.5, (0.7, 0.98))}
+    saved = checkpoint.load(tmp_path / checkpoint.LAST)["optimizers"]
+    groups = [group for each in saved for group in each["param_groups"]]
+    assert {group["weight_decay"] for group in groups} == {0.5}
+    assert tuple(groups[0]["betas"]) == (0.7, 0.98)
 
 
-def test_a_run_told_to_end_in_an_evaluation_saves_at_once_and_resumed_evaluates_that_epoch_first(
-    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_run_told_to_stop_in_an_evaluation_ends_at_once_and_resumed_evaluates_that_epoch_first(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(trainer: Trainer, utterances: Utterances, capacity: int, told_to_end: Any) -> Evaluation | None:
-        told_to_end.__self__.request_stop()
-        return evaluate(trainer, utterances, capacity, told_to_end)
+    def told(*arguments: Any, **options: Any) -> Evaluation | None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
 
     def log() -> list[tuple[str, Any]]:
-        found = [(event["key"], event["value"]) for event in events("\n".join(caplog.messages))]
-        caplog.clear()
+        found = [(event["key"], event["value"]) for event in events(capsys.readouterr().out)]
         return [event for event in found if event[0] in ("train_loss", "eval_accuracy")]
 
     options = ["--target-wer", "0", "--max-epochs", "2"]
@@ -399,14 +405,13 @@ def test_a_run_told_to_end_in_an_evaluation_saves_at_once_and_resumed_evaluates_
     first = log()
     assert [key for key, _ in first] == ["train_loss"] * 6
     assert run_here(tones, tmp_path / "parts", *options, "--resume") == 1
-    (tmp_path / "log").write_text("\n".join(caplog.messages))
-    assert RunLog.read(tmp_path / "log").resumed
+    assert RunLog.read(tmp_path / "parts" / "last_run.log").resumed
     assert first + log() == whole
     left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "parts"))
     assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
 
 
-def test_processes_that_were_told_different_things_refuse_to_train_together(
+def test_ranks_of_different_configurations_refuse_to_train_together(
     tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def all_gather_object(_: World, mine: Any) -> list[Any]:
@@ -431,12 +436,17 @@ def test_evaluation_is_balanced_over_processes_and_no_batch_is_larger_than_in_tr
         return [mine]
 
     monkeypatch.setattr(World, "all_gather_object", all_gather_object)
-    alone = Trainer.make(small_config(), torch.device("cpu"))
+    trainer = Trainer(small_config(), torch.device("cpu"))
+    trainer.model.eval()
+    capacity = 2 * int(utterances.num_samples.max())
+
+    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
+        assert batch.waveforms_BS.numel() <= capacity
+        return trainer.logits(trainer.model, batch)
+
     for rank in range(3):
         with pytest.raises(RunError, match="are not the 31 there are"):  # what the others found is missing
-            evaluate(
-                dataclasses.replace(alone, world=World(rank, 3)), utterances, 2 * int(utterances.num_samples.max())
-            )
+            evaluate(forward, utterances, World(rank, 3), max_batch_samples=capacity)
     assert sorted(index for share in shares for index in share) == list(range(31))
     samples = [int(utterances.num_samples[share].sum()) for share in shares]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -459,14 +469,14 @@ def infinite(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[bool], optimizer: Any) -> None:
     config = small_config(ema_decay=0.9, optimizer=optimizer)
-    taught, batch = Trainer.make(config, torch.device("cpu")), random_batch(config, 2, 0.3, 0.5)
+    taught, batch = Trainer(config, torch.device("cpu")), random_batch(config, 2, 0.3, 0.5)
     assert taught.ema is not None
     infinite[:] = [True, False, False]
     for _ in range(2):
-        taught.step([batch], 2, 1e-3)
+        taught.train_step([batch], 2, 1e-3)
     before = [weight.clone() for weight in (*taught.model.parameters(), *taught.ema.module.parameters())]
     assert not torch.equal(before[0], next(taught.ema.module.parameters()))
-    result = taught.step([batch], 2, 1e-3)()
+    result = taught.train_step([batch], 2, 1e-3)()
     assert not result[0].isfinite()
     after = [*taught.model.parameters(), *taught.ema.module.parameters()]
     assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
@@ -477,12 +487,12 @@ def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite
     batch, weights = random_batch(config, 2, 0.3, 0.5), []
     for losses in ([False], [False, True]):
         torch.manual_seed(0)
-        taught = Trainer.make(config, torch.device("cpu"))
+        taught = Trainer(config, torch.device("cpu"))
         infinite[:] = losses
         used = [torch.full_like(weight, 7.0) for weight in taught.model.parameters()]
         del used  # what is not initialised is likely to be this
         while infinite:
-            taught.step([batch], 2, 1e-3)
+            taught.train_step([batch], 2, 1e-3)
         weights.append(list(taught.model.parameters()))
     assert all(torch.equal(left, right) for left, right in zip(*weights, strict=True))
 
@@ -494,3 +504,80 @@ def test_a_port_that_cannot_be_is_an_error_of_one_line(
     monkeypatch.setenv("MASTER_PORT", port)
     assert launch.main([]) == 1
     assert capsys.readouterr().err == f"error: MASTER_PORT is {port}; it must be a number from 1 to 65535\n"
+
+
+def test_two_runs_in_one_output_folder_do_not_disturb_each_other(
+    tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path, "run"):
+        assert run_here(tones, tmp_path) == 1
+    assert f"another run is working in {tmp_path}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_resuming_a_run_that_has_reached_its_target_says_so_and_changes_nothing(
+    tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(tones, tmp_path, "--target-wer", "1000") == 0
+    log = (tmp_path / "last_run.log").read_text()
+    assert run_here(tones, tmp_path, "--target-wer", "1000", "--resume") == 0
+    assert "s already" in capsys.readouterr().err
+    assert (tmp_path / "last_run.log").read_text() == log
+    assert run_here(tones, tmp_path, "--resume-with-changes") == 1
+    assert "add --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"), [({"USER": "Doe, José"}, "Doe__Jos_"), ({"HOME": "", "USER": "x"}, "x")]
+)
+def test_the_result_line_has_a_user_without_commas_and_in_ascii(
+    environment: dict[str, str], shown: str, tones: Path, tmp_path: Path
+) -> None:
+    for name in ("LOGNAME", "LNAME", "USERNAME"):
+        environment = {name: "", **environment}
+    arguments = [*SMALL, "--dataset-dir", tones, "--output-dir", tmp_path, "--max-steps", "1", "--target-wer", "1000"]
+    run = run_module_for_text("pytorch.launch", *arguments, environment={**environment, "PYTHONIOENCODING": "ascii"})
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1].split(",")[4] == shown
+
+
+def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr(machine.getpass, "getuser", nobody)
+    assert machine.user_name() == str(os.getuid())
+
+
+def test_standard_output_that_is_full_is_refused_before_the_clock_starts(tones: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", tones, "--output-dir", tmp_path]
+    with Path("/dev/full").open("w") as full:
+        run = subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert run.returncode == 1
+    assert "error: standard output cannot be written: No space left on device" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "last_run.log").exists()
+
+
+def test_a_reader_of_the_log_that_leaves_costs_neither_the_run_nor_its_log(tones: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", tones, "--output-dir", tmp_path]
+    command += ["--max-epochs", "2", "--target-wer", "1000"]
+    run = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    assert run.stdout is not None and run.stderr is not None
+    while "run_start" not in run.stdout.readline():
+        pass
+    run.stdout.close()
+    errors = run.stderr.read()
+    assert run.wait() == 0, errors
+    assert errors.count("standard output cannot be written: Broken pipe") == 1
+    assert "Traceback" not in errors and "Exception ignored" not in errors
+    assert RunLog.read(tmp_path / "last_run.log").result is not None
+
+
+def test_a_corpus_of_which_every_utterance_is_too_short_says_so(tones: Path) -> None:
+    subset = open_dataset(tones).split("train")[0]
+    spoken = Utterances([dataclasses.replace(subset, transcripts=["A" * 999] * len(subset))])
+    with pytest.raises(RunError, match="all 21 training utterances are too short for their transcripts"):
+        TrainingLoader(spoken, small_config(), World())

@@ -1,4 +1,4 @@
-"""Ways to falsify or break a log, each with what the checker says about it.
+"""Ways in which a log is wrong, each with what the checker says about it.
 
 The log is one of a real run of several epochs that reached its target.
 """
@@ -26,48 +26,31 @@ def leave_out(log: Forged, keys: str, number: int = 0) -> None:
         log.remove(key, number)
 
 
-def leave_out_the_last_step(log: Forged) -> None:
-    log.remove("train_loss", -1)
-    log.edit("epoch_stop", number=-1, step=log.events[log.positions("train_loss")[-1]]["metadata"]["step_num"])
-
-
 def date_all_to_the_start(log: Forged) -> None:
     start = log.positions("run_start")[0]
     for event in log.events[start:]:
         event["time_ms"] = log.events[start]["time_ms"]
 
 
-def set_back_little_by_little(log: Forged) -> None:
-    for number in range(1, 9):
-        here = log.positions("train_loss")[number]
-        since_last = (log.events[here]["time_ms"] - log.events[here - 1]["time_ms"]) / 1000
-        log.shift("train_loss", -since_last - 0.9, number)
-
-
 def insert(log: Forged, event: dict, before: str, **changes: object) -> None:
     log.events.insert(log.positions(before)[0], {**event, **changes})
 
 
-# A way to falsify or break a log: what it does, and the reason for which it is refused.
+# What is done to a log, and the reason for which it is refused.
 MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
     "WER lowered": (lambda log: log.edit("eval_accuracy", 0.25, number=-1), "the WER is 0.25, but"),
     "fewer errors in all than in the subsets": (
         fewer_errors_in_all,
         "the subsets' errors do not add up to those of all",
     ),
-    "rate that its counts do not give": (
-        lambda log: log.edit("validation_errors", number=-1, wer=0.125),
-        "wer is 0.125, but its counts make it",
-    ),
     "fewer utterances evaluated": (
         lambda log: log.edit("eval_accuracy", number=0, utterances=5),
         "validation utterances were counted",
     ),
-    "fewer words counted": (
-        lambda log: log.edit("eval_accuracy", number=1, words=10),
-        "counts other utterances or words",
+    "subset left out": (
+        lambda log: log.remove("validation_errors", 1),
+        "validation_errors are not of all and each subset",
     ),
-    "subset left out": (lambda log: log.remove("validation_errors", 1), "there is not one validation_errors of all"),
     "counts that are text": (
         lambda log: log.edit("validation_errors", number=0, word_errors="3"),
         "damaged event: validation_errors's word_errors is '3', not an integer",
@@ -121,30 +104,15 @@ MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
         "learning rate 0.5 in step 4; the schedule says",
     ),
     "steps left out": (lambda log: log.remove("train_loss", 5), "steps must count from 1 without gaps"),
-    "last step left out": (leave_out_the_last_step, "steps are done; the log has"),
+    "last step left out": (lambda log: log.remove("train_loss", -1), "its step is not the last one, "),
     "loss that is no number": (lambda log: log.edit("train_loss", float("nan"), number=4), "is no finite number"),
-    "loss changed": (lambda log: log.edit("train_loss", 1e-3, number=4), "is not the mean of its steps' losses"),
-    "epoch left unfinished": (lambda log: log.edit("epoch_stop", finished=False), "the epoch was left unfinished"),
-    "skipped steps hidden": (lambda log: log.edit("epoch_stop", skipped_steps=3), "skipped_steps is not 0"),
-    "clock set back": (lambda log: log.shift("epoch_stop", -9.0), "its time is before that of line"),
-    "clock set back little by little": (
-        set_back_little_by_little,
-        "its time is before that of line",
-    ),
+    "clock set back": (lambda log: log.shift("epoch_stop", -9.0), "the clock was set back by 9.0 s"),
     "run_stop dated back": (
         lambda log: log.events[log.positions("run_stop")[0]].update(time_ms=0),
-        "run_stop: its time is before that of line",
+        "run_stop: the clock was set back by",
     ),
-    "training made faster": (date_all_to_the_start, "its time stamps say 0.0 s"),
+    "training made faster": (date_all_to_the_start, "run_start to run_stop took 0.0 s: the clock was set"),
     "pause cut into the clock": (lambda log: log.shift("run_stop", 60.0), "run_start to run_stop took"),
-    "evaluation time changed": (
-        lambda log: log.edit("eval_stop", number=-1, evaluation_fraction_of_run=0.99),
-        "evaluation_fraction_of_run does not fit",
-    ),
-    "throughput raised": (
-        lambda log: log.edit("epoch_stop", utterances_per_second=1e6),
-        "throughput and time do not make",
-    ),
     "result rounded down": (lambda log: setattr(log, "result", "RESULT,DEEPSPEECH2,1,0,me,now"), "RESULT: 0 s, but"),
     "result of another seed": (
         lambda log: setattr(log, "result", str(log.result).replace(",1,", ",9,", 1)),
@@ -180,12 +148,7 @@ MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
     "machine removed": (lambda log: log.remove("environment"), "'environment' but found 0"),
     "another benchmark": (lambda log: log.edit("submission_benchmark", "rnnt"), "the benchmark is not deepspeech2"),
     "no division": (lambda log: log.edit("submission_division", "ajar"), "must be closed or open"),
-    "other corpus": (lambda log: log.edit("dataset", corpus="librispeech"), "librispeech has no validation subset"),
     "no digest": (lambda log: log.edit("dataset", "unknown"), "the digest is no SHA-256"),
-    "transcript made better": (
-        lambda log: log.edit("transcript", reference="A B", hypothesis="A B", wer=50.0),
-        "its WER is not that of the two texts",
-    ),
     "training utterances hidden": (
         lambda log: log.edit("train_samples_left_out", 9),
         "not as many utterances as are named",

@@ -8,11 +8,17 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pytest
+import torch
 
+from pytorch.evaluation import Hypothesis
+from pytorch.metrics import count_errors
 from tests.processes import run_module_for_text
 from tests.pytorch.test_train import small_run
 from tests.tools.conftest import Trained
-from tools.evaluate import Edits, Recognised, bootstrap_intervals, count_edits, score
+from tools.evaluate import Spoken, bootstrap_intervals, count_edits, score, table, trn_ids
+
+FP32 = ["--precision", "fp32"]  # in which rounding changes no transcript of these
+AS_DECODED = jiwer.Compose([jiwer.ReduceToListOfListOfChars()])  # jiwer would strip spaces
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -38,10 +44,12 @@ def checkpoint(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def evaluated(tones: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
-    run = command(checkpoint, "--dataset-dir", tones, "--split", "tones-train,tones-validation", "--output", folder)
+    subsets = "tones-train,tones-validation"
+    run = command(checkpoint, "--dataset-dir", tones, "--split", subsets, "--output", folder, *FP32)
     assert run.returncode == 0, run.stderr
     assert "tones-train" in run.stdout
     assert "real-time factor" in run.stdout
+    assert run.stdout.endswith("fp32\n")
     return folder
 
 
@@ -53,7 +61,7 @@ def test_the_figures_of_each_subset_and_of_all_equal_those_of_jiwer(evaluated: P
         references, hypotheses = ([pair[side] for pair in chosen] for side in ("reference", "hypothesis"))
         words, characters = (
             jiwer.process_words(references, hypotheses),
-            jiwer.process_characters(references, hypotheses),
+            jiwer.process_characters(references, hypotheses, AS_DECODED, AS_DECODED),
         )
         assert figures["wer"] == pytest.approx(100 * words.wer)
         assert figures["cer"] == pytest.approx(100 * characters.cer)
@@ -67,11 +75,11 @@ def test_the_figures_of_each_subset_and_of_all_equal_those_of_jiwer(evaluated: P
 def test_a_trained_model_has_the_error_rate_that_its_training_logged(trained: Trained, tmp_path: Path) -> None:
     run = command(trained.checkpoint, "--dataset-dir", trained.dataset, "--output", tmp_path)
     assert run.returncode == 0, run.stderr
-    import torch
-
-    logged = torch.load(trained.checkpoint, weights_only=True)["progress"]["best_wer"]
+    saved = torch.load(trained.checkpoint, weights_only=True)
+    logged = saved["progress"]["best_wer"]
     assert summary(tmp_path)["all"]["wer"] == pytest.approx(logged)
     assert logged < 5
+    assert run.stdout.endswith(f"{saved['config']['precision']}\n")
 
 
 @pytest.mark.parametrize("options", [["--batch-size", "1"], ["--batch-size", "28"]])
@@ -80,7 +88,7 @@ def test_the_batch_size_changes_nothing(
 ) -> None:
     subsets = "tones-train,tones-validation"
     assert not command(
-        checkpoint, "--dataset-dir", tones, "--split", subsets, "--output", tmp_path, *options
+        checkpoint, "--dataset-dir", tones, "--split", subsets, "--output", tmp_path, *options, *FP32
     ).returncode
     assert pairs(tmp_path) == pairs(evaluated)
 
@@ -94,7 +102,7 @@ def test_two_processes_report_the_same_as_one_and_recognise_each_utterance_once(
     torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m"]
     subsets = "tones-train,tones-validation"
     options: list[str | Path] = ["--dataset-dir", tones, "--split", subsets, "--batch-size", "3", "--output", tmp_path]
-    run = run_module_for_text(*torchrun, "tools.evaluate", checkpoint, *options)
+    run = run_module_for_text(*torchrun, "tools.evaluate", checkpoint, *options, *FP32)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("real-time factor") == 1
     assert pairs(tmp_path) == pairs(evaluated)
@@ -109,9 +117,39 @@ def test_transcription_files_hold_every_pair_under_ids_that_begin_with_the_speak
     assert not list(evaluated.glob("*.partial"))
 
 
+def hypothesis(id: str, text: str = "A B C D") -> Hypothesis:
+    return Hypothesis(id, "s", "A B C D", text, count_errors(["A B C D"], [text]))
+
+
+def test_ids_for_sclite_are_unique_and_have_neither_blanks_nor_parentheses() -> None:
+    awkward = ["my rec (1).wav", "my%20rec%281).wav", "b-c", "c"]
+    spoken = [(speaker, hypothesis(id)) for speaker in ("", "a", "a-b", "a_b") for id in awkward]
+    ids = trn_ids(spoken)
+    assert len(set(ids)) == len(ids)
+    assert not set(" ()\t").intersection("".join(ids))
+    assert [id.split("-")[0] for id in ids[::4]] == ["unknown", "a", "a%2Db", "a%5Fb"]
+    assert trn_ids([("84", hypothesis("84-121-0000")), ("85", hypothesis("85-121-0000"))]) == [
+        "84-121-0000",
+        "85-121-0000",
+    ]
+
+
+def test_a_file_that_was_there_before_is_replaced_only_if_told_so(
+    tones: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "tones-validation.ref.trn").write_text("mine")
+    arguments: list[str | Path] = [checkpoint, "--dataset-dir", tones, "--output", tmp_path]
+    refused = command(*arguments)
+    assert refused.returncode == 1
+    assert "tones-validation.ref.trn exists already; give another output, or --overwrite" in refused.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+    assert command(*arguments, "--overwrite").returncode == 0
+    assert "mine" not in (tmp_path / "tones-validation.ref.trn").read_text()
+
+
 def test_edits_are_told_apart() -> None:
     pairs = [(["A", "B", "C"], ["A", "X", "B"]), (["A"], []), (["A", "B"], ["A", "D"])]
-    assert count_edits(pairs) == Edits(insertions=1, deletions=2, substitutions=1)
+    assert count_edits(pairs) == {"insertions": 1, "deletions": 2, "substitutions": 1}
 
 
 def test_bootstrap_intervals_cover_the_rate_and_shrink_with_the_square_root_of_the_utterances() -> None:
@@ -137,19 +175,26 @@ def test_a_fixed_set_has_the_same_interval_every_time_and_equal_utterances_have_
 
 def test_where_speakers_differ_the_interval_over_speakers_is_the_wider_one() -> None:
     texts = {"good": "A B C D", "bad": "X X X X"}
-    spoken = [
-        Recognised("s", f"{name}{who}-{number}", f"{name}{who}", "A B C D", text)
+    spoken: list[Spoken] = [
+        (f"{name}{who}", hypothesis(f"{name}{who}-{number}", text))
         for name, text in texts.items()
         for who in range(5)
         for number in range(20)
     ]
     figures = score(spoken)
-    assert figures.wer == 50
-    assert figures.speakers == 10
-    assert figures.wer_interval_over_speakers is not None
-    low, high = figures.wer_interval_over_speakers
-    assert high - low > 3 * (figures.wer_interval[1] - figures.wer_interval[0])
-    assert score(spoken[:20]).wer_interval_over_speakers is None
+    assert figures["wer"] == 50
+    assert figures["speakers"] == 10
+    assert figures["wer_interval_over_speakers"] is not None
+    low, high = figures["wer_interval_over_speakers"]
+    assert high - low > 3 * (figures["wer_interval"][1] - figures["wer_interval"][0])
+    assert score(spoken[:20])["wer_interval_over_speakers"] is None
+
+
+def test_speakers_that_are_not_known_are_not_one_speaker() -> None:
+    figures = score([("", hypothesis("1")), ("", hypothesis("2")), ("x", hypothesis("3"))])
+    assert (figures["speakers"], figures["wer_interval_over_speakers"]) == (None, None)
+    lines = table({"all": figures}).splitlines()
+    assert lines[1].count("not known") == 3
 
 
 @pytest.mark.parametrize(
@@ -160,6 +205,7 @@ def test_where_speakers_differ_the_interval_over_speakers_is_the_wider_one() -> 
         (["--batch-size", "0"], "--batch-size is 0; it must be a positive integer"),
         (["--lm", "nowhere.arpa"], "nowhere.arpa"),
         (["--beam", "0"], "--beam is 0"),
+        (["--alpha", "0.25"], "give --lm as well"),
         (["--alpha", "nan"], "--alpha is nan"),
     ],
 )
@@ -180,7 +226,7 @@ def test_damaged_checkpoints_absent_data_sets_and_unwritable_folders_are_named(
         ([tmp_path / "damaged.pt", "--dataset-dir", tones], "damaged.pt"),
         ([tmp_path / "nowhere.pt", "--dataset-dir", tones], "nowhere.pt"),
         ([checkpoint, "--dataset-dir", tmp_path / "nothing"], "nothing"),
-        ([checkpoint, "--dataset-dir", tones, "--output", tmp_path / "damaged.pt"], "--output"),
+        ([checkpoint, "--dataset-dir", tones, "--output", tmp_path / "damaged.pt"], "damaged.pt: the folder"),
     ]
     for arguments, named in cases:
         run = command(*arguments)

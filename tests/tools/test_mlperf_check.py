@@ -1,4 +1,4 @@
-"""The checker: sound logs of real runs pass; every way of falsifying or breaking one is refused, and it says which."""
+"""The checker: valid logs of real runs pass; what is wrong with any other is said, with its line."""
 
 import dataclasses
 import json
@@ -17,11 +17,10 @@ from tests.tools.conftest import Trained
 from tests.tools.forged import Forged, made_up, reference
 from tests.tools.mutations import BROKEN, MUTATIONS
 from tools.mlperf.__main__ import main
-from tools.mlperf.check import RULES, Violation, check
+from tools.mlperf.check import RULES, check
 from tools.mlperf.configuration import configuration_problem
-from tools.mlperf.logs import RunLog
 
-COMMITTED = sorted((ROOT / "results").glob("2-cores-zen5-*/deepspeech2/result_*.txt"))  # not a user's own
+COMMITTED = sorted((ROOT / "results").glob("2-cores-zen5/*/result_*.txt"))  # not a user's own
 CLOSED_TUNABLE = {"seed", "max_epochs", "max_steps", "batch_size", "learning_rate", "lr_gamma"}
 CLOSED_TUNABLE |= {"warmup_steps", "gradient_accumulation_steps"}
 
@@ -53,7 +52,7 @@ def test_a_real_log_keeps_the_open_rules_and_says_why_it_is_no_librispeech_resul
     assert "no LibriSpeech result: the corpus is manifest" in output
 
 
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.parent.name}-{path.stem}")
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_committed_result_keeps_the_open_rules(path: Path) -> None:
     assert reasons(path, "open") == []
 
@@ -69,7 +68,7 @@ def test_the_packages_own_command_applies_the_same_rules(real: Path, forged: For
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_falsified_log_is_refused_with_its_reason(name: str, forged: Forged, tmp_path: Path) -> None:
+def test_a_log_that_is_wrong_is_refused_with_its_reason(name: str, forged: Forged, tmp_path: Path) -> None:
     mutate, reason = MUTATIONS[name]
     mutate(forged)
     found = reasons(forged.write(tmp_path / "forged.log"))
@@ -113,14 +112,33 @@ def test_a_librispeech_run_that_missed_its_target_is_refused_for_that_reason_alo
 ) -> None:
     path = made_up(reference(), wers=(60.0, 50.0), division=division).write(tmp_path / "run.log")
     (violation,) = check(path)[1]
-    assert violation.unreached
+    assert violation.missed_target
     assert violation.reason == "no result: the run did not reach its target WER of 23.0"
     assert path.read_text().splitlines()[(violation.line or 0) - 1].count("run_stop")
 
 
-def test_a_clock_that_is_set_back_by_less_than_a_second_is_no_reason_to_refuse(forged: Forged, tmp_path: Path) -> None:
-    forged.shift("epoch_stop", -0.5)
+@pytest.mark.parametrize("seconds", [-0.5, 0.5])
+def test_a_clock_that_is_set_by_less_than_a_second_is_no_reason_to_refuse(
+    seconds: float, forged: Forged, tmp_path: Path
+) -> None:
+    forged.shift("epoch_stop", seconds)
     assert reasons(forged.write(tmp_path / "run.log")) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (-3600.0, ": train_loss: the clock was set back by 3"),
+        (3600.0, " s: the clock was set"),
+    ],
+)
+def test_a_clock_that_was_set_is_said_in_one_line(
+    seconds: float, said: str, forged: Forged, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged.shift("train_loss", seconds, number=3)
+    assert main(["check", str(forged.write(tmp_path / "set.log"))]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert said in line
 
 
 def test_a_cache_that_could_not_be_cleared_is_noted_in_the_open_division_and_refused_in_the_closed_one(
@@ -140,7 +158,7 @@ def test_a_cache_that_could_not_be_cleared_is_noted_in_the_open_division_and_ref
 def test_synthetic_speech_that_is_not_the_reference_checksums_is_noted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is no falsification: on another platform the same sentences may sound a little different."""
+    """On another platform the same sentences may sound a little different."""
     config = dataclasses.replace(CONFIGS["synthetic"], precision="fp32", batch_size=100)
     log = made_up(config, corpus="synthetic", train_samples=1800, validation={"synthetic-validation": 240})
     assert main(["check", str(log.write(tmp_path / "reference.log"))]) == 0
@@ -150,22 +168,6 @@ def test_synthetic_speech_that_is_not_the_reference_checksums_is_noted(
     assert f"note: the data set is not that of synthetic's reference checksum: its digest is {'1' * 64}" in (
         capsys.readouterr().out
     )
-
-
-@pytest.mark.parametrize(
-    ("corpus", "options", "reason"),
-    [
-        ("an4", {"train_samples": 474, "validation": {"test": 130}}, "an4 has 948 training utterances, not 474"),
-        ("synthetic", {"train_samples": 1799}, "synthetic has 1800 training utterances, not 1799"),
-    ],
-)
-def test_a_part_of_a_corpus_that_claims_to_be_all_of_it_is_refused(
-    corpus: str, options: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
-    config = dataclasses.replace(CONFIGS[corpus], precision="fp32", batch_size=100)
-    options = {"validation": {"synthetic-validation": 240}, **options}
-    found = reasons(made_up(config, corpus=corpus, **options).write(tmp_path / "run.log"))
-    assert any(reason in each for each in found), found
 
 
 # --- closed: nobody has run it, so its rules are tested on a log that is made up
@@ -222,6 +224,7 @@ def test_closed_rules_refuse(
     ("changes", "options", "why"),
     [
         ({}, {"validation": {"dev-clean": 2703}}, "the validation set is not dev-clean and dev-other"),
+        ({}, {"validation": {"dev-clean": 234, "dev-other": 10}}, "the validation set is not all 5,567 utterances"),
         ({}, {"train_samples": 28539}, "the training set has 28,539 utterances, not all 281,241"),
         ({"hidden_size": 400}, {}, "hidden_size is 400, not 800: it is another model"),
         ({"conv_channels": 8}, {}, "conv_channels is 8, not 32: it is another model"),
@@ -234,11 +237,6 @@ def test_a_run_on_librispeech_that_is_easier_is_said_to_be_no_librispeech_result
     path = made_up(reference(**changes), **options).write(tmp_path / "easier.log")
     assert main(["check", str(path)]) == 0
     assert f"note: no LibriSpeech result: {why}" in capsys.readouterr().out
-
-
-def test_a_part_of_a_published_subset_that_claims_to_be_official_is_refused(tmp_path: Path) -> None:
-    path = made_up(reference(), validation={"dev-clean": 234, "dev-other": 10}).write(tmp_path / "part.log")
-    assert "dataset: dev-clean has 2703 utterances, of which 234 were counted" in reasons(path)
 
 
 def test_the_closed_rules_fix_every_hyperparameter_that_the_reference_does_not_leave_free(tmp_path: Path) -> None:
@@ -269,12 +267,16 @@ def test_a_configuration_is_legal_in_a_log_exactly_where_it_is_on_the_command_li
                 assert configuration_problem({**plain, field.name: value}), (field.name, value)
 
 
-def test_rules_without_a_line_name_the_file_alone(real: Path) -> None:
-    log = RunLog.read(real)
-    assert (log.reached, log.resumed, log.status) == (True, False, "success")
-    assert Violation(None, "x").line is None
-    with pytest.raises(RunError, match="cannot be read"):
-        RunLog.read(real.parent)
+def test_logs_are_read_without_importing_pytorch() -> None:
+    code = "import sys; from tools.mlperf.runlog import RunLog; from pathlib import Path; "
+    code += f"print(RunLog.read(Path({str(COMMITTED[0])!r})).reached, 'torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "True False\n"
+
+
+def test_a_log_with_the_waiting_statistics_of_earlier_versions_is_read(forged: Forged, tmp_path: Path) -> None:
+    forged.edit("epoch_stop", rank_wait_fractions=[0.25, 0.0], communication_fraction=0.0)
+    assert reasons(forged.write(tmp_path / "run.log")) == []
 
 
 def test_the_page_of_requirements_names_only_tests_that_exist() -> None:

@@ -1,7 +1,7 @@
 """N-gram language models: estimated from the training transcripts of a data set, or downloaded.
 
-    python -m tools.language_model.__main__ estimate --dataset-dir AN4_dataset --output an4.arpa
-    python -m tools.language_model.__main__ download --name 3-gram.pruned.3e-7
+    python -m tools.language_model estimate --dataset-dir AN4_dataset --output an4.arpa
+    python -m tools.language_model download --name 3-gram.pruned.3e-7
 
 The estimate is interpolated Witten-Bell smoothing (S. F. Chen and J. Goodman, "An empirical study of smoothing
 techniques for language modeling", 1999, section 2.6): after a history h that was seen c(h) times with N(h) different
@@ -16,10 +16,8 @@ corpora such as AN4 are not there. It is written in the ARPA format, whose back-
 
 from __future__ import annotations
 
-import gzip
 import math
 import sys
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,12 +26,22 @@ from typing import Annotated
 
 import tyro
 
-from data.corpora import LANGUAGE_MODELS, REPOSITORY
+from data.corpora import REPOSITORY, Archive, openslr_mirrors
 from data.fetch import fetch
-from data.packed import DataError, open_dataset, replace_durably
-from data.prepare import progress_bar
+from data.files import DOWNLOADS, atomic_replace, locked, work_folder
+from data.packed import open_dataset
+from pytorch.cli import RunError, exit_status, progress_bar
+from tools.output import output_file, prepare_outputs
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
+# Of openslr.org/11: n-grams of the books that LibriSpeech's readers did not read, gzipped ARPA files. None was ever
+# downloaded with this: other projects check these MD5 sums.
+LIBRISPEECH_MODELS = {
+    "3-gram.pruned.3e-7": "8f67ec741827742eee05799ab7605b50",
+    "3-gram.pruned.1e-7": "9a0f1325bcaf3a0f7b7be4be10823c2a",
+    "3-gram": "74cbb837e582378c26c602e1c8cbcb9c",
+    "4-gram": "6abdcd5b055bd482e4f9defe91d40408",
+}
 
 Ngram = tuple[str, ...]
 
@@ -45,16 +53,18 @@ class Estimate:
     dataset_dir: Path
     """packed data set, as download_dataset.sh makes it; only its training subsets are read"""
     output: Path
-    """where the ARPA file goes"""
+    """where the ARPA file goes; compressed by gzip if its name ends in .gz"""
     order: int = 3
     """words in the longest n-grams"""
+    overwrite: bool = False
+    """replace the file if it exists"""
 
 
 @dataclass(frozen=True)
 class Download:
     """Download one of the language models of LibriSpeech (openslr.org/11)."""
 
-    name: Annotated[str, tyro.conf.arg(help=f"which one: {', '.join(LANGUAGE_MODELS.md5s)}")]
+    name: Annotated[str, tyro.conf.arg(help=f"which one: {', '.join(LIBRISPEECH_MODELS)}")]
     mirror: str = ""
     """comma-separated addresses, tried in this order; empty: those of OpenSLR"""
     md5: str = ""
@@ -63,38 +73,35 @@ class Download:
     """folder for the file"""
 
 
-def main() -> None:
-    command = tyro.cli(Estimate | Download, prog="python -m tools.language_model.__main__", description=__doc__)  # type: ignore[arg-type]
-    try:
-        if isinstance(command, Estimate):
-            estimate(command)
-        else:
-            download(command)
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+def main() -> int:
+    """Run the command line; return the exit status."""
+    options = tyro.cli(Estimate | Download, prog="python -m tools.language_model", description=__doc__)  # type: ignore[arg-type]
+    return exit_status(lambda: estimate(options) if isinstance(options, Estimate) else download(options))
 
 
 def estimate(options: Estimate) -> None:
-    """Writes the ARPA file whole or not at all; DataError where there are no training transcripts."""
+    """Write the ARPA file, whole or not at all.
+
+    Raises:
+        RunError: the order is no order, the file exists or cannot be written, or there are no training transcripts.
+        DataError: the data set is absent or damaged.
+    """
     if options.order < 1:
-        raise DataError(f"--order is {options.order}; at least 1 is needed")
+        raise RunError(f"--order is {options.order}; it must be a positive integer")
+    prepare_outputs([options.output], options.overwrite)
     subsets = open_dataset(options.dataset_dir).split("train")
     if not subsets:
-        raise DataError(f"{options.dataset_dir} has no training subset to estimate a language model from")
+        raise RunError(f"{options.dataset_dir} has no training subset to estimate a language model from")
     transcripts = [transcript for subset in subsets for transcript in subset.transcripts]
     model = estimate_ngrams(transcripts, options.order)
-    partial = options.output.with_name(options.output.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
+    with output_file(options.output) as stream:
         stream.writelines(f"{line}\n" for line in arpa_lines(model))
-    replace_durably(partial, options.output)
     counts = ", ".join(f"{len(grams)} {size}-grams" for size, grams in enumerate(model, 1))
     print(f"{options.output}: {counts}, from {len(transcripts)} transcripts", file=sys.stderr)
 
 
 def estimate_ngrams(transcripts: Iterable[str], order: int) -> list[dict[Ngram, tuple[float, float]]]:
-    """Probability and back-off weight of each n-gram that occurs, for n from 1 to `order`."""
+    """Return probability and back-off weight of each n-gram that occurs, for n from 1 to `order`."""
     counts: list[Counter[Ngram]] = [Counter() for _ in range(order)]
     for transcript in transcripts:
         words = [START, *transcript.split(), END]
@@ -126,7 +133,7 @@ def estimate_ngrams(transcripts: Iterable[str], order: int) -> list[dict[Ngram, 
 
 
 def arpa_lines(model: list[dict[Ngram, tuple[float, float]]]) -> Iterator[str]:
-    """The lines of an ARPA file (decimal logarithms; -99 stands for the probability 0)."""
+    """Yield the lines of an ARPA file (decimal logarithms; -99 stands for the probability 0)."""
     yield "\\data\\"
     yield from (f"ngram {size}={len(grams)}" for size, grams in enumerate(model, 1))
     for size, grams in enumerate(model, 1):
@@ -140,44 +147,30 @@ def arpa_lines(model: list[dict[Ngram, tuple[float, float]]]) -> Iterator[str]:
 
 
 def download(options: Download) -> None:
-    """Fetches and checks a language model; DataError says what went wrong. An unfinished download is gone on with."""
-    archive = LANGUAGE_MODELS.find(options.name, options.md5)
-    mirrors = [part.strip() for part in options.mirror.split(",") if part.strip()] or LANGUAGE_MODELS.mirrors
+    """Download a language model, whose MD5 says whether it is whole; resume an unfinished download.
+
+    Raises:
+        RunError: there is no model of this name.
+        DataError: no mirror delivered it whole.
+    """
+    if options.name not in LIBRISPEECH_MODELS:
+        raise RunError(f"--name {options.name}: unknown language model; one of {', '.join(LIBRISPEECH_MODELS)}")
+    archive = Archive(f"{options.name}.arpa.gz", md5=options.md5.lower() or LIBRISPEECH_MODELS[options.name])
+    mirrors = [part.strip() for part in options.mirror.split(",") if part.strip()] or openslr_mirrors(11)
     target = options.output_dir / archive.file
     if not target.exists():
         options.output_dir.mkdir(parents=True, exist_ok=True)
-        with progress_bar(archive.file, archive.bytes, "B") as bar:
-            md5, sha256 = fetch(archive, mirrors, target, bar.update)
-        print(f"{archive.file}: MD5 {md5}, SHA-256 {sha256}", file=sys.stderr)
-        try:
-            check_arpa(target)
-        except DataError:
-            target.unlink()
-            raise
+        with (
+            locked(options.output_dir, "download"),
+            work_folder(options.output_dir) as work,
+            progress_bar(archive.file, None, unit="B") as bar,
+        ):
+            downloaded = work / DOWNLOADS / archive.file
+            md5, sha256 = fetch(archive, mirrors, downloaded, bar.update)
+            print(f"{archive.file}: MD5 {md5}, SHA-256 {sha256}", file=sys.stderr)
+            atomic_replace(downloaded, target)
     print(f"{target} is complete", file=sys.stderr)
 
 
-def check_arpa(path: Path) -> None:
-    """DataError unless a gzipped ARPA file is intact (gzip's own sum) and holds as many n-grams as it says."""
-    announced: dict[int, int] = {}
-    found: Counter[int] = Counter()
-    size = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                if line.startswith("ngram "):
-                    length, _, count = line.removeprefix("ngram ").partition("=")
-                    announced[int(length)] = int(count)
-                elif line.startswith("\\"):
-                    name = line.strip("\\\n").removesuffix("-grams:")
-                    size = int(name) if name.isdigit() else 0
-                elif size and line.strip():
-                    found[size] += 1
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path} is no intact gzipped ARPA file ({error})") from error
-    if not announced or announced != found:
-        raise DataError(f"{path} announces n-grams {announced}, it holds {dict(found)}")
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Beam search over CTC outputs with an n-gram language model.
 
     decode = BeamSearch(LanguageModel(Path("an4.arpa")), alpha=1.0, beta=1.0, beam=100)
-    transcript = decode(log_probabilities_TV)
+    transcript = decode(emission_TV)
 
 A transcript's score is log p(labels | audio) + alpha * log p(words) + beta * number of words, as in Deep Speech (arXiv
 1412.5567, section 2.2), with natural logarithms. Only words of the language model can be recognised. The search is
@@ -25,13 +25,15 @@ from torch import Tensor
 
 from pytorch.cli import RunError
 from pytorch.ctc import BLANK, LABELS, encode
-from tools.recognizer import greedy
+from pytorch.evaluation import Decoder
+from tools.recognizer import copy_emissions, greedy
 
 SCORE_THRESHOLD = 50.0  # nats by which a kept transcript may be worse than the best one at an output frame
 MARKERS = ("<s>", "</s>", "<unk>", "<UNK>")
 _SPACE = LABELS.index(" ")
+_CHARACTERS = set(LABELS) - {LABELS[BLANK], " "}
 
-Decode = Callable[[Tensor], str]  # log probabilities [T, V] -> transcript
+Decode = Callable[[Tensor], str]  # emission [T, V] -> transcript
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,31 @@ class Decoding:
     """transcripts kept at each output frame"""
 
     def make(self) -> Decode:
-        """The decoder; RunError where it cannot be had."""
+        """Return what decodes an emission.
+
+        Raises:
+            RunError: a weight is no number, or the language model cannot be read.
+        """
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
             if not math.isfinite(value):
                 raise RunError(f"--{name} is {value}; it must be a finite number")
         if self.beam < 1:
             raise RunError(f"--beam is {self.beam}; it must be a positive integer")
         if self.lm is None:
+            if self != Decoding():
+                raise RunError("--alpha, --beta and --beam are for decoding with a language model: give --lm as well")
             return greedy
         return BeamSearch(LanguageModel(self.lm), self.alpha, self.beta, self.beam)
+
+
+def decode_each(decode: Decode) -> Decoder:
+    """Make a decoder of batches from one of emissions."""
+
+    def start(logits_TBV: Tensor, frames_B: Tensor) -> Callable[[], list[str]]:
+        emissions = copy_emissions(logits_TBV, frames_B)
+        return lambda: [decode(emission_TV) for emission_TV in emissions()]
+
+    return start
 
 
 class LanguageModel:
@@ -77,7 +95,7 @@ class LanguageModel:
             ) from None
         self.library = decoder
         spelled = {
-            word: word.upper() for word in read_words(path) if word not in MARKERS and set(word.upper()) < _KNOWN
+            word: word.upper() for word in read_words(path) if word not in MARKERS and set(word.upper()) <= _CHARACTERS
         }
         if not spelled:
             raise RunError(f"{path}: not one of its words is spelled with A to Z and apostrophe alone")
@@ -98,9 +116,6 @@ class LanguageModel:
         self.words.smear(decoder.SmearingMode.MAX)
 
 
-_KNOWN = set(LABELS[1:]) - {" "}
-
-
 class BeamSearch:
     """The decoder for one language model and one pair of weights."""
 
@@ -118,29 +133,21 @@ class BeamSearch:
             criterion_type=library.CriterionType.CTC,
         )
         self._language_model = language_model  # the decoder does not keep it alive
-        self._decoder: Any = library.LexiconDecoder(
-            options,
-            language_model.words,
-            language_model.model,
-            _SPACE,
-            BLANK,
-            language_model.unknown,
-            [],
-            False,
-        )
+        words, model, unknown = language_model.words, language_model.model, language_model.unknown
+        self._decoder: Any = library.LexiconDecoder(options, words, model, _SPACE, BLANK, unknown, [], False)
 
-    def __call__(self, log_probabilities_TV: Tensor) -> str:
-        """The best transcript of float32 [T, V] on the CPU."""
+    def __call__(self, emission_TV: Tensor) -> str:
+        """Return the best transcript of an emission: float32 [T, V] on the CPU."""
         # One frame more, in which a space or nothing costs nothing: the last word must end too.
         end_1V = torch.full((1, len(LABELS)), -1e4)
         end_1V[0, [BLANK, _SPACE]] = 0.0
-        emission_TV = torch.cat([log_probabilities_TV, end_1V]).contiguous()
+        emission_TV = torch.cat([emission_TV, end_1V]).contiguous()
         best = self._decoder.decode(emission_TV.data_ptr(), *emission_TV.shape)[0]
         return " ".join(self._language_model.spellings[index] for index in best.words if index >= 0)
 
 
 def read_words(path: Path) -> list[str]:
-    """The words of an ARPA file, in its order.
+    """Return the words of an ARPA file, in its order.
 
     Raises:
         RunError: there is no such file, or it is no ARPA file.

@@ -5,14 +5,15 @@
 The network runs once; then every utterance is decoded with every pair of the grid, and again with a finer grid around
 the best pair. Prints word error rates, and last the options to give to tools.evaluate and tools.transcribe.
 
-Tuned and measured on the same utterances, a rate is too good. The one for comparisons is the left-one-out rate: each
-speaker is scored with the pair that is best for all other speakers. (Where there is only one speaker, each utterance.)
+A rate that is tuned and measured on the same utterances is optimistic. The one for comparisons is the leave-one-out
+rate: each speaker is scored with the pair that is best for all other speakers. (Where there is only one speaker, or
+they are not known, each utterance.)
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,14 +21,14 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
-from tqdm import tqdm
+from torch import Tensor
 
 from data.packed import open_dataset
-from pytorch.cli import RunError, exit_status
+from pytorch.cli import RunError, exit_status, progress_bar
 from pytorch.loader import Utterances
 from pytorch.metrics import count_errors
-from tools.language_model.beam_search import BeamSearch, LanguageModel
-from tools.recognizer import Recognizer, emissions, greedy, select_subsets
+from tools.language_model.beam_search import BeamSearch, LanguageModel, decode_each
+from tools.recognizer import Recognizer, greedy, select_subsets
 
 ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.0, 1.0, 2.0, 4.0)
 FINE_ALPHAS, FINE_BETAS = (-0.1, 0.0, 0.1), (-0.5, 0.0, 0.5)  # added to the best pair
@@ -50,19 +51,19 @@ class Options:
     beam: int = 100
     """transcripts kept at each output frame"""
     batch_size: int = 16
-    """utterances recognised together; changes no figure"""
+    """utterances recognized together"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto: the GPU if there is one"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line; return the exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m tools.language_model.tune", description=__doc__)
     return exit_status(lambda: tune(options))
 
 
-def tune(options: Options) -> Pair:
-    """Prints the rates and the best pair, and returns it.
+def tune(options: Options) -> None:
+    """Print the rates and the best pair.
 
     Raises:
         RunError: checkpoint, language model or options will not do.
@@ -74,56 +75,47 @@ def tune(options: Options) -> Pair:
     utterances = Utterances(select_subsets(open_dataset(options.dataset_dir), options.split))
     recognizer = Recognizer.load(options.checkpoint, options.device)
     language_model = LanguageModel(options.lm)
-    recognised = sorted(emissions(recognizer, utterances, options.batch_size))
-    references = [utterances.transcript(index) for index, _ in recognised]
+    emissions: list[Tensor] = []  # of each utterance: one process decodes them in order
 
-    def errors(decode: Callable[..., str]) -> np.ndarray:
-        """Word errors of each utterance."""
-        hypotheses = [decode(emission_TV) for _, emission_TV in recognised]
-        pairs = zip(references, hypotheses, strict=True)
-        return np.array([count_errors([reference], [hypothesis]).word_errors for reference, hypothesis in pairs])
+    def decode_and_keep(emission_TV: Tensor) -> str:
+        emissions.append(emission_TV)
+        return greedy(emission_TV)
 
-    words = sum(len(reference.split()) for reference in references)
+    evaluation = recognizer.evaluate(utterances, options.batch_size, decode_each(decode_and_keep))
+    references = [hypothesis.reference for hypothesis in evaluation.hypotheses]
     errors_by_pair: dict[Pair, np.ndarray] = {}
 
     def search(alphas: Sequence[float], betas: Sequence[float]) -> Pair:
-        """Decodes with every new pair; returns the best one of all."""
+        """Decode with every new pair; return the best one of all."""
         pairs = [pair for pair in product(alphas, betas) if pair[0] >= 0 and pair not in errors_by_pair]
-        for alpha, beta in tqdm(pairs, desc="decoding", unit="pair", leave=False, disable=None):
-            errors_by_pair[alpha, beta] = errors(BeamSearch(language_model, alpha, beta, options.beam))
-            tqdm.write(f"alpha {alpha:.2f}  beta {beta:5.2f}  WER {rate(errors_by_pair[alpha, beta].sum()):6.2f}")
+        with progress_bar("decoding", len(pairs), unit="pair") as bar:
+            for alpha, beta in pairs:
+                decode = BeamSearch(language_model, alpha, beta, options.beam)
+                errors = [
+                    count_errors([reference], [decode(emission_TV)]).word_errors
+                    for reference, emission_TV in zip(references, emissions, strict=True)
+                ]
+                errors_by_pair[alpha, beta] = np.array(errors)
+                bar.write(f"alpha {alpha:.2f}  beta {beta:5.2f}  WER {rate(sum(errors)):6.2f}")
+                bar.update()
         return min(errors_by_pair, key=lambda pair: int(errors_by_pair[pair].sum()))
 
-    def rate(count: int) -> float:
-        return 100 * count / words
+    def rate(errors: int) -> float:
+        return 100 * errors / evaluation.total.words
 
     alpha, beta = search(ALPHAS, BETAS)
     alpha, beta = search([alpha + step for step in FINE_ALPHAS], [beta + step for step in FINE_BETAS])
-    best = alpha, beta
-    groups = speaker_of_each(utterances, [index for index, _ in recognised])
-    held_out = leave_one_out(np.stack(list(errors_by_pair.values())), groups)
-    print(f"greedy decoding:  WER {rate(errors(greedy).sum()):.2f}")
-    print(f"best pair:        WER {rate(errors_by_pair[best].sum()):.2f}")
-    print(f"left-one-out:     WER {rate(held_out):.2f}")
+    speakers = [utterances.speaker(index) or f"utterance {index}" for index in range(len(utterances))]
+    if len(set(speakers)) == 1:
+        speakers = [str(index) for index in range(len(utterances))]
+    print(f"greedy decoding:  WER {evaluation.total.wer:.2f}")
+    print(f"best pair:        WER {rate(errors_by_pair[alpha, beta].sum()):.2f}")
+    print(f"leave-one-out:    WER {rate(leave_one_out(np.stack(list(errors_by_pair.values())), speakers)):.2f}")
     print(f"--lm {options.lm} --alpha {alpha:g} --beta {beta:g} --beam {options.beam}")
-    return best
-
-
-def speaker_of_each(utterances: Utterances, indices: Sequence[int]) -> list[str]:
-    """Speakers of utterances, or, where all have the same one, their ids."""
-    speakers = {
-        (subset.name, name): speaker
-        for subset in utterances.subsets
-        for name, speaker in zip(subset.ids, subset.speakers, strict=True)
-    }
-    keys = [(utterances.subsets[utterances.subset_of[index]].name, utterances.id(index)) for index in indices]
-    if len(set(speakers.values())) == 1:
-        return [f"{subset} {name}" for subset, name in keys]
-    return [speakers[key] for key in keys]
 
 
 def leave_one_out(errors_PN: np.ndarray, groups: Sequence[str]) -> int:
-    """Errors of all groups of utterances, each decoded with the pair that makes the fewest in all other groups.
+    """Return the errors of all groups, each decoded with the pair that makes the fewest in all other groups.
 
     Args:
         errors_PN: word errors of each utterance with each pair.

@@ -1,5 +1,5 @@
-"""Whether a log proves what it says: our rules files, applied by the compliance checker of the package mlperf-logging,
-and then what only several lines together can show (consistency.py).
+"""Does a log prove what it says? Our rules files, applied by the compliance checker of the package mlperf-logging, and
+then what only several lines together can show (consistency.py).
 
 The rules are this project's: the official list of benchmarks has no DeepSpeech2.
 """
@@ -19,13 +19,13 @@ from data.corpora import CORPORA
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from tools.mlperf.consistency import inconsistencies
-from tools.mlperf.logs import RunLog
+from tools.mlperf.runlog import RunLog
 
 RULESET = "3.1.0"  # of the package: how lines are read. The rules themselves are in RULES.
 RULES = Path(__file__).parent / "rules"
 DIVISIONS = {constants.OPEN: ["open"], constants.CLOSED: ["open", "closed"]}
-NO_RESULT = "no result: "  # how the rule begins that a sound log of a run breaks that did not reach its target
-UNREACHED = "the target was not reached"
+NO_RESULT = "no result: "  # how the rule begins that a valid log breaks of a run that missed its target
+MISSED_TARGET = "the target was not reached"
 LIBRISPEECH = CORPORA["librispeech"]
 REFERENCE = CONFIGS["librispeech"]
 
@@ -34,13 +34,17 @@ REFERENCE = CONFIGS["librispeech"]
 class Violation:
     """A rule that a log breaks; `line` counts from 1, and is None for what concerns no single line."""
 
+    path: Path
     line: int | None
     reason: str
 
     @property
-    def unreached(self) -> bool:
+    def missed_target(self) -> bool:
         """Whether all that is wrong is that the run did not reach its target."""
         return self.reason.startswith(NO_RESULT)
+
+    def __str__(self) -> str:
+        return f"{self.path}:{'' if self.line is None else f'{self.line}:'} {self.reason}"
 
 
 def check(path: Path, division: str | None = None) -> tuple[RunLog, list[Violation]]:
@@ -53,44 +57,36 @@ def check(path: Path, division: str | None = None) -> tuple[RunLog, list[Violati
         RunError: the file is no log, or a line of it is damaged.
     """
     log = RunLog.read(path)
-    if division is None:
-        division = log.value(constants.SUBMISSION_DIVISION)
-    found = [each for rules in DIVISIONS.get(str(division), ["open"]) for each in _broken_rules(log, rules)]
-    if all(each.unreached for each in found):  # else types and order are not what the other checks work with
-        found += [Violation(line, reason) for line, reason in inconsistencies(log)]
+    division = division or str(log.value(constants.SUBMISSION_DIVISION))
+    found = [each for rules in DIVISIONS.get(division, ["open"]) for each in _broken_rules(log, rules)]
+    if all(each.missed_target for each in found):  # else types and order are not what the other checks work with
+        found += [Violation(path, line, reason) for line, reason in inconsistencies(log)]
     return log, found
 
 
-def sound(paths: list[Path]) -> list[RunLog]:
+def load_valid(paths: list[Path]) -> list[RunLog]:
     """Read the logs of several runs, which may have missed their target.
 
     Raises:
         RunError: one of them is wrong otherwise; or two are the same run.
     """
-    logs = []
+    logs: list[RunLog] = []
     for path in paths:
         log, found = check(path)
-        for each in found:
-            if not each.unreached:
-                raise RunError(describe(path, each))
-        logs.append(log)
-    for number, log in enumerate(logs):
-        for other in logs[:number]:
+        if wrong := [each for each in found if not each.missed_target]:
+            raise RunError(str(wrong[0]))
+        for other in logs:
             if log.seed == other.seed:
-                raise RunError(f"{log.path}: seed {log.seed} is that of {other.path} too; each run has its own")
+                raise RunError(f"{path}: seed {log.seed} is that of {other.path} too; each run has its own")
             if [step.loss for step in log.steps] == [step.loss for step in other.steps]:
-                raise RunError(f"{log.path}: its losses are those of {other.path}: one run under two seeds")
+                raise RunError(f"{path}: its losses are those of {other.path}: one run under two seeds")
+        logs.append(log)
     return logs
 
 
-def describe(path: Path, violation: Violation) -> str:
-    """`file:line: reason`."""
-    return f"{path}:{'' if violation.line is None else f'{violation.line}:'} {violation.reason}"
-
-
 def notes(log: RunLog) -> list[str]:
-    """What a reader must know beside the figures of a log that keeps the open rules."""
-    why = why_no_librispeech_result(log)
+    """Return what a reader must know beside the figures of a log that keeps the open rules."""
+    why = ineligibility(log)
     found = [f"no LibriSpeech result: {why}"] if why else []
     dataset = log.dataset
     corpus = CORPORA.get(dataset.corpus) if dataset is not None else None
@@ -104,9 +100,9 @@ def notes(log: RunLog) -> list[str]:
     return found
 
 
-def why_no_librispeech_result(log: RunLog) -> str:
-    """Why a log that keeps the open rules is no time to train of this benchmark; empty where it is one."""
-    dataset, plain = log.dataset, log.configuration
+def ineligibility(log: RunLog) -> str:
+    """Return why a log that keeps the open rules is no time to train of this benchmark; empty if it is one."""
+    dataset, config = log.dataset, log.configuration
     if dataset is None or dataset.corpus != LIBRISPEECH.name:
         return f"the corpus is {'not known' if dataset is None else dataset.corpus or 'not known'}"
     if dataset.synthetic:
@@ -116,17 +112,24 @@ def why_no_librispeech_result(log: RunLog) -> str:
     if log.target_wer != REFERENCE.target_wer:
         return f"the target is {log.target_wer}, not {REFERENCE.target_wer}"
     for name in ("hidden_size", "conv_channels"):
-        if plain.get(name) != getattr(REFERENCE, name):
-            return f"{name} is {plain.get(name)}, not {getattr(REFERENCE, name)}: it is another model"
-    published = sum(subset.utterances or 0 for subset in LIBRISPEECH.subsets if subset.split == "train")
-    if log.training_utterances != published:
+        if config.get(name) != getattr(REFERENCE, name):
+            return f"{name} is {config.get(name)}, not {getattr(REFERENCE, name)}: it is another model"
+    if log.training_utterances != published_utterances("train"):
         known = "an unknown number of" if log.training_utterances is None else f"{log.training_utterances:,}"
-        return f"the training set has {known} utterances, not all {published:,}"
+        return f"the training set has {known} utterances, not all {published_utterances('train'):,}"
     names = {subset.name for subset in LIBRISPEECH.subsets if subset.split == "validation"}
     evaluated = log.last_evaluation
-    if evaluated is not None and set(evaluated.errors) != names | {"all"}:
-        return f"the validation set is not {' and '.join(sorted(names))}"
-    return "" if log.reached else UNREACHED
+    if evaluated is not None:
+        if set(evaluated.errors) != names | {"all"}:
+            return f"the validation set is not {' and '.join(sorted(names))}"
+        if evaluated.errors["all"].utterances != published_utterances("validation"):
+            return f"the validation set is not all {published_utterances('validation'):,} utterances"
+    return "" if log.reached else MISSED_TARGET
+
+
+def published_utterances(split: str) -> int:
+    """Return how many utterances a split of LibriSpeech has."""
+    return sum(subset.utterances or 0 for subset in LIBRISPEECH.subsets if subset.split == split)
 
 
 class _Checker(mlp_compliance.ComplianceChecker):
@@ -134,27 +137,28 @@ class _Checker(mlp_compliance.ComplianceChecker):
 
     def __init__(self, log: RunLog) -> None:
         super().__init__("training", RULESET, quiet=False, werror=True)
-        self.violations: list[Violation] = []
-        self._lines = [event.line for event in log.events]  # the package counts events, from 0
-        self._failing: Violation | None = None
+        self.log = log
+        self.violations: dict[str, list[int | None]] = {}  # the lines of each reason
+        self._failing: tuple[int | None, str] | None = None
 
     def run_check_eval(self, ll: Any, tests: list[str] | str, state: dict[str, Any]) -> None:
         for test in [tests] if isinstance(tests, str) else tests:
             reason = test.rpartition("  # ")[2].format_map(state["s"])
-            self._failing = Violation(self._lines[ll.lineno], reason)
-            if not reason.startswith(NO_RESULT):
-                self._failing = Violation(self._lines[ll.lineno], f"{ll.key}: {reason}")
+            reason = reason if reason.startswith(NO_RESULT) else f"{ll.key}: {reason}"
+            self._failing = self.log.events[ll.lineno].line, reason  # the package counts events, from 0
             super().run_check_eval(ll, test, state)
             self._failing = None
 
     def put_message(self, msg: str, key: str | None = None) -> None:
-        self.violations.append(self._failing or Violation(None, msg.splitlines()[0]))
+        line, reason = self._failing or (None, msg.splitlines()[0])
+        self.violations.setdefault(reason, []).append(line)
 
 
 def _broken_rules(log: RunLog, name: str) -> list[Violation]:
+    """Return what breaks a rules file, each reason once."""
     lines, errors = parse_file(str(log.path), ruleset=RULESET)
     if errors:
-        return [Violation(None, f"mlperf-logging cannot read {len(errors)} of its lines")]
+        return [Violation(log.path, None, f"mlperf-logging cannot read {len(errors)} of its lines")]
     checker = _Checker(log)
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.WARNING)  # the package reports its progress to the root logger
@@ -162,15 +166,7 @@ def _broken_rules(log: RunLog, name: str) -> list[Violation]:
         checker.check_loglines(lines, str(RULES / f"{name}.yaml"))
     finally:
         logging.getLogger().setLevel(level)
-    return _once_each(checker.violations)
-
-
-def _once_each(violations: list[Violation]) -> list[Violation]:
-    """Of those with the same reason only the first, which says how many there are."""
-    by_reason: dict[str, list[Violation]] = {}
-    for each in violations:
-        by_reason.setdefault(each.reason, []).append(each)
     return [
-        Violation(same[0].line, reason if len(same) == 1 else f"{reason} (and in {len(same) - 1} more lines)")
-        for reason, same in by_reason.items()
+        Violation(log.path, found[0], reason + (f" (and in {len(found) - 1} more lines)" if len(found) > 1 else ""))
+        for reason, found in checker.violations.items()
     ]

@@ -5,18 +5,14 @@ from __future__ import annotations
 import math
 
 from pytorch.cli import RunError
-from tools.mlperf.configuration import differences
-from tools.mlperf.logs import Epoch, RunLog
+from tools.mlperf.runlog import Epoch, RunLog
+from tools.mlperf.score import differences
 
 
 def compare(left: RunLog, right: RunLog) -> tuple[bool, str]:
-    """Compare two runs step by step.
+    """Compare two runs step by step; RunError where no step is in both logs.
 
-    Returns:
-        Whether all steps that both have done have equal losses; the comparison as text.
-
-    Raises:
-        RunError: no step is in both logs.
+    Return whether all steps that both have done have equal losses, and the comparison as text.
     """
     same, losses = _losses(left, right)
     lines = [f"A: {left.path}", f"B: {right.path}", *losses, *_surroundings(left, right), *_epochs(left, right)]
@@ -32,33 +28,34 @@ def _losses(left: RunLog, right: RunLog) -> tuple[bool, list[str]]:
     common = [number for number in a if number in b]
     if not common:
         raise RunError(f"{left.path} and {right.path} have no training step in common")
-    different = [number for number in common if a[number] != b[number]]
+    gaps = {number: _gap(a[number], b[number]) for number in common if a[number] != b[number]}
     only = len(a) + len(b) - 2 * len(common)
     rest = f"; {only} more steps are in one log only" if only else ""
-    if not different:
+    if not gaps:
         return True, [f"losses: the same in all {len(common)} steps of both{rest}"]
-
-    def by(number: int) -> float:
-        x, y = a[number], b[number]
-        return math.inf if x is None or y is None else abs(y - x)
 
     def described(number: int) -> str:
         x, y = a[number], b[number]
         if x is None or y is None:
             return f"step {number}, which one of them skipped"
-        relative = f", {abs(y - x) / abs(x):.2g} of it" if x else ""
-        return f"step {number}: {x:.9g} and {y:.9g} ({y - x:+.3g}{relative})"
+        return (
+            f"step {number}: {x:.9g} and {y:.9g} ({y - x:+.3g}{f', relative {gaps[number] / abs(x):.2g}' if x else ''})"
+        )
 
-    largest = max(different, key=by)
     return False, [
-        f"losses: first differ in {described(different[0])}",
-        f"losses: differ in {len(different)} of {len(common)} steps of both{rest}, most in {described(largest)}",
+        f"losses: first differ in {described(next(iter(gaps)))}",
+        f"losses: differ in {len(gaps)} of {len(common)} steps of both{rest}, "
+        f"most in {described(max(gaps, key=gaps.__getitem__))}",
     ]
+
+
+def _gap(x: float | None, y: float | None) -> float:
+    return math.inf if x is None or y is None else abs(y - x)
 
 
 def _surroundings(left: RunLog, right: RunLog) -> list[str]:
     found = {"seed": [left.seed, right.seed], **differences([left, right])}
-    found["commit"] = [log.commit and log.commit[:12] + " with changes" * bool(log.dirty) for log in (left, right)]
+    found["commit"] = [log.commit and log.commit[:12] + (" with changes" if log.dirty else "") for log in (left, right)]
     lines = [f"{name}: {a} and {b}" for name, (a, b) in found.items() if a != b]
     return lines or ["seed, configuration, data set, platform and commit: the same"]
 

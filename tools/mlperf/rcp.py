@@ -19,18 +19,18 @@ from typing import Any
 from mlperf_logging.rcp_checker import rcp_checker
 
 from pytorch.cli import RunError
+from pytorch.config import HYPERPARAMETERS
 from pytorch.mllog import BENCHMARK
-from tools.mlperf.check import RULESET, sound
-from tools.mlperf.configuration import HYPERPARAMETERS
-from tools.mlperf.logs import RunLog
-from tools.mlperf.score import FEWEST_RUNS, RUNS, same_series
+from tools.mlperf.check import RULESET, load_valid
+from tools.mlperf.runlog import RunLog
+from tools.mlperf.score import MIN_RUNS, RUNS, require_same_setup
 
 RUNS_OF_A_POINT = 2 * RUNS  # that the rules ask for
 EPOCHS = "Epochs to converge"
 
 
-def points(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    """Reference convergence points of these runs, one for each batch size among them.
+def make_points(paths: list[Path]) -> dict[str, dict[str, Any]]:
+    """Return reference convergence points of these runs, one for each batch size among them.
 
     Raises:
         RunError: a log breaks the open rules; a run missed the target; runs of one batch size differ in more than the
@@ -39,13 +39,10 @@ def points(paths: list[Path]) -> dict[str, dict[str, Any]]:
     by_batch_size: dict[int, list[Path]] = {}
     for path in paths:
         by_batch_size.setdefault(RunLog.read(path).batch_size or 0, []).append(path)
-    series = [same_series(sound(by_batch_size[size])) for size in sorted(by_batch_size)]
-    for runs in series:
-        for run in runs:
-            if not run.reached:
-                raise RunError(f"{run.path}: the run did not reach its target; every seed of a reference must")
-        if len(runs) < FEWEST_RUNS:
-            raise RunError(f"batch size {runs[0].batch_size}: {len(runs)} logs; a point needs {FEWEST_RUNS} or more")
+    series = [_series(by_batch_size[size], f"batch size {size}: ") for size in sorted(by_batch_size)]
+    for run in (run for runs in series for run in runs):
+        if not run.reached:
+            raise RunError(f"{run.path}: the run did not reach its target; every seed of a reference must")
     for of_what in ("corpus", "target"):
         found = {_subject(runs[0])[of_what] for runs in series}
         if len(found) > 1:
@@ -53,8 +50,15 @@ def points(paths: list[Path]) -> dict[str, dict[str, Any]]:
     return {f"{BENCHMARK}_ref_{runs[0].batch_size}": _point(runs) for runs in series}
 
 
+def _series(paths: list[Path], name: str = "") -> list[RunLog]:
+    runs = require_same_setup(load_valid(paths))
+    if len(runs) < MIN_RUNS:
+        raise RunError(f"{name}{len(runs)} logs; the fastest and the slowest are dropped, so {MIN_RUNS} are needed")
+    return runs
+
+
 def _subject(run: RunLog) -> dict[str, Any]:
-    """What two runs must share for their epochs to be comparable."""
+    """Return what two runs must share for their epochs to be comparable."""
     assert run.dataset is not None  # the rules have seen to that
     return {"corpus": run.dataset.corpus, "dataset": run.dataset.digest, "target": run.target_wer}
 
@@ -78,84 +82,75 @@ def _point(runs: list[RunLog]) -> dict[str, Any]:
     }
 
 
-def describe(content: dict[str, dict[str, Any]]) -> str:
-    """The points as text, with what the package's rcp_checker makes of them."""
+def describe(points: dict[str, dict[str, Any]]) -> str:
+    """Return the points as text, with what the package's rcp_checker makes of them."""
+    with _register_benchmark(), tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        json.dump(points, file)
+        file.seek(0)
+        records = rcp_checker.RCP_Checker("training", RULESET, BENCHMARK, False, file).rcp_data
     lines = [f"{'batch':>6}  {'runs':>4}  {'mean':>6}  {'std':>5}  {'fewest accepted':>15}  epochs to target"]
-    records = _checker(content).rcp_data
     for name, record in records.items():
-        epochs = content[name][EPOCHS]  # by seed; the package sorts its own
+        epochs = points[name][EPOCHS]  # by seed; the package sorts its own
         lines.append(
             f"{record['BS']:>6}  {len(epochs):>4}  {record['RCP Mean']:6.2f}  {record['RCP Stdev']:5.2f}  "
             f"{record['Min Epochs']:15.2f}  {' '.join(map(str, epochs))}"
         )
-    fewest = min(len(record[EPOCHS]) for record in content.values())
-    if fewest < RUNS_OF_A_POINT or len(records) < 3:
+    fewest = min(len(point[EPOCHS]) for point in points.values())
+    if fewest < RUNS_OF_A_POINT or len(points) < 3:
         rules = f"the rules ask for {RUNS_OF_A_POINT} runs at each of three batch sizes"
-        lines.append(f"Note: {rules}; here it is {len(records)}, and at least {fewest} runs.")
+        lines.append(f"Note: {rules}; here it is {len(points)}, and at least {fewest} runs.")
     return "\n".join(lines)
 
 
 def read_points(path: Path) -> dict[str, dict[str, Any]]:
-    """A file of points; RunError where it is none, or says that nobody has made them yet."""
+    """Read a file of points; RunError where it is none, or says that nobody has made them yet."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for record in content.values():
-            if not record[EPOCHS]:
-                raise RunError(f"{path}: {record['Note']}")
-            if not all(key in record for key in ("Benchmark", "BS", "Hyperparams", "Subject")):
+        points = json.loads(path.read_text(encoding="utf-8"))
+        for point in points.values():
+            if not point[EPOCHS]:
+                raise RunError(f"{path}: {point['Note']}")
+            if not all(key in point for key in ("Benchmark", "BS", "Hyperparams", "Subject")):
                 raise KeyError("BS, Hyperparams or Subject")
-        if not content:
+            dict(point["Subject"])
+        if not points:
             raise KeyError("a point")
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: no file of reference convergence points: {error!r}") from error
-    return content
+    return points
 
 
-def against(paths: list[Path], reference: Path) -> tuple[bool, str]:
-    """Check runs of one series against the points of a file. Returns whether they pass, and why.
+def check_convergence(paths: list[Path], reference: Path) -> tuple[bool, str]:
+    """Check runs of one series against the points of a file. Return whether they pass, and why.
 
     Raises:
         RunError: a log breaks the open rules, the runs are no series, or the points are of something else.
     """
-    content = read_points(reference)
-    runs = same_series(sound(paths))
-    if len(runs) < FEWEST_RUNS:
-        raise RunError(f"{len(runs)} logs; the fastest and the slowest are dropped, so {FEWEST_RUNS} are needed")
-    for record in content.values():
-        if record["Subject"] != _subject(runs[0]):
-            theirs, ours = record["Subject"], _subject(runs[0])
-            what = next(name for name in ours if theirs.get(name) != ours[name])
-            raise RunError(f"{reference}: its {what} is {theirs.get(what)}, that of these runs {ours[what]}")
-    with tempfile.TemporaryDirectory() as name, _known_to_the_package():
+    points, runs = read_points(reference), _series(paths)
+    ours = _subject(runs[0])
+    for point in points.values():
+        for name, value in ours.items():
+            if point["Subject"].get(name) != value:
+                raise RunError(f"{reference}: its {name} is {point['Subject'].get(name)}, that of these runs {value}")
+    with tempfile.TemporaryDirectory() as folder, _register_benchmark():
         for number, run in enumerate(runs):  # it checks a folder
-            (Path(name) / f"result_{number}.txt").symlink_to(run.path.resolve())
+            (Path(folder) / f"result_{number}.txt").symlink_to(run.path.resolve())
         with reference.open(encoding="utf-8") as file:
             passed, message, factor = rcp_checker.check_directory(
-                name, "training", RULESET, False, False, rcp_file=file, rcp_pass="pruned_rcps"
+                folder, "training", RULESET, False, False, rcp_file=file, rcp_pass="pruned_rcps"
             )
-    epochs = " ".join("none" if run.epochs_to_target is None else str(run.epochs_to_target) for run in runs)
-    verdict = (
-        f"{'passed' if passed else 'FAILED'}: {message}; batch size {runs[0].batch_size}, epochs to target {epochs}"
-    )
+    epochs = " ".join(str(run.epochs_to_target or "none") for run in runs)
+    verdict = f"{'passed' if passed else 'FAILED'}: {message}; batch size {runs[0].batch_size}"
+    verdict += f", epochs to target {epochs}"
     if passed and factor > 1 and math.isfinite(factor):
-        verdict += (
-            f"\nFaster than the reference, within what chance explains: the score is to be multiplied by {factor:.4f}"
-        )
+        verdict += f"\nFaster than the reference, within what chance explains: multiply the score by {factor:.4f}."
     return bool(passed), verdict
 
 
-def _checker(content: dict[str, dict[str, Any]]) -> Any:
-    with _known_to_the_package(), tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.seek(0)
-        return rcp_checker.RCP_Checker("training", RULESET, BENCHMARK, False, file)
-
-
 @contextlib.contextmanager
-def _known_to_the_package() -> Iterator[None]:
-    """Adds this benchmark to the package's list of those whose number of runs it knows, and keeps it quiet."""
+def _register_benchmark() -> Iterator[None]:
+    """Add this benchmark to the package's list of those whose number of runs it knows, and keep it quiet."""
     counts = rcp_checker.submission_runs["training"]
     counts[BENCHMARK] = RUNS
     before = logging.root.manager.disable

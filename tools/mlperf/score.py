@@ -4,117 +4,116 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from mlperf_logging.mllog import constants
 
 from pytorch.cli import RunError
-from tools.mlperf.check import sound, why_no_librispeech_result
-from tools.mlperf.configuration import differences
-from tools.mlperf.logs import RunLog
+from pytorch.config import fields_of
+from tools.mlperf.check import load_valid, notes
+from tools.mlperf.runlog import RunLog
 
-FEWEST_RUNS = 3  # fastest, slowest, and one that counts
+MIN_RUNS = 3  # fastest, slowest, and one that counts
 RUNS = 10  # that the rules ask for of a speech benchmark
-MOST_UNREACHED = 1  # of them; it is then the slowest
+MAX_MISSED = 1  # of them; it is then the slowest
 
-
-@dataclass(frozen=True)
-class Spread:
-    """Of some values; the standard deviation is that of a sample."""
-
-    mean: float
-    deviation: float
-    lowest: float
-    highest: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        return cls(statistics.fmean(values), deviation, min(values), max(values))
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} +- {self.deviation:.1f} ({self.lowest:.1f} to {self.highest:.1f})"
+# What may differ between the runs of a series: the seed, where files lie (the data set has a digest), and what bears on
+# runs that break off.
+FREE = {"seed", *fields_of("machine", "session")}
+ENVIRONMENT = "torch", "cuda", "cudnn", "threads"  # of what a log knows of its machine, what bears on time and losses
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of several runs of one configuration on one machine. Times in seconds."""
+    """Of several runs of one configuration on one machine."""
 
     runs: list[RunLog]  # by seed
-    seconds: float | None  # the score; None where too many runs did not reach the target
-    unreached: list[RunLog]
-    time: Spread | None  # of the runs that reached the target
-    epochs: Spread | None  # likewise, epochs to target
+    seconds: float | None  # the score; None where too many runs missed the target, or there are too few
+    missed: list[RunLog]
 
 
-def score(paths: list[Path]) -> Score:
-    """Read the logs of several runs and score them.
+def setup(log: RunLog) -> dict[str, Any]:
+    """Return what must be the same in all runs of a series; None where the log does not know it."""
+    keys = constants.SUBMISSION_PLATFORM, constants.SUBMISSION_DIVISION, "number_of_ranks", "gru_implementation"
+    return {
+        **{name: value for name, value in log.configuration.items() if name not in FREE},
+        "data set": log.dataset and log.dataset.digest,
+        **{key: log.value(key) for key in keys},
+        **{name: log.environment.get(name) for name in ENVIRONMENT},
+    }
 
-    Raises:
-        RunError: a log breaks the open rules (other than by missing the target), runs share a seed, differ in more than
-            the seed, or are too few.
-    """
-    if len(paths) < FEWEST_RUNS:
-        raise RunError(f"{len(paths)} logs; a score drops the fastest and the slowest run, so it needs {FEWEST_RUNS}")
-    return score_of(same_series(sound(paths)))
+
+def differences(logs: Sequence[RunLog]) -> dict[str, list[Any]]:
+    """Return what is not the same in all of these runs, each with its values: the seed, paths and the commit apart."""
+    setups = [setup(log) for log in logs]
+    names = dict.fromkeys(name for each in setups for name in each)
+    values = {name: [each.get(name) for each in setups] for name in names}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
-def same_series(logs: list[RunLog]) -> list[RunLog]:
-    """Runs that differ in nothing but their seeds, sorted by seed; RunError where they differ in more."""
+def require_same_setup(logs: list[RunLog]) -> list[RunLog]:
+    """Return the runs sorted by seed; RunError where they differ in more than that."""
     found = [f"{name} ({', '.join(dict.fromkeys(map(str, values)))})" for name, values in differences(logs).items()]
     if found:
         raise RunError(f"these are runs of several configurations; they differ in {', '.join(found)}")
     return sorted(logs, key=lambda log: log.seed or 0)
 
 
-def score_of(runs: list[RunLog]) -> Score:
-    """The score of runs of one series."""
-    times = sorted(math.inf if not run.reached else run.seconds or math.inf for run in runs)
-    unreached = [run for run in runs if not run.reached]
-    reached = [run for run in runs if run.reached]
-    return Score(
-        runs,
-        seconds=statistics.fmean(times[1:-1])
-        if len(unreached) <= MOST_UNREACHED and len(runs) >= FEWEST_RUNS
-        else None,
-        unreached=unreached,
-        time=Spread.of([run.seconds or 0.0 for run in reached]) if reached else None,
-        epochs=Spread.of([run.epochs_to_target or 0 for run in reached]) if reached else None,
-    )
+def score(paths: list[Path], fewest: int = MIN_RUNS) -> Score:
+    """Read the logs of several runs and score them.
+
+    Raises:
+        RunError: a log breaks the open rules (other than by missing the target), runs share a seed, differ in more than
+            the seed, or are fewer than `fewest`.
+    """
+    if len(paths) < fewest:
+        raise RunError(f"{len(paths)} logs; a score drops the fastest and the slowest run, so it needs {fewest}")
+    runs = require_same_setup(load_valid(paths))
+    missed = [run for run in runs if not run.reached]
+    times = sorted(run.seconds if run.reached and run.seconds is not None else math.inf for run in runs)
+    scored = len(missed) <= MAX_MISSED and len(runs) >= MIN_RUNS
+    return Score(runs, statistics.fmean(times[1:-1]) if scored else None, missed)
 
 
 def report(found: Score) -> str:
-    """The score as text, a line for each run first."""
+    """Return the score as text, a line for each run first."""
     lines = [f"{'seed':>6}  {'epochs':>6}  {'WER':>6}  {'seconds':>9}  log"]
     for run in found.runs:
         took = f"{run.seconds or 0:9.1f}" if run.reached else "no target"
         last = run.last_evaluation
         epoch, wer = (last.number, last.wer) if last else (0, math.nan)
         lines.append(f"{run.seed:>6}  {epoch:>6}  {wer:6.2f}  {took}  {run.path}")
-    reached = len(found.runs) - len(found.unreached)
-    if found.time is not None:
-        lines.append(f"seconds to target of {reached} runs, mean +- standard deviation: {found.time}")
-        lines.append(f"epochs to target of {reached} runs, mean +- standard deviation:  {found.epochs}")
-    lines.append(f"runs that did not reach the target: {len(found.unreached)}")
+    reached = [run for run in found.runs if run.reached]
+    for name, values in (
+        ("seconds", [run.seconds or 0 for run in reached]),
+        ("epochs", [run.epochs_to_target or 0 for run in reached]),
+    ):
+        if values:
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            spread = f"{statistics.fmean(values):.1f} +- {deviation:.1f} ({min(values):.1f} to {max(values):.1f})"
+            lines.append(f"{name} to target of {len(values)} runs, mean +- standard deviation: {spread}")
+    lines.append(f"runs that did not reach the target: {len(found.missed)}")
     return "\n".join([*lines, *verdict(found)])
 
 
 def verdict(found: Score) -> list[str]:
-    """The score itself or why there is none, and what a reader must know beside it."""
+    """Return the score itself or why there is none, and what a reader must know beside it."""
     runs = found.runs
-    if len(runs) < FEWEST_RUNS:
-        lines = [f"No score: it drops the fastest and the slowest run, so it needs {FEWEST_RUNS} runs."]
+    if len(runs) < MIN_RUNS:
+        lines = [f"No score: it drops the fastest and the slowest run, so it needs {MIN_RUNS} runs."]
     elif found.seconds is None:
-        lines = [f"No score: {len(found.unreached)} runs did not reach the target; at most {MOST_UNREACHED} may."]
+        lines = [f"No score: {len(found.missed)} runs did not reach the target; at most {MAX_MISSED} may."]
     else:
         lines = [f"Score: {found.seconds:.1f} s, the mean without the fastest and the slowest of {len(runs)} runs."]
     if len(runs) != RUNS:
         lines.append(f"Note: the rules ask for {RUNS} runs; these are {len(runs)}.")
-    commits = dict.fromkeys(f"{run.commit}{' with changes' * bool(run.dirty)}" for run in runs)
-    if len(commits) > 1 or any(run.dirty for run in runs):
-        lines.append(f"Note: the runs are of {', '.join(commits)}.")
-    if uncleared := sum(run.cache_cleared is False for run in runs):
-        lines.append(f"Note: in {uncleared} runs the data set may have been in memory: it was not dropped.")
-    if why := why_no_librispeech_result(min(runs, key=lambda run: not run.reached)):
-        lines.append(f"Note: no LibriSpeech result: {why}.")
-    return [*lines, f"On {runs[0].value('submission_platform')}."]
+    commits = sorted({str(run.commit) for run in runs})
+    if len(commits) > 1:
+        lines.append(f"Note: the runs are of several commits: {', '.join(commits)}.")
+    for note, count in Counter(note for run in runs for note in notes(run)).items():
+        lines.append(f"Note: {note}{'' if count == len(runs) else f' ({count} of {len(runs)} runs)'}.")
+    return [*lines, f"On {runs[0].value(constants.SUBMISSION_PLATFORM)}."]

@@ -1,7 +1,7 @@
 """A page about runs: what happened in one, or in several side by side.
 
     python -m tools.report results/synthetic/mlperf_ds2.log
-    python -m tools.report results/2-cores-zen5-an4/deepspeech2/*.txt -o comparison.html
+    python -m tools.report results/2-cores-zen5/an4/*.txt -o comparison.html
 
 Runs that differ only in their seeds are shown as one series. The page is one HTML file that needs no network. Exit
 status: 0, or 1 if a log is damaged or the page cannot be written; the reason is one line.

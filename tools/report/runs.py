@@ -12,10 +12,9 @@ from mlperf_logging.mllog import constants
 
 from pytorch.cli import RunError
 from tools.mlperf.check import check
-from tools.mlperf.configuration import differences
-from tools.mlperf.consistency import SLACK
-from tools.mlperf.logs import RunLog
-from tools.mlperf.score import FEWEST_RUNS, score, verdict
+from tools.mlperf.consistency import clock_problem
+from tools.mlperf.runlog import RunLog
+from tools.mlperf.score import MIN_RUNS, differences, score, verdict
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +29,10 @@ class Run:
     def seconds(self) -> float | None:
         """Time on the clock, with what was before the run was resumed; None for a run that is not over.
 
-        Of a log that the checker refuses, RESULT is believed: it is by the monotonic clock.
+        If the machine's clock was set, RESULT is believed: it is by the monotonic clock.
         """
         log = self.log
-        seconds = log.result.seconds if self.refusals and log.result is not None else log.seconds
+        seconds = log.result.seconds if clock_problem(log) and log.result is not None else log.seconds
         return None if seconds is None else seconds + log.seconds_before
 
     @property
@@ -43,11 +42,8 @@ class Run:
 
     @property
     def has_times(self) -> bool:
-        """Whether the clock started, and RESULT agrees with time stamps: else somebody has set the time of day."""
-        log = self.log
-        if self.seconds is not None and log.seconds is not None:
-            return abs(self.seconds - log.seconds_before - log.seconds) <= SLACK
-        return log.first(constants.RUN_START) is not None
+        """Whether the clock started, and nobody has set it since: else no figure is made of time stamps."""
+        return self.log.first(constants.RUN_START) is not None and clock_problem(self.log) is None
 
     @property
     def wer(self) -> float | None:
@@ -104,7 +100,7 @@ def read_series(paths: Sequence[Path]) -> list[Series]:
     groups: list[list[Run]] = []
     for path in paths:
         log, violations = check(path)
-        run = Run("", _last_start(log), [each.reason for each in violations if not each.unreached])
+        run = Run("", _last_start(log), [each.reason for each in violations if not each.missed_target])
         for group in groups:
             seeds = [other.log.seed for other in group]
             if log.seed not in seeds and not differences([group[0].log, run.log]):
@@ -123,7 +119,7 @@ def read_series(paths: Sequence[Path]) -> list[Series]:
 
 
 def _score(paths: list[Path]) -> tuple[float | None, str]:
-    if len(paths) < FEWEST_RUNS:
+    if len(paths) < MIN_RUNS:
         return None, ""
     try:
         found = score(paths)

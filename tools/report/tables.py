@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean, median
 from typing import Any
 
-from tools.mlperf.logs import RunLog
+from tools.mlperf.runlog import RunLog
 from tools.report.charts import WER, epoch_rows
 from tools.report.runs import Run, Series, file_names
 

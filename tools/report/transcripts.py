@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import Levenshtein
 
-from tools.mlperf.logs import Transcript
+from tools.mlperf.runlog import Transcript
 from tools.report.runs import Run
 
 KINDS = {"equal": "equal", "replace": "substituted", "delete": "deleted", "insert": "inserted"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tools.mlperf.check import UNREACHED, why_no_librispeech_result
+from tools.mlperf.check import MISSED_TARGET, ineligibility
+from tools.mlperf.consistency import clock_problem
 from tools.mlperf.score import RUNS
 from tools.report.runs import Run, Series
 
@@ -35,13 +36,13 @@ def _warnings(of: Series, run: Run) -> list[str]:
     if run.refusals:
         why = f": {run.refusals[0]}" if len(of.runs) == 1 else ""  # of many runs one line for all
         found.append(f"The checker (python -m tools.mlperf check) refuses the log{why}.")
-    if run.seconds is not None and not run.has_times:
-        found.append("The machine's clock was set during the run: only the time of the RESULT line is shown.")
+    if clock_problem(log) is not None:
+        found.append("The machine's clock was set during the run: no time is shown but that of the RESULT line.")
     if not log.reached:
         target = "" if log.target_wer is None else f" of {log.target_wer:g}"
         found.append(f"The target WER{target} was not reached: {run.outcome}.")
-    why = why_no_librispeech_result(log)
-    if log.dataset is not None and why not in ("", UNREACHED):
+    why = ineligibility(log)
+    if log.dataset is not None and why not in ("", MISSED_TARGET):
         found.append(f"No LibriSpeech result: {why}.")
     if log.resumed:
         after = f"The run was resumed after {log.seconds_before:.0f} s"

@@ -6,7 +6,7 @@ It is synthetic speech, made so that the whole benchmark can run in minutes anyw
 Every speaker is a voice with an accent. Voices and sentences of the validation and test sets never occur in training;
 accents do. The same bytes come out of every run, for which three things are needed:
 
-- One process per speaker (espeak.py).
+- One process per speaker (speaking.py).
 - Integers wherever possible. Only the resampling is done in floating point, in double precision, where the last bits,
   which may differ between processors, practically never reach the rounded 16-bit sample.
 - A fixed version of espeakng-loader. Its library is compiled per platform; the reference checksum was made on x86-64.
@@ -33,9 +33,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from data.packed import SAMPLE_RATE, DataError
-from data.prepare import progress_bar, temporary_folder
-from data.sentences import make_sentences
+from data.files import DataError, progress_bar
+from data.packed import SAMPLE_RATE
+from data.synthetic.sentences import make_sentences
 
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc")
 # Chosen for being clear: nothing whispering, creaking, robotic or clipped. Voices defined much alike are in one subset.
@@ -78,8 +78,8 @@ class Speaker:
 
 
 @cache
-def plan() -> dict[str, list[Speaker]]:
-    """Who says what in each subset: a pure function of this module's constants."""
+def build_speakers() -> dict[str, list[Speaker]]:
+    """Return who says what in each subset: a pure function of this module's constants."""
     taken: set[str] = set()
     speakers: dict[str, list[Speaker]] = {}
     for index, (subset, voices) in enumerate(VOICES.items()):
@@ -89,37 +89,35 @@ def plan() -> dict[str, list[Speaker]]:
             for turn in range(ACCENTS_PER_VOICE)
             for position, voice in enumerate(voices.split())
         ]
-        speakers[subset] = [
-            _speaker(1000 * (index + 1) + place, voice, accent, sentences[place :: len(pairs)])
-            for place, (voice, accent) in enumerate(pairs)
-        ]
+        speakers[subset] = []
+        for place, (voice, accent) in enumerate(pairs):
+            number, spoken = 1000 * (index + 1) + place, sentences[place :: len(pairs)]
+            lines = tuple(_line(number, position, text) for position, text in enumerate(spoken))
+            speakers[subset].append(Speaker(number, voice, accent, lines))
     return speakers
 
 
 def write_archive(subset: str, target: Path, jobs: int) -> None:
-    """Speaks one subset and writes it as <target>, a .tar.gz in LibriSpeech layout. DataError if a voice fails."""
-    speakers = plan()[subset]
-    with temporary_folder(target.parent / "speaking") as scratch:
-        partial = scratch / target.name
-        with (
-            ThreadPoolExecutor(jobs) as pool,
-            progress_bar(f"speaking {subset}", len(speakers), " speakers") as bar,
-            partial.open("wb") as file,
-            gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream,
-            tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar,
-        ):
-            for speaker, audio in zip(speakers, pool.map(speak, speakers), strict=True):
-                for name, content in _chapter(subset, speaker, audio):
-                    entry = tarfile.TarInfo(name)
-                    entry.size = len(content)
-                    entry.mode = 0o644
-                    tar.addfile(entry, BytesIO(content))
-                bar.update(1)
-        partial.replace(target)
+    """Speak one subset and write it as <target>, a .tar.gz in LibriSpeech layout. DataError if a voice fails."""
+    speakers = build_speakers()[subset]
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        progress_bar(f"speaking {subset}", len(speakers), " speakers") as bar,
+        target.open("xb") as file,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as tar,
+    ):
+        for speaker, audio in zip(speakers, pool.map(synthesize, speakers), strict=True):
+            for name, content in archive_members(subset, speaker, audio):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                entry.mode = 0o644
+                tar.addfile(entry, BytesIO(content))
+            bar.update(1)
 
 
-def speak(speaker: Speaker) -> list[np.ndarray]:
-    """What a speaker says, line by line: int16 [samples] at 16 kHz. DataError names a voice or a line that fails."""
+def synthesize(speaker: Speaker) -> list[np.ndarray]:
+    """Return what a speaker says, by line: int16 [samples] at 16 kHz. DataError names a voice or a line that fails."""
     voice = f"{speaker.accent}+{speaker.voice}"
     request = {
         "library": espeakng_loader.get_library_path(),
@@ -127,7 +125,7 @@ def speak(speaker: Speaker) -> list[np.ndarray]:
         "voice": voice,
         "lines": [asdict(line) for line in speaker.lines],
     }
-    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("espeak.py"))]
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("speaking.py"))]
     run = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True)
     if run.returncode != 0:
         reason = run.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {run.returncode}"]
@@ -136,20 +134,14 @@ def speak(speaker: Speaker) -> list[np.ndarray]:
     answer = json.loads(head)
     ends = np.cumsum(answer["samples"])
     spoken = np.split(np.frombuffer(sound, dtype="<i2"), ends[:-1])
-    waveforms = [
-        finish_waveform(speech, answer["rate"], line) for speech, line in zip(spoken, speaker.lines, strict=True)
-    ]
-    for line, waveform in zip(speaker.lines, waveforms, strict=True):
-        seconds, loudness = len(waveform) / SAMPLE_RATE, float(waveform.std())
-        if not (0.8 < seconds < 8 and loudness > 300):
-            raise DataError(
-                f"voice {voice}: '{line.text}' came out {seconds:.1f} s long with an RMS amplitude of {loudness:.0f}"
-            )
+    waveforms = [postprocess(speech, answer["rate"], line) for speech, line in zip(spoken, speaker.lines, strict=True)]
+    if failed := [line.text for line, waveform in zip(speaker.lines, waveforms, strict=True) if waveform.std() < 300]:
+        raise DataError(f"eSpeak NG made next to no sound of '{failed[0]}' with the voice {voice}")
     return waveforms
 
 
-def finish_waveform(speech: np.ndarray, rate: int, line: Line) -> np.ndarray:
-    """Speech as synthesised, int16 [samples] at `rate`, made 16 kHz with light noise: int16 [samples]."""
+def postprocess(speech: np.ndarray, rate: int, line: Line) -> np.ndarray:
+    """Resample synthesized speech, int16 [samples] at `rate`, and add light noise: int16 [samples] at 16 kHz."""
     resampled = soxr.resample(speech.astype(np.float64) * GAIN, rate, SAMPLE_RATE, quality="VHQ")
     waveform = np.pad(np.rint(resampled).astype(np.int64), EDGE_SAMPLES)
     # A bit generator's raw output, unlike numpy's distributions, is guaranteed never to change.
@@ -159,26 +151,21 @@ def finish_waveform(speech: np.ndarray, rate: int, line: Line) -> np.ndarray:
     return np.clip(waveform, -32768, 32767).astype(np.int16)
 
 
-def _speaker(number: int, voice: str, accent: str, sentences: Sequence[str]) -> Speaker:
+def _line(number: int, position: int, text: str) -> Line:
     # Numbers that vary from line to line without a random generator, by multiplication with odd constants.
-    lines = []
-    for position, text in enumerate(sentences):
-        mixed = (number * 7919 + position * 104729) % 65521
-        lines.append(
-            Line(
-                id=f"{number}-1-{position:04d}",
-                text=text,
-                rate=150 + mixed % 36,
-                pitch=38 + mixed // 36 % 25,
-                noise=10 + mixed // 900 % 50,
-                seed=number * 10000 + position,
-            )
-        )
-    return Speaker(number, voice, accent, tuple(lines))
+    mixed = (number * 7919 + position * 104729) % 65521
+    return Line(
+        id=f"{number}-1-{position:04d}",
+        text=text,
+        rate=150 + mixed % 36,
+        pitch=38 + mixed // 36 % 25,
+        noise=10 + mixed // 900 % 50,
+        seed=number * 10000 + position,
+    )
 
 
-def _chapter(subset: str, speaker: Speaker, audio: Sequence[np.ndarray]) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a speaker's files in the archive."""
+def archive_members(subset: str, speaker: Speaker, audio: Sequence[np.ndarray]) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents of a speaker's files in the archive."""
     folder = f"LibriSpeech/{subset}/{speaker.number}/1"
     for line, waveform in zip(speaker.lines, audio, strict=True):
         encoded = BytesIO()

@@ -1,8 +1,9 @@
-"""A series of runs: the tree that it leaves, and how it goes on; with runs that are made up, but for two of them."""
+"""A series of runs: what it leaves in a submission, and how it goes on; with runs that are made up, but for three."""
 
 import dataclasses
 import fcntl
 import functools
+import inspect
 import json
 import os
 import signal
@@ -16,20 +17,21 @@ import pytest
 import torch
 from mlperf_logging.system_desc_checker import system_desc_checker
 
-from data.packed import DataError, open_dataset
+from data.files import DataError
+from data.packed import open_dataset
 from pytorch import mllog
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS
-from pytorch.machine import environment
+from pytorch.machine import describe_machine
 from tests.conftest import ROOT
 from tests.pytorch.test_train import ENVIRONMENT, SMALL
-from tests.tools.forged import Forged, made_up
+from tests.tools.forged import Forged, made_up, reference
 from tests.tools.made_up_logs import add
-from tools.mlperf import runs as series
+from tools.mlperf import series
+from tools.mlperf.__main__ import main
 from tools.mlperf.check import RULESET
-from tools.mlperf.logs import RunLog
-from tools.mlperf.system import describe_system, system_name
-from tools.mlperf.tree import Tree
+from tools.mlperf.runlog import RunLog
+from tools.mlperf.submission import SubmissionDir, describe_system, system_name
 
 CPU = torch.device("cpu")
 
@@ -41,22 +43,26 @@ def stamps(folder: Path) -> dict[str, int]:
 # --- real runs, by the command that a user types
 
 
+def command(tree: Path, runs: int, *options: object) -> list[str]:
+    arguments = ["series", "--runs", runs, "--tree", tree, "--system", "box", "--series", "small", "--", *SMALL]
+    return [sys.executable, "-m", "tools.mlperf", *map(str, [*arguments, *options])]
+
+
 def test_a_series_leaves_logs_and_the_machine_where_the_rules_want_them_and_a_page_of_all(
     tones: Path, tmp_path: Path
 ) -> None:
     """The target is so high that the first evaluation reaches it."""
     tree, checkpoints = tmp_path / "tree", tmp_path / "checkpoints"
-    command = ["sh", ROOT / "pytorch" / "run_and_time.sh", "--runs", "2", "--tree", tree, "--system", "box", *SMALL]
-    command += ["--dataset-dir", tones, "--output-dir", checkpoints, "--target-wer", "1000", "--seed", "5"]
-    command += ["--tensorboard", tmp_path / "curves"]
+    options = ["--dataset-dir", tones, "--output-dir", checkpoints, "--target-wer", 1000, "--seed", 5]
+    options += ["--tensorboard", tmp_path / "curves"]
     run = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=300, env=ENVIRONMENT
+        command(tree, 2, *options), capture_output=True, text=True, cwd=tmp_path, timeout=300, env=ENVIRONMENT
     )
     assert run.returncode == 0, run.stderr
-    folder = tree / "results" / "box" / "deepspeech2"
+    folder = tree / "results" / "box" / "small"
     assert sorted(stamps(folder)) == ["result_0.txt", "result_1.txt"]
     assert [RunLog.read(folder / f"result_{number}.txt").seed for number in range(2)] == [5, 6]
-    assert "epochs to target of 2 runs, mean +- standard deviation:  1.0 +- 0.0" in run.stdout
+    assert "epochs to target of 2 runs, mean +- standard deviation: 1.0 +- 0.0" in run.stdout
     assert "Run 2 of 2, seed 6: target reached in" in run.stderr
     description = tree / "systems" / "box.json"
     assert system_desc_checker.check_system_desc(str(description), "training", RULESET)[:2] == (True, "box")
@@ -67,34 +73,42 @@ def test_a_series_leaves_logs_and_the_machine_where_the_rules_want_them_and_a_pa
     assert len(list((tmp_path / "curves").glob("events.*"))) == 2
 
 
-def test_an_interrupted_series_keeps_the_log_of_the_run_and_says_how_to_go_on(tones: Path, tmp_path: Path) -> None:
-    command = [
-        "sh",
-        str(ROOT / "pytorch" / "run_and_time.sh"),
-        "--runs",
-        "3",
-        "--tree",
-        str(tmp_path),
-        "--system",
-        "box",
-    ]
-    command += [*SMALL, "--dataset-dir", str(tones), "--output-dir", str(tmp_path / "out"), "--target-wer", "0"]
-    command += ["--max-epochs", "1000"]
+@pytest.mark.parametrize(
+    ("number", "to_group", "status", "said"),
+    [
+        (signal.SIGINT, True, 130, "Interrupted."),  # what Ctrl-C does
+        (signal.SIGTERM, False, 75, "Told to stop: checkpoint saved at step"),
+        (signal.SIGUSR1, False, 75, "Told to stop: checkpoint saved at step"),
+    ],
+)
+def test_a_series_that_is_told_to_end_tells_its_run_waits_for_it_and_keeps_its_log(
+    number: int, to_group: bool, status: int, said: str, tones: Path, tmp_path: Path
+) -> None:
+    options = ["--dataset-dir", tones, "--output-dir", tmp_path / "out", "--target-wer", 0, "--max-epochs", 1000]
     # a shell's background commands, as these tests may be, ignore Ctrl-C, and so would what they start
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heard)
-    partial = tmp_path / "results" / "box" / "deepspeech2" / "result_0.txt.partial"
+    process = subprocess.Popen(
+        command(tmp_path, 3, *options),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heard,
+        env=ENVIRONMENT,
+    )
+    partial = tmp_path / "results" / "box" / "small" / "result_0.txt.partial"
     until = time.monotonic() + 120
     while not (partial.exists() and "train_loss" in partial.read_text()):
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+    (os.killpg if to_group else os.kill)(process.pid, number)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "interrupted; the same command goes on" in errors
+    assert process.returncode == status
+    assert said in errors
+    assert "failed_0_1.txt. The same command goes on." in errors
     assert "Traceback" not in errors
-    assert sorted(stamps(partial.parent)) == ["failed_0_1.txt"]
+    assert list(stamps(partial.parent)) == ["failed_0_1.txt"]
+    assert RunLog.read(partial.parent / "failed_0_1.txt").status == "aborted"  # the run came to its own end
 
 
 # --- series whose runs are made up
@@ -108,8 +122,8 @@ class MadeUpRuns:
     dataset: Path
 
     @property
-    def tree(self) -> Tree:
-        return Tree(self.folder / "tree", "box")
+    def tree(self) -> SubmissionDir:
+        return SubmissionDir(self.folder / "tree", "box", "synthetic")
 
     def log(self, seed: int, *, reached: bool = True) -> Forged:
         config = dataclasses.replace(CONFIGS["synthetic"], precision="fp32", device="cpu", seed=seed)
@@ -120,7 +134,7 @@ class MadeUpRuns:
             train_samples=21,
             validation={"tones-validation": 7},
         )
-        machine = environment(CPU)
+        machine = describe_machine(CPU)
         add(log, "number_of_ranks", "gru_implementation", "fused kernel (AVX2)")
         log.edit("dataset", open_dataset(self.dataset).digest)
         log.edit("submission_platform", mllog.submission_platform(machine, 1))
@@ -132,9 +146,11 @@ class MadeUpRuns:
         (self.folder / f"{seed}.status").write_text(str(status))
 
     def run(self, *arguments: str) -> int:
-        given = ["--tree", str(self.tree.root), "--system", "box", "--config", "synthetic", "--device", "cpu"]
-        given += ["--dataset-dir", str(self.dataset), "--output-dir", str(self.folder / "checkpoints")]
-        return series.main([*given, *arguments])
+        given = ["--", "--config", "synthetic", "--device", "cpu", "--dataset-dir", str(self.dataset)]
+        given += ["--output-dir", str(self.folder / "checkpoints")]
+        split = arguments.index("--") if "--" in arguments else len(arguments)
+        own, options = arguments[:split], arguments[split + 1 :]
+        return main(["series", "--tree", str(self.tree.root), "--system", "box", *own, *given, *options])
 
 
 @pytest.fixture
@@ -148,7 +164,13 @@ def made(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(series, "SCRIPT", script)
     monkeypatch.setattr(series, "git_revision", lambda: ("0" * 40, False))
     monkeypatch.setattr(series, "_write_page", lambda results, page: print(f"page of {len(results)} runs: {page}"))
-    for variable in ("NPROC_PER_NODE", "SUBMISSION_ORG", "SUBMISSION_DIVISION", "SUBMISSION_PLATFORM"):
+    for variable in (
+        "NPROC_PER_NODE",
+        "SUBMISSION_ORG",
+        "SUBMISSION_DIVISION",
+        "SUBMISSION_STATUS",
+        "SUBMISSION_PLATFORM",
+    ):
         monkeypatch.delenv(variable, raising=False)
     runs = MadeUpRuns(tmp_path, tones)
     for seed in (1, 2, 3):
@@ -179,17 +201,17 @@ def test_a_series_is_scored_and_one_that_is_started_again_keeps_what_is_there(
     assert [(made.folder / f"{seed}.started").read_text() for seed in (1, 2, 3)] == ["started\n"] * 3
     assert json.loads(made.tree.description.read_text()) == described
     said = capsys.readouterr()
-    assert "(done before)" in said.err
+    assert "seed 1: done before; its log is" in said.err
     assert "Score: 220.0 s, the mean without the fastest and the slowest of 3 runs." in said.out
 
 
 @pytest.mark.parametrize(
     ("arguments", "variables", "said"),
     [
-        (["--batch-size", "16"], {}, "batch_size is 6 there, 16 now"),
-        (["--seed", "2"], {}, "seed is 1 there, 2 now"),
+        (["--", "--batch-size", "16"], {}, "batch_size is 6 there, 16 now"),
+        (["--", "--seed", "2"], {}, "seed is 1 there, 2 now"),
         ([], {"NPROC_PER_NODE": "4"}, "number_of_ranks is 1 there, 4 now"),
-        ([], {"SUBMISSION_PLATFORM": "abacus"}, "now; use another --system"),
+        ([], {"SUBMISSION_PLATFORM": "abacus"}, "now; use another --series"),
     ],
 )
 def test_what_is_known_to_be_another_series_is_refused_before_the_first_run(
@@ -239,7 +261,7 @@ def test_a_run_that_misses_its_target_is_a_result_and_the_series_goes_on(
     assert made.run("--runs", "2") == 1
     assert sorted(stamps(made.tree.folder)) == ["result_0.txt", "result_1.txt"]
     said = capsys.readouterr()
-    assert "Run 1 of 2, seed 1: target not reached" in said.err
+    assert "Run 1 of 2, seed 1: target missed" in said.err
     assert "runs that did not reach the target: 1" in said.out
 
 
@@ -265,8 +287,8 @@ def test_a_run_whose_log_is_refused_is_set_aside_and_the_series_goes_on(
     assert made.run("--runs", "2") == 1
     assert sorted(stamps(made.tree.folder)) == ["failed_0_1.txt", "result_1.txt"]
     error = capsys.readouterr().err
-    assert "refused: " in error
     assert said in error
+    assert "seed 1: failed, and the same command does it again; its log is" in error
 
 
 def test_a_run_that_is_refused_for_what_was_so_before_its_clock_ends_the_series(
@@ -277,8 +299,7 @@ def test_a_run_that_is_refused_for_what_was_so_before_its_clock_ends_the_series(
     made.give(1, log)
     assert made.run("--runs", "3") == 1
     error = capsys.readouterr().err
-    assert "failed_0_1.txt:" in error
-    assert "git_commit: the commit is not known (every run would be refused for that)" in error
+    assert "failed_0_1.txt: git_commit: the commit is not known (every run would be refused for that)" in error
     assert started(made) == ["1"]
 
 
@@ -310,10 +331,12 @@ def test_a_run_that_cannot_start_ends_the_series_and_its_log_is_kept(
     ("arguments", "said"),
     [
         (["--runs", "0"], "--runs is 0; it must be a positive integer"),
-        (["--runs", "2", "--resume"], "a resumed run is no result"),
+        (["--runs", "2", "--", "--resume"], "a resumed run is no result"),
         (["--runs=2", "--system", "../box"], "--system is '../box'"),
-        (["--runs", "2", "--batch-size", "0"], "--batch-size is 0; it must be any integer in [1, 2^31)"),
-        (["--runs", "2", "--dataset-dir", "nowhere"], "no data set in nowhere"),
+        (["--runs=2", "--series", ".."], "--series is '..'"),
+        (["--runs", "2", "--", "--batch-size", "0"], "--batch-size is 0; it must be any integer in [1, 2^31)"),
+        (["--runs", "2", "--", "--seed", str(2**63 - 1)], f"--seed is {2**63}; it must be"),
+        (["--runs", "2", "--", "--dataset-dir", "nowhere"], "no data set in nowhere"),
     ],
 )
 def test_wrong_options_are_refused_before_the_first_run(
@@ -328,7 +351,7 @@ def test_wrong_options_are_refused_before_the_first_run(
     ("variables", "state", "said"),
     [
         ({}, ("unknown", None), "the commit is not known"),
-        ({"SUBMISSION_DIVISION": "closed"}, ("0" * 40, True), "files differ from the commit"),
+        ({"SUBMISSION_DIVISION": "closed"}, ("0" * 40, True), "files differ from the commit; "),
         ({"SUBMISSION_DIVISION": "ajar"}, ("0" * 40, False), "SUBMISSION_DIVISION is 'ajar'; it must be one of closed"),
         ({"SUBMISSION_STATUS": "sold"}, ("0" * 40, False), "SUBMISSION_STATUS is 'sold'; it must be one of onprem"),
         ({"NPROC_PER_NODE": "all"}, ("0" * 40, False), "NPROC_PER_NODE is 'all'"),
@@ -350,48 +373,80 @@ def test_surroundings_in_which_no_log_would_be_accepted_are_refused_before_the_f
     assert not made.tree.root.exists()
 
 
-def test_wrong_options_are_refused_before_pytorch_is_imported() -> None:
-    code = "import sys; from tools.mlperf.runs import main; main(['--runs', '0']); print('torch' in sys.modules)"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=True
-    )
-    assert run.stdout == "False\n"
+def test_the_closed_division_wants_its_configuration_and_data_before_the_first_run(
+    made: MadeUpRuns, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SUBMISSION_DIVISION", "closed")
+    assert made.run("--runs", "2") == 1
+    error = capsys.readouterr().err
+    assert "no log would be accepted in the closed division: hidden_size is not 800, " in error
+    assert "is not made of the official archives of LibriSpeech" in error
+    assert "21 utterances for train, not all 281,241" in error
+    assert "7 utterances for validation, not all 5,567" in error
+    assert not made.tree.root.exists()
 
 
-def test_two_series_in_one_folder_are_refused(tmp_path: Path) -> None:
-    tree = Tree(tmp_path, "box")
-    tree.folder.mkdir(parents=True)
-    other = os.open(tree.folder, os.O_RDONLY)
+def test_a_variable_that_is_empty_counts_as_unset(made: MadeUpRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("SUBMISSION_ORG", "SUBMISSION_DIVISION", "SUBMISSION_STATUS", "SUBMISSION_PLATFORM"):
+        monkeypatch.setenv(variable, "")
+    assert made.run("--runs", "1") == 0
+    described = json.loads(made.tree.description.read_text())
+    assert (described["submitter"], described["division"]) == ("reference", "open")
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [("librispeech", "deepspeech2"), ("librispeech-2018", "deepspeech2"), ("librispeech-100", "librispeech-100")],
+)
+def test_a_series_on_librispeech_has_the_benchmarks_name(
+    config: str, name: str, made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.give(1, Forged([], None), status=1)
+    assert made.run("--runs", "1", "--", "--config", config) == 1
+    assert f"/results/box/{name}/failed_0_1.txt" in capsys.readouterr().err
+
+
+def test_a_tree_of_librispeech_runs_passes_mlcommons_package_checker(tmp_path: Path) -> None:
+    """It skips the results, whose benchmark it does not know; it wants one machine's file for each of their folders."""
+    folder = SubmissionDir(tmp_path, "box", "deepspeech2")
+    with folder.locked():
+        folder.describe(describe_system(CPU, 1))
+    for number in range(10):
+        made_up(reference(seed=number), division="closed").write(folder.result(number))
+    check = [sys.executable, "-m", "mlperf_logging.package_checker", str(tmp_path), "training", RULESET]
+    run = subprocess.run(check, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "Skipping benchmark: deepspeech2" in run.stdout + run.stderr
+    tree = inspect.signature(series.run_series).parameters["tree"].default
+    assert not any(tree in config.output_dir.parents for config in CONFIGS.values())  # where single runs write
+
+
+def test_two_series_on_one_machine_are_refused(tmp_path: Path) -> None:
+    folder = SubmissionDir(tmp_path, "box", "an4")
+    folder.folder.mkdir(parents=True)
+    other = os.open(folder.folder.parent, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(DataError, match="another series of runs is working in"), tree.locked():
+    with pytest.raises(DataError, match="another series of runs is working in"), folder.locked():
         pass
     os.close(other)
-    with tree.locked():
+    with folder.locked():
         pass
 
 
-def test_the_description_of_another_machine_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    tree, here = Tree(tmp_path, "box"), describe_system("box", CPU)
-    tree.describe(here)
-    tree.describe(here)
-    with pytest.raises(RunError, match="describes another machine"):
-        tree.describe({**here, "host_processor_model_name": "Abacus"})
-    tree.description.write_text("[]")
-    with pytest.raises(RunError, match="no description of a machine"):
-        tree.describe(here)
-
-
-def test_a_description_that_contradicts_the_environment_is_kept_and_this_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_description_of_another_machine_or_submission_is_not_taken_for_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tree = Tree(tmp_path, "box")
-    tree.describe(describe_system("box", CPU))
-    assert capsys.readouterr().err == ""
+    folder, here = SubmissionDir(tmp_path, "box", "an4"), describe_system(CPU, 1)
+    folder.describe(here)
+    folder.describe({**here, "cooling": "air"})  # what the one there says of the rest is its owner's business
+    with pytest.raises(RunError, match="is of another machine or submission"):
+        folder.describe({**here, "host_processor_model_name": "Abacus"})
     monkeypatch.setenv("SUBMISSION_ORG", "ACME")
-    tree.describe(describe_system("box", CPU))
-    said = capsys.readouterr().err
-    assert "submitter is 'reference' there, SUBMISSION_ORG makes it 'ACME'" in said
-    assert json.loads(tree.description.read_text())["submitter"] == "reference"
+    with pytest.raises(RunError, match="submitter is 'reference' there, 'ACME' here"):
+        folder.describe(describe_system(CPU, 1))
+    folder.description.write_text("[]")
+    with pytest.raises(RunError, match="no description of a machine"):
+        folder.describe(here)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "systems").glob("*.json")), ids=lambda path: path.stem)

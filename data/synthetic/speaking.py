@@ -1,6 +1,6 @@
-"""Speaks sentences with one eSpeak NG voice: a process of its own for every speaker, started by synthetic.py.
+"""Speaks sentences with one eSpeak NG voice: a process of its own for every speaker, started by archive.py.
 
-    python data/espeak.py < request.json > speech
+    python data/synthetic/speaking.py < request.json > speech
 
 The request names the library, its data folder, a voice and the lines (text, rate in words per minute, pitch 0-99). The
 answer is a line of JSON (sample rate, number of samples of each line), then the 16-bit samples of all lines.

@@ -1,0 +1,143 @@
+"""The tools of every command: errors, files that are whole or absent, locks, digests, processes, progress bars.
+
+Nothing here knows what an archive or a data set is. What a command has not finished lies in a work_folder, and
+everything in that is this program's; outside of it, nothing is removed or replaced that the program did not make.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tqdm import tqdm
+
+CHUNK_BYTES = 1 << 20  # read or written at once
+Progress = Callable[[int], object]  # is told how many bytes more have been read or written
+UNFINISHED, DOWNLOADS, MARK = "unfinished", "downloads", "made-by-this-program.txt"
+
+
+class DataError(Exception):
+    """An error that a user can do something about: its one line is printed, without a traceback."""
+
+
+def atomic_write(file: Path, text: str, scratch: Path | None = None) -> None:
+    """Write a file such that even a power cut leaves the old one or the new one.
+
+    It is first written under a name that nothing has yet, in the folder `scratch` (by default the file's own).
+    """
+    partial = (scratch or file.parent) / f"{file.name}.{secrets.token_hex(4)}.partial"
+    with partial.open("x", encoding="utf-8") as stream:
+        try:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+            atomic_replace(partial, file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def atomic_replace(partial: Path, final: Path) -> None:
+    """Give a finished file or folder its final name, such that a power cut leaves the old one or the new one."""
+    partial.replace(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def not_ours(path: Path) -> DataError:
+    """Return the error that something which is not this program's is in its way."""
+    return DataError(f"{path} exists and was not made by this program; move it away, or give another folder")
+
+
+@contextmanager
+def work_folder(parent: Path) -> Iterator[Path]:
+    """Make a marked folder in `parent` for what is unfinished; what an earlier, killed run left in it goes first.
+
+    Only its folder `downloads`, for what can be resumed, outlives this. DataError where something else has the name.
+    """
+    folder = parent / UNFINISHED
+    if os.path.lexists(folder):
+        if folder.is_symlink() or not ((folder / MARK).is_file() or (folder.is_dir() and not any(folder.iterdir()))):
+            raise not_ours(folder)
+        _clear_work_folder(folder)
+    folder.mkdir(exist_ok=True)
+    try:
+        (folder / MARK).write_text("All in this folder is removed by the command that made it.\n", encoding="utf-8")
+        (folder / DOWNLOADS).mkdir(exist_ok=True)
+        yield folder
+    finally:
+        with suppress(OSError):
+            _clear_work_folder(folder)
+
+
+def _clear_work_folder(folder: Path) -> None:
+    for entry in list(folder.iterdir()):
+        if entry.name == DOWNLOADS:
+            with suppress(OSError):  # there is something in it
+                entry.rmdir()
+        elif entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != MARK:
+            entry.unlink()
+    if [entry.name for entry in folder.iterdir()] in ([], [MARK]):
+        (folder / MARK).unlink(missing_ok=True)  # last, so that a folder that is half removed is still known
+        folder.rmdir()
+
+
+def file_digest(file: Path, algorithm: str) -> str:
+    """Return the digest of a file's content in hexadecimal; `algorithm` is one of hashlib's."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+@contextmanager
+def locked(folder: Path, holder: str, *, shared: bool = False) -> Iterator[int]:
+    """Lock a folder against other processes, or, if `shared`, only against those that do not share it.
+
+    The lock ends with its process. It is on the folder itself, so that a read-only one can be locked. Yield its
+    descriptor, for processes that outlive this one. DataError says that another `holder` has the lock.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"another {holder} is working in {folder}; wait until it has ended") from None
+        except OSError as error:  # such as NFS, which locks no folders
+            print(f"warning: {folder} cannot be locked ({error}): let nothing else work in it now", file=sys.stderr)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """On Linux, have this process killed when the one that started it ends: an orphan would work on unseen.
+
+    `parent` is the process id of that one, where it is known: it may have ended before this call.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if parent is not None and os.getppid() != parent:
+            os._exit(1)
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def progress_bar(description: str, total: float, unit: str) -> tqdm:
+    """Return a bar with rate and time left, on standard error, shown only where that is a terminal."""
+    return tqdm(desc=description, total=total, unit=unit, unit_scale=True, file=sys.stderr, disable=None, leave=False)

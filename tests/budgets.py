@@ -1,0 +1,27 @@
+"""The price of complexity in figures: lines of Python in each folder, and what they may come to (CONTRIBUTING.md).
+
+python tests/budgets.py                 exit status 1 if a folder is over its budget
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUDGETS = {"data": 2300, "pytorch": 3400, "tools": 3900}
+
+
+def main() -> int:
+    """Print the table; returns the exit status."""
+    over = False
+    for folder, budget in BUDGETS.items():
+        command = ["git", "-C", str(ROOT), "ls-files", f"{folder}/*.py"]
+        files = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        lines = sum((ROOT / file).read_text(encoding="utf-8").count("\n") for file in files)
+        over |= lines > budget
+        print(f"{folder:<8} {lines:5,} lines of Python in {len(files):2} files; budget {budget:5,}")
+    return int(over)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

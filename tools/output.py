@@ -1,0 +1,49 @@
+"""Files that commands write for the user: whole or not at all, and over an older file only if the user says so."""
+
+from __future__ import annotations
+
+import gzip
+import secrets
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from data.files import atomic_replace
+from pytorch.cli import RunError
+
+
+def prepare_outputs(files: Collection[Path], overwrite: bool) -> None:
+    """Make the folders of files that are to be written.
+
+    Raises:
+        RunError: one of the files exists, and is not to be overwritten; or a folder cannot be made.
+    """
+    existing = [] if overwrite else [file for file in files if file.exists() or file.is_symlink()]
+    if existing:
+        more = f", and so do {len(existing) - 1} more" if len(existing) > 1 else ""
+        raise RunError(f"{existing[0]} exists already{more}; give another output, or --overwrite to replace it")
+    for folder in {file.parent for file in files}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{folder}: the folder cannot be made: {error.strerror}") from error
+
+
+@contextmanager
+def output_file(path: Path) -> Iterator[TextIO]:
+    """Open a text file that gets its name when it is complete, compressed by gzip if the name ends in .gz.
+
+    Raises:
+        RunError: it cannot be written. Nothing is left of it then, nor after any other exception.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(partial, "xt", encoding="utf-8") as stream:  # type: ignore[operator]
+            yield stream
+        atomic_replace(partial, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,43 @@
+"""What run_and_time.sh starts: the timed run, and when it is over, its report.
+
+    python -m tools.run_and_time --config synthetic
+
+Options and exit status are those of pytorch.launch, which runs here as it does alone. The page, report.html beside the
+log, is written by another process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from pytorch import launch
+from pytorch.cli import RunError
+from pytorch.config import parse_config
+from pytorch.mllog import LOG, REPORT
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status, which is that of the timed run."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        config = parse_config(arguments, program="sh run_and_time.sh", description=launch.train.__doc__ or "")
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    log = config.output_dir / LOG
+    before = _written_at(log)
+    status = launch.main(arguments)
+    if status in (0, 1) and _written_at(log) != before:  # else the run could not start, or logs on another machine
+        command = [sys.executable, "-m", "tools.report", str(log), "--output", str(log.with_name(REPORT))]
+        subprocess.run(command, stdout=sys.stderr)  # if it fails, the run has not
+    return status
+
+
+def _written_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
