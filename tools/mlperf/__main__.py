@@ -20,12 +20,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pytorch.cli import RunError, exit_status
+from pytorch.cli import RunError, exit_status, write_output
 from tools.mlperf import compare, rcp, score
 from tools.mlperf.check import check, notes
-from tools.mlperf.runlog import RunLog, require_safe_output
+from tools.mlperf.runlog import RunLog
 from tools.mlperf.series import run_series
-from tools.mlperf.submission import write_file
 
 Log = tyro.conf.Positional[Path]
 Logs = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="LOG...")]
@@ -91,11 +90,9 @@ def make_or_apply_rcps(
         passed, verdict = rcp.check_convergence(paths, against)
         print(verdict)
         return passed
-    if output is not None:
-        require_safe_output(output, paths)
     points = rcp.make_points(paths)
     if output is not None:
-        write_file(output, json.dumps(points, indent=2) + "\n")
+        write_output(output, json.dumps(points, indent=2) + "\n")
     print(rcp.describe(points))
     return True
 

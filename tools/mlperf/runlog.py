@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -300,18 +300,6 @@ def _read_result(path: Path, number: int, line: str) -> Result:
         return Result(number, int(seed), int(seconds))
     except ValueError as error:
         raise RunError(f"{path}:{number}: damaged RESULT line: {line!r}") from error
-
-
-def require_safe_output(path: Path, inputs: Sequence[Path]) -> None:
-    """Raise RunError if writing a file to `path` would replace a log, or what is no regular file, such as a device."""
-    if not path.exists():
-        return
-    if not path.is_file():
-        raise RunError(f"--output {path}: is there and no regular file; name another")
-    with path.open("rb") as file:
-        is_log = TOKEN.encode() in file.read(1 << 16)
-    if is_log or any(path.samefile(each) for each in inputs if each.exists()):
-        raise RunError(f"--output {path}: is a log, and would be lost; name another file")
 
 
 def _transcript(event: Event) -> Transcript:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from mlperf_logging.mllog import constants
 from mlperf_logging.system_desc_checker import system_desc_checker
 
-from data.files import atomic_write, locked
-from pytorch.cli import RunError
+from data.files import locked
+from pytorch.cli import RunError, write_output
 from pytorch.machine import cpuinfo, describe_machine
 from pytorch.mllog import submission_division, submission_status
 from tools.mlperf.check import RULESET
@@ -95,7 +95,7 @@ class SubmissionDir:
         """
         path = self.description
         if not path.exists():
-            write_file(path, json.dumps({**description, "system_name": self.system}, indent=2) + "\n")
+            write_output(path, json.dumps({**description, "system_name": self.system}, indent=2) + "\n")
         try:
             there = json.loads(path.read_text(encoding="utf-8"))
             fields = [PROCESSOR, CPUS, ACCELERATOR, ACCELERATORS]
@@ -111,15 +111,6 @@ class SubmissionDir:
             raise RunError(f"{path}: no description of a machine: {error}") from error
         if not valid:
             raise RunError(f"{path}: refused by MLCommons' system_desc_checker; remove it to have it made again")
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a file, whole or not at all, and make its folder; RunError where that is impossible."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path.resolve(), text)  # not in the place of a link
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def describe_system(device: torch.device, ranks: int) -> dict[str, str]:

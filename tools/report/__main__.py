@@ -3,8 +3,8 @@
     python -m tools.report results/synthetic/mlperf_ds2.log
     python -m tools.report results/2-cores-zen5/an4/*.txt -o comparison.html
 
-Writes one HTML file that needs no network. Exit status: 0, or 1 if a log is damaged or the page cannot be written; the
-reason is one line.
+Runs that differ only in their seeds are shown as one series. The page is one HTML file that needs no network. Exit
+status: 0, or 1 if a log is damaged or the page cannot be written; the reason is one line.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from typing import Annotated
 
 import tyro
 
-from data.files import atomic_write
-from pytorch.cli import RunError, exit_status
-from tools.mlperf.score import MIN_RUNS, score, verdict
-from tools.report.page import render
-from tools.report.runs import Run, read_runs
+from pytorch.cli import RunError, exit_status, write_output
+from tools.report.render import render
+from tools.report.runs import read_series
 
 
 @dataclass(frozen=True)
@@ -31,40 +29,20 @@ class Options:
     logs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """logs of runs, as run_and_time.sh prints them"""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """the page"""
+    """the page; never a log, which is not replaced"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line and return its exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m tools.report", description=__doc__)
-    return exit_status(lambda: report(options))
 
+    def report() -> None:
+        if not options.logs:
+            raise RunError("no log is named: python -m tools.report LOG... -o report.html")
+        write_output(options.output, render(read_series(options.logs)))
+        print(f"Report: {options.output}")
 
-def report(options: Options) -> None:
-    """Write the page.
-
-    Raises:
-        RunError: there is no log, one cannot be read, or the page cannot be written.
-    """
-    if not options.logs:
-        raise RunError("no log is named: python -m tools.report LOG... -o report.html")
-    runs = read_runs(options.logs)
-    page = render(runs, _score(runs))
-    try:
-        atomic_write(options.output, page)
-    except OSError as error:
-        raise RunError(f"--output {options.output}: cannot be written: {error.strerror}") from error
-    print(f"Report: {options.output}")
-
-
-def _score(runs: Sequence[Run]) -> list[str]:
-    """What to say about the score of runs that are enough for one, as `python -m tools.mlperf score` says it."""
-    if len(runs) < MIN_RUNS:
-        return []
-    try:
-        return verdict(score([run.log.path for run in runs]))
-    except RunError as error:
-        return [f"No score: {error}."]
+    return exit_status(report)
 
 
 if __name__ == "__main__":

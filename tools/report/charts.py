@@ -1,289 +1,180 @@
-"""The page's charts: what is drawn, the same figures as a table, and as a sentence for those who hear the page."""
+"""What the page's charts draw, and the same figures as a table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from itertools import pairwise
+from statistics import fmean, median
 from typing import Any
 
-from tools.mlperf.runlog import Epoch, RunLog, Step
-from tools.report.points import Point, running_mean, thin
-from tools.report.runs import Run
+from tools.report.runs import Run, Series
 
-POINTS = 2000  # that a chart draws of all runs' steps together: no screen shows more, and the page stays small
-ALL = "all"  # what a log calls the validation subsets together
+POINTS = 2000  # that a chart draws of single steps: no screen shows more, and the page stays small
+MEANS = 60  # points of a line that stands for many steps
+EPOCH, STEP, TIME = "epoch", "step", "time (s)"
+WER, LOSS, RATE, NORM = "WER (%)", "loss", "learning rate", "gradient norm"
+SPEED, WAIT = "utterances/s", "waiting for data (%)"
+ERRORS = "Corpus word error rate on the validation set after each epoch; the dashed line is the target."
+STEPS = "Means of the steps around; single steps are faint."
+CHARTS = (  # id, title, whether of epochs or steps, x, y, note
+    ("wer-time", "Word error rate by time", EPOCH, TIME, WER, ERRORS),
+    ("wer-epoch", "Word error rate by epoch", EPOCH, EPOCH, WER, ERRORS),
+    ("throughput", "Throughput", EPOCH, EPOCH, SPEED, "Training only, without evaluation."),
+    ("wait", "Waiting for data", EPOCH, EPOCH, WAIT, "Time that steps waited for their batches, of that of training."),
+    ("loss", "Training loss", STEP, STEP, LOSS, STEPS),
+    ("rate", "Learning rate", STEP, STEP, RATE, STEPS),
+    ("norm", "Gradient norm", STEP, STEP, NORM, f"Before clipping; logarithmic. {STEPS}"),
+)
+
+Row = dict[str, Any]  # figures of an epoch or step, by name; None where the log lacks them
+Point = tuple[float, float]
+Curve = dict[int, Point]  # of a run, by the numbers of its epochs or steps
 
 
 @dataclass(frozen=True)
-class Series:
-    """A line of a run. A faint one lies behind the others, without markers."""
+class Line:
+    """A line of a series, which is given by its place. Faint ones, of each run or each step, lie behind the others."""
 
-    run: int
+    series: int
+    name: str  # of what is shown
     points: list[Point]
-    subset: str | None = None
-    faint: bool = False
-    markers: bool = False
+    faint: bool
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart in every form that it takes."""
+    """A chart over time, epochs or steps."""
 
     id: str
     title: str
     x: str
     y: str
-    series: list[Series]
-    summary: str
     note: str
-    header: list[str]
-    rows: list[list[str]]
-    logarithmic: bool = False
-    targets: Sequence[float] = ()
-
-    def drawn(self) -> dict[str, Any]:
-        """What the page's script needs."""
-        series = [
-            {**vars(line), "points": [(_short(x), _short(y)) for x, y in line.points if _drawable(x, y)]}
-            for line in self.series
-        ]
-        chosen = {"id": self.id, "x": self.x, "y": self.y, "logarithmic": self.logarithmic, "targets": self.targets}
-        return {**chosen, "series": series}
+    lines: list[Line]
+    targets: Sequence[float]
+    logarithmic: bool
 
 
-def charts(runs: Sequence[Run]) -> list[Chart]:
-    """All charts for which some run has figures."""
-    drawn = [*_error_charts(runs), *_step_charts(runs), *_epoch_charts(runs)]
-    return [chart for chart in drawn if any(series.points for series in chart.series)]
-
-
-def subsets(runs: Sequence[Run]) -> list[str]:
-    """Names of the validation subsets in the logs, "all" first."""
-    names = [name for run in runs for epoch in run.log.epochs for name in epoch.errors]
-    return list(dict.fromkeys([ALL, *names]))
-
-
-def duration(seconds: float) -> str:
-    """As a person says it: 126 s, 26 min 41 s, 95 h 47 min."""
-    if seconds < 600:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.5g}") if abs(value) < 1e5 else value
-
-
-def _drawable(*values: float) -> bool:
-    return all(map(math.isfinite, values))
-
-
-def _wers(epoch: Epoch) -> dict[str, float]:
-    found = {ALL: epoch.wer} if epoch.wer is not None else {}
-    return {**found, **{name: errors.wer for name, errors in epoch.errors.items()}}
-
-
-def _error_charts(runs: Sequence[Run]) -> Iterator[Chart]:
-    names = subsets(runs)
-    wers = [(run, epoch, _wers(epoch)) for run in runs for epoch in run.log.epochs]
-    measured = [(run, epoch, of) for run, epoch, of in wers if of]
-    # Where one subset is all there is, its own column says nothing more.
-    columns = [ALL] if len(names) == 2 else names
-    targets = sorted({run.target for run in runs if run.target is not None})
-    ends = [run.seconds_before + _evaluated_at(epoch) for run, epoch, _ in measured]
-    unit, divisor = _time_unit(max(ends, default=0.0))
-
-    def series(x: Callable[[Run, Epoch], float]) -> list[Series]:
-        lines = []
-        for run in runs:
-            for name in columns:
-                points = [(x(run, epoch), of[name]) for r, epoch, of in measured if r is run and name in of]
-                if points:
-                    lines.append(Series(run.number, points, name, markers=True))
-        return lines
-
-    def summary() -> str:
-        parts = []
-        for run in runs:
-            of_run = [(epoch, of[ALL]) for r, epoch, of in measured if r is run and ALL in of]
-            if of_run:
-                (first, before), (last, after) = of_run[0], of_run[-1]
-                when = duration(run.seconds_before + _evaluated_at(last))
-                parts.append(
-                    f"{run.label}: {before:.2f} after epoch {first.number}, "
-                    f"{after:.2f} after epoch {last.number}, at {when}"
-                )
-        return "Word error rate in percent. " + ". ".join(parts) + "."
-
-    header = ["Run", "Epoch", "Time (s)", *(("all utterances" if name == ALL else name) for name in columns)]
-    rows = [
-        [
-            run.label,
-            str(epoch.number),
-            f"{run.seconds_before + _evaluated_at(epoch):.0f}",
-            *(f"{of[name]:.2f}" if name in of else "" for name in columns),
-        ]
-        for run, epoch, of in measured
-    ]
-    shared: dict[str, Any] = {"y": "WER (%)", "header": header, "rows": rows, "targets": targets, "summary": summary()}
-    note = "Corpus word error rate on the validation set after each epoch; the dashed line is the target."
-    yield Chart(
-        id="wer-time",
-        title="Word error rate by time",
-        x=f"time on the clock ({unit})",
-        series=series(lambda run, epoch: (run.seconds_before + _evaluated_at(epoch)) / divisor),
-        note=note,
-        **shared,
-    )
-    yield Chart(
-        id="wer-epoch",
-        title="Word error rate by epoch",
-        x="epoch",
-        series=series(lambda run, epoch: epoch.number),
-        note=note,
-        **shared,
-    )
-
-
-def _evaluated_at(epoch: Epoch) -> float:
-    """Seconds on this process's clock; the log of a run that is cut off right there lacks the last of these."""
-    return next(time for time in (epoch.evaluated, epoch.trained, epoch.started) if time is not None)
-
-
-def _time_unit(longest: float) -> tuple[str, int]:
-    if longest < 600:
-        return "s", 1
-    return ("min", 60) if longest < 4 * 3600 else ("h", 3600)
-
-
-def _step_charts(runs: Sequence[Run]) -> Iterator[Chart]:
-    def values(run: Run, of: Callable[[Step], float | None]) -> list[Point]:
-        points = [(float(step.number), of(step)) for step in run.log.steps]
-        return [(number, value) for number, value in points if value is not None and math.isfinite(value)]
-
-    limit = max(2, POINTS // len(runs))
-    steps = max(len(run.log.steps) for run in runs)
-    thinned = "" if steps <= limit else f" Of up to {steps:,} steps at most {limit:,} points are drawn, "
-    extremes = thinned and thinned + "the lowest and the highest of each stretch."
-
-    def with_running_mean(of: Callable[[Step], float | None]) -> list[Series]:
-        points = {run.number: values(run, of) for run in runs}
-        faint = [Series(number, thin(them, limit), faint=True) for number, them in points.items()]
-        return faint + [Series(number, thin(running_mean(them), limit)) for number, them in points.items()]
-
-    yield _of_steps(
-        runs,
-        id="loss",
-        title="Training loss",
-        y="CTC loss",
-        series=with_running_mean(lambda step: step.loss),
-        note="Each step's mean over its batch, faint; the line is the mean of the steps around." + extremes,
-        column="mean loss",
-        of_epoch=lambda epoch, of: _mean([step.loss for step in of]) if epoch.loss is None else epoch.loss,
-    )
-    yield _of_steps(
-        runs,
-        id="rate",
-        title="Learning rate",
-        y="learning rate",
-        series=[Series(run.number, thin(values(run, lambda step: step.learning_rate), limit)) for run in runs],
-        note="Of each step." + extremes,
-        column="at its end",
-        of_epoch=lambda epoch, of: of[-1].learning_rate if of else None,
-    )
-    yield _of_steps(
-        runs,
-        id="norm",
-        title="Gradient norm",
-        y="gradient norm, before clipping",
-        series=with_running_mean(lambda step: step.gradient_norm),
-        note="Of each step, faint; the line is the mean of the steps around. Logarithmic." + extremes,
-        column="median",
-        of_epoch=lambda epoch, of: _median([step.gradient_norm for step in of]),
-        logarithmic=True,
-    )
-
-
-def _of_steps(
-    runs: Sequence[Run], column: str, of_epoch: Callable[[Epoch, list[Step]], float | None], **chart: Any
-) -> Chart:
-    """A chart over steps, whose table and summary are over epochs."""
-    figures = [
-        (run, epoch, value)
-        for run in runs
-        for epoch, of in _steps_by_epoch(run.log)
-        if (value := of_epoch(epoch, of)) is not None
-    ]
-    parts = []
-    for run in runs:
-        of_run = [(epoch.number, value) for r, epoch, value in figures if r is run]
-        if of_run:
-            (first, before), (last, after) = of_run[0], of_run[-1]
-            parts.append(f"{run.label}: {before:.3g} in epoch {first}, {after:.3g} in epoch {last}")
-    return Chart(
-        x="step",
-        summary=f"{chart['title']}, {column} of an epoch. {'. '.join(parts)}.",
-        header=["Run", "Epoch", f"{chart['title']}, {column}"],
-        rows=[[run.label, str(epoch.number), f"{value:.4g}"] for run, epoch, value in figures],
-        **chart,
-    )
-
-
-def _steps_by_epoch(log: RunLog) -> Iterator[tuple[Epoch, list[Step]]]:
-    rest = log.steps
-    for epoch in log.epochs:
-        end = math.inf if epoch.step is None else epoch.step
-        yield epoch, [step for step in rest if step.number <= end]
-        rest = [step for step in rest if step.number > end]
-
-
-def _epoch_charts(runs: Sequence[Run]) -> Iterator[Chart]:
-    for id, title, y, of, note in (
-        (
-            "throughput",
-            "Throughput",
-            "utterances per second",
-            lambda epoch: epoch.throughput.get("utterances_per_second"),
-            "Training only, without evaluation.",
-        ),
-        (
-            "wait",
-            "Waiting for data",
-            "% of training time",
-            lambda epoch: _percent(epoch.throughput.get("data_wait_fraction")),
-            "How long a step waited for its batch, of the time of training.",
-        ),
-    ):
-        found = {
-            run.number: [(epoch.number, value) for epoch in run.log.epochs if (value := of(epoch)) is not None]
-            for run in runs
+def epoch_rows(run: Run) -> list[Row]:
+    """Return the figures of a run's epochs."""
+    steps = {step.number: step for step in run.log.steps}
+    rows = []
+    for epoch in run.log.epochs:
+        last = steps.get(epoch.step or 0)
+        ends = epoch.evaluated, epoch.trained, epoch.started  # a log that is cut off right there lacks the first
+        end = run.log.seconds_before + next(time for time in ends if time is not None)
+        waited = epoch.throughput.get("data_wait_fraction")
+        row = {
+            EPOCH: epoch.number,
+            TIME: end if run.has_times else None,
+            WER: epoch.wer,
+            **{
+                f"{WER} {name}": counts.wer
+                for name, counts in epoch.errors.items()
+                if name != "all" and len(epoch.errors) > 2
+            },
+            LOSS: epoch.loss,
+            RATE: last and last.learning_rate,
+            NORM: last and last.gradient_norm,
+            SPEED: epoch.throughput.get("utterances_per_second"),
+            WAIT: None if waited is None else 100 * waited,
         }
-        means = [f"{run.label}: {_mean([y for _, y in found[run.number]]):.3g}" for run in runs if found[run.number]]
-        yield Chart(
-            id=id,
-            title=title,
-            x="epoch",
-            y=y,
-            series=[Series(number, list(points), markers=True) for number, points in found.items()],
-            summary=f"{title}, {y}, mean of epochs. {'. '.join(means)}.",
-            note=note,
-            header=["Run", "Epoch", y],
-            rows=[[run.label, str(epoch), f"{value:.4g}"] for run in runs for epoch, value in found[run.number]],
-        )
+        rows.append(row)
+    return rows
 
 
-def _percent(fraction: float | None) -> float | None:
-    return None if fraction is None else 100 * fraction
+def step_rows(run: Run) -> list[Row]:
+    """Return the figures of a run's steps."""
+    return [
+        {STEP: step.number, LOSS: step.loss, RATE: step.learning_rate, NORM: step.gradient_norm}
+        for step in run.log.steps
+    ]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def charts(series: Sequence[Series]) -> list[Chart]:
+    """Return the charts for which some run has figures."""
+    runs = [run for each in series for run in each.runs]
+    rows = {EPOCH: [list(map(epoch_rows, each.runs)) for each in series]}
+    rows[STEP] = [list(map(step_rows, each.runs)) for each in series]
+    epochs = [row for of_series in rows[EPOCH] for of_run in of_series for row in of_run]
+    longest = max((row[TIME] for row in epochs if row[TIME] is not None), default=0)
+    unit, divisor = ("s", 1) if longest < 600 else ("min", 60) if longest < 4 * 3600 else ("h", 3600)
+    errors = [name for name in dict.fromkeys(name for row in epochs for name in row) if name.startswith(WER)]
+    errors = errors if len(series) == 1 else [WER]  # subsets of several series would be too many lines
+    targets = sorted({run.log.target_wer for run in runs if run.log.target_wer is not None})
+    found = []
+    for id, title, of, x, y, note in CHARTS:
+        lines = []
+        for name in errors if y == WER else [y]:
+            lines += _lines(rows[of], of, x, name, divisor if x == TIME else 1)
+        across = f"time on the clock ({unit})" if x == TIME else x
+        if lines:
+            found.append(Chart(id, title, across, y, note, lines, targets if y == WER else [], y == NORM))
+    return found
 
 
-def _median(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
+def _lines(series: Sequence[Sequence[list[Row]]], of: str, x: str, y: str, divisor: int) -> list[Line]:
+    """Return a line for each series, the median of its runs, and behind it a faint one for each run.
+
+    Args:
+        series: rows by series and run.
+        of: EPOCH or STEP, of which rows are; steps are many, so that lines are means of them.
+        x: name of the figure along which lines run, which is divided by `divisor`.
+        y: name of the figure to show.
+        divisor: see x.
+    """
+    limit = max(2, POINTS // sum(map(len, series)))
+    lines = []
+    for place, runs in enumerate(series):
+        curves = []
+        for rows in runs:
+            known = [(row[of], row[x], row[y]) for row in rows if None not in (row[x], row.get(y))]
+            curve = {number: (across / divisor, up) for number, across, up in known if math.isfinite(up)}
+            curves += [curve] if curve else []
+        if not curves:
+            continue
+        points = median_curve(curves)
+        lines.append(Line(place, y, _rounded(means(points) if of == STEP else points), faint=False))
+        for curve in curves:
+            points = list(curve.values())
+            if of == STEP:
+                points = means(points) if len(curves) > 1 else downsample(points, limit)
+            lines.append(Line(place, y, _rounded(points), faint=True))
+    return lines
+
+
+def median_curve(curves: Sequence[Curve]) -> list[Point]:
+    """Return the median of some curves, as far as half of them go."""
+    by_number: dict[int, list[Point]] = {}
+    for curve in curves:
+        for number, point in curve.items():
+            by_number.setdefault(number, []).append(point)
+    common = [points for _, points in sorted(by_number.items()) if 2 * len(points) >= len(curves)]
+    return [(median(x for x, _ in points), median(y for _, y in points)) for points in common]
+
+
+def downsample(points: list[Point], limit: int) -> list[Point]:
+    """Return at most `limit` points: the lowest and the highest of each stretch, so that no peak is lost."""
+    if len(points) <= limit:
+        return points
+    found = []
+    for stretch in _stretches(points, limit // 2):
+        by_height = sorted(stretch, key=lambda point: point[1])
+        found += sorted({by_height[0], by_height[-1]})
+    return found
+
+
+def means(points: list[Point]) -> list[Point]:
+    """Return the mean of each stretch of a line."""
+    return [(fmean(x for x, _ in each), fmean(y for _, y in each)) for each in _stretches(points, MEANS)]
+
+
+def _stretches(points: list[Point], count: int) -> list[list[Point]]:
+    count = min(count, len(points))
+    return [points[start:end] for start, end in pairwise(number * len(points) // count for number in range(count + 1))]
+
+
+def _rounded(points: list[Point]) -> list[Point]:
+    return [(float(f"{x:.6g}"), float(f"{y:.5g}")) for x, y in points]

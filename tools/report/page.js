@@ -1,22 +1,14 @@
 "use strict";
 (() => {
-  const { runs, charts } = JSON.parse(document.getElementById("figures").textContent);
+  const { series, charts } = JSON.parse(document.getElementById("figures").textContent);
   const root = document.documentElement;
-  const filters = document.querySelector(".filters");
-  // As in page.html's swatches: what tells runs apart without colour.
+  // As in page.html's swatches: what tells series apart without color.
   const markers = ["circle", "rect", "triangle", "rectRot", "cross", "crossRot"];
   const dashes = [[], [7, 3], [2, 2], [9, 3, 2, 3]];
-  const drawn = new Map();
+  const drawn = [];
 
-  const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
-  const labels = new Map(runs.map((run) => [run.number, run.label]));
-
-  /** What the reader has chosen to see: numbers of runs, and a subset ("" for each by itself). */
-  function chosen() {
-    const boxes = [...document.querySelectorAll("input[name=run]")];
-    const shown = boxes.length ? boxes.filter((box) => box.checked).map((box) => Number(box.value)) : [...labels.keys()];
-    return { shown: new Set(shown), subset: document.querySelector("select[name=subset]")?.value ?? "all" };
-  }
+  const style = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
+  const color = (hue, alpha) => `hsla(${hue}, ${style("saturation")}, ${style("lightness")}, ${alpha})`;
 
   const target = {
     id: "target",
@@ -37,29 +29,29 @@
     },
   };
 
-  function dataset(series, subsets) {
-    const index = series.run - 1;
-    const ink = colour(`run-${(index % 8) + 1}`);
-    // Lines of one run's subsets differ by their dashes; elsewhere those of runs do.
-    const dash = series.subset === null || subsets.length < 2 ? index : subsets.indexOf(series.subset);
-    const of = subsets.length > 1 ? ` · ${series.subset === "all" ? "all utterances" : series.subset}` : "";
+  /** A line: by its series' color, and by dashes and marker; those of subsets, all names but the first, are thinner. */
+  function dataset(line, names, marked) {
+    const { label, hue } = series[line.series];
+    const of = names.indexOf(line.name);
+    const faint = line.faint;
     return {
-      label: labels.get(series.run) + of,
-      data: series.points.map(([x, y]) => ({ x, y })),
-      borderColor: series.faint ? `${ink}38` : ink,
-      backgroundColor: ink,
-      borderWidth: series.faint ? 1 : 2,
-      borderDash: series.faint ? [] : dashes[dash % dashes.length],
-      pointStyle: markers[index % markers.length],
-      pointRadius: series.markers ? 4 : 0,
-      pointHitRadius: series.faint ? 0 : 8,
-      faint: series.faint,
-      order: series.faint ? 1 : 0,
+      label: names.length < 2 ? label : line.name,
+      group: `${line.series} ${line.name}`,
+      data: line.points.map(([x, y]) => ({ x, y })),
+      borderColor: color(hue, faint ? 0.25 : 1),
+      backgroundColor: color(hue, 1),
+      borderWidth: faint ? 1 : of ? 1.5 : 2.5,
+      borderDash: faint ? [] : dashes[(line.series + of) % dashes.length],
+      pointStyle: markers[(line.series + of) % markers.length],
+      pointRadius: faint || !(marked || line.points.length === 1) ? 0 : 4,
+      pointHitRadius: faint ? 0 : 8,
+      faint,
+      order: faint ? 1 : 0,
     };
   }
 
   function options(chart, legend) {
-    const [ink, soft, grid, card] = ["ink", "soft", "grid", "card"].map(colour);
+    const [ink, soft, grid, card] = ["ink", "soft", "grid", "card"].map(style);
     const axis = (text) => ({
       title: { display: true, text, color: soft },
       ticks: { color: soft, maxRotation: 0, autoSkipPadding: 16 },
@@ -74,7 +66,10 @@
       if (ticks.length > 2 && last - second < 0.8 * (ticks[1].value - ticks[0].value)) ticks.pop(); // they would overlap
     };
     const y = { type: chart.logarithmic ? "logarithmic" : "linear", ...axis(chart.y) };
-    if (!chart.logarithmic) Object.assign(y, { min: 0, suggestedMax: Math.max(0, ...chart.targets) * 1.1 });
+    if (!chart.logarithmic) {
+      Object.assign(y, { min: 0, suggestedMax: Math.max(0, ...chart.targets) * 1.1 });
+      y.ticks.callback = (value) => String(Number(value.toPrecision(3)));
+    }
     return {
       animation: false,
       maintainAspectRatio: false,
@@ -82,7 +77,19 @@
       interaction: { mode: "nearest", axis: "x", intersect: false },
       scales: { x, y },
       plugins: {
-        legend: { display: legend, position: "bottom", labels: { usePointStyle: true, color: ink } },
+        legend: {
+          display: legend,
+          position: "bottom",
+          labels: { usePointStyle: true, boxHeight: 7, color: ink, filter: ({ datasetIndex }, { datasets }) => !datasets[datasetIndex].faint },
+          // A series goes and comes with all of its lines.
+          onClick: (_, { datasetIndex }, { chart: { data }, chart: of }) => {
+            const shown = !of.isDatasetVisible(datasetIndex);
+            data.datasets.forEach((each, index) => {
+              if (each.group === data.datasets[datasetIndex].group) of.setDatasetVisibility(index, shown);
+            });
+            of.update();
+          },
+        },
         target: { values: chart.targets, ink },
         tooltip: {
           backgroundColor: ink,
@@ -100,52 +107,24 @@
   }
 
   function draw() {
-    const { shown, subset } = chosen();
     Chart.defaults.font.family = getComputedStyle(document.body).fontFamily;
+    for (const chart of drawn.splice(0)) chart.destroy();
     for (const chart of charts) {
-      const series = chart.series.filter(
-        (each) => shown.has(each.run) && (each.subset === null || subset === "" || each.subset === subset),
-      );
-      const subsets = [...new Set(series.map((each) => each.subset))];
-      drawn.get(chart.id)?.destroy();
-      drawn.set(
-        chart.id,
-        new Chart(document.getElementById(chart.id), {
-          type: "line",
-          data: { datasets: series.map((each) => dataset(each, subsets)) },
-          options: options(chart, subsets.length > 1),
-          plugins: [target],
-        }),
-      );
+      const names = [...new Set(chart.lines.map((line) => line.name))];
+      const datasets = chart.lines.map((line) => dataset(line, names, chart.x !== "step"));
+      const legend = names.length > 1 || series.length > 1;
+      const canvas = document.getElementById(chart.id);
+      drawn.push(new Chart(canvas, { type: "line", data: { datasets }, options: options(chart, legend), plugins: [target] }));
     }
   }
 
-  function filter() {
-    const { shown, subset } = chosen();
-    for (const element of document.querySelectorAll("[data-run]")) element.hidden = !shown.has(Number(element.dataset.run));
-    for (const element of document.querySelectorAll("[data-subset]")) {
-      element.hidden = subset !== "" && subset !== "all" && element.dataset.subset !== subset;
-    }
-    if (filters) filters.querySelector(".status").textContent = labels.size > 1 ? `${shown.size} of ${labels.size} runs shown` : "";
-    draw();
-  }
-
-  // A browser restores the boxes of a page that is loaded again.
-  filter();
-  filters?.addEventListener("change", filter);
-  filters?.addEventListener("submit", (event) => event.preventDefault());
+  draw();
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
-  // Paper is white, whatever the screen is, and nothing on it can be opened.
-  const opened = [];
-  window.addEventListener("beforeprint", () => {
-    opened.push(...document.querySelectorAll("details:not([open])"));
-    for (const details of opened) details.open = true;
-    root.classList.add("print");
-    draw();
-  });
-  window.addEventListener("afterprint", () => {
-    for (const details of opened.splice(0)) details.open = false;
-    root.classList.remove("print");
-    draw();
-  });
+  // Paper is white, whatever the screen is.
+  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) {
+    window.addEventListener(event, () => {
+      root.classList.toggle("print", printing);
+      draw();
+    });
+  }
 })();

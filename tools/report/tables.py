@@ -1,154 +1,157 @@
-"""The page's tables: how the runs did, where their time went, what they ran, and where they differ."""
+"""The page's figures besides charts: how the runs did, where their time went, what they ran, and where they differ."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from statistics import fmean, median
+from typing import Any
 
-from tools.report.charts import duration
-from tools.report.runs import Run
+from tools.mlperf.runlog import RunLog
+from tools.report.charts import WER, epoch_rows
+from tools.report.runs import Run, Series, file_names
 
-
-class Row(NamedTuple):
-    """A fact of each run; "" where its log does not hold it."""
-
-    name: str
-    values: list[str]
-
-    @property
-    def differs(self) -> bool:
-        """Whether those runs disagree that hold it."""
-        return len(set(filter(None, self.values))) > 1
+Table = tuple[list[str], list[list[str]]]  # header and rows
+INIT, TRAINING, EVALUATION, CHECKPOINTS, OTHER = "init, off the clock", "training", "evaluation", "checkpoints", "other"
+MOST_VALUES = 5  # of a fact that differs within a series; of more it says how many
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Where a run's seconds went; only `init` is off the clock."""
-
-    init: float
-    train: float
-    evaluate: float
-    checkpoint: float
-    other: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return sum(vars(self).values())
+def duration(seconds: float) -> str:
+    """Return a time as a person says it: 12.6 s, 26 min 41 s, 95 h 47 min."""
+    if seconds < 600:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def parts(run: Run) -> Parts:
-    """Of this process, without what was before it resumed. A run that was cut off counts to its last event."""
-    log = run.log
-    end = log.clock(log.events[-1]) if log.seconds is None else log.seconds
-    train = evaluate = saved = 0.0
-    for epoch in log.epochs:
-        train += (end if epoch.trained is None else epoch.trained) - epoch.started
-        if epoch.trained is not None:
-            evaluate += (end if epoch.evaluated is None else epoch.evaluated) - epoch.trained
-    for checkpoint in log.all("checkpoint"):
-        at = log.clock(checkpoint)
-        if 0 <= at <= end:  # the first and the last may be off the clock
-            saved += float(checkpoint.value)
-            if any(epoch.started < at <= (end if epoch.trained is None else epoch.trained) for epoch in log.epochs):
-                train -= float(checkpoint.value)
-    return Parts(log.init_seconds or 0.0, train, evaluate, saved, max(0.0, end - train - evaluate - saved))
-
-
-def scores(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Header, and a row for each run."""
-    header = ["Run", "Seed", "Configuration", "Status", "Epochs", "WER (%)", "Time to target (s)", "Of it evaluation"]
-    return header, [_score(run) for run in runs]
-
-
-def _score(run: Run) -> list[str]:
-    log, spent = run.log, parts(run)
-    status = {"success": "target reached", "aborted": "not reached", None: "not finished"}.get(log.status, log.status)
-    clock = spent.total - spent.init
-    return [
-        run.label,
-        _shown(log.seed),
-        _shown(log.config_name),
-        f"{status}, resumed" if log.resumed else _shown(status),
-        str(max((epoch.number for epoch in log.epochs), default=0)),
-        "" if run.final_wer is None else f"{run.final_wer:.2f}",
-        "" if run.seconds_to_target is None else f"{run.seconds_to_target:.1f}",
-        f"{spent.evaluate / clock:.1%}" if clock > 0 else "",
-    ]
-
-
-def headline(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """The figures that a reader looks for first: value and what it is."""
-    return _of_one(runs[0]) if len(runs) == 1 else _of_several(runs)
+def headline(series: Sequence[Series]) -> list[tuple[str, str]]:
+    """Return the figures that a reader looks for first: value and what it is."""
+    runs = [run for each in series for run in each.runs]
+    if len(runs) == 1:
+        return _of_one(runs[0])
+    scores = [(each.score, f" of {each.label}" if len(series) > 1 else "") for each in series]
+    figures = [(duration(score), f"score{of}") for score, of in scores if score is not None]
+    times = [run.seconds_to_target for run in runs if run.seconds_to_target is not None]
+    figures.append((f"{len(times)} of {len(runs)}", "runs reached the target"))
+    if len(series) == 1 and times:
+        spread = f" ({duration(min(times))} to {duration(max(times))})"
+        figures.append((duration(median(times)), f"median time to the target{spread}"))
+    return figures
 
 
 def _of_one(run: Run) -> list[tuple[str, str]]:
     log = run.log
     figures = []
-    if run.final_wer is not None:
-        target = "" if run.target is None else f", target {run.target:g}"
-        figures.append((f"{run.final_wer:.2f} %", f"word error rate{target}"))
-    if run.seconds_to_target is not None:
-        figures.append((duration(run.seconds_to_target), "to the target"))
-    elif log.seconds is not None:
-        figures.append((duration(log.seconds + run.seconds_before), "without reaching the target"))
-    if log.epochs:
-        number = log.epochs[-1].number
-        figures.append((str(number), "epoch" if number == 1 else "epochs"))
+    if run.wer is not None:
+        target = "" if log.target_wer is None else f", target {log.target_wer:g}"
+        figures.append((f"{run.wer:.2f} %", f"{'' if log.reached else 'lowest '}word error rate{target}"))
+    if run.seconds is not None:
+        figures.append((duration(run.seconds), "to the target" if log.reached else run.outcome))
+    count, unit = (run.epochs, "epoch") if run.epochs else (len(log.steps), "step")
+    figures.append((str(count), unit if count == 1 else f"{unit}s"))
     name = "audio_seconds_per_second"
-    speeds = [epoch.throughput[name] for epoch in log.epochs if name in epoch.throughput]
-    if speeds:
-        figures.append((f"{sum(speeds) / len(speeds):,.0f} x", "real time in training"))
+    if speeds := [epoch.throughput[name] for epoch in log.epochs if name in epoch.throughput]:
+        figures.append((f"{fmean(speeds):,.0f} x", "real time in training"))
     return figures
 
 
-def _of_several(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    times = [run.seconds_to_target for run in runs if run.seconds_to_target is not None]
-    figures = [(f"{len(times)} of {len(runs)}", "runs reached the target")]
-    if len(times) > 1 and not any(row.differs for row in settings(runs) if row.name == "config"):
-        figures += [(duration(min(times)), "the fastest"), (duration(max(times)), "the slowest")]
-    return figures
+def result_table(series: Sequence[Series]) -> Table:
+    """Return a row for each series: medians, and from the lowest to the highest."""
+    header = ["Series", "Result", WER, "Time to target (s)", "Epochs", "Evaluation share", "Score (s)"]
+    return header, [[each.label, *_results(each.runs), _shown(each.score, "{:.1f}")] for each in series]
 
 
-def settings(runs: Sequence[Run]) -> list[Row]:
-    """What the runs were told to do: every field of their configurations, and their data."""
-    configurations = [run.log.configuration for run in runs]
-    rows = _rows(configurations)
-    datasets = [run.log.dataset for run in runs]
-    if any(dataset is not None for dataset in datasets):
-        rows.append(Row("data set's digest", ["" if dataset is None else dataset.digest[:16] for dataset in datasets]))
-    return rows
+def run_table(series: Sequence[Series]) -> Table:
+    """Return a row for each run."""
+    runs = [run for each in series for run in each.runs]
+    names = file_names([run.log.path for run in runs])
+    header = ["Run", "Result", WER, "Time to target (s)", "Epochs", "Evaluation share", "Log"]
+    return header, [[run.label, *_results([run]), name] for run, name in zip(runs, names, strict=True)]
 
 
-def environment(runs: Sequence[Run]) -> list[Row]:
-    """Hardware, software and the state of this repository."""
-    rows = _rows([run.log.environment for run in runs])
-    for name, key in (
-        ("platform", "submission_platform"),
-        ("recurrent layers", "gru_implementation"),
-        ("processes", "number_of_ranks"),
-        ("container image", "container_image"),
-    ):
-        rows.append(Row(name, [_shown(run.log.value(key)) for run in runs]))
-    rows.append(Row("commit", [_commit(run) for run in runs]))
-    return [row for row in rows if any(row.values)]
+def _results(runs: Sequence[Run]) -> list[str]:
+    result = f"{sum(run.log.reached for run in runs)} of {len(runs)} reached"
+    if len(runs) == 1:
+        result = runs[0].outcome + ", resumed" * runs[0].log.resumed + ", refused" * bool(runs[0].refusals)
+    shares = [
+        100 * spent[EVALUATION] / (sum(spent.values()) - spent[INIT])
+        for run in runs
+        if (spent := parts([run])) and sum(spent.values()) > spent[INIT]
+    ]
+    return [
+        result,
+        _spread([run.wer for run in runs], "{:.2f}"),
+        _spread([run.seconds_to_target for run in runs], "{:.1f}"),
+        _spread([run.epochs for run in runs], "{:g}"),
+        _spread(shares, "{:.1f}%"),
+    ]
 
 
-def _commit(run: Run) -> str:
-    return _shown(run.log.commit)[:12] + (" with uncommitted changes" if run.log.dirty else "")
+def _spread(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    middle, low, high = (form.format(value) for value in (median(known), min(known), max(known)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def _rows(by_run: Sequence[dict[str, Any]]) -> list[Row]:
-    names = dict.fromkeys(name for known in by_run for name in known)
-    return [Row(name.replace("_", " "), [_known(known, name) for known in by_run]) for name in names]
+def epoch_table(series: Sequence[Series]) -> Table:
+    """Return a row for each epoch of each run: what the charts show."""
+    rows = [(run.label, row) for each in series for run in each.runs for row in epoch_rows(run)]
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    return ["Run", *names], [[label, *(_shown(row.get(name), "{:.6g}") for name in names)] for label, row in rows]
 
 
-def _known(known: dict[str, Any], name: str) -> str:
-    return "none" if name in known and known[name] is None else _shown(known.get(name))
+def parts(runs: Sequence[Run]) -> dict[str, float]:
+    """Return the mean seconds of each part of the runs' time; empty where it is not known.
+
+    They are those of the process that wrote the log, without what was before it resumed.
+    """
+    known = [_parts(run.log) for run in runs if run.has_times]
+    return {name: fmean(spent[name] for spent in known) for name in known[0]} if known else {}
 
 
-def _shown(value: Any) -> str:
+def _parts(log: RunLog) -> dict[str, float]:
+    end = log.clock(log.events[-1]) if log.seconds is None else log.seconds  # a log may be cut off
+    saves = [(log.clock(event), float(event.value)) for event in log.all("checkpoint")]
+    saved = sum(seconds for at, seconds in saves if 0 <= at <= end)  # the first and the last may be off the clock
+    train = evaluate = 0.0
+    for epoch in log.epochs:
+        trained = end if epoch.trained is None else epoch.trained
+        train += trained - epoch.started - sum(seconds for at, seconds in saves if epoch.started < at <= trained)
+        evaluate += (end if epoch.evaluated is None else epoch.evaluated) - trained
+    other = max(0.0, end - train - evaluate - saved)
+    return {INIT: log.init_seconds or 0.0, TRAINING: train, EVALUATION: evaluate, CHECKPOINTS: saved, OTHER: other}
+
+
+def facts(series: Sequence[Series]) -> dict[str, list[str]]:
+    """Return what was run, of each series: every field of the configuration, the data, hardware, software and the code.
+
+    A fact that a log does not hold is "".
+    """
+    known = [[_known(run.log) for run in each.runs] for each in series]
+    found = {}
+    for name in dict.fromkeys(name for runs in known for of_run in runs for name in of_run):
+        values = [list(dict.fromkeys(of_run.get(name, "") for of_run in runs)) for runs in known]
+        found[name] = [", ".join(of) if len(of) <= MOST_VALUES else f"{len(of)} values" for of in values]
+    return found
+
+
+def _known(log: RunLog) -> dict[str, str]:
+    configuration = {name: "none" if value is None else value for name, value in log.configuration.items()}
+    known = {
+        **configuration,
+        "data set's digest": log.dataset and log.dataset.digest[:16],
+        **log.environment,
+        "platform": log.value("submission_platform"),
+        "recurrent layers": log.value("gru_implementation"),
+        "processes": log.value("number_of_ranks"),
+        "container image": log.value("container_image"),
+        "commit": log.commit and log.commit[:12] + " with uncommitted changes" * bool(log.dirty),
+    }
+    return {name.replace("_", " "): _shown(value) for name, value in known.items() if value is not None}
+
+
+def _shown(value: Any, form: str = "{}") -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "" if value is None else str(value)
+    return "" if value is None else form.format(value)
