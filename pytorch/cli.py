@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.files import DataError, atomic_write
+from data.files import DataError
 
 RANK_FAILED = os.EX_IOERR  # 74
 PREEMPTED = os.EX_TEMPFAIL  # 75
@@ -65,29 +65,6 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted."
 def _failed(error: object, status: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return status
-
-
-def write_output(path: Path, text: str) -> None:
-    """Write the file that a command line names, and make its folder: whole or not at all, and where a link points to.
-
-    What is no regular file, such as a pipe or /dev/null, is written to and stays what it is.
-
-    Raises:
-        RunError: the file there is the log of a run, or it cannot be written.
-    """
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        path = Path(os.path.realpath(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            with path.open("rb") as file:
-                if any(b":::MLLOG " in line for line in file):
-                    raise RunError(f"{path}: this is the log of a run, which is not replaced; choose another name")
-        atomic_write(path, text)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def progress_bar(title: str, total: float | None, initial: int = 0, *, unit: str = "batch", shown: bool = True) -> tqdm:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import os
 import secrets
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from data.files import atomic_replace
+from data.files import atomic_replace, atomic_write
 from pytorch.cli import RunError
 
 
@@ -28,6 +29,29 @@ def prepare_outputs(files: Collection[Path], overwrite: bool) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{folder}: the folder cannot be made: {error.strerror}") from error
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write the file that a command line names, and make its folder: whole or not at all, and where a link points to.
+
+    What is no regular file, such as a pipe or /dev/null, is written to and stays what it is.
+
+    Raises:
+        RunError: the file there is the log of a run, or it cannot be written.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        path = Path(os.path.realpath(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with path.open("rb") as file:
+                if any(b":::MLLOG " in line for line in file):
+                    raise RunError(f"{path}: this is the log of a run, which is not replaced; choose another name")
+        atomic_write(path, text)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from pytorch.cli import RunError, write_output
+from pytorch.cli import RunError
 from tests.conftest import ROOT
 from tests.tools.forged import Forged
 from tests.tools.made_up_logs import SAID, SUBSETS, add, made_up_log
 from tests.tools.test_mlperf_score import series
+from tools.output import write_output
 from tools.report import render
 from tools.report.__main__ import main
 from tools.report.charts import POINTS, charts, downsample, means, median_curve

@@ -17,7 +17,8 @@ from typing import Annotated
 
 import tyro
 
-from pytorch.cli import RunError, exit_status, write_output
+from pytorch.cli import RunError, exit_status
+from tools.output import write_output
 from tools.report.render import render
 from tools.report.runs import read_series
 
