@@ -27,7 +27,7 @@ import torch
 
 from data.files import atomic_replace
 from pytorch.cli import RunError
-from pytorch.config import Config, fields_of, with_current_names
+from pytorch.config import Config, fields_of
 from pytorch.ctc import LABELS
 from pytorch.distributed import World
 
@@ -262,7 +262,7 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
     """
     if content["format_version"] != FORMAT_VERSION:
         raise RunError(f"{path}: checkpoint format {content['format_version']} can be used, but not be resumed")
-    saved, current = with_current_names(content["config"]), config.to_dict()
+    saved, current = content["config"], config.to_dict()
     different = [name for name in fields_of("training", "model") if saved.get(name) != current[name]]
     differences = [f"{name.replace('_', '-')} {saved.get(name)} there, {current[name]} now" for name in different]
     if config.resume_with_changes and set(fields_of("model")).intersection(different):

@@ -1,7 +1,5 @@
 """Configurations: every hyperparameter of a run, its default, its constraint, and where it may differ.
 
-    python -m pytorch.config            prints the table of docs/hyperparameters.md
-
 A configuration is one `Config`. The named ones are in `CONFIGS`; any field can be changed on the command line of
 `pytorch.train`, which refuses unknown names and values that break a constraint. The command line wins.
 """
@@ -11,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -229,24 +226,6 @@ HYPERPARAMETERS = [
 ]
 EVENTS = {field.name: field.metadata["event"] for field in dataclasses.fields(Config) if field.metadata["event"]}
 
-_FORMER_NAMES = {  # in logs and checkpoints of earlier versions
-    "averaging_decay": "ema_decay",
-    "augmentation_start_epoch": "augment_from_epoch",
-    "final_learning_rate_fraction": "min_lr_ratio",
-    "learning_rate_anneal": "lr_gamma",
-    "schedule_epochs": "lr_decay_epochs",
-    "checkpoint_minutes": "checkpoint_interval_minutes",
-    "collective_timeout_seconds": "dist_timeout_seconds",
-}
-
-
-def with_current_names(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return `Config.to_dict()` of a log or checkpoint, perhaps an earlier version's, under today's names."""
-    renamed = {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
-    if renamed.pop("recipe", "modern") == "reference":  # which is a configuration of its own now
-        renamed["config"] = f"{renamed['config']}-2018"
-    return renamed
-
 
 def _relative(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
@@ -351,18 +330,3 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
         description=f"{description}\n\n--config {{{','.join(CONFIGS)}}} (default: librispeech) chooses the defaults "
         f"shown below; here: {chosen.config}.",
     )
-
-
-def hyperparameter_table() -> str:
-    """Return the table of docs/hyperparameters.md: constraint, and default of each configuration."""
-    rows = [f"| hyperparameter | constraint | {' | '.join(CONFIGS)} |", "|" + "---|" * (len(CONFIGS) + 2)]
-    for field in dataclasses.fields(Config):
-        if field.name in HYPERPARAMETERS:
-            values = [getattr(config, field.name) for config in CONFIGS.values()]
-            shown = " | ".join("none" if value is None else f"{value}" for value in values)
-            rows.append(f"| `--{field.name.replace('_', '-')}` | {field.metadata['constraint'].text} | {shown} |")
-    return "\n".join(rows)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(hyperparameter_table() + "\n")

@@ -4,7 +4,9 @@ from pathlib import Path
 import pytest
 
 from pytorch.cli import RunError
-from pytorch.config import CONFIGS, Config, hyperparameter_table, parse_config, with_current_names
+from pytorch.config import CONFIGS, Config, parse_config
+from tools.hyperparameters import hyperparameter_table
+from tools.mlperf.runlog import with_current_names
 
 ROOT = Path(__file__).resolve().parents[2]
 

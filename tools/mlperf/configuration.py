@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytorch.cli import RunError
-from pytorch.config import CONFIGS, EVENTS, HYPERPARAMETERS, Config, with_current_names
-from tools.mlperf.runlog import CALLER
+from pytorch.config import CONFIGS, EVENTS, HYPERPARAMETERS, Config
+from tools.mlperf.runlog import CALLER, with_current_names
 
 
 def read_configuration(plain: dict[str, Any]) -> Config:

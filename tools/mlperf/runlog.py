@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from mlperf_logging.mllog import constants
 
 from pytorch.cli import RunError
-from pytorch.config import with_current_names
 from pytorch.metrics import ErrorCounts
 
 TOKEN = ":::MLLOG "
@@ -49,6 +48,25 @@ _TYPES = {
     **dict.fromkeys(("target_wer", "elapsed_seconds", "seconds", "data_wait_fraction"), "a number"),
     **dict.fromkeys(("utterances_per_second", "audio_seconds_per_second"), "a number"),
 }
+
+
+_FORMER_NAMES = {  # in logs and checkpoints of earlier versions
+    "averaging_decay": "ema_decay",
+    "augmentation_start_epoch": "augment_from_epoch",
+    "final_learning_rate_fraction": "min_lr_ratio",
+    "learning_rate_anneal": "lr_gamma",
+    "schedule_epochs": "lr_decay_epochs",
+    "checkpoint_minutes": "checkpoint_interval_minutes",
+    "collective_timeout_seconds": "dist_timeout_seconds",
+}
+
+
+def with_current_names(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return `Config.to_dict()` of a log or checkpoint, perhaps an earlier version's, under today's names."""
+    renamed = {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
+    if renamed.pop("recipe", "modern") == "reference":  # which is a configuration of its own now
+        renamed["config"] = f"{renamed['config']}-2018"
+    return renamed
 
 
 @dataclass(frozen=True)
