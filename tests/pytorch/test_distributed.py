@@ -275,7 +275,10 @@ def test_a_single_process_told_to_stop_saves_in_the_middle_of_the_epoch(
 
 
 def test_a_resumed_run_never_ends_with_the_line_of_a_result(uneven: Path, tmp_path: Path) -> None:
-    run_in(1, uneven, tmp_path, "--target-wer", "0", "--max-steps", "2")
+    stopped = start(1, uneven, tmp_path, "--target-wer", "1000")
+    _wait_for(stopped, "train_loss", 1)
+    stopped.terminate()  # before the first evaluation
+    assert finish(stopped).returncode == PREEMPTED
     run = run_in(1, uneven, tmp_path, "--target-wer", "1000", "--resume")
     assert run.returncode == 0, run.stderr
     assert values(run.stdout, "resumed") == [True]
@@ -296,7 +299,9 @@ def test_a_damaged_newest_checkpoint_is_found_out_and_the_one_before_is_used(une
     second = run_in(1, uneven, tmp_path / "parts", *options, "--resume")
     assert "falling back to checkpoint_previous.pt" in second.stderr
     rest = values(second.stdout, "train_loss")
-    assert len(rest) > 11
+    assert (
+        len(rest) >= 11
+    )  # the checkpoint before it is at the end of epoch 2, too: it was written before the evaluation
     assert rest == values(whole.stdout, "train_loss")[-len(rest) :]
 
 
