@@ -263,6 +263,8 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
     if content["format_version"] != FORMAT_VERSION:
         raise RunError(f"{path}: checkpoint format {content['format_version']} can be used, but not be resumed")
     saved, current = content["config"], config.to_dict()
+    if current["precision"] == "auto":  # stays what it was chosen to be
+        current["precision"] = saved["precision"]
     different = [name for name in fields_of("training", "model") if saved.get(name) != current[name]]
     differences = [f"{name.replace('_', '-')} {saved.get(name)} there, {current[name]} now" for name in different]
     if config.resume_with_changes and set(fields_of("model")).intersection(different):

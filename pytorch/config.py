@@ -108,7 +108,8 @@ class Config:
     """Where to compute; auto: the GPU if there is one."""
     precision: Precision = _field("auto")
     """Of the operands of matrix products and convolutions (sums, states, loss, batch norms and optimizer are always
-    fp32); auto: bf16 where the device multiplies it natively. fp32 means TF32 on GPUs that have it."""
+    fp32); auto: bf16 on a GPU that has it; on a CPU that has it, the faster of both, measured before the clock starts.
+    fp32 means TF32 on GPUs that have it."""
     seed: int = _field(1, SEED, event=constants.SEED, free_in_closed=True)
     """Determines initial weights, data order and augmentation; use a new one for every run."""
     target_wer: float = _field(23.0, NON_NEGATIVE, scope="limit")

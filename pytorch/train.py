@@ -25,7 +25,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, machine, mllog
 from pytorch.checkpoint import TrainState
 from pytorch.cli import Preempted, RunError, exit_status, progress_bar
-from pytorch.config import Config, fields_of, parse_config
-from pytorch.device import explain_oom, select_device, select_precision, set_device
+from pytorch.config import Config, Precision, fields_of, parse_config
+from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
 from pytorch.distributed import World, report_lost_ranks, shutdown
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.features import SAMPLE_RATE
@@ -333,16 +333,19 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
     lock_output_dir(world, config, resources)
     cache = machine.clear_cache(dataset) if world.local_rank == 0 else None
     mllog.log_cache_clear(log, [reason for reason in world.all_gather_object(cache) if reason is not None])
-    mllog.log_submission(log, config, dataset, device, world.size)
+    resumed_from = checkpoint.find_resumable(config, dataset.digest, world)
 
     torch.manual_seed(config.seed)
     with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
         trainer = Trainer(config, device, world)
+    if config.precision == "auto":
+        trainer.use_precision(measured_precision(trainer, log, resumed_from))
+        config = trainer.config
+    mllog.log_submission(log, config, dataset, device, world.size)
     log.event("gru_implementation", "cuDNN" if device.type == "cuda" else kernels.status())
     trainer.warm_up(max_train_samples(dataset))
 
     run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop, Clock(), time.monotonic())
-    resumed_from = checkpoint.find_resumable(config, dataset.digest, world)
     if resumed_from is not None:
         run.state = TrainState(**{**resumed_from["progress"], "resumed": True})
         trainer.load_state_dict(resumed_from, run.state.step)
@@ -360,6 +363,16 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
     log.end(constants.INIT_STOP)
     mllog.require_sinks(log)
     return run
+
+
+def measured_precision(trainer: Trainer, log: MLLogger, resumed_from: dict[str, Any] | None) -> Precision:
+    """Return the precision of the run that is resumed, or the faster one on the first rank, and log both times."""
+    if resumed_from is not None:
+        return resumed_from["config"]["precision"]
+    seconds = trainer.world.broadcast_object(trainer.time_precisions(), source=0)
+    precision = faster_precision(seconds)
+    log.event("auto_precision", precision, metadata={f"{name}_seconds": value for name, value in seconds.items()})
+    return precision
 
 
 def require_agreement(world: World, config: Config, dataset: PackedDataset) -> None:

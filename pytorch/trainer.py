@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from pytorch.config import Config
+from pytorch.config import Config, Precision
 from pytorch.ctc import ctc_loss
 from pytorch.device import copy_to_cpu_async, explain_oom
 from pytorch.distributed import World, all_reduce_sum
@@ -28,7 +31,7 @@ class Trainer:
     """A model in training, initialized from torch's global generator.
 
     Args:
-        config: its precision is fp32 or bf16, see `select_precision`.
+        config: its precision is fp32 or bf16; `auto` computes in fp32 until `use_precision`.
         device: where to compute.
         world: the ranks; every one of them makes a Trainer.
     """
@@ -150,6 +153,27 @@ class Trainer:
         """Return the running means and variances."""
         return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
+    def use_precision(self, precision: Precision) -> None:
+        """Compute in fp32 or bf16 from now on; the optimizers start anew."""
+        self.config = dataclasses.replace(self.config, precision=precision)
+        self.optimizers = make_optimizers(self.config, self.model)
+
+    def time_precisions(self) -> dict[Precision, float]:
+        """Return the seconds that loss and gradient of a small batch take in either precision, measured in turn.
+
+        A CPU that has bfloat16 arithmetic is not always faster with it. All ranks must do this at the same time.
+        """
+        batch = _noise(2, 2 * SAMPLE_RATE)
+        seconds: dict[Precision, float] = {"fp32": math.inf, "bf16": math.inf}
+        with self._model_restored():
+            for _ in range(4):  # the first time, kernels are selected; the least of them counts
+                for precision in seconds:
+                    self.use_precision(precision)
+                    started = time.perf_counter()
+                    self.loss(batch).backward()
+                    seconds[precision] = min(seconds[precision], time.perf_counter() - started)
+        return seconds
+
     def warm_up(self, max_samples: int) -> None:
         """Take one training step on made-up data as large as the largest batch, then restore the model.
 
@@ -161,27 +185,38 @@ class Trainer:
         Raises:
             RunError: the largest batch does not fit into memory.
         """
-        before = {name: value.clone() for name, value in self.model.state_dict().items()}
         count = self.config.max_microbatch_size(self.world.size)
         num_samples = int(max_samples / min(1.0, self.config.tempo_min))
-        with explain_oom(
-            f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
-            f"use a smaller --batch-size than {self.config.batch_size}, or compute it in "
-            f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
+        with (
+            self._model_restored(),
+            explain_oom(
+                f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
+                f"use a smaller --batch-size than {self.config.batch_size}, or compute it in "
+                f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
+            ),
         ):
-            noise_BS = torch.randint(-1000, 1000, (count, num_samples), dtype=torch.int16)
-            num_samples_B, ones = torch.full((count,), num_samples), torch.full((count,), 1)
-            batch = Batch(
-                indices=np.arange(count),
-                waveforms_BS=noise_BS,
-                num_samples_B=num_samples_B,
-                targets=ones,  # label 1 is the apostrophe
-                target_lengths_B=ones,
-                transcripts=["'"] * count,
-                augmentation=None,
-            )
-            self.loss(batch).backward()
+            self.loss(_noise(count, num_samples)).backward()
             for optimizer in make_optimizers(self.config, self.model):
                 optimizer.step()
+
+    @contextmanager
+    def _model_restored(self) -> Iterator[None]:
+        """Leave the model as it was."""
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        yield
         self.model.zero_grad(set_to_none=True)
         self.model.load_state_dict(before)
+
+
+def _noise(count: int, num_samples: int) -> Batch:
+    """Return a batch of equally long utterances of noise, each with the transcript of an apostrophe, label 1."""
+    ones = torch.full((count,), 1)
+    return Batch(
+        indices=np.arange(count),
+        waveforms_BS=torch.randint(-1000, 1000, (count, num_samples), dtype=torch.int16),
+        num_samples_B=torch.full((count,), num_samples),
+        targets=ones,
+        target_lengths_B=ones,
+        transcripts=["'"] * count,
+        augmentation=None,
+    )

@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import PackedSequence
 from pytorch.cli import RunError, exit_status
 from pytorch.config import CONFIGS, Config, Precision
 from pytorch.ctc import LABELS
-from pytorch.device import select_device, select_precision
+from pytorch.device import faster_precision, select_device, select_precision
 from pytorch.features import SAMPLE_RATE, draw_augmentation, frame_counts
 from pytorch.layers import kernels
 from pytorch.layers.batch_norm import BatchNorm
@@ -209,8 +209,11 @@ def _part(event: Any) -> str:
 def measure(config: Config, options: Options, device: torch.device) -> dict[str, Any]:
     """Return the figures of a configuration: its step in each precision, with stock layers, and the machine's limit."""
     batch = random_batch(config, config.batch_size, options.shortest_seconds, options.longest_seconds)
-    auto = select_precision("auto", device)
     ours = {precision: Workload(config, batch, device, precision) for precision in PRECISIONS}
+    auto = select_precision("auto", device)
+    if auto == "auto":
+        auto = faster_precision(ours["fp32"].trainer.time_precisions())  # as a run does
+        ours["fp32"].trainer.use_precision("fp32")
     stock = Workload(config, batch, device, "fp32", stock=True)
     variants = {"stock_packed_step": stock.step, "stock_packed_forward": stock.forward}
     for precision, workload in ours.items():

@@ -28,7 +28,7 @@ from pytorch import checkpoint
 from pytorch.cli import RunError
 from pytorch.config import Precision
 from pytorch.ctc import BLANK, collapse, encode
-from pytorch.device import copy_to_cpu_async, explain_oom, select_device, select_precision, set_device
+from pytorch.device import copy_to_cpu_async, explain_oom, has_bf16, select_device, select_precision, set_device
 from pytorch.distributed import World
 from pytorch.evaluation import Decoder, Evaluation, evaluate, greedy_decoder
 from pytorch.features import HOP_LENGTH, SAMPLE_RATE, LogSpectrogram
@@ -79,13 +79,12 @@ class Recognizer:
         content: dict[str, Any] = checkpoint.load(path)
         device = select_device(device_name, local_rank)
         set_device(device)
-        native = select_precision("auto", device)
         try:
             config = content["config"]
             model = DeepSpeech2(config["conv_channels"], config["hidden_size"])
             model.load_state_dict(content["model"])
             if precision is None:
-                precision = "bf16" if (config["precision"], native) == ("bf16", "bf16") else "fp32"
+                precision = "bf16" if config["precision"] == "bf16" and has_bf16(device) else "fp32"
             recognizer = cls(
                 device, select_precision(precision, device), LogSpectrogram().to(device), model.to(device).eval()
             )

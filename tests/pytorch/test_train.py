@@ -33,6 +33,7 @@ from tools.mlperf.runlog import RunLog
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = ["--config", "synthetic", "--hidden-size", "16", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
+SMALL += ["--precision", "fp32"]  # auto would measure, and so small a model is about as fast in either
 
 
 def run_and_time(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -581,3 +582,31 @@ def test_a_corpus_of_which_every_utterance_is_too_short_says_so(tones: Path) -> 
     spoken = Utterances([dataclasses.replace(subset, transcripts=["A" * 999] * len(subset))])
     with pytest.raises(RunError, match="all 21 training utterances are too short for their transcripts"):
         TrainingLoader(spoken, small_config(), World())
+
+
+@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(2.0, 1.0, "bf16"), (1.0, 2.0, "fp32"), (1.0, 0.99, "fp32")])
+def test_auto_is_the_precision_that_was_measured_to_be_faster_and_stays_so_when_resumed(
+    fp32: float, bf16: float, chosen: str, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def precision(*options: str) -> tuple[str, list[Any]]:
+        run_here(tones, tmp_path, "--precision", "auto", "--target-wer", "0", *options)
+        log = (tmp_path / "last_run.log").read_text()
+        metadata = {event["key"]: event["metadata"] for event in events(log)}
+        return metadata["configuration"]["precision"], values(log, "auto_precision")
+
+    monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)
+    monkeypatch.setattr(Trainer, "time_precisions", lambda _: {"fp32": fp32, "bf16": bf16})
+    assert precision("--max-steps", "1") == (chosen, [chosen])
+    monkeypatch.setattr(Trainer, "time_precisions", lambda _: {"fp32": bf16, "bf16": fp32})
+    assert precision("--max-steps", "2", "--resume") == (chosen, [])
+    assert precision("--max-steps", "1", "--precision", "fp32") == ("fp32", [])
+
+
+def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
+    trainer = Trainer(small_config(), torch.device("cpu"))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    seconds = trainer.time_precisions()
+    assert set(seconds) == {"fp32", "bf16"}
+    assert all(0 < value < math.inf for value in seconds.values())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
