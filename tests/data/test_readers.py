@@ -72,6 +72,14 @@ def test_what_is_wrong_with_an_utterance_is_named(tmp_path: Path, change: dict[s
         read_utterances(tmp_path, "librispeech", DEV_CLEAN)
 
 
+def test_byte_order_mark_indentation_and_upper_case_suffixes_are_nothing_special(tmp_path: Path) -> None:
+    files = librispeech_files("dev-clean")
+    files[f"{CHAPTER}/84-1.trans.txt"] = b"\xef\xbb\xbf84-1-0000 A\r\n 84-1-0001 B\r\n"
+    files[f"{CHAPTER}/84-1-0001.FLAC"] = files.pop(f"{CHAPTER}/84-1-0001.flac")
+    found = read_utterances(lay_out(tmp_path, files), "librispeech", DEV_CLEAN)
+    assert [(entry.id, entry.transcript) for entry in found[1:3]] == [("84-1-0000", "A"), ("84-1-0001", "B")]
+
+
 def test_an_id_that_occurs_in_two_chapters_is_an_error(tmp_path: Path) -> None:
     lay_out(tmp_path, librispeech_files("dev-clean"))
     other = "LibriSpeech/dev-clean/9/9"
