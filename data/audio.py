@@ -206,9 +206,9 @@ def _read_frames(file: Path, audio: soundfile.SoundFile) -> Iterator[np.ndarray]
         if any(expected):
             md5.update(_flac_bytes(block, bits))
         yield block
+    _check_whole(file, frames)
     if frames == 0:
         raise DataError(f"{file} holds no audio")
-    _check_whole(file, frames)
     if frames < audio.frames and _tells_length(audio):
         raise DataError(f"{file} is cut short: it holds {frames} of {audio.frames} frames")
     if any(expected) and md5.digest() != expected:

@@ -480,6 +480,12 @@ def test_a_header_that_does_not_know_the_length_claims_nothing(sentence: tuple[P
     for name, content in piped_headers(sentence[0].read_bytes(), (tmp_path / "whole.flac").read_bytes()).items():
         (tmp_path / name).write_bytes(content)
         assert np.array_equal(np.concatenate(list(read_file(tmp_path / name))), samples), name
+    header = sentence[0].read_bytes()[:44]
+    (tmp_path / "unclosed.wav").write_bytes(header[:4] + bytes(4) + header[8:40] + bytes(4) + samples.tobytes())
+    with pytest.raises(
+        DataError, match=r"unclosed.wav was not closed: its header says 0 bytes of audio, and \d+ follow"
+    ):
+        list(read_file(tmp_path / "unclosed.wav"))
 
 
 def test_integers_in_a_file_of_floats_are_an_error(tmp_path: Path) -> None:
