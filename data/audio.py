@@ -1,21 +1,23 @@
-"""Audio files: which can be read, how long they are, and their samples at 16 kHz mono.
+"""Audio files of any format: how long they are, and their samples at 16 kHz mono.
 
-FLAC carries the MD5 of its samples, which is checked. Other formats are read by libsndfile, and what it does not know
-by sox or ffmpeg, where they are installed (open_recording). Whatever cannot be read whole is an error that names the
-file.
+libsndfile reads them, and what it does not know sox or ffmpeg, where they are installed (open_recording). Every command
+reads by the same rules. Whatever cannot be read whole is an error that names the file: cut short by the sizes in its
+header, damaged by the MD5 in a FLAC file's, or what the decoder finds.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
+import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,47 +29,41 @@ from data.packed import SAMPLE_RATE
 
 LONGEST_S = 3600  # an utterance is decoded in memory; no acoustic model is trained on longer ones either
 LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # Hz
+HIGHEST_PEAK = 16.0  # of full scale: mastering and lossy codecs go beyond 1, but not that far
+BLOCK_SAMPLES = 1 << 13  # read at once, of all channels together; what precedes damage by less than that is lost
 # For which sox would guess rate or encoding.
 HEADERLESS = (
     "raw pcm s8 u8 s16 s24 s32 u16 u24 u32 f32 f64 sb sw sl ub uw sln al ul la lu gsm vox cdr cdda cvs cvsd cvu "
     "fssd ima lpc lpc10 snd"
 )
-# What libsndfile logs of a file that is shorter than its header says; it then reads what is there without complaint.
-CUT_SHORT = re.compile(r"^\s*(?:data|SSND|riff|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
-# A page of Ogg that begins a stream behind one that does not; the frame that tells the length of an MP3 stream.
+# By the first bytes of a file: where its chunks begin, the layout of name and size, the chunk of samples, alignment.
+CHUNKS = {
+    b"RIFF": (12, "<4sI", b"data", 2),
+    b"RIFX": (12, ">4sI", b"data", 2),
+    b"RF64": (12, "<4sI", b"data", 2),
+    b"FORM": (12, ">4sI", b"SSND", 2),
+    b"riff": (40, "<16sQ", b"data\xf3\xac\xd3\x11\x8c\xd1\0\xc0O\x8e\xdb\x8a", 8),
+}
+MOST_CHUNKS = 1000
+# A page of Ogg that begins a stream behind one that does not; the frame that tells the length of an MP3 stream; AAC.
 OGG_CHAIN = re.compile(rb"OggS\0[\0\1\4\5].*OggS\0[\2\6]", re.DOTALL)
 MP3_INFO = re.compile(rb"\xff[\xe2-\xfb].{2,4}?\0{9,32}(?:Xing|Info)\0\0\0(.)(.{8})", re.DOTALL)
+ADTS = re.compile(rb"\xff[\xf0\xf1\xf8\xf9]")
 # What soundfile raises for files that it does not know, that are damaged, or whose headers ask for absurd memory.
 SNDFILE_FAILURES = (soundfile.LibsndfileError, RuntimeError, MemoryError, ValueError)
 
 
-@dataclass(frozen=True)
-class FlacHeader:
-    """The STREAMINFO block of a FLAC file. `md5` is that of the decoded samples; all zero where it was not recorded."""
+def read_flac_header(file: Path) -> tuple[int, int, bytes]:
+    """Return rate, bits and MD5 of a FLAC file's samples, by its header; 0, 0 and nothing for other files.
 
-    rate: int
-    channels: int
-    bits: int
-    frames: int
-    md5: bytes
-
-
-def read_flac_header(file: Path) -> FlacHeader:
-    """Read the STREAMINFO block, which the format requires to come first. DataError for a file that has none."""
+    The MD5 is zeros where the encoder left it out.
+    """
     with file.open("rb") as stream:
         head = stream.read(42)
-    if len(head) < 42 or head[:4] != b"fLaC" or head[4] & 0x7F != 0:
-        raise DataError(f"{file} is not a FLAC file")
-    fields = int.from_bytes(head[18:26], "big")
-    header = FlacHeader(
-        rate=fields >> 44,
-        channels=(fields >> 41 & 7) + 1,
-        bits=(fields >> 36 & 31) + 1,
-        frames=fields & (1 << 36) - 1,
-        md5=head[26:42],
-    )
-    _check_length(file, header.frames, header.rate)
-    return header
+    if head[:4] != b"fLaC":
+        return 0, 0, b""
+    fields = int.from_bytes(head[18:22], "big")
+    return fields >> 12, (fields >> 4 & 31) + 1, head[26:]
 
 
 def resampled_length(frames: int, rate: int) -> int:
@@ -75,31 +71,86 @@ def resampled_length(frames: int, rate: int) -> int:
     return max(1, (2 * frames * SAMPLE_RATE + rate) // (2 * rate))
 
 
-def decode_flac(file: Path) -> np.ndarray:
-    """Return the samples of a FLAC file at 16 kHz mono: int16 [samples]. DataError if its header has another MD5."""
-    header = read_flac_header(file)
-    try:
-        # libsndfile left-justifies in int32, so that any depth comes out without loss.
-        frames, rate = soundfile.read(file, dtype="int16" if header.bits == 16 else "int32", always_2d=True)
-    except SNDFILE_FAILURES as error:
-        raise DataError(f"{file} cannot be decoded: {error}") from error
-    if len(frames) != header.frames:
-        raise DataError(f"{file} holds {len(frames)} of {header.frames} frames: cut short")
-    # The FLAC format lets an encoder leave the sum out, which it then writes as zeros.
-    if any(header.md5) and _flac_md5(frames, header.bits) != header.md5:
-        raise DataError(f"{file}: the decoded samples do not have the MD5 of its header")
-    if rate == SAMPLE_RATE and header.channels == 1 and header.bits == 16:
-        return frames[:, 0]
-    return _mono_at_16k(file, frames, rate, 32768.0 if header.bits == 16 else 2.0**31)
+def num_samples(file: Path, convert: bool = True) -> int:
+    """Return the length at 16 kHz of an audio file, by its header where that tells it.
+
+    DataError for what is no audio, or empty, or cut short. Without `convert`, neither sox nor ffmpeg is tried.
+    """
+    with open_recording(file, convert) as audio:
+        _check_whole(file, audio.frames)
+        frames, rate = audio.frames, audio.samplerate
+        if not _tells_length(audio):
+            frames = sum(map(len, _read_frames(file, audio)))
+    if frames <= 0:
+        raise DataError(f"{file} holds no audio, by its header")
+    if frames > LONGEST_S * rate:
+        raise DataError(f"{file} is {frames / rate:.0f} s long, by its header; cut it: {LONGEST_S} s are the most")
+    return resampled_length(frames, rate)
 
 
-def decode_raw(file: Path) -> np.ndarray:
-    """Return the samples of a headerless big-endian 16-bit file at 16 kHz: int16 [samples]."""
-    return np.fromfile(file, dtype=">i2").astype(np.int16)
+def decode_audio(file: Path, convert: bool = True) -> tuple[np.ndarray, int]:
+    """Return the samples of an audio file at 16 kHz mono, int16 [samples], and how many of them had to be clipped.
+
+    DataError says what is wrong with it.
+    """
+    with open_recording(file, convert) as audio:
+        mix = Mixer(file, audio.samplerate)
+        waveform = np.concatenate([*map(mix, _read_frames(file, audio)), mix.end()])
+    return waveform, mix.clipped
+
+
+def read_blocks(file: Path) -> Iterator[np.ndarray]:
+    """Yield the same samples in blocks. DataError may come after some of them."""
+    with open_recording(file) as audio:
+        mix = Mixer(file, audio.samplerate)
+        yield from map(mix, _read_frames(file, audio))
+        yield mix.end()
+
+
+class Mixer:
+    """Blocks of frames of any rate and number of channels -> blocks of int16 samples at 16 kHz; `clipped` counts."""
+
+    def __init__(self, name: Path | str, rate: int) -> None:
+        check_rate(name, rate)
+        self._rate = rate
+        self._stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "VHQ")
+        self._frames = self._samples = self.clipped = 0
+
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        """Average the channels of frames, int16 or float32 of full scale 1 [frames, channels], and resample them."""
+        self._frames += len(block)
+        if block.dtype == np.int16:
+            if block.shape[1] == 1 and self._stream is None:
+                return block[:, 0]
+            block = block.astype(np.float32) / 32768
+        mono = block.mean(axis=1)
+        return self._rounded(mono if self._stream is None else self._stream.resample_chunk(mono))
+
+    def end(self) -> np.ndarray:
+        """Return the samples that the resampler still holds; all together are as many as resampled_length tells."""
+        if self._stream is None:
+            return np.zeros(0, dtype=np.int16)
+        rest = self._stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+        missing = resampled_length(self._frames, self._rate) - self._samples
+        return self._rounded(np.pad(rest[:missing], (0, max(0, missing - len(rest)))))
+
+    def _rounded(self, block: np.ndarray) -> np.ndarray:
+        self._samples += len(block)
+        scaled = np.rint(block * 32768.0)
+        clipped = np.clip(scaled, -32768, 32767)
+        # A full scale of 1 is one step beyond what 16 bits hold; that is what every format does at its loudest.
+        self.clipped += int((np.abs(scaled - clipped) > 1).sum())
+        return clipped.astype(np.int16)
+
+
+def check_rate(name: Path | str, rate: int) -> None:
+    """Raise DataError for a rate that nobody records at."""
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise DataError(f"{name} has a rate of {rate} Hz; from {LOWEST_RATE} to {HIGHEST_RATE} Hz are understood")
 
 
 @contextmanager
-def open_recording(file: Path) -> Iterator[soundfile.SoundFile]:
+def open_recording(file: Path, convert: bool = True) -> Iterator[soundfile.SoundFile]:
     """Open an audio file of any format by libsndfile, or else what sox or ffmpeg make of it: 16 bits, 16 kHz, mono.
 
     DataError for what none of them reads, for headerless audio, and for rates that nobody records at.
@@ -110,113 +161,122 @@ def open_recording(file: Path) -> Iterator[soundfile.SoundFile]:
         raise DataError(f"{file} is empty (0 bytes)")
     with ExitStack() as opened:
         try:
-            audio = opened.enter_context(soundfile.SoundFile(file))
-            reason = "it reads the first of several streams" if _has_more_streams(file, audio.format) else None
-            programs = ["ffmpeg"]  # sox may read no more of them either
+            audio = opened.enter_context(soundfile.SoundFile(os.fsencode(file)))
+            reason, programs = _misread(file, audio.format), ["ffmpeg"]  # sox may read no more of them either
         except (*SNDFILE_FAILURES, TypeError) as error:  # which soundfile raises for names of headerless audio
             reason, programs = getattr(error, "error_string", str(error)), ["sox", "ffmpeg"]
+        if reason is not None and not convert:
+            raise DataError(f"{file} cannot be decoded: {reason}")
         if reason is not None:
             folder = opened.enter_context(tempfile.TemporaryDirectory())
             audio = opened.enter_context(_convert(file, Path(folder), programs, reason))
-        if not LOWEST_RATE <= audio.samplerate <= HIGHEST_RATE:
-            raise DataError(
-                f"{file} has a rate of {audio.samplerate} Hz; from {LOWEST_RATE} to {HIGHEST_RATE} Hz are understood"
-            )
+        check_rate(file, audio.samplerate)
         yield audio
 
 
-def tells_length(audio: soundfile.SoundFile) -> bool:
+def _tells_length(audio: soundfile.SoundFile) -> bool:
     """Return whether the header tells the length exactly, as those of MP3 and Ogg and of FLAC from a pipe need not."""
     exact = audio.format not in ("MP3", "OGG") and not audio.subtype.startswith("MPEG_LAYER")
     return exact and audio.frames < 1 << 62
 
 
-def find_cut(audio: soundfile.SoundFile) -> re.Match[str] | None:
-    """Return the bytes of audio that the header claims and those that there are, as groups, if the file is cut short.
-
-    What is written into a pipe claims 0 or the most there can be, or thereabouts: that is no claim.
-    """
-    cut = CUT_SHORT.search(audio.extra_info)
-    claimed = int(cut[1]) if cut else 0
-    return None if claimed == 0 or 0x7F000000 <= claimed <= 0x80000000 or claimed >= 0xFFFFFF00 else cut
-
-
-def any_num_samples(file: Path) -> int:
-    """Return the length at 16 kHz of an audio file. DataError for what is no audio, or empty, or cut short."""
-    with open_recording(file) as audio:
-        if audio.format == "FLAC":
-            header = read_flac_header(file)
-            return resampled_length(header.frames, header.rate)
-        if cut := find_cut(audio):
-            raise DataError(f"{file} is cut short: it has {cut[2]} of {cut[1]} bytes of audio")
-        _check_length(file, audio.frames, audio.samplerate)
-        frames, rate = audio.frames, audio.samplerate
-        if not tells_length(audio):
-            frames = len(_read(file, audio, "int16"))
-            _check_length(file, frames, rate)
-    return resampled_length(frames, rate)
-
-
-def decode_any(file: Path) -> np.ndarray:
-    """Return the samples of an audio file of any format at 16 kHz mono: int16 [samples]."""
-    with open_recording(file) as audio:
-        if audio.format == "FLAC":
-            return decode_flac(file)
-        exact, rate = audio.subtype == "PCM_16", audio.samplerate
-        frames = _read(file, audio, "int16" if exact else "float64")
-    if exact and rate == SAMPLE_RATE and frames.shape[1] == 1:
-        return frames[:, 0]
-    return _mono_at_16k(file, frames, rate, 32768.0 if exact else 1.0)
+def _read_frames(file: Path, audio: soundfile.SoundFile) -> Iterator[np.ndarray]:
+    """Yield blocks [frames, channels]: int16 where the file has 16 bits, else float32 of full scale 1."""
+    # Else soundfile seeks after each block, which is slow, and fails in a FLAC file of unknown length.
+    audio.seekable = lambda: False
+    _, bits, expected = read_flac_header(file) if audio.format == "FLAC" else (0, 0, b"")  # not of what sox made of it
+    dtype = "int16" if audio.subtype == "PCM_16" else "float32"
+    frames, md5 = 0, hashlib.md5()
+    while True:
+        at = f"{frames / audio.samplerate:.2f} s"
+        try:
+            block = audio.read(max(1, BLOCK_SAMPLES // audio.channels), dtype=dtype, always_2d=True)
+        except SNDFILE_FAILURES as error:
+            raise DataError(f"{file} cannot be decoded after {at}: {error}") from error
+        if len(block) == 0:
+            break
+        peak = float(np.abs(block).max()) if dtype == "float32" else 0.0
+        if not math.isfinite(peak):
+            raise DataError(f"{file} holds samples that are not finite numbers, after {at}")
+        if peak > HIGHEST_PEAK:
+            raise DataError(
+                f"{file} has samples {peak:.0f} times full scale, after {at}: integers in a file of floats?"
+            )
+        frames += len(block)
+        if any(expected):
+            md5.update(_flac_bytes(block, bits))
+        yield block
+    _check_whole(file, frames)
+    if frames == 0:
+        raise DataError(f"{file} holds no audio")
+    if frames < audio.frames and _tells_length(audio):
+        raise DataError(f"{file} is cut short: it holds {frames} of {audio.frames} frames")
+    if any(expected) and md5.digest() != expected:
+        raise DataError(f"{file}: the decoded samples do not have the MD5 of its header")
 
 
-def _read(file: Path, audio: soundfile.SoundFile, dtype: str) -> np.ndarray:
-    try:
-        return audio.read(dtype=dtype, always_2d=True)
-    except SNDFILE_FAILURES as error:
-        raise DataError(f"{file} cannot be decoded: {error}") from error
+def _flac_bytes(block: np.ndarray, bits: int) -> bytes:
+    """Return what the MD5 of a FLAC file is of: interleaved, little-endian samples, each in the fewest whole bytes."""
+    if block.dtype == np.int16:
+        return block.astype("<i2").tobytes()
+    samples = (block * 2.0 ** (bits - 1)).astype("<i4")  # exact, as float32 has 24 bits and libsndfile reads no more
+    return samples.view(np.uint8).reshape(-1, 4)[:, : (bits + 7) // 8].tobytes()
 
 
-def _check_length(file: Path, frames: int, rate: int) -> None:
-    if rate <= 0 or frames <= 0:
-        raise DataError(f"{file} holds no audio, by its header")
-    if frames > LONGEST_S * rate:
-        raise DataError(f"{file} is {frames / rate:.0f} s long, by its header; cut it: {LONGEST_S} s are the most")
+def _check_whole(file: Path, frames: int) -> None:
+    """Raise DataError if a file has fewer bytes of audio than its header claims, or none where `frames` is 0."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start, claimed = _claimed_audio(content)
+        present = len(content) - start
+    if frames == 0 and claimed == 0 < present:
+        raise DataError(f"{file} was not closed: its header says 0 bytes of audio, and {present} follow")
+    # What is written into a pipe claims the most there can be, or thereabouts: that is no claim.
+    placeholder = 0x7F000000 <= claimed <= 0x80000000 or claimed >= 0xFFFFFF00
+    if present < claimed and not placeholder:
+        raise DataError(f"{file} is cut short: it has {present} of {claimed} bytes of audio")
 
 
-def _mono_at_16k(file: Path, frames: np.ndarray, rate: int, scale: float) -> np.ndarray:
-    """Average channels and resample: `frames` [frames, channels] of full scale `scale` become int16 [samples]."""
-    mono = frames.mean(axis=1, dtype=np.float64) / scale
-    if not np.isfinite(mono).all():
-        raise DataError(f"{file} holds samples that are not finite numbers")
-    if rate != SAMPLE_RATE:
-        samples = resampled_length(len(mono), rate)
-        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="VHQ")[:samples]
-        mono = np.pad(mono, (0, samples - len(mono)))
-    return np.clip(np.rint(mono * 32768.0), -32768, 32767).astype(np.int16)
+def _claimed_audio(content: mmap.mmap) -> tuple[int, int]:
+    """Return where the audio of a file begins, and the bytes that its header claims; (its size, 0) without a claim."""
+    if content[:7] == b"NIST_1A" and b",embedded" not in content[:1024]:  # which is compressed
+        fields = dict(re.findall(rb"^(\w+) -i (\d+)", content[:1024], re.MULTILINE))
+        names = (b"sample_count", b"channel_count", b"sample_n_bytes")
+        return 1024, math.prod(int(fields.get(name, 0)) for name in names)
+    if content[:4] == b".snd" and len(content) >= 12:
+        start, claimed = struct.unpack(">II", content[4:12])
+        return start, claimed
+    if content[:4] in CHUNKS:
+        at, layout, wanted, alignment = CHUNKS[content[:4]]
+        length = struct.calcsize(layout)
+        for _ in range(MOST_CHUNKS):
+            if at + length > len(content):
+                break
+            name, size = struct.unpack(layout, content[at : at + length])
+            size -= length if content[:4] == b"riff" else 0  # W64 counts the name and the size too
+            if name == wanted:
+                # The sizes of RF64 are in its first chunk, as they may be larger than 32 bits hold.
+                long = content[:4] == b"RF64" and size == 0xFFFFFFFF
+                return at + length, int.from_bytes(content[28:36], "little") if long else size
+            at += length + math.ceil(max(0, size) / alignment) * alignment
+    elif content[:1] in b"I\xff" and (info := MP3_INFO.search(content)) and info[1][0] & 2:
+        at = 4 if info[1][0] & 1 else 0
+        return info.start(), int.from_bytes(info[2][at : at + 4], "big")
+    return len(content), 0
 
 
-def _flac_md5(frames: np.ndarray, bits: int) -> bytes:
-    """Return the MD5 as FLAC defines it: of interleaved, little-endian samples, each in the fewest whole bytes."""
-    if bits == 16:
-        return hashlib.md5(np.ascontiguousarray(frames, dtype="<i2").data).digest()
-    width = (bits + 7) // 8
-    samples = np.ascontiguousarray(frames >> (32 - bits), dtype="<i4")
-    return hashlib.md5(samples.view(np.uint8).reshape(-1, 4)[:, :width].tobytes()).digest()
-
-
-def _has_more_streams(file: Path, format: str) -> bool:
-    """Return whether a file of MP3 or Ogg goes on behind the stream that libsndfile reads, as where two are joined."""
+def _misread(file: Path, format: str) -> str | None:
+    """Return why libsndfile would not read all of a file that it opens as this format; None if it would."""
     if format not in ("MP3", "OGG"):
-        return False
+        return None
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if format == "OGG":
-            return OGG_CHAIN.search(content) is not None
-        info = MP3_INFO.search(content)
-        if info is None or not info[1][0] & 2:  # without the number of its bytes all frames are read
-            return False
-        at = 4 if info[1][0] & 1 else 0
-        end = info.start() + int.from_bytes(info[2][at : at + 4], "big")
-        return re.match(rb"(?:TAG.{125})?(?:ID3|\xff[\xe2-\xfb])", content[end : end + 131], re.DOTALL) is not None
+            more = OGG_CHAIN.search(content) is not None
+        elif ADTS.match(content):
+            return "it is AAC, not MP3"
+        else:
+            end = sum(_claimed_audio(content))
+            more = re.match(rb"(?:TAG.{125})?(?:ID3|\xff[\xe2-\xfb])", content[end : end + 131], re.DOTALL) is not None
+    return "it reads the first of several streams" if more else None
 
 
 def _convert(file: Path, folder: Path, programs: list[str], reason: str) -> soundfile.SoundFile:

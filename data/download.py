@@ -25,7 +25,7 @@ import tyro
 
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
 from data.fetch import ArchiveSource, VerifiedArchive, check_space, read_checksums
-from data.files import UNFINISHED, DataError, available_cores, file_digest, locked, work_folder
+from data.files import UNFINISHED, DataError, available_cores, exit_status, file_digest, locked, work_folder
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
 from data.prepare import Preparation, check_place
 from data.readers import read_manifest
@@ -52,14 +52,9 @@ class Options:
     """processes that decode audio"""
 
 
-def main() -> None:
+def main() -> int:
     options = tyro.cli(Options, prog="download_dataset.sh", description=Options.__doc__)
-    try:
-        download(options)
-    except (DataError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Run the same command to resume.")
+    return exit_status(lambda: download(options), interrupted="Interrupted. Run the same command to resume.")
 
 
 def download(options: Options) -> PackedDataset:
@@ -75,11 +70,17 @@ def download(options: Options) -> PackedDataset:
     try:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path, "download or verification"):
-            dataset = _complete(path, corpus, subsets, archives, options)
+            dataset, already = _complete(path, corpus, subsets, archives, options)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise DataError(f"cannot write in {path}: {error.strerror}") from error
-        raise
+        if error.errno == errno.EPIPE:
+            raise  # whoever read the messages has left
+        raise DataError(str(error)) from error
+    counts = ", ".join(
+        f"{subset.name} {subset.utterances} utterances ({subset.hours:.2f} h)" for subset in dataset.summary.values()
+    )
+    print(f"{path} is complete{' already' if already else ''}: {counts}")
     if options.checksums and not dataset.official:
         print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
     return dataset
@@ -114,16 +115,16 @@ def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dic
 
 def _complete(
     path: Path, corpus: Corpus, subsets: Sequence[CorpusSubset], archives: dict[str, Archive], options: Options
-) -> PackedDataset:
-    """Add the subsets that are missing to the data set in `path`."""
+) -> tuple[PackedDataset, bool]:
+    """Add the subsets that are missing to the data set in `path`; return it, and whether there was nothing to do."""
     dataset = _present_state(path, corpus)
     missing = [subset for subset in subsets if not _is_prepared(dataset, subset.name, archives[subset.name].md5)]
     check_place(dataset, [subset.name for subset in missing])
-    complete = dataset.digest and not missing
+    complete = dataset.digest != "" and not missing
     # A folder that a killed run has left is removed even then, but none is made, as the disk may be read-only.
     with work_folder(path) if not complete or (path / UNFINISHED).exists() else nullcontext(path) as work:
         if complete:
-            return _report(dataset, "is complete already")
+            return dataset, True
         preparation = Preparation(dataset, corpus, work, options.jobs)
         if options.manifest and missing:
             utterances = read_manifest(options.manifest, options.jobs)
@@ -140,7 +141,7 @@ def _complete(
                     members = [subset for subset in missing if subset.archive.file == archive.file.name]
                     preparation.add_archive(archive, members)
                     source.drop(archive)
-        return _report(preparation.finish(), "is complete")
+        return preparation.finish(), False
 
 
 def _present_state(path: Path, corpus: Corpus) -> PackedDataset:
@@ -165,13 +166,5 @@ def _is_prepared(dataset: PackedDataset, name: str, md5: str) -> bool:
     return (dataset.path / name / AUDIO_FILE).is_file() and (dataset.path / name / INDEX_FILE).is_file()
 
 
-def _report(dataset: PackedDataset, what: str) -> PackedDataset:
-    counts = ", ".join(
-        f"{subset.name} {subset.utterances} utterances ({subset.hours:.2f} h)" for subset in dataset.summary.values()
-    )
-    print(f"{dataset.path} {what}: {counts}")
-    return dataset
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -172,7 +172,7 @@ class ArchiveSource:
             stop.set()
             pool.shutdown(cancel_futures=True)
         if failures:
-            raise DataError("; ".join(failures))
+            raise DataError(f"{'; '.join(failures)}; --mirror takes another address, or a folder with the archives")
 
     def _download(self, archive: Archive, progress: Progress, stop: threading.Event) -> VerifiedArchive:
         kept, target = self._kept / archive.file, self._work / DOWNLOADS / archive.file
@@ -251,12 +251,13 @@ class PartialDownload:
                 failures = 0 if self.size > furthest else failures + 1
                 furthest = max(furthest, self.size)
                 if failures == ATTEMPTS:
-                    raise MirrorError(f"{address}: {error}; given up after {ATTEMPTS} attempts") from error
+                    raise MirrorError(f"{error}; given up after {ATTEMPTS} attempts") from error
                 # Jitter keeps many machines from coming back at the same moment.
                 delay = max(error.wait, min(LONGEST_BACKOFF_S, BACKOFF_S * 2**failures) * random.uniform(0.5, 1.5))
                 if delay > LONGEST_WAIT_S:
-                    raise MirrorError(f"{address}: {error}; it asks to wait {delay:.0f} s") from error
-                print(f"{address}: {error}; resuming in {delay:.1f} s at byte {self.size}", file=sys.stderr)
+                    raise MirrorError(f"{error}; it asks to wait {delay:.0f} s") from error
+                waiting = f"resuming in {delay:.1f} s at byte {self.size}"
+                print(f"{_without_login(address)}: {error}; {waiting}", file=sys.stderr)
                 if self._stop.wait(delay):
                     raise DataError("stopped") from error
 
@@ -270,7 +271,7 @@ class PartialDownload:
         self._discard()
         if resumed:  # only what comes from this mirror in one response proves it wrong
             raise Transient("checksum mismatch after resuming")
-        raise MirrorError(f"{address} {mismatch}")
+        raise MirrorError(f"its file {mismatch}")
 
     def _discard(self) -> None:
         self._progress(-self.size)
@@ -282,9 +283,9 @@ class PartialDownload:
         try:
             response = _send("GET", address, {"Range": f"bytes={self.size}-"} if self.size else {})
         except HTTPError as error:
-            raise _failure(address, error) from error
+            raise _failure(error) from error
         try:
-            length = self._begin(response, address)
+            length = self._begin(response)
             with self.file.open("ab") as stream:
                 # read1 hands out what has arrived, so that a cut costs nothing that has.
                 while self.size < length and (chunk := response.read1(CHUNK_BYTES, decode_content=False)):
@@ -294,26 +295,26 @@ class PartialDownload:
                     stream.flush()
                     self._progress(len(chunk))
         except HTTPError as error:
-            raise _failure(address, error) from error
+            raise _failure(error) from error
         finally:
             # Not back into the pool: what is left of the body may be gigabytes, or never come.
             response.close()
         if self.size < length < math.inf:
             raise Transient("the connection ended early")
 
-    def _begin(self, response: urllib3.BaseHTTPResponse, address: str) -> float:
+    def _begin(self, response: urllib3.BaseHTTPResponse) -> float:
         """Judge an answer by its status and headers; return the whole file's length, infinite where it is not known."""
         status, headers = response.status, response.headers
         if status in TRANSIENT:
-            raise Transient(f"{address}: HTTP status {status}", _number(headers.get("Retry-After")) or 0)
+            raise Transient(f"HTTP status {status}", _number(headers.get("Retry-After")) or 0)
         if status not in (200, 206, 416):
-            raise MirrorError(f"{address}: HTTP status {status}")
+            raise MirrorError(f"HTTP status {status}")
         _, _, length_of_all = headers.get("Content-Range", "").partition("/")
         length = _number(headers.get("Content-Length") if status == 200 else length_of_all)
         published = self._wanted.bytes
         if length and published and length != published:
             raise MirrorError(
-                f"{address} has {length} bytes, {published} were published: not the published archive {MISMATCH_HINT}"
+                f"its file has {length} bytes, {published} were published: not the published archive {MISMATCH_HINT}"
             )
         if status == 200:
             self._discard()
@@ -339,8 +340,8 @@ def fetch(
         try:
             md5, sha256 = partial.complete(address)
         except MirrorError as error:
-            reasons.append(str(error))
-            print(f"warning: {error}", file=sys.stderr)
+            reasons.append(f"{_without_login(address)}: {error}")
+            print(f"warning: {reasons[-1]}", file=sys.stderr)
             continue
         atomic_replace(partial.file, target)
         return md5, sha256
@@ -367,16 +368,23 @@ def _send(method: str, address: str, headers: dict[str, str]) -> urllib3.BaseHTT
         proxy = proxy if "://" in proxy else f"http://{proxy}"
         login = urllib.parse.unquote(parse_url(proxy).auth or "")
         pool = urllib3.ProxyManager(proxy, proxy_headers=make_headers(proxy_basic_auth=login or None))
-    headers = {**HEADERS, **headers}
+    login = urllib.parse.unquote(parse_url(address).auth or "")  # which urllib3 does not send by itself
+    headers = {**HEADERS, **headers, **make_headers(basic_auth=login or None)}
+    address = _without_login(address)
     return pool.request(method, address, headers=headers, preload_content=False, retries=REDIRECTS, timeout=TIMEOUT_S)
 
 
-def _failure(address: str, error: HTTPError) -> Transient | MirrorError:
+def _without_login(address: str) -> str:
+    """Return an address as it may be printed, without a name and a password."""
+    return re.sub(r"//[^/]*@", "//", address)
+
+
+def _failure(error: HTTPError) -> Transient | MirrorError:
     """Return what a failure means, without the names of objects that urllib3 puts before its cause."""
     cause = getattr(error, "reason", None) or error
     reason = re.sub(r"<[^>]*>(?:\([^)]*\))?:? ?", "", str(cause)) or type(error).__name__
     lasting = isinstance(cause, (ResponseError, SSLError))  # endless redirects, or a certificate that is not trusted
-    return MirrorError(f"{address}: {reason}") if lasting else Transient(reason)
+    return MirrorError(reason) if lasting else Transient(reason)
 
 
 def _number(text: str | None) -> int | None:

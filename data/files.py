@@ -7,6 +7,7 @@ everything in that is this program's; outside of it, nothing is removed or repla
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import os
@@ -14,7 +15,7 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,10 +24,49 @@ from tqdm import tqdm
 CHUNK_BYTES = 1 << 20  # read or written at once
 Progress = Callable[[int], object]  # is told how many bytes more have been read or written
 UNFINISHED, DOWNLOADS, MARK = "unfinished", "downloads", "made-by-this-program.txt"
+SHOWN_PROBLEMS = 20
+READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 
 
 class DataError(Exception):
-    """An error that a user can do something about: its one line is printed, without a traceback."""
+    """An error that a user can do something about: its message is printed, without a traceback."""
+
+
+def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted.") -> int:
+    """Do a command's work and return its exit status. What was raised is printed as one line.
+
+    The status is 0, 1 if the work returned False or raised DataError, 130 if interrupted, or READER_GONE if whoever
+    read standard output has left, as `| head` does.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as by 2>&-
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
+    try:
+        status = 1 if work() is False else 0
+        sys.stdout.flush()
+        return status
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise  # not of standard output
+        reader_gone = isinstance(error, BrokenPipeError)
+        if not reader_gone:
+            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        for descriptor in (1, 2):  # else Python would fail again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        return READER_GONE if reader_gone else 1
+
+
+def first_of(problems: Sequence[str]) -> str:
+    """Return the first problems, a line each, and how many more there are."""
+    more = f"\n... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
+    return "\n".join(problems[:SHOWN_PROBLEMS]) + more
 
 
 def atomic_write(file: Path, text: str, scratch: Path | None = None) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 
 from data.corpora import Corpus, CorpusSubset
 from data.fetch import VerifiedArchive
-from data.files import DataError, atomic_replace, die_with_parent, not_ours, progress_bar
+from data.files import DataError, atomic_replace, die_with_parent, first_of, not_ours, progress_bar
 from data.packed import (
     AUDIO_FILE,
     AUDIO_HEADER_BYTES,
@@ -156,10 +156,14 @@ def _pack(
         if hasattr(os, "posix_fallocate"):  # a disk that is too small is then noticed before anything is decoded
             os.posix_fallocate(stream.fileno(), 0, AUDIO_HEADER_BYTES + 2 * offsets[-1])
     digests: list[str] = []
+    notes: list[str] = []
     with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
         for some in _decode_all(audio, ordered, offsets, jobs):
-            digests += some
+            digests += [digest for digest, _ in some]
+            notes += [note for _, note in some if note]
             bar.update(len(some))
+    if notes:
+        print(f"warning: {name}: {len(notes)} utterances are not as they were:\n{first_of(notes)}", file=sys.stderr)
     index_sha256 = write_index(
         folder / INDEX_FILE,
         (
@@ -183,8 +187,10 @@ def _pack(
     )
 
 
-def _decode_all(audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int) -> Iterator[list[str]]:
-    """Decode all utterances into audio.npy, in `jobs` processes; yield their digests, in order."""
+def _decode_all(
+    audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int
+) -> Iterator[list[tuple[str, str]]]:
+    """Decode all utterances into audio.npy, in `jobs` processes; yield what _decode_into returns, in order."""
     starts = range(0, len(ordered), UTTERANCES_PER_TASK)
     tasks = [ordered[start : start + UTTERANCES_PER_TASK] for start in starts]
     arguments = [audio] * len(tasks), tasks, [offsets[start] for start in starts]
@@ -204,17 +210,21 @@ def _decode_all(audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int
             raise
 
 
-def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> list[str]:
-    """Decode successive utterances into audio.npy from sample `offset` on; return their digests."""
-    digests = []
+def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> list[tuple[str, str]]:
+    """Decode successive utterances into audio.npy from sample `offset` on; return of each the digest and a warning."""
+    decoded = []
     # Written, not memory-mapped: a full disk is then an error and not a bus fault.
     with audio.open("r+b") as stream:
         stream.seek(AUDIO_HEADER_BYTES + 2 * offset)
         for utterance in utterances:
-            waveform = np.ascontiguousarray(decode(utterance), dtype="<i2")
-            digests.append(utterance_digest(waveform, utterance.transcript))
+            samples, clipped = decode(utterance)
+            waveform = np.ascontiguousarray(samples, dtype="<i2")
+            note = f"{utterance.id}: {clipped} samples were beyond full scale, and are clipped" if clipped else ""
+            if not waveform.any():
+                note = f"{utterance.id}: nothing but silence; do its channels cancel each other?"
+            decoded.append((utterance_digest(waveform, utterance.transcript), note))
             stream.write(waveform.data)
-    return digests
+    return decoded
 
 
 def check_place(dataset: PackedDataset, subsets: Iterable[str]) -> None:

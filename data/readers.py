@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.audio import any_num_samples, decode_any, decode_flac, decode_raw, read_flac_header
+from data.audio import decode_audio, num_samples, read_flac_header
 from data.corpora import CorpusSubset
-from data.files import DataError
+from data.files import DataError, first_of
 from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
 
 OTHER_AUDIO = {".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aiff", ".raw", ".pcm", ".sph"}
+KNOWN_CHARACTERS = TRANSCRIPT_CHARACTERS + TRANSCRIPT_CHARACTERS.lower()
 AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)\)$")
 
 
@@ -57,26 +59,32 @@ def read_utterances(folder: Path, layout: str, subset: CorpusSubset) -> list[Utt
     return [utterances[name] for name in sorted(utterances)]
 
 
-def decode(utterance: Utterance) -> np.ndarray:
-    """Return its samples at 16 kHz mono: int16 [utterance.num_samples]. DataError for audio that is damaged."""
+def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
+    """Return its samples at 16 kHz mono, int16 [utterance.num_samples], and how many of them had to be clipped.
+
+    DataError for audio that is damaged.
+    """
+    file, clipped = Path(utterance.file), 0
     try:
-        waveform = {"flac": decode_flac, "raw": decode_raw, "any": decode_any}[utterance.encoding](Path(utterance.file))
+        if utterance.encoding == "raw":
+            waveform = np.fromfile(file, dtype=">i2").astype(np.int16)
+        else:
+            waveform, clipped = decode_audio(file, convert=utterance.encoding == "any")
     except DataError as error:
         raise DataError(f"utterance {utterance.id}: {error}") from error
     found, expected = len(waveform), utterance.num_samples
     if found != expected:
         raise DataError(f"utterance {utterance.id}: {utterance.file} has {found} samples, not {expected} as before")
-    return waveform
+    return waveform, clipped
 
 
 def check_transcript(text: str, name: str, file: Path) -> str:
     """Return the transcript in upper case with single spaces. DataError if empty or with a character outside the 28."""
-    for character in text:
-        if character not in TRANSCRIPT_CHARACTERS and character not in TRANSCRIPT_CHARACTERS.lower():
-            raise DataError(
-                f"{file}: the transcript of utterance {name} has the character {character!r} (U+{ord(character):04X}); "
-                "only A-Z, apostrophe and space are known"
-            )
+    if unknown := [character for character in text if character not in KNOWN_CHARACTERS]:
+        raise DataError(
+            f"{file}: the transcript of utterance {name} has the character {unknown[0]!r} (U+{ord(unknown[0]):04X}); "
+            "only A-Z, apostrophe and space are known"
+        )
     transcript = " ".join(text.upper().split())
     if not transcript:
         raise DataError(f"{file}: the transcript of utterance {name} is empty")
@@ -85,7 +93,7 @@ def check_transcript(text: str, name: str, file: Path) -> str:
 
 def _read_lines(file: Path) -> list[str]:
     try:
-        return [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except FileNotFoundError:
         raise DataError(f"{file} is missing from the archive") from None
     except UnicodeDecodeError as error:
@@ -99,23 +107,22 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
         chapter = Path(path)
         if other := [name for name in names if Path(name).suffix.lower() in OTHER_AUDIO]:
             raise DataError(f"{chapter / other[0]}: audio of this layout is FLAC; others are read by --corpus manifest")
-        audio = {name.removesuffix(".flac"): f"{path}/{name}" for name in names if name.endswith(".flac")}
+        audio = {name[:-5]: f"{path}/{name}" for name in names if name.lower().endswith(".flac")}
         spoken = set()
         for list_file in sorted(chapter / name for name in names if name.endswith(".trans.txt")):
             for line in _read_lines(list_file):
-                name, _, text = line.rstrip("\r").partition(" ")
+                name, _, text = line.strip().partition(" ")
                 if name in spoken:
                     raise DataError(f"{list_file}: utterance {name} occurs twice")
                 spoken.add(name)
                 transcript = check_transcript(text, name, list_file)
                 if name not in audio:
                     raise DataError(f"{list_file}: utterance {name} has no audio file")
-                header = read_flac_header(Path(audio[name]))
-                if header.rate != SAMPLE_RATE:
-                    raise DataError(
-                        f"{audio[name]}: utterance {name} has {header.rate} Hz, by its header; all have 16000"
-                    )
-                yield Utterance(name, name.split("-")[0], transcript, audio[name], header.frames)
+                file = Path(audio[name])
+                if read_flac_header(file)[0] != SAMPLE_RATE:
+                    raise DataError(f"{file}: utterance {name} is no FLAC file of {SAMPLE_RATE} Hz, by its header")
+                length = num_samples(file, convert=False)
+                yield Utterance(name, name.split("-")[0], transcript, str(file), length)
         if silent := sorted(audio.keys() - spoken):
             raise DataError(f"{audio[silent[0]]}: utterance {silent[0]} has no transcript")
 
@@ -147,45 +154,52 @@ def _read_an4(folder: Path, subset: str) -> Iterator[Utterance]:
 
 
 def read_manifest(manifest: Path, jobs: int) -> list[Utterance]:
-    """Return the utterances of a manifest, by id. DataError names the line or the utterance that is wrong."""
-    lines = list(_manifest_lines(manifest))
-    if not lines:
-        raise DataError(f"{manifest} holds no utterance")
-
-    def measure(line: tuple[str, str]) -> Utterance:
-        path, transcript = line
-        file = manifest.parent / path
-        try:
-            num_samples = any_num_samples(file)
-        except (DataError, OSError) as error:
-            raise DataError(f"{manifest}: utterance {path}: {error}") from error
-        return Utterance(path, Path(path).parent.name, transcript, str(file), num_samples, "any")
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            utterances = list(pool.map(measure, lines))
-        except DataError:
-            pool.shutdown(cancel_futures=True)  # the first error is enough
-            raise
-    return sorted(utterances, key=lambda utterance: utterance.id)
-
-
-def _manifest_lines(manifest: Path) -> Iterator[tuple[str, str]]:
-    """Yield path and transcript of each line; empty lines do not count."""
+    """Return the utterances of a manifest, by id. DataError names all lines that are wrong, or the first of them."""
     try:
         text = manifest.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the manifest {manifest}: {error}") from error
-    seen = set()
-    # Not splitlines: it would also split at characters that a file name may hold.
+    found: dict[str, tuple[int, str]] = {}  # line and transcript by path
+    problems: list[str] = []
+    unknown: Counter[str] = Counter()
+    first_lines: dict[str, int] = {}
+    # Not splitlines: it would also split at characters that a file name may hold. Empty lines do not count.
     for number, line in enumerate(text.split("\n"), start=1):
-        line = line.removesuffix("\r")
         if not line.strip():
             continue
-        path, tab, transcript = line.partition("\t")
-        if not tab or not path.strip() or "\0" in path:
-            raise DataError(f"{manifest}, line {number}: not 'path<TAB>transcript': {line[:80]!r}")
-        if path in seen:
-            raise DataError(f"{manifest}, line {number}: utterance {path} occurs twice")
-        seen.add(path)
-        yield path, check_transcript(transcript, path, manifest)
+        path, *transcripts = line.removesuffix("\r").split("\t")
+        if len(transcripts) != 1 or not path.strip() or "\0" in path:
+            columns = f"{len(transcripts) + 1} columns, not the two of path<TAB>transcript"
+            problems.append(f"line {number}: {columns}: {line[:80]!r}")
+        elif path in found:
+            problems.append(f"line {number}: utterance {path} occurs twice, first in line {found[path][0]}")
+        elif not transcripts[0].strip():
+            problems.append(f"line {number}: the transcript of utterance {path} is empty")
+        else:
+            found[path] = number, transcripts[0]
+            for character in filter(lambda each: each not in KNOWN_CHARACTERS, transcripts[0]):
+                unknown[character] += 1
+                first_lines.setdefault(character, number)
+    characters = [
+        f"line {first_lines[character]}: the first of {count} {character!r} (U+{ord(character):04X}) in transcripts; "
+        "only A-Z, apostrophe and space are known"
+        for character, count in unknown.most_common()
+    ]
+
+    def measure(path: str) -> Utterance | str:
+        file, (number, transcript) = manifest.parent / path, found[path]
+        try:
+            length = num_samples(file)
+        except (DataError, OSError) as error:
+            spelled = "" if path.isascii() else f"; its name is spelled {path!a}"
+            return f"line {number}: {error}{spelled}"
+        return Utterance(path, Path(path).parent.name, " ".join(transcript.upper().split()), str(file), length, "any")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        measured = list(pool.map(measure, found))
+    problems = characters + problems + [problem for problem in measured if isinstance(problem, str)]
+    if problems:
+        raise DataError(f"{manifest} has {len(problems)} problems:\n{first_of(problems)}")
+    if not found:
+        raise DataError(f"{manifest} holds no utterance")
+    return sorted((one for one in measured if isinstance(one, Utterance)), key=lambda utterance: utterance.id)

@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from data.corpora import CORPORA, Corpus, find_corpus
-from data.files import DataError, file_digest, locked, progress_bar
+from data.files import DataError, exit_status, file_digest, first_of, locked, progress_bar
 from data.packed import (
     AUDIO_FILE,
     AUDIO_HEADER_BYTES,
@@ -38,7 +38,6 @@ from data.packed import (
     utterance_digest,
 )
 
-SHOWN_PROBLEMS = 20
 HOURS_TOLERANCE = 0.05  # published hours are rounded, some of them roughly
 
 
@@ -52,22 +51,23 @@ class Options:
     """check sizes, counts and index only; samples are not read"""
 
 
-def main() -> None:
+def main() -> int:
     options = tyro.cli(Options, prog="verify_dataset.sh", description=Options.__doc__)
+    return exit_status(lambda: verify(options), interrupted="Interrupted. Not everything was checked.")
+
+
+def verify(options: Options) -> bool:
+    """Check a data set, print what is wrong with it, and return whether nothing is."""
     try:
         dataset = open_dataset(options.dataset_dir)
         with locked(dataset.path, "download", shared=True):
             problems = validate(dataset, quick=options.quick)
     except (DataError, OSError) as error:
         problems = [str(error)]
-    except KeyboardInterrupt:
-        sys.exit("Interrupted. Not everything was checked.")
     if problems:
         print("WARNING: Dataset Checksum Failed.")
-        print("\n".join(problems[:SHOWN_PROBLEMS]))
-        if len(problems) > SHOWN_PROBLEMS:
-            print(f"... and {len(problems) - SHOWN_PROBLEMS} more")
-        sys.exit(1)
+        print(first_of(problems))
+        return False
     if options.quick:
         print("Quick check passed: sizes, counts and index. The samples were not read: this is not the full check.")
     else:
@@ -77,6 +77,7 @@ def main() -> None:
         print(f"{subset.name}: {subset.utterances} utterances, {subset.hours:.2f} h, {subset.speakers} speakers{note}")
     if not options.quick:
         print(f"sha256 {dataset.digest}")
+    return True
 
 
 def validate(dataset: PackedDataset, *, quick: bool = False) -> list[str]:
@@ -187,4 +188,4 @@ def _check_index(rows: Iterable[UtteranceRow], summary: SubsetSummary) -> Iterat
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

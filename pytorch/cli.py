@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from tqdm import tqdm
 
+from data import files
 from data.files import DataError
 
 RANK_FAILED = os.EX_IOERR  # 74
 PREEMPTED = os.EX_TEMPFAIL  # 75
-READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 
 
-class RunError(Exception):
+class RunError(DataError):
     """A user-facing error; its one-line message is all that is printed."""
 
 
@@ -30,41 +28,14 @@ class RankFailure(Exception):
 
 
 def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted.") -> int:
-    """Do a command's work and return its exit status. What was raised is printed as one line.
-
-    The status is 0, 1 if the work returned False or failed, 130 if interrupted, RANK_FAILED, PREEMPTED, or READER_GONE
-    if whoever read standard output has left, as `| head` does.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller, as by 2>&-
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    """Do a command's work and return its exit status: that of data.files.exit_status, RANK_FAILED, or PREEMPTED."""
     try:
-        status = 1 if work() is False else 0
-        sys.stdout.flush()
-        return status
-    except (RunError, DataError) as error:
-        return _failed(error, 1)
+        return files.exit_status(work, interrupted=interrupted)
     except RankFailure as error:
-        return _failed(error, RANK_FAILED)
+        print(f"error: {error}", file=sys.stderr)
+        return RANK_FAILED
     except Preempted:
         return PREEMPTED
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
-            raise  # not of standard output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python would fail again when it ends
-        return (
-            READER_GONE
-            if isinstance(error, BrokenPipeError)
-            else _failed(f"standard output cannot be written: {error.strerror}", 1)
-        )
-
-
-def _failed(error: object, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return status
 
 
 def progress_bar(title: str, total: float | None, initial: int = 0, *, unit: str = "batch", shown: bool = True) -> tqdm:

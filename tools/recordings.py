@@ -2,13 +2,14 @@
 
     for segment in segments(read_file(path)): ...
 
-Memory does not grow with the recording: it is read in blocks, mixed and resampled as a stream, and cut in pauses. Each
-segment also holds what is around it, so that every word is whole in at least one of them; `join` says which words of
-two neighbors are to be kept.
+Memory does not grow with the recording: it is read in blocks (data/audio.py), and cut in pauses. Each segment also
+holds what is around it, so that every word is whole in at least one of them; `join` says which words of two neighbors
+are to be kept.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +17,8 @@ from typing import BinaryIO
 
 import numpy as np
 import soundfile
-import soxr
 
-from data.audio import HIGHEST_RATE, LOWEST_RATE, SNDFILE_FAILURES, find_cut, open_recording, tells_length
+from data.audio import BLOCK_SAMPLES, SNDFILE_FAILURES, Mixer, read_blocks
 from data.files import DataError
 from data.packed import SAMPLE_RATE
 from tools.recognizer import Word
@@ -26,8 +26,6 @@ from tools.recognizer import Word
 SHORTEST_S, LONGEST_S = 3.0, 12.0  # between two cuts; an utterance of LibriSpeech has 12 s on average
 CONTEXT_S = 0.5  # that a segment holds before and after its cuts
 PAUSE_S = 0.3  # a cut is made in the middle of the quietest stretch of this length
-HIGHEST_PEAK = 16.0  # of full scale: mastering and lossy codecs go beyond 1, but not that far
-_BLOCK_SAMPLES = 1 << 13  # read at once, of all channels together; what precedes damage by less than that is lost
 _ENERGY_SAMPLES = SAMPLE_RATE // 100
 
 
@@ -60,10 +58,7 @@ def read_file(path: Path) -> Iterator[np.ndarray]:
         DataError: it is no audio, or damaged, which may turn out after some blocks. The message names the file.
     """
     try:
-        with open_recording(path) as audio:
-            # Else soundfile seeks after each block, which is slow, and fails in a FLAC file of unknown length.
-            audio.seekable = lambda: False
-            yield from _read_blocks(path, audio)
+        yield from read_blocks(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -73,7 +68,7 @@ def file_seconds(path: Path) -> float:
     try:
         if not path.is_file():  # a pipe would be waited for
             return 0.0
-        info = soundfile.info(path)
+        info = soundfile.info(os.fsencode(path))
         return info.frames / info.samplerate if info.frames < 1 << 62 else 0.0
     except (*SNDFILE_FAILURES, OSError, ZeroDivisionError):
         return 0.0
@@ -81,54 +76,18 @@ def file_seconds(path: Path) -> float:
 
 def read_raw(stream: BinaryIO, name: str, rate: int) -> Iterator[np.ndarray]:
     """Yield the same of headerless little-endian 16-bit mono audio, as it arrives."""
-    resample = _Resampler(name, rate)
+    mix = Mixer(name, rate)
     rest, empty = b"", True
-    while chunk := stream.read1(_BLOCK_SAMPLES):  # type: ignore[attr-defined]
+    while chunk := stream.read1(BLOCK_SAMPLES):  # type: ignore[attr-defined]
         chunk, empty = rest + chunk, False
         whole = len(chunk) // 2 * 2
         rest = chunk[whole:]
-        yield resample(np.frombuffer(chunk[:whole], dtype="<i2").astype(np.float32) / 32768)
-    yield resample(np.zeros(0, dtype=np.float32), last=True)
+        yield mix(np.frombuffer(chunk[:whole], dtype="<i2")[:, None])
+    yield mix.end()
     if empty:
         raise DataError(f"{name} holds no audio")
     if rest:
         raise DataError(f"{name} ends in the middle of a 16-bit sample")
-
-
-def _read_blocks(path: Path, audio: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    resample = _Resampler(path, audio.samplerate)
-    frames = 0
-    try:
-        while len(block := audio.read(max(1, _BLOCK_SAMPLES // audio.channels), dtype="float32", always_2d=True)):
-            peak = float(np.abs(block).max())
-            if not np.isfinite(peak):
-                at = (frames + int(np.flatnonzero(~np.isfinite(block).all(1))[0])) / audio.samplerate
-                raise DataError(f"{path} holds samples that are not finite numbers, the first at {at:.2f} s")
-            if peak > HIGHEST_PEAK:
-                raise DataError(f"{path} has samples {peak:.0f} times full scale: integers in a file of floats?")
-            frames += len(block)
-            yield resample(block.mean(1))
-    except SNDFILE_FAILURES as error:
-        raise DataError(f"{path} cannot be decoded after {frames / audio.samplerate:.2f} s: {error}") from error
-    yield resample(np.zeros(0, dtype=np.float32), last=True)
-    if not frames:
-        raise DataError(f"{path} holds no audio")
-    if find_cut(audio) or (frames < audio.frames and tells_length(audio)):
-        raise DataError(f"{path} is cut short: it ends after {frames / audio.samplerate:.2f} s, before its header says")
-
-
-class _Resampler:
-    """Blocks of float32 samples at any rate -> blocks of int16 samples at 16 kHz."""
-
-    def __init__(self, name: Path | str, rate: int) -> None:
-        if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-            raise DataError(f"{name} has a rate of {rate} Hz; from {LOWEST_RATE} to {HIGHEST_RATE} Hz are understood")
-        self._stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "VHQ") if rate != SAMPLE_RATE else None
-
-    def __call__(self, block: np.ndarray, last: bool = False) -> np.ndarray:
-        if self._stream is not None:
-            block = self._stream.resample_chunk(block, last)
-        return np.clip(np.rint(block * 32768.0), -32768, 32767).astype(np.int16)
 
 
 def segments(blocks: Iterable[np.ndarray]) -> Iterator[Segment]:

@@ -103,7 +103,6 @@ def transcribe(options: Options) -> bool:
     """
     if options.batch_size < 1:
         raise RunError(f"--batch-size is {options.batch_size}; it must be a positive integer")
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
     with tempfile.TemporaryDirectory() as scratch:
         recordings = find_recordings(options, Path(scratch))
         decode = options.decoding.make()

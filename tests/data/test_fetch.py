@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import base64
 import hashlib
 import random
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -248,6 +253,44 @@ def test_endless_redirects_are_an_error(server: Server, target: Path) -> None:
     server.behave = behave
     with pytest.raises(DataError, match="too many redirects"):
         fetch(WANTED, [server.address], target)
+    assert len(server.requests) <= 6  # one attempt
+
+
+def test_a_certificate_that_is_not_trusted_is_an_error_at_once(target: Path, tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    line = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
+    subprocess.run([*line, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, key)
+
+        def serve() -> None:
+            with suppress(OSError):
+                context.wrap_socket(listening.accept()[0], server_side=True)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(DataError, match=r"certificate verify failed"):
+            fetch(WANTED, [f"https://127.0.0.1:{listening.getsockname()[1]}"], target)
+
+
+def test_a_login_in_an_address_is_sent_and_never_printed(
+    server: Server, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def behave(path: str, number: int, answer: Answer) -> None:
+        if path.startswith("/bad/") or number == 1:
+            answer.status, answer.headers, answer.body = (404 if number == 0 else 503), {"Content-Length": "0"}, b""
+
+    server.behave = behave
+    address = server.address.replace("//", "//me:secret%21@")
+    fetch(WANTED, [f"{address}/bad", address], target)
+    assert is_complete(target)
+    login = "Basic " + base64.b64encode(b"me:secret!").decode()
+    assert [headers.get("Authorization") for _, headers in server.requests] == [login] * 3
+    said = capsys.readouterr().err
+    assert f"warning: {server.address}/bad/{NAME}: HTTP status 404" in said
+    assert f"{server.address}/{NAME}: HTTP status 503; resuming in" in said and "secret" not in said
 
 
 def spoil(path: str, number: int, answer: Answer) -> None:

@@ -417,7 +417,7 @@ def test_what_comes_before_damage_is_read(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "whole.wav", whole, RATE)
     (tmp_path / "cut.wav").write_bytes((tmp_path / "whole.wav").read_bytes()[:3_000_000])
     blocks = []
-    with pytest.raises(DataError, match=r"cut.wav is cut short: it ends after 93.75 s"):
+    with pytest.raises(DataError, match=r"cut.wav is cut short: it has 2999956 of 4000000 bytes"):
         for block in read_file(tmp_path / "cut.wav"):
             blocks.append(block)
     assert np.array_equal(np.concatenate(blocks), whole[: (3_000_000 - 44) // 2])
@@ -427,7 +427,7 @@ def test_samples_that_are_no_numbers_are_an_error_that_says_where(tmp_path: Path
     samples = np.zeros(30000, dtype=np.float32)
     samples[24000] = np.nan
     soundfile.write(tmp_path / "nan.wav", samples, RATE, subtype="FLOAT")
-    with pytest.raises(DataError, match=r"nan.wav holds samples that are not finite numbers, the first at 1.50 s"):
+    with pytest.raises(DataError, match=r"nan.wav holds samples that are not finite numbers, after 1.02 s"):
         list(read_file(tmp_path / "nan.wav"))
 
 
@@ -480,11 +480,19 @@ def test_a_header_that_does_not_know_the_length_claims_nothing(sentence: tuple[P
     for name, content in piped_headers(sentence[0].read_bytes(), (tmp_path / "whole.flac").read_bytes()).items():
         (tmp_path / name).write_bytes(content)
         assert np.array_equal(np.concatenate(list(read_file(tmp_path / name))), samples), name
+    header = sentence[0].read_bytes()[:44]
+    (tmp_path / "unclosed.wav").write_bytes(header[:4] + bytes(4) + header[8:40] + bytes(4) + samples.tobytes())
+    with pytest.raises(
+        DataError, match=r"unclosed.wav was not closed: its header says 0 bytes of audio, and \d+ follow"
+    ):
+        list(read_file(tmp_path / "unclosed.wav"))
 
 
 def test_integers_in_a_file_of_floats_are_an_error(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "float.wav", np.full(9000, 8000, dtype=np.int16), RATE, subtype="FLOAT")
-    with pytest.raises(DataError, match=r"float.wav has samples 8000 times full scale: integers in a file of floats?"):
+    with pytest.raises(
+        DataError, match=r"float.wav has samples 8000 times full scale, after 0.00 s: integers in a file of floats?"
+    ):
         list(read_file(tmp_path / "float.wav"))
 
 
@@ -502,7 +510,7 @@ def test_what_libsndfile_does_not_know_is_read_by_sox(
 def test_the_samples_of_real_speech_are_those_of_the_packed_data_set(tmp_path: Path) -> None:
     import tarfile
 
-    from data.audio import decode_flac
+    from data.audio import decode_audio
 
     with tarfile.open(SPEECH / "librispeech" / "test-clean.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
@@ -510,4 +518,4 @@ def test_the_samples_of_real_speech_are_those_of_the_packed_data_set(tmp_path: P
     assert len(files) == 4
     for file in files:
         waveform = np.concatenate(list(read_file(file)))
-        assert np.array_equal(waveform, decode_flac(file))
+        assert np.array_equal(waveform, decode_audio(file)[0])
