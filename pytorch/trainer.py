@@ -163,10 +163,13 @@ class Trainer:
 
         A CPU that has bfloat16 arithmetic is not always faster with it. All ranks must do this at the same time.
         """
-        batch = _noise(2, 2 * SAMPLE_RATE)
+        batch = _noise(min(6, self.config.max_microbatch_size(self.world.size)), 3 * SAMPLE_RATE)
         seconds: dict[Precision, float] = {"fp32": math.inf, "bf16": math.inf}
         with self._model_restored():
-            for _ in range(4):  # the first time, kernels are selected; the least of them counts
+            begun, rounds = time.monotonic(), 0
+            # The first round selects kernels, and others may be disturbed, so the least of some rounds counts.
+            while self.world.broadcast_object(rounds < 3 or time.monotonic() - begun < 2, source=0):
+                rounds += 1
                 for precision in seconds:
                     self.use_precision(precision)
                     started = time.perf_counter()
