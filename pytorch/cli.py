@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
@@ -29,24 +32,51 @@ class RankFailure(Exception):
     """Another rank of the run is gone or hangs. The message names it."""
 
 
+class StandardError:
+    """Standard error, which may be lost without an end to the work: its terminal is closed, its disk is full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        """Write and flush."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # takes what is still to be written
+
+
 def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted.") -> int:
     """Do a command's work and return its exit status. What was raised is printed as one line.
 
-    The status is 0, 1 if the work returned False or failed, 130 if interrupted, RANK_FAILED, PREEMPTED, or READER_GONE
-    if whoever read standard output has left, as `| head` does.
+    The status is what the work returned if that is an integer; else 0, 1 if it returned False or failed, 130 if
+    interrupted, RANK_FAILED, PREEMPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as by 2>&-
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # see __init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with redirect_stderr(cast(TextIO, StandardError(sys.stderr))):
+        return _exit_status(work, interrupted)
+
+
+def _exit_status(work: Callable[[], object], interrupted: str) -> int:
     try:
-        status = 1 if work() is False else 0
+        result = work()
         sys.stdout.flush()
-        return status
+        return result if type(result) is int else int(result is False)
     except (RunError, DataError) as error:
         return _failed(error, 1)
     except RankFailure as error:
         return _failed(error, RANK_FAILED)
     except Preempted:
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # else a second one, while Python ends, would be the status
+            signal.signal(number, signal.SIG_IGN)
         return PREEMPTED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
