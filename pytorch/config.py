@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from mlperf_logging.mllog import constants
 
-from pytorch.cli import RunError
+from pytorch.cli import RunError, exit_status
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -240,7 +241,8 @@ def with_current_names(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _relative(path: Path) -> str:
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return os.fsencode(path).decode(errors="backslashreplace")  # names are bytes, and need not be text
 
 
 def _named(name: str, dataset: str, **values: Any) -> Config:
@@ -359,4 +361,4 @@ def hyperparameter_table() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(hyperparameter_table() + "\n")
+    sys.exit(exit_status(lambda: print(hyperparameter_table())))

@@ -18,7 +18,14 @@ SCRIPT = ROOT / "pytorch" / "run_and_time.sh"
 def run_and_time(*options: str | Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     command = ["sh", SCRIPT, *options]
     environment = {**os.environ, **variables}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, env=environment)
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        cwd=folder,
+        env=environment,
+    )
 
 
 def test_run_and_time_writes_the_report_beside_a_log_that_stays_pure(tones: Path, tmp_path: Path) -> None:
@@ -109,3 +116,21 @@ def test_a_second_sigterm_does_not_change_the_status_of_a_run_that_was_told_to_s
         run.send_signal(signal.SIGTERM)
         assert run.wait() == 75
         run.stderr.close()
+
+
+def test_a_folder_whose_name_is_no_text_has_a_log_and_a_report(tones: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "1", "--target-wer", "1000"]
+    run = run_and_time(*options, "--output-dir", folder, folder=tmp_path)
+    assert run.returncode == 0
+    assert "Traceback" not in run.stderr
+    assert RunLog.read(folder / "last_run.log").reached
+    assert (folder / "report.html").exists()
+
+
+def test_a_log_that_cannot_be_written_is_an_error_before_the_clock_starts(tones: Path, tmp_path: Path) -> None:
+    (tmp_path / "last_run.log").mkdir()
+    run = run_and_time("--dataset-dir", tones, *SMALL, "--output-dir", tmp_path, folder=tmp_path)
+    assert run.returncode == 1
+    assert f"error: {tmp_path / 'last_run.log'} cannot be written: Is a directory" in run.stderr
+    assert "run_start" not in run.stdout
