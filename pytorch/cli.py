@@ -17,6 +17,7 @@ from data.files import DataError
 
 RANK_FAILED = os.EX_IOERR  # 74
 PREEMPTED = os.EX_TEMPFAIL  # 75
+INTERRUPTED = 130  # what a shell says of a program that SIGINT has ended
 READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 
 
@@ -80,7 +81,7 @@ def _exit_status(work: Callable[[], object], interrupted: str) -> int:
         return PREEMPTED
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except OSError as error:
         if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
             raise  # not of standard output

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from pytorch import train
-from pytorch.cli import PREEMPTED, RANK_FAILED, Preempted, RunError, exit_status
+from pytorch.cli import INTERRUPTED, PREEMPTED, RANK_FAILED, Preempted, RunError, exit_status
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun passes on; its own choice lacks SIGUSR1
 GRACE_SECONDS = 180  # that ranks have to save before torchrun kills them; the files in cluster/ grant as much
@@ -82,10 +82,11 @@ def _launch(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
         command = ["-m", "pytorch.launch", RANK, str(status_file), launch_id, *arguments]
-        failure = _torchrun([*(f"{name}={value}" for name, value in options.items()), *command], endpoint)
+        failure, status = _torchrun([*(f"{name}={value}" for name, value in options.items()), *command], endpoint)
         if failure:
             print(f"error: {failure}", file=sys.stderr)
-        status = int(status_file.read_text()) if status_file.exists() else int(failure is not None)
+        if status_file.exists():
+            status = int(status_file.read_text())
     if status == PREEMPTED:
         raise Preempted
     return status
@@ -117,8 +118,8 @@ def _number(name: str) -> int:
     return int(value)
 
 
-def _torchrun(arguments: list[str], endpoint: str) -> str | None:
-    """Run torchrun; returns what went wrong, if anything did."""
+def _torchrun(arguments: list[str], endpoint: str) -> tuple[str, int]:
+    """Run torchrun; returns what went wrong, if anything did, and the exit status where no rank has told its own."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -127,18 +128,17 @@ def _torchrun(arguments: list[str], endpoint: str) -> str | None:
     try:
         run.main(arguments)
     except SystemExit as ended:  # wrong options
-        return f"torchrun ended with status {ended.code}"
+        return f"torchrun ended with status {ended.code}", 1
     except ChildFailedError as error:
         failures = (f"rank {rank} ended with status {failed.exitcode}" for rank, failed in error.failures.items())
-        return f"the run has lost processes: {', '.join(failures)}; what they said is above"
+        return f"the run has lost processes: {', '.join(failures)}; what they said is above", 1
     except RendezvousError as error:
         cause = (str(error.__cause__ or error).splitlines() or [""])[0]
-        return f"no connection at {endpoint} (MASTER_ADDR, MASTER_PORT); is the port free, and machine 0 there? {cause}"
+        where = f"no connection at {endpoint} (MASTER_ADDR, MASTER_PORT)"
+        return f"{where}; is the port free, and machine 0 there? {cause}", 1
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from error
-        return str(error)
-    return None
+        return str(error), INTERRUPTED if error.sigval == signal.SIGINT else PREEMPTED
+    return "", 0
 
 
 if __name__ == "__main__":

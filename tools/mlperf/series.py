@@ -26,7 +26,7 @@ import tyro
 from mlperf_logging.mllog import constants
 
 from data.packed import PackedDataset, open_dataset
-from pytorch.cli import PREEMPTED, Preempted, RunError
+from pytorch.cli import INTERRUPTED, PREEMPTED, Preempted, RunError
 from pytorch.config import ROOT, Config, parse_config
 from pytorch.machine import clear_cache, describe_machine, git_revision
 from pytorch.mllog import BENCHMARK, REPORT, submission_division, submission_platform
@@ -38,7 +38,6 @@ from tools.mlperf.submission import SubmissionDir, describe_system, system_name
 
 SCRIPT = ROOT / "pytorch" / "run_and_time.sh"
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # passed on to the run under way
-INTERRUPTED = 130  # exit status
 
 
 def run_series(
