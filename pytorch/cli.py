@@ -6,8 +6,9 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -31,6 +32,15 @@ class Preempted(Exception):
 
 class RankFailure(Exception):
     """Another rank of the run is gone or hangs. The message names it."""
+
+
+def require_values(arguments: Sequence[str]) -> None:
+    """Raise RunError where an option's value would be a folder that nobody means: '' for ., or a literal ~."""
+    for option, value in pairwise(word for argument in arguments for word in argument.split("=", 1)):
+        if option.startswith("-") and value == "":
+            raise RunError(f"{option} has an empty value")
+        if option.startswith("-") and value.startswith("~"):
+            raise RunError(f"{option} is {value}: your shell leaves this ~ as it is; write $HOME")
 
 
 class StandardError:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from mlperf_logging.mllog import constants
 
-from pytorch.cli import RunError, exit_status
+from pytorch.cli import RunError, exit_status, require_values
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -190,10 +190,6 @@ class Config:
             constraint, value = field.metadata["constraint"], getattr(self, field.name)
             if constraint is not None and value is not None and not constraint.check(value):
                 raise RunError(f"--{field.name.replace('_', '-')} is {value}; it must be {constraint.text}")
-            if isinstance(value, Path) and str(value).startswith("~"):
-                raise RunError(
-                    f"--{field.name.replace('_', '-')}={value}: your shell leaves this ~ as it is; write $HOME"
-                )
         if self.resume_with_changes and not self.resume:
             raise RunError("--resume-with-changes says how to resume; add --resume")
         ranges = ("tempo_min", "tempo_max"), ("gain_min_db", "gain_max_db"), ("noise_min_snr_db", "noise_max_snr_db")
@@ -336,9 +332,7 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
     )
     first.add_argument("--config", choices=CONFIGS, default="librispeech")
     chosen, rest = first.parse_known_args(arguments)  # tyro needs the defaults before it parses the other options
-    words = [word for argument in rest for word in argument.split("=", 1)]
-    if "" in words:  # to a path it would be the current folder
-        raise RunError(f"{words[words.index('') - 1]} has an empty value")
+    require_values(rest)
     return tyro.cli(
         Config,
         default=CONFIGS[chosen.config],

@@ -521,7 +521,7 @@ def test_a_variable_that_cannot_be_is_an_error_of_one_line(
     [
         (["--output-dir", ""], "--output-dir has an empty value"),
         (["--dataset-dir="], "--dataset-dir has an empty value"),
-        (["--output-dir=~/runs"], "--output-dir=~/runs: your shell leaves this ~ as it is; write $HOME"),
+        (["--output-dir=~/runs"], "--output-dir is ~/runs: your shell leaves this ~ as it is; write $HOME"),
     ],
 )
 def test_a_path_that_nobody_means_is_refused(
