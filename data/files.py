@@ -16,8 +16,9 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
@@ -25,6 +26,7 @@ CHUNK_BYTES = 1 << 20  # read or written at once
 Progress = Callable[[int], object]  # is told how many bytes more have been read or written
 UNFINISHED, DOWNLOADS, MARK = "unfinished", "downloads", "made-by-this-program.txt"
 SHOWN_PROBLEMS = 20
+INTERRUPTED = 130  # what a shell says of a program that SIGINT has ended
 READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 
 
@@ -32,35 +34,56 @@ class DataError(Exception):
     """An error that a user can do something about: its message is printed, without a traceback."""
 
 
+class _StandardError:
+    """Standard error, which may be lost without an end to the work: its terminal is closed, its disk is full."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        """Write and flush."""
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # takes what is still to be written
+
+
 def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted.") -> int:
     """Do a command's work and return its exit status. What was raised is printed as one line.
 
-    The status is 0, 1 if the work returned False or raised DataError, 130 if interrupted, or READER_GONE if whoever
-    read standard output has left, as `| head` does.
+    The status is what the work returned if that is an integer; else 0, 1 if it returned False or raised DataError,
+    INTERRUPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as by 2>&-
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
-    try:
-        status = 1 if work() is False else 0
-        sys.stdout.flush()
-        return status
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
-            raise  # not of standard output
-        reader_gone = isinstance(error, BrokenPipeError)
-        if not reader_gone:
-            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
-        for descriptor in (1, 2):  # else Python would fail again when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        return READER_GONE if reader_gone else 1
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a package may set it while its modules are imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with redirect_stderr(cast(TextIO, _StandardError(sys.stderr))):
+        try:
+            result = work()
+            sys.stdout.flush()
+            return result if type(result) is int else int(result is False)
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(interrupted, file=sys.stderr)
+            return INTERRUPTED
+        except OSError as error:
+            if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+                raise  # not of standard output
+            reader_gone = isinstance(error, BrokenPipeError)
+            if not reader_gone:
+                print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+            for descriptor in (1, 2):  # else Python would fail again when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            return READER_GONE if reader_gone else 1
 
 
 def first_of(problems: Sequence[str]) -> str:
@@ -178,6 +201,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def progress_bar(description: str, total: float, unit: str) -> tqdm:
-    """Return a bar with rate and time left, on standard error, shown only where that is a terminal."""
-    return tqdm(desc=description, total=total, unit=unit, unit_scale=True, file=sys.stderr, disable=None, leave=False)
+def progress_bar(title: str, total: float | None, unit: str = "batch", *, initial: int = 0, shown: bool = True) -> tqdm:
+    """Return a progress bar on standard error, silent where that is no terminal; a total tells the time left."""
+    scaled, disabled = unit != "batch", None if shown else True
+    return tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=scaled, leave=False, disable=disabled)

@@ -1,12 +1,12 @@
-"""Exit statuses, errors and progress bars that all commands share."""
+"""Errors and exit statuses of the commands that run or read a training."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
-
-from tqdm import tqdm
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from data import files
 from data.files import DataError
@@ -35,10 +35,15 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted."
         print(f"error: {error}", file=sys.stderr)
         return RANK_FAILED
     except Preempted:
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # else a second one, while Python ends, would be the status
+            signal.signal(number, signal.SIG_IGN)
         return PREEMPTED
 
 
-def progress_bar(title: str, total: float | None, initial: int = 0, *, unit: str = "batch", shown: bool = True) -> tqdm:
-    """Return a progress bar on standard error, silent where that is no terminal; a total tells the time left."""
-    scaled, disabled = unit != "batch", None if shown else True
-    return tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=scaled, leave=False, disable=disabled)
+def require_values(arguments: Sequence[str]) -> None:
+    """Raise RunError where an option's value would be a folder that nobody means: '' for ., or a literal ~."""
+    for option, value in pairwise(word for argument in arguments for word in argument.split("=", 1)):
+        if option.startswith("-") and value == "":
+            raise RunError(f"{option} has an empty value")
+        if option.startswith("-") and value.startswith("~"):
+            raise RunError(f"{option} is {value}: your shell leaves this ~ as it is; write $HOME")

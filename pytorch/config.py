@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from mlperf_logging.mllog import constants
 
-from pytorch.cli import RunError
+from pytorch.cli import RunError, require_values
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -229,7 +230,8 @@ EVENTS = {field.name: field.metadata["event"] for field in dataclasses.fields(Co
 
 
 def _relative(path: Path) -> str:
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return os.fsencode(path).decode(errors="backslashreplace")  # names are bytes, and need not be text
 
 
 def _named(name: str, dataset: str, **values: Any) -> Config:
@@ -315,14 +317,15 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
     """Parse a command line: `[--config NAME] [--any-field VALUE ...]`.
 
     Raises:
-        RunError: a value breaks its constraint. Unknown names end the process with status 2 and a message, as is usual
-            for command lines.
+        RunError: a value breaks its constraint, or is empty. Unknown names end the process with status 2 and a message,
+            as is usual for command lines.
     """
     first = argparse.ArgumentParser(
         prog=program, add_help=False, allow_abbrev=False, usage="%(prog)s [--config NAME] ..."
     )
     first.add_argument("--config", choices=CONFIGS, default="librispeech")
     chosen, rest = first.parse_known_args(arguments)  # tyro needs the defaults before it parses the other options
+    require_values(rest)
     return tyro.cli(
         Config,
         default=CONFIGS[chosen.config],

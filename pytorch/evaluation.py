@@ -14,7 +14,8 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 from torch import Tensor
 
-from pytorch.cli import RunError, progress_bar
+from data.files import progress_bar
+from pytorch.cli import RunError
 from pytorch.ctc import collapse
 from pytorch.device import copy_to_cpu_async
 from pytorch.distributed import World

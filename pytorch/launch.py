@@ -17,6 +17,7 @@ The exit status is that of pytorch.train.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -24,13 +25,19 @@ from pathlib import Path
 
 import torch
 
+from data.files import INTERRUPTED
 from pytorch import train
-from pytorch.cli import RANK_FAILED, RunError, exit_status
+from pytorch.cli import PREEMPTED, RANK_FAILED, Preempted, RunError, exit_status
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun passes on; its own choice lacks SIGUSR1
 GRACE_SECONDS = 180  # that ranks have to save before torchrun kills them; the files in cluster/ grant as much
-MAX_PORT = 65535
-VARIABLES = {"NPROC_PER_NODE": 0, "NNODES": 1, "NODE_RANK": 0, "MASTER_PORT": 29500, "MAX_RESTARTS": 0}
+VARIABLES = {  # default, lowest and highest value
+    "NPROC_PER_NODE": (0, 0, 1024),
+    "NNODES": (1, 1, 65536),
+    "NODE_RANK": (0, 0, 65535),
+    "MASTER_PORT": (29500, 1, 65535),
+    "MAX_RESTARTS": (0, 0, 65535),
+}
 RANK = "--rank-of-launch"  # first argument of the processes that torchrun starts
 
 
@@ -39,24 +46,19 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == [RANK]:
         return _run_rank(arguments[1], arguments[2], arguments[3:])
-    status = 0
-
-    def work() -> None:
-        nonlocal status
-        status = _launch(arguments)
-
-    return exit_status(work) or status
+    return exit_status(lambda: _launch(arguments))
 
 
 def _launch(arguments: list[str]) -> int:
     """Train in this process, or in several; returns the exit status.
 
     Raises:
-        RunError: an environment variable has a wrong value, or torchrun could not start the ranks.
+        RunError: an environment variable has a wrong value.
+        Preempted: the ranks were told to stop.
     """
-    given = {name: _number(name, default) for name, default in VARIABLES.items()}
-    if not 0 < given["MASTER_PORT"] <= MAX_PORT:
-        raise RunError(f"MASTER_PORT is {given['MASTER_PORT']}; it must be a number from 1 to {MAX_PORT}")
+    given = {name: _number(name) for name in VARIABLES}
+    if given["NODE_RANK"] >= given["NNODES"]:
+        raise RunError(f"NODE_RANK is {given['NODE_RANK']}; with NNODES={given['NNODES']} it must be less than that")
     processes = processes_here()
     if processes == given["NNODES"] == 1 and not given["MAX_RESTARTS"]:
         return train.main(arguments)
@@ -81,10 +83,14 @@ def _launch(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
         command = ["-m", "pytorch.launch", RANK, str(status_file), launch_id, *arguments]
-        failure = _torchrun([*(f"{name}={value}" for name, value in options.items()), *command], endpoint)
+        failure, status = _torchrun([*(f"{name}={value}" for name, value in options.items()), *command], endpoint)
         if failure:
             print(f"error: {failure}", file=sys.stderr)
-        return int(status_file.read_text()) if status_file.exists() else int(failure is not None)
+        if status_file.exists():
+            status = int(status_file.read_text())
+    if status == PREEMPTED:
+        raise Preempted
+    return status
 
 
 def _run_rank(status_file: str, launch_id: str, arguments: list[str]) -> int:
@@ -102,18 +108,19 @@ def _run_rank(status_file: str, launch_id: str, arguments: list[str]) -> int:
 
 def processes_here() -> int:
     """Return how many processes a run has on this machine; RunError where NPROC_PER_NODE is no number."""
-    return _number("NPROC_PER_NODE", 0) or max(1, torch.cuda.device_count())
+    return _number("NPROC_PER_NODE") or max(1, torch.cuda.device_count())
 
 
-def _number(name: str, default: int) -> int:
+def _number(name: str) -> int:
+    default, lowest, highest = VARIABLES[name]
     value = os.environ.get(name) or str(default)
-    if not value.isdecimal():
-        raise RunError(f"{name} is {value!r}; it must be a number")
+    if not (value.isdecimal() and lowest <= int(value) <= highest):
+        raise RunError(f"{name} is {value!r}; it must be a number from {lowest} to {highest}")
     return int(value)
 
 
-def _torchrun(arguments: list[str], endpoint: str) -> str | None:
-    """Run torchrun; returns what went wrong, if anything did."""
+def _torchrun(arguments: list[str], endpoint: str) -> tuple[str, int]:
+    """Run torchrun; returns what went wrong, if anything did, and the exit status where no rank has told its own."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -122,16 +129,17 @@ def _torchrun(arguments: list[str], endpoint: str) -> str | None:
     try:
         run.main(arguments)
     except SystemExit as ended:  # wrong options
-        return f"torchrun ended with status {ended.code}"
+        return f"torchrun ended with status {ended.code}", 1
     except ChildFailedError as error:
         failures = (f"rank {rank} ended with status {failed.exitcode}" for rank, failed in error.failures.items())
-        return f"the run has lost processes: {', '.join(failures)}; what they said is above"
+        return f"the run has lost processes: {', '.join(failures)}; what they said is above", 1
     except RendezvousError as error:
         cause = (str(error.__cause__ or error).splitlines() or [""])[0]
-        return f"no connection at {endpoint} (MASTER_ADDR, MASTER_PORT); is the port free, and machine 0 there? {cause}"
+        where = f"no connection at {endpoint} (MASTER_ADDR, MASTER_PORT)"
+        return f"{where}; is the port free, and machine 0 there? {cause}", 1
     except SignalException as error:
-        return str(error)
-    return None
+        return str(error), INTERRUPTED if error.sigval == signal.SIGINT else PREEMPTED
+    return "", 0
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class StandardOutput(Sink):
 
 
 class LogFile(Sink):
-    """A file, opened when the clock starts: a run that cannot start leaves the log of the run before."""
+    """A file, written from the clock's start on: a run that cannot start leaves the log of the run before."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
@@ -77,6 +77,8 @@ class LogFile(Sink):
     def write(self, line: str) -> None:
         if self._file is None:
             self._held.append(line)
+            if f'"{constants.INIT_STOP}"' in line:
+                self.path.open("a").close()  # fails while that is an error
             if f'"{constants.RUN_START}"' not in line:
                 return
             self._file = self.path.open("a" if self.append else "w", encoding="utf-8")

@@ -33,11 +33,11 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 from torch import Tensor
 
-from data.files import DataError, locked
+from data.files import DataError, locked, progress_bar
 from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, machine, mllog
 from pytorch.checkpoint import TrainState
-from pytorch.cli import Preempted, RunError, exit_status, progress_bar
+from pytorch.cli import Preempted, RunError, exit_status
 from pytorch.config import Config, Precision, fields_of, parse_config
 from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
 from pytorch.distributed import World, report_lost_ranks, shutdown
@@ -171,7 +171,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
     first, last = state.step_in_epoch, len(loader)
     if config.max_steps is not None:
         last = min(last, first + config.max_steps - state.step)
-    with progress_bar(f"epoch {state.epoch}", len(loader), first, shown=world.is_main) as bar:
+    with progress_bar(f"epoch {state.epoch}", len(loader), initial=first, shown=world.is_main) as bar:
         for indices, microbatches in loader.epoch(state.epoch, first, last):
             lr = learning_rate(config, state.step, len(loader))
             save_due = world.is_main and time.monotonic() - run.last_save_time > 60 * config.checkpoint_interval_minutes

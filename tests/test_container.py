@@ -6,6 +6,7 @@ import re
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -43,10 +44,12 @@ def write_program(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-def run_dev(asked: Path, engine: str = "docker", facts: dict[str, str] = WITH_ROOT, **variables: str) -> list[str]:
+def run_dev(
+    asked: Path, engine: str = "docker", facts: dict[str, str] = WITH_ROOT, root: Path = ROOT, **variables: str
+) -> list[str]:
     (asked.parent / "facts").write_text(facts[engine])
     run = subprocess.run(
-        ["sh", SCRIPTS / "run-dev.sh"],
+        ["sh", root / "pytorch" / "docker" / "run-dev.sh"],
         env={**os.environ, "ENGINE": engine, **variables},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -91,6 +94,29 @@ def test_the_commit_is_told_to_the_image_which_has_no_git(asked: Path) -> None:
     (told,) = [argument for argument in run_dev(asked) if argument.startswith("DEEPSPEECH2_COMMIT=")]
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert told.removesuffix("-dirty") == f"DEEPSPEECH2_COMMIT={head}"
+
+
+def test_only_what_the_program_would_run_makes_a_commit_dirty(asked: Path, tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    git = ["git", "-C", str(clone)]
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    for script in ("run-dev.sh", "engine.sh"):  # as they are now
+        (clone / "pytorch" / "docker" / script).write_bytes((SCRIPTS / script).read_bytes())
+    subprocess.run([*git, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-a", "-m", "-"])
+    (clone / ".venv").symlink_to(tmp_path)
+    (clone / "before.log").touch()
+    for source, dirty in (("notes.txt", False), ("pytorch/extra.py", True)):
+        (clone / source).touch()
+        (told,) = [word for word in run_dev(asked, root=clone) if word.startswith("DEEPSPEECH2_COMMIT=")]
+        assert told.endswith("-dirty") is dirty, source
+
+
+@pytest.mark.parametrize("variable", ["RESULTS_DIR", "DATASET_DIR"])
+def test_a_folder_that_docker_would_split_at_its_comma_is_refused(variable: str, asked: Path, tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    folder: dict[str, Any] = {variable: str(tmp_path / "a,b")}
+    with pytest.raises(AssertionError, match="a,b: a folder whose path has a comma cannot be mounted"):
+        run_dev(asked, **folder)
 
 
 def test_a_terminal_is_passed_on_only_if_there_is_one(asked: Path) -> None:

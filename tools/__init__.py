@@ -1,0 +1,3 @@
+"""Commands for finished runs."""
+
+import pytorch  # noqa: F401  # before a command's modules: see there

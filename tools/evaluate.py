@@ -127,12 +127,6 @@ def evaluate(options: Options) -> None:
     by_subset = {name: [spoken for spoken in everything if spoken[1].subset == name] for name in names}
     scores = {name: score(spoken) for name, spoken in {**by_subset, "all": everything}.items()}
     audio_seconds = int(utterances.num_samples.sum()) / SAMPLE_RATE
-    print(table(scores))
-    print(
-        f"{audio_seconds:.0f} s of speech in {seconds:.1f} s: {speed(audio_seconds, seconds)}; {recognizer.precision}"
-    )
-    if options.output is None:
-        return
     summary = {
         "checkpoint": str(options.checkpoint),
         "dataset_digest": dataset.digest,
@@ -142,7 +136,19 @@ def evaluate(options: Options) -> None:
         "real_time_factor": seconds / audio_seconds,
         "scores": scores,
     }
-    with output_file(options.output / "utterances.jsonl") as stream:
+    if options.output is not None:  # first, since whoever reads the table may have left
+        write_files(options.output, summary, everything, by_subset)
+    print(table(scores))
+    print(
+        f"{audio_seconds:.0f} s of speech in {seconds:.1f} s: {speed(audio_seconds, seconds)}; {recognizer.precision}"
+    )
+
+
+def write_files(
+    folder: Path, summary: dict[str, Any], everything: list[Spoken], by_subset: dict[str, list[Spoken]]
+) -> None:
+    """Write the files of `--output`; RunError where one cannot be written."""
+    with output_file(folder / "utterances.jsonl") as stream:
         for speaker, found in everything:
             pair = {"subset": found.subset, "id": found.id, "speaker": speaker}
             stream.write(json.dumps(pair | {"reference": found.reference, "hypothesis": found.hypothesis}) + "\n")
@@ -152,9 +158,9 @@ def evaluate(options: Options) -> None:
             ("ref", [found.reference for _, found in spoken]),
             ("hyp", [found.hypothesis for _, found in spoken]),
         ):
-            with output_file(options.output / f"{name}.{side}.trn") as stream:
+            with output_file(folder / f"{name}.{side}.trn") as stream:
                 stream.writelines(f"{text} ({name})\n" for text, name in zip(texts, ids, strict=True))
-    with output_file(options.output / "summary.json") as stream:
+    with output_file(folder / "summary.json") as stream:
         stream.write(json.dumps(summary, indent=2) + "\n")
 
 

@@ -10,28 +10,30 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from pytorch import launch
-from pytorch.cli import RunError
+from pytorch.cli import exit_status
 from pytorch.config import parse_config
 from pytorch.mllog import LOG, REPORT
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit status, which is that of the timed run."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        config = parse_config(arguments, program="sh run_and_time.sh", description=launch.train.__doc__ or "")
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    given = sys.argv[1:] if arguments is None else arguments
+    return exit_status(lambda: _run(given))
+
+
+def _run(arguments: list[str]) -> int:
+    config = parse_config(arguments, program="sh run_and_time.sh", description=launch.train.__doc__ or "")
     log = config.output_dir / LOG
     before = _written_at(log)
     status = launch.main(arguments)
     if status in (0, 1) and _written_at(log) != before:  # else the run could not start, or logs on another machine
         command = [sys.executable, "-m", "tools.report", str(log), "--output", str(log.with_name(REPORT))]
-        subprocess.run(command, stdout=sys.stderr)  # if it fails, the run has not
+        with suppress(KeyboardInterrupt):
+            subprocess.run(command, stdout=sys.stderr)  # if it fails, the run has not
     return status
 
 

@@ -35,8 +35,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from data.files import DataError
-from pytorch.cli import RunError, exit_status, progress_bar
+from data.files import DataError, progress_bar
+from pytorch.cli import RunError, exit_status
 from tools.language_model.beam_search import Decode, Decoding
 from tools.output import output_file, prepare_outputs
 from tools.recognizer import Recognizer, Word, align, speed

@@ -31,15 +31,23 @@ if [ $# -eq 0 ]; then
 fi
 set -- "$id" "$@"
 
+# --mount takes a comma for the end of a path.
+no_comma() {
+    case "$1" in *,*) fail "$1: a folder whose path has a comma cannot be mounted" ;; esac
+}
+no_comma "$root"
+
 # Mounts. A folder to mount on is made here: the engine would make it too, but root's.
 if [ -n "${RESULTS_DIR:-}" ]; then
     mkdir -p "$RESULTS_DIR" "$root/results" || fail "RESULTS_DIR=$RESULTS_DIR cannot be made"
     results=$(CDPATH='' cd -- "$RESULTS_DIR" && pwd)
+    no_comma "$results"
     set -- --mount "type=bind,source=$results,target=/deepspeech2/results" "$@"
 fi
 if [ -n "${DATASET_DIR:-}" ]; then
     [ -d "$DATASET_DIR" ] || fail "DATASET_DIR=$DATASET_DIR is no directory: a packed data set is made by download_dataset.sh"
     dataset=$(CDPATH='' cd -- "$DATASET_DIR" && pwd)
+    no_comma "$dataset"
     name=$(basename -- "$dataset")
     case "$name" in *_dataset) ;; *) name=LibriSpeech_dataset ;; esac
     case "${DATASET_MODE:-ro}" in
@@ -81,9 +89,13 @@ else
     set -- --user 0:0 "$@"
 fi
 
-# The log names the commit, for which the image would need git.
+# The log names the commit, for which the image would need git. What differs from it is as in pytorch/machine.py.
 commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) || commit=''
-if [ -n "$commit" ] && [ -n "$(git -C "$root" status --porcelain)" ]; then
+changes() {
+    git -C "$root" status --porcelain --untracked-files=no
+    git -C "$root" ls-files --others --exclude-standard 'data/*.py' 'pytorch/*.py' 'pytorch/*.cpp' 'tools/*.py'
+}
+if [ -n "$commit" ] && [ -n "$(changes)" ]; then
     commit="$commit-dirty"
 fi
 

@@ -254,6 +254,19 @@ def test_a_run_told_to_stop_saves_after_its_step_and_says_so_by_its_exit_status(
     assert steps == [done + 1, done + 2]
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, 130)])
+def test_a_run_told_to_stop_while_its_processes_start_says_so_by_its_exit_status(
+    number: signal.Signals, status: int, uneven: Path, tmp_path: Path
+) -> None:
+    run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "200")
+    while len(_workers(run)) < 2:
+        assert run.poll() is None
+    os.kill(run.pid, number)
+    ended = finish(run)
+    assert ended.returncode == status, ended.stderr
+    assert not ended.stdout
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_single_process_told_to_stop_saves_in_the_middle_of_the_epoch(
     number: signal.Signals, uneven: Path, tmp_path: Path

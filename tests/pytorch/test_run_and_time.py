@@ -1,8 +1,12 @@
 """What run_and_time.sh adds to the timed run: its log and its report in the output folder."""
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT
 from tools.mlperf.runlog import RunLog
@@ -14,7 +18,14 @@ SCRIPT = ROOT / "pytorch" / "run_and_time.sh"
 def run_and_time(*options: str | Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     command = ["sh", SCRIPT, *options]
     environment = {**os.environ, **variables}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=folder, env=environment)
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        cwd=folder,
+        env=environment,
+    )
 
 
 def test_run_and_time_writes_the_report_beside_a_log_that_stays_pure(tones: Path, tmp_path: Path) -> None:
@@ -55,3 +66,71 @@ def test_of_several_processes_the_first_ones_log_is_reported(tones: Path, tmp_pa
     assert log.path.read_text().splitlines() == [line for line in run.stdout.splitlines() if line]
     assert log.result is not None  # which is no event
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("lost", ["a full disk", "a reader that has left"])
+def test_a_run_goes_on_where_its_progress_cannot_be_shown(lost: str, tones: Path, tmp_path: Path) -> None:
+    options = ["--dataset-dir", tones, *SMALL, "--max-steps", "2", "--target-wer", "1000", "--output-dir", tmp_path]
+    command = list(map(str, ["sh", SCRIPT, *options]))
+    reader, errors = os.pipe()
+    os.close(reader)
+    if lost == "a full disk":
+        errors = os.open("/dev/full", os.O_WRONLY)
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    os.close(errors)
+    assert run.returncode == 0
+    assert run.stdout.splitlines()[-1].startswith("RESULT,")
+    assert (tmp_path / "last_run.log").read_text() == run.stdout
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_ctrl_c_ends_a_run_at_any_moment_without_a_traceback(processes: str, tones: Path, tmp_path: Path) -> None:
+    options = ["--dataset-dir", tones, *SMALL, "--max-epochs", "1000", "--target-wer", "0", "--output-dir", tmp_path]
+    command = list(map(str, ["sh", SCRIPT, *options]))
+    variables = {**os.environ, "NPROC_PER_NODE": processes, "MASTER_PORT": "29518"}
+    for seconds in (0.5, 1.0, 1.5, 2.0, 4.0):
+        run = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, env=variables
+        )
+        time.sleep(seconds)
+        os.killpg(run.pid, signal.SIGINT)
+        errors = run.communicate()[1]
+        assert run.returncode in (-signal.SIGINT, 130), errors
+        assert "Traceback" not in errors
+
+
+def test_a_second_sigterm_does_not_change_the_status_of_a_run_that_was_told_to_stop(
+    tones: Path, tmp_path: Path
+) -> None:
+    options = ["--dataset-dir", tones, *SMALL, "--max-epochs", "1000", "--target-wer", "0", "--output-dir", tmp_path]
+    command = list(map(str, ["sh", SCRIPT, *options]))
+    for wait in (0.05, 0.15):
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert run.stderr is not None
+        for awaited in ("epoch", "Told to stop"):
+            while not run.stderr.readline().startswith(awaited):
+                assert run.poll() is None
+            run.send_signal(signal.SIGTERM)
+        time.sleep(wait)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait() == 75
+        run.stderr.close()
+
+
+def test_a_folder_whose_name_is_no_text_has_a_log_and_a_report(tones: Path, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "1", "--target-wer", "1000"]
+    run = run_and_time(*options, "--output-dir", folder, folder=tmp_path)
+    assert run.returncode == 0
+    assert "Traceback" not in run.stderr
+    assert RunLog.read(folder / "last_run.log").reached
+    assert (folder / "report.html").exists()
+
+
+def test_a_log_that_cannot_be_written_is_an_error_before_the_clock_starts(tones: Path, tmp_path: Path) -> None:
+    (tmp_path / "last_run.log").mkdir()
+    run = run_and_time("--dataset-dir", tones, *SMALL, "--output-dir", tmp_path, folder=tmp_path)
+    assert run.returncode == 1
+    assert f"error: {tmp_path / 'last_run.log'} cannot be written: Is a directory" in run.stderr
+    assert "run_start" not in run.stdout

@@ -498,13 +498,38 @@ def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite
     assert all(torch.equal(left, right) for left, right in zip(*weights, strict=True))
 
 
-@pytest.mark.parametrize("port", ["0", "70000"])
-def test_a_port_that_cannot_be_is_an_error_of_one_line(
-    port: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("MASTER_PORT", "0", "'0'; it must be a number from 1 to 65535"),
+        ("MASTER_PORT", "70000", "'70000'; it must be a number from 1 to 65535"),
+        ("NPROC_PER_NODE", "9" * 20, f"'{'9' * 20}'; it must be a number from 0 to 1024"),
+        ("NNODES", "0", "'0'; it must be a number from 1 to 65536"),
+        ("NODE_RANK", "1", "1; with NNODES=1 it must be less than that"),
+        ("MAX_RESTARTS", "-1", "'-1'; it must be a number from 0 to 65535"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_an_error_of_one_line(
+    name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setenv(name, value)
     assert launch.main([]) == 1
-    assert capsys.readouterr().err == f"error: MASTER_PORT is {port}; it must be a number from 1 to 65535\n"
+    assert capsys.readouterr().err == f"error: {name} is {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--output-dir", ""], "--output-dir has an empty value"),
+        (["--dataset-dir="], "--dataset-dir has an empty value"),
+        (["--output-dir=~/runs"], "--output-dir is ~/runs: your shell leaves this ~ as it is; write $HOME"),
+    ],
+)
+def test_a_path_that_nobody_means_is_refused(
+    options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch.main(options) == 1
+    assert capsys.readouterr().err == f"error: {expected}\n"
 
 
 def test_two_runs_in_one_output_folder_do_not_disturb_each_other(

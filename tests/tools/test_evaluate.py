@@ -1,8 +1,10 @@
 """Evaluation of a trained model, by the command that a user types."""
 
 import json
+import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import jiwer
@@ -12,6 +14,7 @@ import torch
 
 from pytorch.evaluation import Hypothesis
 from pytorch.metrics import count_errors
+from tests.conftest import ROOT
 from tests.processes import run_module_for_text
 from tests.pytorch.test_train import small_run
 from tests.tools.conftest import Trained
@@ -51,6 +54,20 @@ def evaluated(tones: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFa
     assert "real-time factor" in run.stdout
     assert run.stdout.endswith("fp32\n")
     return folder
+
+
+def test_files_are_written_even_if_whoever_reads_the_table_has_left(
+    tones: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    reader, gone = os.pipe()
+    os.close(reader)
+    options = [checkpoint, "--dataset-dir", tones, "--output", tmp_path / "files"]
+    words = list(map(str, [sys.executable, "-m", "tools.evaluate", *options]))
+    run = subprocess.run(words, cwd=ROOT, stdout=gone, stderr=subprocess.PIPE, text=True)
+    os.close(gone)
+    assert (run.returncode, run.stderr) == (141, "")
+    assert len(pairs(tmp_path / "files")) == 7
+    assert summary(tmp_path / "files")
 
 
 def test_the_figures_of_each_subset_and_of_all_equal_those_of_jiwer(evaluated: Path) -> None:

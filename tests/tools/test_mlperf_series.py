@@ -334,6 +334,8 @@ def test_a_run_that_cannot_start_ends_the_series_and_its_log_is_kept(
         (["--runs", "2", "--", "--resume"], "a resumed run is no result"),
         (["--runs=2", "--system", "../box"], "--system is '../box'"),
         (["--runs=2", "--series", ".."], "--series is '..'"),
+        (["--runs=2", "--tree", ""], "--tree has an empty value"),
+        (["--runs=2", "--tree=~/tree"], "--tree is ~/tree: your shell leaves this ~ as it is"),
         (["--runs", "2", "--", "--batch-size", "0"], "--batch-size is 0; it must be any integer in [1, 2^31)"),
         (["--runs", "2", "--", "--seed", str(2**63 - 1)], f"--seed is {2**63}; it must be"),
         (["--runs", "2", "--", "--dataset-dir", "nowhere"], "no data set in nowhere"),

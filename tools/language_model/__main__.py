@@ -28,9 +28,9 @@ import tyro
 
 from data.corpora import REPOSITORY, Archive, openslr_mirrors
 from data.fetch import fetch
-from data.files import DOWNLOADS, atomic_replace, locked, work_folder
+from data.files import DOWNLOADS, atomic_replace, locked, progress_bar, work_folder
 from data.packed import open_dataset
-from pytorch.cli import RunError, exit_status, progress_bar
+from pytorch.cli import RunError, exit_status
 from tools.output import output_file, prepare_outputs
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"

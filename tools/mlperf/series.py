@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import tyro
 from mlperf_logging.mllog import constants
 
+from data.files import INTERRUPTED
 from data.packed import PackedDataset, open_dataset
 from pytorch.cli import PREEMPTED, Preempted, RunError
 from pytorch.config import ROOT, Config, parse_config
@@ -38,7 +39,6 @@ from tools.mlperf.submission import SubmissionDir, describe_system, system_name
 
 SCRIPT = ROOT / "pytorch" / "run_and_time.sh"
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # passed on to the run under way
-INTERRUPTED = 130  # exit status
 
 
 def run_series(
