@@ -77,7 +77,7 @@ class LogFile(Sink):
     def write(self, line: str) -> None:
         if self._file is None:
             self._held.append(line)
-            if f'"{constants.INIT_STOP}"' in line:
+            if f'"{constants.INIT_STOP}"' in line and self.path.exists():
                 self.path.open("a").close()  # fails while that is an error
             if f'"{constants.RUN_START}"' not in line:
                 return
