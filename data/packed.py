@@ -7,7 +7,7 @@
 The digest of a data set is the SHA-256 of one tarball of its files, names sorted, without times, owners and modes:
 
     cd LibriSpeech_dataset
-    LC_ALL=C
+    export LC_ALL=C
     tar --format=gnu --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=0644 -cf - $(ls */*.npy */*.csv) | sha256sum
 
 so it is the same on every machine. It is computed as the files are read; the tarball is never written.

@@ -213,7 +213,7 @@ def test_archives_are_kept_on_request_and_then_not_fetched_again(
     server.requests.clear()
     assert download(keeping).digest == digest
     assert {method for method, _ in server.requests} == {"HEAD"}
-    script = f"cd '{tmp_path}/dataset' && LC_ALL=C && {TAR} $(ls */*.npy */*.csv) | sha256sum"
+    script = f"cd '{tmp_path}/dataset' && export LC_ALL=C && {TAR} $(ls */*.npy */*.csv) | sha256sum"
     summed = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split()[0]
     assert summed == digest
 

@@ -68,7 +68,7 @@ def test_opening_reads_nothing_but_dataset_json(dataset: PackedDataset) -> None:
 
 
 def test_the_digest_is_the_sha256_of_one_tarball(dataset: PackedDataset) -> None:
-    script = f"cd '{dataset.path}' && LC_ALL=C && {TAR} $(ls */*.npy */*.csv) | sha256sum"
+    script = f"cd '{dataset.path}' && export LC_ALL=C && {TAR} $(ls */*.npy */*.csv) | sha256sum"
     expected = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split()[0]
     assert dataset_digest(dataset.path, dataset.subsets) == expected == dataset.digest
 
