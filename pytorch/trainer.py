@@ -213,10 +213,11 @@ class Trainer:
 
 def _noise(count: int, num_samples: int) -> Batch:
     """Return a batch of equally long utterances of noise, each with the transcript of an apostrophe, label 1."""
+    waveforms_BS = torch.randint(-1000, 1000, (count, num_samples), dtype=torch.int16)  # first: the largest may not fit
     ones = torch.full((count,), 1)
     return Batch(
         indices=np.arange(count),
-        waveforms_BS=torch.randint(-1000, 1000, (count, num_samples), dtype=torch.int16),
+        waveforms_BS=waveforms_BS,
         num_samples_B=torch.full((count,), num_samples),
         targets=ones,
         target_lengths_B=ones,
