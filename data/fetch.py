@@ -197,7 +197,7 @@ class ArchiveSource:
         return VerifiedArchive(file, md5, sha256, official=md5 == self._official[archive.file] != "")
 
     def _check_space(self, sizes: Sequence[int], archives: float) -> None:
-        unpacked = UNPACKED_RATIO[self._corpus.layout] * max(sizes)
+        unpacked = UNPACKED_RATIO.get(self._corpus.layout, max(UNPACKED_RATIO.values())) * max(sizes)
         check_space(self._kept.parent, PACKED_RATIO * sum(sizes) + archives + unpacked)
 
 
