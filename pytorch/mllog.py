@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import sys
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -41,9 +42,9 @@ class Sink(logging.Handler):
         super().__init__()
         self.name, self.error = name, ""
 
+    @abstractmethod
     def write(self, line: str) -> None:
         """Write a line; OSError if that fails."""
-        raise NotImplementedError
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.error:

@@ -6,7 +6,16 @@ from torch import Tensor, nn
 
 from pytorch.config import CONFIGS
 from pytorch.model import DeepSpeech2
-from pytorch.optimizer import COEFFICIENTS, ITERATIONS, MOMENTUM, ROOT_MEAN_SQUARE, Muon, make_optimizers, newton_schulz
+from pytorch.optimizer import (
+    COEFFICIENTS,
+    ITERATIONS,
+    MOMENTUM,
+    ROOT_MEAN_SQUARE,
+    Muon,
+    learning_rate,
+    make_optimizers,
+    newton_schulz,
+)
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1
 
@@ -89,3 +98,21 @@ def test_a_step_that_is_left_out_changes_nothing_and_leaves_no_trace() -> None:
         return [*weights, *(value for state in muon.state.values() for value in state.values())]
 
     assert all(map(torch.equal, run([0, 0]), run([1, 0, 1, 0])))
+
+
+def test_the_cosine_schedule_warms_up_falls_and_stays() -> None:
+    config = CONFIGS["synthetic"]
+    rates = [learning_rate(config, step, 100) for step in range(100 * config.lr_decay_epochs + 500)]
+    top = config.learning_rate
+    assert rates[0] == pytest.approx(top / config.warmup_steps)
+    assert max(rates) <= top
+    assert rates[-1] == rates[-400] == pytest.approx(top * config.min_lr_ratio)
+    after = rates[config.warmup_steps :]
+    assert after == sorted(after, reverse=True)
+
+
+def test_the_annealing_schedule_divides_once_an_epoch() -> None:
+    config = dataclasses.replace(CONFIGS["librispeech"], schedule="anneal", warmup_steps=0, learning_rate=3e-4)
+    assert learning_rate(config, 99, 100) == 3e-4
+    assert learning_rate(config, 100, 100) == pytest.approx(3e-4 / 1.1)
+    assert learning_rate(config, 250, 100) == pytest.approx(3e-4 / 1.1**2)

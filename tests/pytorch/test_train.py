@@ -2,33 +2,28 @@
 
 import dataclasses
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from data.files import locked
 from data.packed import open_dataset
-from pytorch import checkpoint, launch, machine, train, trainer
+from pytorch import checkpoint, launch, machine, train
 from pytorch.cli import PREEMPTED, RunError
-from pytorch.config import CONFIGS, Config
 from pytorch.distributed import World
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.layers import kernels
-from pytorch.loader import Batch, TrainingLoader, Utterances
-from pytorch.optimizer import learning_rate
+from pytorch.loader import TrainingLoader, Utterances
 from pytorch.trainer import Trainer
 from tests.conftest import ROOT, write_packed_dataset
 from tests.processes import run_module_for_text
-from tools.bench import random_batch
+from tests.pytorch.test_trainer import small_config
 from tools.mlperf.runlog import RunLog
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -314,24 +309,6 @@ def test_asking_for_a_gpu_where_there_is_none_is_an_error(tones: Path, tmp_path:
     assert "--device cuda" in run.stderr
 
 
-def test_the_cosine_schedule_warms_up_falls_and_stays() -> None:
-    config = CONFIGS["synthetic"]
-    rates = [learning_rate(config, step, 100) for step in range(100 * config.lr_decay_epochs + 500)]
-    top = config.learning_rate
-    assert rates[0] == pytest.approx(top / config.warmup_steps)
-    assert max(rates) <= top
-    assert rates[-1] == rates[-400] == pytest.approx(top * config.min_lr_ratio)
-    after = rates[config.warmup_steps :]
-    assert after == sorted(after, reverse=True)
-
-
-def test_the_annealing_schedule_divides_once_an_epoch() -> None:
-    config = dataclasses.replace(CONFIGS["librispeech"], schedule="anneal", warmup_steps=0, learning_rate=3e-4)
-    assert learning_rate(config, 99, 100) == 3e-4
-    assert learning_rate(config, 100, 100) == pytest.approx(3e-4 / 1.1)
-    assert learning_rate(config, 250, 100) == pytest.approx(3e-4 / 1.1**2)
-
-
 def test_a_batch_that_does_not_fit_into_memory_is_an_error_with_advice_before_training(
     tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -422,80 +399,6 @@ def test_ranks_of_different_configurations_refuse_to_train_together(
     assert run_here(tones, tmp_path) == 1
     errors = capsys.readouterr().err
     assert "resume True on rank 1, False on rank 0; seed 9 on rank 1, 1 on rank 0; data-set another on rank 2" in errors
-
-
-def test_evaluation_is_balanced_over_processes_and_no_batch_is_larger_than_in_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    utterances = Utterances(
-        open_dataset(write_packed_dataset(tmp_path / "set", {"train": 1, "validation": 31})).split("validation")
-    )
-    shares: list[list[int]] = []
-
-    def all_gather_object(_: World, mine: tuple[bool, list[tuple[int, Any]]]) -> list[Any]:
-        shares.append([index for index, _ in mine[1]])
-        return [mine]
-
-    monkeypatch.setattr(World, "all_gather_object", all_gather_object)
-    trainer = Trainer(small_config(), torch.device("cpu"))
-    trainer.model.eval()
-    capacity = 2 * int(utterances.num_samples.max())
-
-    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
-        assert batch.waveforms_BS.numel() <= capacity
-        return trainer.logits(trainer.model, batch)
-
-    for rank in range(3):
-        with pytest.raises(RunError, match="are not the 31 there are"):  # what the others found is missing
-            evaluate(forward, utterances, World(rank, 3), max_batch_samples=capacity)
-    assert sorted(index for share in shares for index in share) == list(range(31))
-    samples = [int(utterances.num_samples[share].sum()) for share in shares]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    assert max(samples) - min(samples) <= utterances.num_samples.max()
-
-
-def small_config(**changes: Any) -> Config:
-    return dataclasses.replace(CONFIGS["synthetic"], hidden_size=8, conv_channels=2, precision="fp32", **changes)
-
-
-@pytest.fixture
-def infinite(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Says of each loss to come, the last first, whether it is to be infinite."""
-    left: list[bool] = []
-    proper: Callable[..., Tensor] = trainer.ctc_loss
-    monkeypatch.setattr(trainer, "ctc_loss", lambda *given: proper(*given) * (math.inf if left.pop() else 1))
-    return left
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[bool], optimizer: Any) -> None:
-    config = small_config(ema_decay=0.9, optimizer=optimizer)
-    taught, batch = Trainer(config, torch.device("cpu")), random_batch(config, 2, 0.3, 0.5)
-    assert taught.ema is not None
-    infinite[:] = [True, False, False]
-    for _ in range(2):
-        taught.train_step([batch], 2, 1e-3)
-    before = [weight.clone() for weight in (*taught.model.parameters(), *taught.ema.module.parameters())]
-    assert not torch.equal(before[0], next(taught.ema.module.parameters()))
-    result = taught.train_step([batch], 2, 1e-3)()
-    assert not result[0].isfinite()
-    after = [*taught.model.parameters(), *taught.ema.module.parameters()]
-    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
-
-
-def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite: list[bool]) -> None:
-    config = small_config(optimizer="sgd")
-    batch, weights = random_batch(config, 2, 0.3, 0.5), []
-    for losses in ([False], [False, True]):
-        torch.manual_seed(0)
-        taught = Trainer(config, torch.device("cpu"))
-        infinite[:] = losses
-        used = [torch.full_like(weight, 7.0) for weight in taught.model.parameters()]
-        del used  # what is not initialised is likely to be this
-        while infinite:
-            taught.train_step([batch], 2, 1e-3)
-        weights.append(list(taught.model.parameters()))
-    assert all(torch.equal(left, right) for left, right in zip(*weights, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -625,13 +528,3 @@ def test_auto_is_the_precision_that_was_measured_to_be_faster_and_stays_so_when_
     monkeypatch.setattr(Trainer, "time_precisions", lambda _: {"fp32": bf16, "bf16": fp32})
     assert precision("--max-steps", "2", "--resume") == (chosen, [])
     assert precision("--max-steps", "1", "--precision", "fp32") == ("fp32", [])
-
-
-def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
-    trainer = Trainer(small_config(), torch.device("cpu"))
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    seconds = trainer.time_precisions()
-    assert set(seconds) == {"fp32", "bf16"}
-    assert all(0 < value < math.inf for value in seconds.values())
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())

@@ -1,0 +1,69 @@
+"""One optimizer step, alone."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pytorch import trainer
+from pytorch.config import CONFIGS, Config
+from pytorch.trainer import Trainer
+from tools.bench import random_batch
+
+
+def small_config(**changes: Any) -> Config:
+    return dataclasses.replace(CONFIGS["synthetic"], hidden_size=8, conv_channels=2, precision="fp32", **changes)
+
+
+@pytest.fixture
+def infinite(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Says of each loss to come, the last first, whether it is to be infinite."""
+    left: list[bool] = []
+    proper: Callable[..., Tensor] = trainer.ctc_loss
+    monkeypatch.setattr(trainer, "ctc_loss", lambda *given: proper(*given) * (math.inf if left.pop() else 1))
+    return left
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[bool], optimizer: Any) -> None:
+    config = small_config(ema_decay=0.9, optimizer=optimizer)
+    taught, batch = Trainer(config, torch.device("cpu")), random_batch(config, 2, 0.3, 0.5)
+    assert taught.ema is not None
+    infinite[:] = [True, False, False]
+    for _ in range(2):
+        taught.train_step([batch], 2, 1e-3)
+    before = [weight.clone() for weight in (*taught.model.parameters(), *taught.ema.module.parameters())]
+    assert not torch.equal(before[0], next(taught.ema.module.parameters()))
+    result = taught.train_step([batch], 2, 1e-3)()
+    assert not result[0].isfinite()
+    after = [*taught.model.parameters(), *taught.ema.module.parameters()]
+    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+
+
+def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite: list[bool]) -> None:
+    config = small_config(optimizer="sgd")
+    batch, weights = random_batch(config, 2, 0.3, 0.5), []
+    for losses in ([False], [False, True]):
+        torch.manual_seed(0)
+        taught = Trainer(config, torch.device("cpu"))
+        infinite[:] = losses
+        used = [torch.full_like(weight, 7.0) for weight in taught.model.parameters()]
+        del used  # what is not initialised is likely to be this
+        while infinite:
+            taught.train_step([batch], 2, 1e-3)
+        weights.append(list(taught.model.parameters()))
+    assert all(torch.equal(left, right) for left, right in zip(*weights, strict=True))
+
+
+def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
+    trainer = Trainer(small_config(), torch.device("cpu"))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    seconds = trainer.time_precisions()
+    assert set(seconds) == {"fp32", "bf16"}
+    assert all(0 < value < math.inf for value in seconds.values())
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
