@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -55,6 +56,11 @@ class TrainState:
     elapsed_seconds: float = 0.0  # on the clock, when this was saved
     evaluation_seconds: float = 0.0  # of those, spent in evaluations
     resumed: bool = False
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean loss of the epoch so far; not a number before the first one."""
+        return self.sum_of_losses_in_epoch / self.losses_in_epoch if self.losses_in_epoch else math.nan
 
     def begin_epoch(self, epoch: int) -> None:
         """Count the steps of another epoch."""

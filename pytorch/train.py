@@ -170,7 +170,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
     trainer.model.train()
     first, last = state.step_in_epoch, len(loader)
     if config.max_steps is not None:
-        last = min(last, first + config.max_steps - state.step)
+        last = max(first, min(last, first + config.max_steps - state.step))  # none where a lower limit was resumed with
     with progress_bar(f"epoch {state.epoch}", len(loader), initial=first, shown=world.is_main) as bar:
         for indices, microbatches in loader.epoch(state.epoch, first, last):
             lr = learning_rate(config, state.step, len(loader))
@@ -183,6 +183,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
             utterances += len(indices)
             samples += int(loader.utterances.num_samples[indices].sum())
             stop, save_now = log_finished_steps(run, loader, pending, keep=MAX_PENDING_STEPS[trainer.device.type])
+            bar.set_postfix_str(f"mean loss {state.mean_loss:.2f}", refresh=False)
             bar.update()
             if stop or save_now:
                 stop_late, _ = log_finished_steps(run, loader, pending, keep=0)
@@ -192,7 +193,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
         log_finished_steps(run, loader, pending, keep=0)
     seconds = time.monotonic() - started
     stats = EpochStats(
-        loss=state.sum_of_losses_in_epoch / state.losses_in_epoch if state.losses_in_epoch else math.nan,
+        loss=state.mean_loss,
         seconds=seconds,
         utterances_per_second=utterances / seconds,
         audio_seconds_per_second=samples / SAMPLE_RATE / seconds,
