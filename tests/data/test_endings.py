@@ -71,9 +71,13 @@ def test_ctrl_c_ends_a_download_in_one_line_with_its_decoding_processes(mirror: 
     with subprocess.Popen(asked, stderr=subprocess.PIPE, cwd=REPOSITORY, start_new_session=True) as process:
         assert process.stderr is not None
         audio = tmp_path / "dataset" / "unfinished" / "dev-clean" / "audio.npy"
-        while process.poll() is None and not (audio.exists() and any(audio.read_bytes()[128:])):
+        while process.poll() is None and not audio.exists():
             pass
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         said = process.stderr.read()
-    assert (process.returncode, said) == (130, b"Interrupted. Run the same command to resume.\n")
-    assert not list((tmp_path / "dataset").iterdir())
+    *before, last = said.splitlines()
+    assert (process.returncode, last) == (130, b"Interrupted. Run the same command to resume.")
+    if before:  # on a quick machine the subset may be complete by then
+        assert before == [b"dev-clean: prepared 400 utterances"]
+    else:
+        assert not list((tmp_path / "dataset").iterdir())
