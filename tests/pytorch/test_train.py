@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from data.files import locked
 from data.packed import open_dataset
-from pytorch import checkpoint, launch, machine, train
+from pytorch import checkpoint, launch, train
 from pytorch.cli import PREEMPTED, RunError
 from pytorch.distributed import World
 from pytorch.evaluation import Evaluation, evaluate
@@ -454,55 +453,6 @@ def test_resuming_a_run_that_has_reached_its_target_says_so_and_changes_nothing(
     assert (tmp_path / "last_run.log").read_text() == log
     assert run_here(tones, tmp_path, "--resume-with-changes") == 1
     assert "add --resume" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("environment", "shown"), [({"USER": "Doe, José"}, "Doe__Jos_"), ({"HOME": "", "USER": "x"}, "x")]
-)
-def test_the_result_line_has_a_user_without_commas_and_in_ascii(
-    environment: dict[str, str], shown: str, tones: Path, tmp_path: Path
-) -> None:
-    for name in ("LOGNAME", "LNAME", "USERNAME"):
-        environment = {name: "", **environment}
-    arguments = [*SMALL, "--dataset-dir", tones, "--output-dir", tmp_path, "--max-steps", "1", "--target-wer", "1000"]
-    run = run_module_for_text("pytorch.launch", *arguments, environment={**environment, "PYTHONIOENCODING": "ascii"})
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[-1].split(",")[4] == shown
-
-
-def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nobody() -> str:
-        raise KeyError("getpwuid(): uid not found: 12345")
-
-    monkeypatch.setattr(machine.getpass, "getuser", nobody)
-    assert machine.user_name() == str(os.getuid())
-
-
-def test_standard_output_that_is_full_is_refused_before_the_clock_starts(tones: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", tones, "--output-dir", tmp_path]
-    with Path("/dev/full").open("w") as full:
-        run = subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert run.returncode == 1
-    assert "error: standard output cannot be written: No space left on device" in run.stderr
-    assert "Traceback" not in run.stderr
-    assert not (tmp_path / "last_run.log").exists()
-
-
-def test_a_reader_of_the_log_that_leaves_costs_neither_the_run_nor_its_log(tones: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", tones, "--output-dir", tmp_path]
-    command += ["--max-epochs", "2", "--target-wer", "1000"]
-    run = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
-    assert run.stdout is not None and run.stderr is not None
-    while "run_start" not in run.stdout.readline():
-        pass
-    run.stdout.close()
-    errors = run.stderr.read()
-    assert run.wait() == 0, errors
-    assert errors.count("standard output cannot be written: Broken pipe") == 1
-    assert "Traceback" not in errors and "Exception ignored" not in errors
-    assert RunLog.read(tmp_path / "last_run.log").result is not None
 
 
 def test_a_corpus_of_which_every_utterance_is_too_short_says_so(tones: Path) -> None:
