@@ -220,7 +220,8 @@ def _wait_for(run: subprocess.Popen[str], key: str, count: int) -> None:
 
 def _workers(run: subprocess.Popen[str]) -> list[int]:
     """Process ids of the workers of a run of several processes, in the order in which they were started."""
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    columns = ["ps", "-e", "-ww", "-o", "pid=,ppid=,args="]  # without -ww a narrow terminal's width cuts the arguments
+    listed = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
     processes = [line.split(None, 2) for line in listed.splitlines()]
     return sorted(int(pid) for pid, parent, line in processes if int(parent) == run.pid and "--rank-of-launch" in line)
 
