@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Optimizer = Literal["adamw", "sgd", "muon"]
 Schedule = Literal["cosine", "anneal"]
 Precision = Literal["auto", "fp32", "bf16"]
+Device = Literal["auto", "cpu", "cuda", "xpu", "mps"]
 
 # Where a field may differ:
 #   machine   between the processes of a run
@@ -105,8 +106,9 @@ class Config:
     """Maximum minutes between checkpoints; one is always written after each epoch."""
     dist_timeout_seconds: float = _field(600.0, DURATION, scope="session")
     """How long ranks wait for each other before one is taken for lost."""
-    device: Literal["auto", "cpu", "cuda"] = _field("auto", scope="machine")
-    """Where to compute; auto: the GPU if there is one."""
+    device: Device = _field("auto", scope="machine")
+    """Where to compute; auto: the GPU if there is one. cuda is also what PyTorch calls AMD's GPUs; Intel's are xpu,
+    Apple's mps."""
     precision: Precision = _field("auto")
     """Of the operands of matrix products and convolutions (sums, states, loss, batch norms and optimizer are always
     fp32); auto: bf16 on a GPU that has it; on a CPU that has it, the faster of both, measured before the clock starts.

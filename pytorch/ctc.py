@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 BLANK = 0
 LABELS = "_'ABCDEFGHIJKLMNOPQRSTUVWXYZ "  # index 0 is CTC's blank; the others are the alphabet of transcripts
@@ -48,5 +47,7 @@ def collapse(best_TB: Tensor, frames_B: Tensor) -> list[str]:
 def ctc_loss(logits_TBV: Tensor, frames_B: Tensor, targets: Tensor, target_lengths_B: Tensor) -> Tensor:
     """Return the CTC loss in float32: mean over utterances of the negative log-likelihood (nats) of the transcript."""
     log_probabilities = logits_TBV.float().log_softmax(2)
-    total = functional.ctc_loss(log_probabilities, targets, frames_B, target_lengths_B, blank=BLANK, reduction="sum")
-    return total / len(frames_B)
+    lengths = frames_B.tolist(), target_lengths_B.tolist()
+    # What torch.nn.functional.ctc_loss comes to, which first copies a GPU's targets to the CPU, twice, and waits.
+    losses_B, _ = torch._ctc_loss(log_probabilities, targets, *lengths, blank=BLANK)
+    return losses_B.sum() / len(frames_B)

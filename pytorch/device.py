@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from pytorch import distributed
 from pytorch.cli import RunError
-from pytorch.config import Precision
+from pytorch.config import Device, Precision
 from pytorch.layers import kernels
 
 NO_MEMORY = (
@@ -22,30 +25,36 @@ NO_MEMORY = (
 
 
 def select_device(name: str, number: int = 0) -> torch.device:
-    """Return the device of that name; `auto` is the GPU of that number if there is one.
+    """Return the device of that name; `auto` is the accelerator (torch's word for GPUs and the like), if there is one.
+
+    Args:
+        name: auto, cpu, cuda (NVIDIA, and AMD by ROCm), xpu (Intel) or mps (Apple).
+        number: of the accelerator.
 
     Raises:
-        RunError: there is no such device, or no GPU of that number.
+        RunError: there is no such device, or none of that number.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise RunError(f"--device {name}: unknown; one of auto, cpu, cuda")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        raise RunError("--device cuda: PyTorch finds no CUDA device on this machine; use --device cpu or auto")
-    if number >= torch.cuda.device_count():
-        raise RunError(
-            f"{number + 1} processes but only {torch.cuda.device_count()} GPUs on this machine; set NPROC_PER_NODE"
-        )
-    return torch.device(name, number)
+    if name not in get_args(Device):
+        raise RunError(f"--device {name}: unknown; one of {', '.join(get_args(Device))}")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "cpu" or (name == "auto" and accelerator is None):
+        return torch.device("cpu")
+    if accelerator is None or name not in ("auto", accelerator.type):
+        raise RunError(f"--device {name}: PyTorch finds no such device on this machine; use --device cpu or auto")
+    if number >= (count := torch.accelerator.device_count()):
+        raise RunError(f"{number + 1} processes but only {count} GPUs on this machine; set NPROC_PER_NODE")
+    return torch.device(accelerator.type, number)
 
 
 def set_device(device: torch.device) -> None:
-    """Set the current CUDA device, which events and NCCL use."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    """Set the current accelerator, which events and messages between ranks use."""
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on Apple's GPUs, which have nothing wider."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @contextmanager
@@ -66,9 +75,11 @@ def explain_oom(advice: str) -> Iterator[None]:
 
 def has_bf16(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 natively."""
+    if device.type == "cpu":
+        return kernels.has_native_bf16()
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kernels.has_native_bf16()
+    return device.type == "xpu" and torch.xpu.is_bf16_supported()
 
 
 def select_precision(name: Precision, device: torch.device) -> Precision:
@@ -81,7 +92,7 @@ def select_precision(name: Precision, device: torch.device) -> Precision:
         return name
     if not has_bf16(device):
         return "fp32"
-    return "bf16" if device.type == "cuda" else "auto"
+    return "auto" if device.type == "cpu" else "bf16"
 
 
 def faster_precision(seconds: Mapping[Precision, float]) -> Precision:
@@ -94,11 +105,37 @@ def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:
     if tensor.device.type == "cpu":
         return lambda: tensor
     copy = tensor.to("cpu", non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(tensor.device))
+    copied = torch.Event(tensor.device)
+    copied.record(torch.accelerator.current_stream(tensor.device))
 
     def read() -> Tensor:
-        copied.synchronize()
+        distributed.wait_for(copied)
         return copy
 
     return read
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Return whether a device copies from page-locked memory while it computes."""
+    return device.type in ("cuda", "xpu")
+
+
+def copy_from_cpu_ahead(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device beside what that computes, and wait for the copy; see `use_in_current_stream`."""
+    if not has_copy_engine(device):
+        return tensor.to(device)
+    with _copy_stream(device) as stream:
+        copy = tensor.pin_memory().to(device, non_blocking=True)
+    stream.synchronize()
+    return copy
+
+
+def use_in_current_stream(tensor: Tensor) -> None:
+    """Keep the memory of a tensor that was copied ahead until what is now started with it is done."""
+    if has_copy_engine(tensor.device):
+        tensor.record_stream(torch.accelerator.current_stream(tensor.device))
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.Stream:
+    return torch.Stream(device)

@@ -6,6 +6,7 @@ which rank it is; `gloo` carries messages between CPUs, `nccl` those between GPU
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,6 +27,9 @@ Anything = TypeVar("Anything")
 
 _store: dist.Store | None = None  # where ranks leave a note when they have lost contact
 _sums: Any = None  # of `all_reduce_sum`, so that small messages do not queue behind gradients
+_deadline = math.inf  # time.monotonic() by which what the ranks do together must have ended; a signal to stop sets it
+_timeout_seconds = math.inf
+STOP_SECONDS = 30.0  # after a signal to stop, for a step to end: torchrun sends one when it has lost a rank
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,22 @@ class World:
         """Connect to the other ranks, if torchrun has started this process.
 
         Args:
-            device_type: cpu or cuda.
+            device_type: torch's name of the kind of device.
             timeout_seconds: how long to wait for another rank before it is taken for lost.
             launch_id: the launch's, on the machine that knows it.
 
         Raises:
             RankFailure: the others did not come.
         """
-        global _store, _sums
+        global _store, _sums, _timeout_seconds
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return cls(launch_id=launch_id)
         die_with_parent()  # torchrun, so that no orphan outlives a restart
         timeout = timedelta(seconds=timeout_seconds)
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        backend = "gloo"
+        if device_type != "cpu":
+            backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"  # NCCL for cuda
+        _timeout_seconds = timeout_seconds
         try:
             _store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
@@ -114,14 +122,45 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def wait_for(event: torch.Event) -> None:
+    """Wait for an event on this rank's accelerator.
+
+    A message between GPUs that never comes raises nothing here: it would be waited for until NCCL's watchdog aborts
+    the process, and no signal to stop would be heeded.
+
+    Raises:
+        DistError: it did not come in time, or another rank has failed.
+    """
+    if not is_distributed():
+        event.synchronize()
+        return
+    started = looked = time.monotonic()
+    while not event.query():
+        time.sleep(0.0005)
+        now = time.monotonic()
+        if now > min(_deadline, started + _timeout_seconds):
+            raise dist.DistError("the device did not end the step")
+        if now > looked + 1:
+            looked = now
+            if _failed_ranks():
+                raise dist.DistError("another rank has failed")
+
+
+def expect_end_soon() -> None:
+    """Note that this process was told to stop."""
+    global _deadline
+    _deadline = time.monotonic() + STOP_SECONDS
+
+
 @contextmanager
 def report_lost_ranks() -> Iterator[None]:
     """Turn a failed exchange into a RankFailure that names the ranks which do not report one too within seconds."""
     try:
         yield
-    except RuntimeError as error:
+    except BaseException as error:
         about_contact = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
-        if not (is_distributed() and about_contact):
+        if not (is_distributed() and about_contact and isinstance(error, RuntimeError)):
+            _note_failure()  # others may wait for this rank
             raise
         missing = "unknown, since the process that keeps the list is one of them"
         with suppress(RuntimeError):
@@ -133,11 +172,26 @@ def report_lost_ranks() -> Iterator[None]:
 def _unresponsive_ranks(patience: float = 5.0) -> list[int]:
     if _store is None:
         raise RuntimeError("no store")
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    keys = [f"failed/{attempt}/{rank}" for rank in range(dist.get_world_size())]
-    _store.set(keys[dist.get_rank()], "")
+    _note_failure()
     time.sleep(patience)
-    return [rank for rank, key in enumerate(keys) if not _store.check([key])]
+    failed = _failed_ranks()
+    return [rank for rank in range(dist.get_world_size()) if rank not in failed]
+
+
+def _note_failure() -> None:
+    if _store is not None and is_distributed():
+        with suppress(RuntimeError):  # the process that keeps the list is gone
+            _store.set(_failure_key(dist.get_rank()), "")
+
+
+def _failed_ranks() -> list[int]:
+    """Return the ranks that have noted a failure; RuntimeError if the process that keeps the list is gone."""
+    assert _store is not None
+    return [rank for rank in range(dist.get_world_size()) if _store.check([_failure_key(rank)])]
+
+
+def _failure_key(rank: int) -> str:
+    return f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
 
 
 def _first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from pytorch.cli import RunError
 from pytorch.ctc import collapse
 from pytorch.device import copy_to_cpu_async
 from pytorch.distributed import World
-from pytorch.loader import Batch, Utterances, batch_by_padded_size, make_batch, prefetch, split_balanced
+from pytorch.loader import CPU, Batch, Utterances, batch_by_padded_size, make_batch, prefetch, split_balanced
 from pytorch.metrics import ErrorCounts, count_errors
 
 # Starts to decode logits [T, B, V] with valid frames [B] on their device; what it returns waits for the transcripts.
@@ -89,7 +89,7 @@ def evaluate(
     world: World,
     *,
     max_batch_samples: int,
-    pin_memory: bool = False,
+    device: torch.device = CPU,
     decoder: Decoder = greedy_decoder,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
@@ -100,7 +100,7 @@ def evaluate(
         utterances: what to evaluate, shared out such that ranks have like numbers of utterances and samples.
         world: the ranks.
         max_batch_samples: samples of a batch, padding included; a longer utterance is a batch of its own.
-        pin_memory: whether waveforms are to be page-locked, from which a GPU copies without waiting.
+        device: where `forward` computes.
         decoder: makes transcripts of logits.
         stop_requested: asked before each batch; once it is true, this rank goes no further.
 
@@ -122,7 +122,7 @@ def evaluate(
     decoding: tuple[Batch, Callable[[], list[str]]] | None = None
     stopped = False
     with progress_bar("evaluation", len(batches), shown=world.is_main) as bar:
-        for batch in prefetch(batches, partial(make_batch, utterances, pin_memory=pin_memory)):
+        for batch in prefetch(batches, partial(make_batch, utterances, device=device)):
             stopped = stop_requested()
             if stopped:
                 break

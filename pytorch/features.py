@@ -21,16 +21,23 @@ import torchaudio
 from torch import Tensor, nn
 
 from pytorch.config import Config
+from pytorch.device import widest_float
 
 SAMPLE_RATE = 16_000  # Hz
 N_FFT = 320  # samples: 20 ms
 HOP_LENGTH = 160  # samples: 10 ms
 FREQUENCY_BINS = N_FFT // 2 + 1
+FRAMES_MULTIPLE = 32  # that batches are padded to on accelerators
 
 
 def frame_counts(num_samples: Tensor) -> Tensor:
     """Return the frames of so many samples: one every hop length, the first centered on the first sample."""
     return num_samples // HOP_LENGTH + 1
+
+
+def padded_frames(frames: int, device: torch.device) -> int:
+    """Return so many frames, or some more: an accelerator's libraries plan anew for each shape, so it gets few."""
+    return frames if device.type == "cpu" else math.ceil(frames / FRAMES_MULTIPLE) * FRAMES_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,7 @@ class LogSpectrogram(nn.Module):
         magnitude_BFT = self.magnitude(waveforms_BS)
         frames_B = frame_counts(num_samples_B)
         if augmentation is not None:
-            tempo_B = torch.from_numpy(augmentation.tempo)
-            magnitude_BFT, frames_B = change_tempo(magnitude_BFT, frames_B, tempo_B)
+            magnitude_BFT, frames_B = change_tempo(magnitude_BFT, frames_B, torch.from_numpy(augmentation.tempo))
             magnitude_BFT = magnitude_BFT * _to(augmentation.gain, device)[:, None, None]
         features_BFT = (magnitude_BFT + 1).log_()  # log1p is ten times slower on a CPU, and has 6e-8 less error
         time_T = torch.arange(features_BFT.shape[-1], device=device)
@@ -140,21 +146,20 @@ def change_tempo(magnitude_BFT: Tensor, frames_B: Tensor, tempo_B: Tensor) -> tu
         tempo_B: float64 on the CPU, > 0.
 
     Returns:
-        Magnitudes with as many frames as the longest result, and the new numbers of frames (CPU).
+        Magnitudes with as many frames as the longest result, see `padded_frames`, and the new numbers of frames (CPU).
     """
     new_frames_B = ((frames_B - 1) / tempo_B).floor().long() + 1
-    time_T = torch.arange(int(new_frames_B.max()), dtype=torch.float64)
-    position_BT = torch.minimum(time_T * tempo_B[:, None], (frames_B[:, None] - 1).double())
+    device, dtype = magnitude_BFT.device, widest_float(magnitude_BFT.device)
+    time_T = torch.arange(padded_frames(int(new_frames_B.max()), device), device=device, dtype=dtype)
+    tempo_B1, last_B1 = (x.to(dtype).to(device, non_blocking=True)[:, None] for x in (tempo_B, frames_B - 1))
+    position_BT = torch.minimum(time_T * tempo_B1, last_B1)
     before_BT = position_BT.floor()
-    device = magnitude_BFT.device
-    fraction_B1T = (position_BT - before_BT).float().to(device, non_blocking=True)[:, None]
-    before_BT = before_BT.long()
-    after_BT = torch.minimum(before_BT + 1, frames_B[:, None] - 1)
+    after_BT = torch.minimum(before_BT + 1, last_B1)
 
     def frames_at(index_BT: Tensor) -> Tensor:
-        index = index_BT.to(device, non_blocking=True)[:, None].expand(-1, magnitude_BFT.shape[1], -1)
-        return magnitude_BFT.gather(2, index)
+        return magnitude_BFT.gather(2, index_BT.long()[:, None].expand(-1, magnitude_BFT.shape[1], -1))
 
+    fraction_B1T = (position_BT - before_BT).float()[:, None]
     return torch.lerp(frames_at(before_BT), frames_at(after_BT), fraction_B1T), new_frames_B
 
 

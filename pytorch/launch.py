@@ -4,7 +4,7 @@
 
 Environment variables:
 
-    NPROC_PER_NODE  processes on this machine (default: one for each GPU, or one)
+    NPROC_PER_NODE  processes on this machine (default: one for each GPU that gets an utterance of each batch, or one)
     NNODES          machines, on each of which this is started (default: 1)
     NODE_RANK       number of this machine, from 0 (default: 0)
     MASTER_ADDR     name or address of machine 0 (default: localhost)
@@ -28,6 +28,7 @@ import torch
 from data.files import INTERRUPTED
 from pytorch import train
 from pytorch.cli import PREEMPTED, RANK_FAILED, Preempted, RunError, exit_status
+from pytorch.config import Config
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun passes on; its own choice lacks SIGUSR1
 GRACE_SECONDS = 180  # that ranks have to save before torchrun kills them; the files in cluster/ grant as much
@@ -59,7 +60,7 @@ def _launch(arguments: list[str]) -> int:
     given = {name: _number(name) for name in VARIABLES}
     if given["NODE_RANK"] >= given["NNODES"]:
         raise RunError(f"NODE_RANK is {given['NODE_RANK']}; with NNODES={given['NNODES']} it must be less than that")
-    processes = processes_here()
+    processes = processes_here(train.parse(arguments), given["NNODES"])
     if processes == given["NNODES"] == 1 and not given["MAX_RESTARTS"]:
         return train.main(arguments)
     if processes > 1 and not os.environ.get("OMP_NUM_THREADS"):  # they share the cores
@@ -106,9 +107,23 @@ def _run_rank(status_file: str, launch_id: str, arguments: list[str]) -> int:
     return 0
 
 
-def processes_here() -> int:
-    """Return how many processes a run has on this machine; RunError where NPROC_PER_NODE is no number."""
-    return _number("NPROC_PER_NODE") or max(1, torch.cuda.device_count())
+def processes_here(config: Config, machines: int = 1) -> int:
+    """Return how many processes a run has on this machine.
+
+    They are NPROC_PER_NODE, or one for each GPU, or for as many GPUs as a batch has utterances for; at least one.
+
+    Raises:
+        RunError: NPROC_PER_NODE is no number.
+    """
+    if given := _number("NPROC_PER_NODE"):
+        return given
+    gpus = 0 if config.device == "cpu" else torch.accelerator.device_count()
+    processes = min(gpus, config.batch_size // (config.gradient_accumulation_steps * machines))
+    if processes < gpus:
+        print(
+            f"{max(1, processes)} of {gpus} GPUs: --batch-size {config.batch_size} has no more parts", file=sys.stderr
+        )
+    return max(1, processes)
 
 
 def _number(name: str) -> int:

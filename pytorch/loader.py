@@ -11,10 +11,11 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -24,12 +25,14 @@ from data.packed import Subset
 from pytorch.cli import RunError
 from pytorch.config import Config
 from pytorch.ctc import encode, min_ctc_frames
+from pytorch.device import copy_from_cpu_ahead, has_copy_engine, use_in_current_stream
 from pytorch.distributed import World
-from pytorch.features import Augmentation, draw_augmentation, frame_counts
+from pytorch.features import HOP_LENGTH, Augmentation, draw_augmentation, frame_counts, padded_frames
 from pytorch.model import TIME_STRIDE, output_frames
 
 LENGTH_JITTER = 0.1  # later epochs sort lengths scaled by U(0.95, 1.05), so that their batches differ
 PREFETCHED_BATCHES = 3
+CPU = torch.device("cpu")
 
 
 class Utterances:
@@ -77,9 +80,9 @@ class Batch:
     """Utterances padded to the longest. `targets` are the label indices of all transcripts end to end."""
 
     indices: np.ndarray  # [B], positions in Utterances
-    waveforms_BS: Tensor  # int16
+    waveforms_BS: Tensor  # int16, on the device
     num_samples_B: Tensor  # int64, CPU
-    targets: Tensor  # int64
+    targets: Tensor  # int64, on the device
     target_lengths_B: Tensor  # int64, CPU
     transcripts: list[str]
     augmentation: Augmentation | None
@@ -95,14 +98,14 @@ class TrainingLoader:
         utterances: all of them; those that are too short for CTC are left out, see `left_out`.
         config: batch size, accumulation, seed and augmentation.
         world: the ranks, which share every batch.
-        pin_memory: whether waveforms are page-locked, from which a GPU copies without waiting.
+        device: where batches go.
 
     Raises:
         RunError: a batch would be too small to give every rank its microbatches.
     """
 
-    def __init__(self, utterances: Utterances, config: Config, world: World, *, pin_memory: bool = False) -> None:
-        self.utterances, self.config, self.world, self.pin_memory = utterances, config, world, pin_memory
+    def __init__(self, utterances: Utterances, config: Config, world: World, device: torch.device = CPU) -> None:
+        self.utterances, self.config, self.world, self.device = utterances, config, world, device
         feasible = utterances.ctc_feasible()
         self.included, self.left_out = np.flatnonzero(feasible), np.flatnonzero(~feasible)
         self.data_wait_seconds = 0.0  # time spent waiting for batches in the current epoch
@@ -132,7 +135,7 @@ class TrainingLoader:
             for microbatch in split_balanced(self.utterances, indices, parts)[world.rank :: world.size]
         ]
         augment = (config, epoch) if epoch >= config.augment_from_epoch else None
-        make = partial(make_batch, self.utterances, augment=augment, pin_memory=self.pin_memory)
+        make = partial(make_batch, self.utterances, device=self.device, augment=augment)
         self.data_wait_seconds = 0.0
         with closing(prefetch(mine, make)) as batches:
             for indices in steps:
@@ -191,23 +194,28 @@ def batch_by_padded_size(num_samples: np.ndarray, max_samples: int) -> list[np.n
 
 
 def make_batch(
-    utterances: Utterances, indices: np.ndarray, *, augment: tuple[Config, int] | None = None, pin_memory: bool = False
+    utterances: Utterances,
+    indices: np.ndarray,
+    *,
+    device: torch.device = CPU,
+    augment: tuple[Config, int] | None = None,
 ) -> Batch:
     """Read a batch.
 
     Args:
         utterances: where from.
         indices: int [B], positions in `utterances`.
+        device: where the waveforms and targets go; the copy is done when this returns.
         augment: configuration and epoch to draw augmentation for; None for evaluation.
-        pin_memory: put the waveforms into page-locked memory, from which a GPU copies without waiting.
     """
     num_samples_B = utterances.num_samples[indices]
+    longest = int(num_samples_B.max())
+    samples = max(longest, (padded_frames(longest // HOP_LENGTH + 1, device) - 1) * HOP_LENGTH)
+    waveforms_BS = torch.empty(len(indices), samples, dtype=torch.int16, pin_memory=has_copy_engine(device))
     # NumPy, since a torch operation on this much in the reader's thread would start a second pool of OpenMP threads;
     # with more threads than cores, the pools' threads sleep at every barrier instead of spinning.
-    waveforms = np.zeros((len(indices), int(num_samples_B.max())), dtype=np.int16)
-    for row, index in enumerate(indices):
-        waveforms[row, : num_samples_B[row]] = utterances.waveform(index)
-    waveforms_BS = torch.from_numpy(waveforms)
+    for waveform, count, index in zip(waveforms_BS.numpy(), num_samples_B, indices, strict=True):
+        waveform[:count], waveform[count:] = utterances.waveform(index), 0
     transcripts = [utterances.transcript(index) for index in indices]
     encoded = [encode(transcript) for transcript in transcripts]
     augmentation = None
@@ -217,9 +225,9 @@ def make_batch(
         augmentation = draw_augmentation(config, seeds, _tempo_limits(num_samples_B, transcripts))
     return Batch(
         indices,
-        waveforms_BS.pin_memory() if pin_memory else waveforms_BS,
+        copy_from_cpu_ahead(waveforms_BS, device),
         torch.from_numpy(num_samples_B),
-        torch.tensor([label for labels in encoded for label in labels], dtype=torch.int64),
+        copy_from_cpu_ahead(torch.tensor([label for labels in encoded for label in labels], dtype=torch.int64), device),
         torch.tensor([len(labels) for labels in encoded], dtype=torch.int64),
         transcripts,
         augmentation,
@@ -238,14 +246,15 @@ def _tempo_limits(num_samples_B: np.ndarray, transcripts: Sequence[str]) -> np.n
 def prefetch(batches: Sequence[np.ndarray], make: Callable[[np.ndarray], Batch]) -> Generator[Batch, None, None]:
     """Yield batches in order, made in a background thread some batches ahead."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
-        pending: deque[Future[Batch]] = deque()
+        remaining = iter(batches)
+        pending = deque(reader.submit(make, indices) for indices in islice(remaining, PREFETCHED_BATCHES))
         try:
-            for indices in batches:
-                pending.append(reader.submit(make, indices))
-                if len(pending) > PREFETCHED_BATCHES:
-                    yield pending.popleft().result()
             while pending:
-                yield pending.popleft().result()
+                pending.extend(reader.submit(make, indices) for indices in islice(remaining, 1))
+                batch = pending.popleft().result()
+                for tensor in (batch.waveforms_BS, batch.targets):
+                    use_in_current_stream(tensor)
+                yield batch
         finally:
             for future in pending:
                 future.cancel()

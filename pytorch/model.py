@@ -78,13 +78,13 @@ class DeepSpeech2(nn.Module):
             Logits [T', B, V] in float32, zero beyond each utterance's end, and output frames [B] (CPU).
         """
         output_frames_B = output_frames(frames_B)
-        layout = _pack_layout(output_frames_B)
+        layout = _pack_layout(output_frames_B, features_BFT.device)
         x_BTFC = self.conv1(features_BFT.transpose(1, 2).unsqueeze(3))  # time first, so that valid frames are rows
         batch, time = x_BTFC.shape[:2]
         # Where each packed row lies in [B, T]; padding is left out of the norms, and zero again before conv2.
-        index_into_BT_N = (layout.time_N + layout.utterance_N * time).to(x_BTFC.device, non_blocking=True)
+        index_into_BT_N = layout.time_N + layout.utterance_N * time
         x_NFC = _norm_rows(x_BTFC.flatten(0, 1).index_select(0, index_into_BT_N), self.norm1)
-        x_BTFC = x_NFC.new_zeros(batch * time, *x_NFC.shape[1:]).index_copy(0, index_into_BT_N, x_NFC)
+        x_BTFC = x_NFC.new_zeros(batch * time, *x_NFC.shape[1:]).index_copy_(0, index_into_BT_N, x_NFC)
         x_BTFC = self.conv2(x_BTFC.unflatten(0, (batch, time)))
         x_NFC = _norm_rows(x_BTFC.flatten(0, 1).index_select(0, index_into_BT_N), self.norm2)
 
@@ -94,8 +94,8 @@ class DeepSpeech2(nn.Module):
             packed = PackedSequence(norm(packed.data), layout.batch_sizes)
         logits_NV = self.classifier(packed.data).float()
 
-        index_into_TB_N = (layout.time_N * batch + layout.utterance_N).to(logits_NV.device, non_blocking=True)
-        logits_TBV = logits_NV.new_zeros(time * batch, len(LABELS)).index_copy(0, index_into_TB_N, logits_NV)
+        index_into_TB_N = layout.time_N * batch + layout.utterance_N
+        logits_TBV = logits_NV.new_zeros(time * batch, len(LABELS)).index_copy_(0, index_into_TB_N, logits_NV)
         return logits_TBV.unflatten(0, (time, batch)), output_frames_B
 
 
@@ -128,12 +128,19 @@ class _PackLayout(NamedTuple):
 
     utterance_N: Tensor
     time_N: Tensor
-    batch_sizes: Tensor
+    batch_sizes: Tensor  # [T] on the CPU, as PyTorch wants it
 
 
-def _pack_layout(frames_B: Tensor) -> _PackLayout:
-    """Return the rows of a PackedSequence of so many frames: by time step, the longest utterance first."""
-    longest_first_B = torch.argsort(frames_B, descending=True, stable=True)
-    valid_TB = torch.arange(int(frames_B.max()))[:, None] < frames_B[longest_first_B]
-    time_N, position_N = valid_TB.nonzero(as_tuple=True)
-    return _PackLayout(longest_first_B[position_N], time_N, valid_TB.sum(1))
+def _pack_layout(frames_B: Tensor, device: torch.device) -> _PackLayout:
+    """Return the rows of a PackedSequence of so many frames (CPU): by time step, the longest utterance first.
+
+    What has N elements is made on the device, from what has B or T: a larger copy from the CPU would wait for it.
+    """
+    rows = int(frames_B.sum())
+    batch_sizes_T = (torch.arange(int(frames_B.max()))[:, None] < frames_B).sum(1)
+    sizes_T, longest_first_B = (
+        x.to(device, non_blocking=True) for x in (batch_sizes_T, torch.argsort(frames_B, descending=True, stable=True))
+    )
+    time_N = torch.arange(len(sizes_T), device=device).repeat_interleave(sizes_T, output_size=rows)
+    position_N = torch.arange(rows, device=device) - (sizes_T.cumsum(0) - sizes_T)[time_N]
+    return _PackLayout(longest_first_B[position_N], time_N, batch_sizes_T)

@@ -40,16 +40,15 @@ from pytorch.checkpoint import TrainState
 from pytorch.cli import Preempted, RunError, exit_status
 from pytorch.config import Config, Precision, fields_of, parse_config
 from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
-from pytorch.distributed import World, report_lost_ranks, shutdown
+from pytorch.distributed import World, expect_end_soon, report_lost_ranks, shutdown
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.features import SAMPLE_RATE
-from pytorch.layers import kernels
+from pytorch.layers import gru
 from pytorch.loader import TrainingLoader, Utterances
 from pytorch.optimizer import learning_rate
 from pytorch.trainer import Trainer
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
-MAX_PENDING_STEPS = {"cpu": 0, "cuda": 4}  # losses are read up to that many steps late, so that a GPU never waits
 
 
 @dataclass
@@ -126,7 +125,7 @@ def train_to_target(run: TrainingRun) -> Evaluation:
 def open_data(run: TrainingRun) -> tuple[TrainingLoader, Utterances]:
     """Open the audio, for the first time, and say which training utterances are left out."""
     train, validation = (Utterances(run.dataset.split(split)) for split in ("train", "validation"))
-    loader = TrainingLoader(train, run.config, run.world, pin_memory=run.trainer.device.type == "cuda")
+    loader = TrainingLoader(train, run.config, run.world, run.trainer.device)
     run.log.event(constants.TRAIN_SAMPLES, len(loader.included))
     run.log.event(constants.EVAL_SAMPLES, len(validation))
     left_out = {"reason": "too short for CTC", "ids": [train.id(index) for index in loader.left_out.tolist()]}
@@ -182,7 +181,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
             pending.append(PendingStep(state.step, lr, indices, result))
             utterances += len(indices)
             samples += int(loader.utterances.num_samples[indices].sum())
-            stop, save_now = log_finished_steps(run, loader, pending, keep=MAX_PENDING_STEPS[trainer.device.type])
+            stop, save_now = log_finished_steps(run, loader, pending, keep=max_pending_steps(trainer.device))
             bar.set_postfix_str(f"mean loss {state.mean_loss:.2f}", refresh=False)
             bar.update()
             if stop or save_now:
@@ -204,6 +203,11 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
     metadata = {constants.EPOCH_NUM: state.epoch, "step": state.step, **dataclasses.asdict(stats)}
     run.log.end(constants.EPOCH_STOP, metadata=metadata)
     return stats
+
+
+def max_pending_steps(device: torch.device) -> int:
+    """Return how many steps late losses are read: some, so that an accelerator never waits."""
+    return 0 if device.type == "cpu" else 4
 
 
 def log_finished_steps(
@@ -259,7 +263,7 @@ def evaluate_epoch(run: TrainingRun, validation: Utterances, stats: EpochStats) 
         world,
         # What a rank computes at once in training is known to fit into memory, together with its gradients.
         max_batch_samples=config.max_microbatch_size(world.size) * max_train_samples(run.dataset),
-        pin_memory=trainer.device.type == "cuda",
+        device=trainer.device,
         stop_requested=lambda: run.stop.requested,
     )
     if evaluation is None:
@@ -343,7 +347,7 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
         trainer.use_precision(measured_precision(trainer, log, resumed_from))
         config = trainer.config
     mllog.log_submission(log, config, dataset, device, world.size)
-    log.event("gru_implementation", "cuDNN" if device.type == "cuda" else kernels.status())
+    log.event("gru_implementation", gru.implementation(device, config.precision))
     trainer.warm_up(max_train_samples(dataset))
 
     run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop, Clock(), time.monotonic())
@@ -463,17 +467,20 @@ class StopSignal:
     def request(self, *_: object) -> None:
         """Handle a signal."""
         self.requested = True
+        expect_end_soon()
+
+
+def parse(arguments: list[str]) -> Config:
+    """Return the configuration of a command line."""
+    description = "Train DeepSpeech2 until the corpus WER of the validation set reaches the target."
+    return parse_config(arguments, program="python -m pytorch.train", description=description)
 
 
 def main(arguments: list[str] | None = None, launch_id: str | None = None) -> int:
     """Run a command line; returns the exit status."""
 
     def work() -> bool:
-        config = parse_config(
-            sys.argv[1:] if arguments is None else arguments,
-            program="python -m pytorch.train",
-            description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target.",
-        )
+        config = parse(sys.argv[1:] if arguments is None else arguments)
         with report_lost_ranks():
             return train(config, launch_id)
 

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pytorch.config import Config, Precision
-from pytorch.ctc import ctc_loss
-from pytorch.device import copy_to_cpu_async, explain_oom
+from pytorch.ctc import LABELS, ctc_loss
+from pytorch.device import copy_to_cpu_async, explain_oom, widest_float
 from pytorch.distributed import World, all_reduce_sum
-from pytorch.features import SAMPLE_RATE, LogSpectrogram
+from pytorch.features import SAMPLE_RATE, LogSpectrogram, draw_augmentation
 from pytorch.layers import kernels
 from pytorch.loader import Batch
 from pytorch.model import DeepSpeech2
 from pytorch.optimizer import make_optimizers
+
+LABELS_PER_SECOND = 15  # of made-up transcripts, as read English has
 
 
 class Trainer:
@@ -50,14 +52,14 @@ class Trainer:
                 self.ddp_model = DistributedDataParallel(
                     self.model, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
-        # The EMA has the batch norms' running statistics, too.
-        self.ema = AveragedModel(self.model, use_buffers=True) if config.ema_decay > 0 else None
+        self.ema_model = copy.deepcopy(self.model) if config.ema_decay > 0 else None
+        self.ema_steps = 0  # of the run, skipped ones included
         self.optimizers = make_optimizers(config, self.model)
 
     @property
     def eval_model(self) -> nn.Module:
         """The model that is evaluated and kept: the EMA if there is one."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.ema_model is None else self.ema_model
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint holds: "model" is the one that is evaluated, "trained_model" the one in training."""
@@ -70,23 +72,21 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any], steps: int) -> None:
         """Restore `state_dict()` after `steps` steps: weights and moments, but not the hyperparameters."""
         self.model.load_state_dict(state["trained_model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["model"])
-            self.ema.n_averaged.fill_(steps)  # at zero it would start again with the model's weights
+        self.eval_model.load_state_dict(state["model"])
+        self.ema_steps = steps
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
 
     def logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return a model's logits [T, B, V] and output frames [B] (CPU) of a batch, augmented if the batch says so."""
-        waveforms_BS = batch.waveforms_BS.to(self.device, non_blocking=True)
-        features = self.spectrogram(waveforms_BS, batch.num_samples_B, batch.augmentation)
+        features = self.spectrogram(batch.waveforms_BS, batch.num_samples_B, batch.augmentation)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return model(*features)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss on a batch: mean over its utterances."""
         logits_TBV, frames_B = self.logits(self.ddp_model, batch)
-        return ctc_loss(logits_TBV, frames_B, batch.targets.to(self.device, non_blocking=True), batch.target_lengths_B)
+        return ctc_loss(logits_TBV, frames_B, batch.targets, batch.target_lengths_B)
 
     def train_step(
         self, microbatches: Sequence[Batch], global_batch_size: int, lr: float, flags: Sequence[bool] = ()
@@ -104,12 +104,12 @@ class Trainer:
 
         Returns:
             A function that waits for the step and returns [loss, gradient norm, *flags] as float64 on the CPU. A flag
-            is the number of ranks on which it was set. Nothing else here waits for the device.
+            is the number of ranks on which it was set. Nothing else here waits for the device, but PyTorch's CTC loss.
         """
         self.model.zero_grad(set_to_none=True)
         buffers_before = [buffer.clone() for buffer in self._batch_norm_buffers()]
         # [loss, *flags], summed over ranks
-        reduced = torch.tensor([0.0, *flags], dtype=torch.float64).to(self.device, non_blocking=True)
+        reduced = torch.tensor([0.0, *flags], dtype=widest_float(self.device)).to(self.device, non_blocking=True)
         for microbatch in microbatches:
             # DDP synchronizes gradients in the last backward pass only. A single rank has no DDP, and no `no_sync`.
             sync = microbatch is microbatches[-1] or self.world.size == 1
@@ -119,7 +119,7 @@ class Trainer:
             reduced[0] += loss.detach()
         all_reduce_sum(reduced)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
-        result = torch.cat([reduced[:1], grad_norm.double().view(1), reduced[1:]])  # [loss, grad_norm, *flags]
+        result = torch.cat([reduced[:1], grad_norm.to(reduced.dtype).view(1), reduced[1:]])  # [loss, grad_norm, *flags]
         finite = result[:2].isfinite().all()  # stays on the device: `if finite` would wait for it
         for buffer, before in zip(self._batch_norm_buffers(), buffers_before, strict=True):
             torch.where(finite, buffer, before, out=buffer)
@@ -130,24 +130,24 @@ class Trainer:
             # and moments alone unless it is zero. Muon here does, too.
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             optimizer.step()
-        if self.ema is not None:
-            self._update_ema(self.ema, finite)
+        if self.ema_model is not None:
+            self._update_ema(self.ema_model, finite)
         return copy_to_cpu_async(result)
 
-    def _update_ema(self, ema: AveragedModel, finite: Tensor) -> None:
-        """Move the EMA towards the model if the step was finite (a bool on the device, not to be waited for)."""
-        steps = int(ema.n_averaged)  # of the run, skipped ones included; a counter on the CPU, so nothing waits
+    @torch.no_grad()
+    def _update_ema(self, ema_model: nn.Module, finite: Tensor) -> None:
+        """Move the EMA, of running statistics too, towards the model if the step was finite (a bool on the device).
+
+        torch.optim.swa_utils.AveragedModel would wait for the device at each step.
+        """
         # Ramps up, so that the first steps are soon forgotten (as TensorFlow's ExponentialMovingAverage does).
-        decay = min(self.config.ema_decay, (1 + steps) / (10 + steps))
-        update = get_ema_multi_avg_fn(decay)
-
-        def update_if_finite(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor | int) -> None:
-            # an average that moves towards itself stays where it is, to the bit
-            targets = [torch.where(finite, value, old) for value, old in zip(values, averages, strict=True)]
-            update(averages, targets, count)
-
-        ema.multi_avg_fn = update_if_finite  # which AveragedModel takes no other way than as an attribute
-        ema.update_parameters(self.model)
+        decay = min(self.config.ema_decay, (1 + self.ema_steps) / (10 + self.ema_steps)) if self.ema_steps else 0.0
+        self.ema_steps += 1
+        averages = [value for value in ema_model.state_dict().values() if value.is_floating_point()]
+        values = [value for value in self.model.state_dict().values() if value.is_floating_point()]
+        # An average that moves towards itself stays where it is, to the bit.
+        targets = [torch.where(finite, value, average) for value, average in zip(values, averages, strict=True)]
+        torch._foreach_lerp_(averages, targets, 1 - decay)
 
     def _batch_norm_buffers(self) -> list[Tensor]:
         """Return the running means and variances."""
@@ -155,7 +155,7 @@ class Trainer:
 
     def use_precision(self, precision: Precision) -> None:
         """Compute in fp32 or bf16 from now on; the optimizers start anew."""
-        self.config = dataclasses.replace(self.config, precision=precision)
+        self.config = replace(self.config, precision=precision)
         self.optimizers = make_optimizers(self.config, self.model)
 
     def time_precisions(self) -> dict[Precision, float]:
@@ -163,7 +163,8 @@ class Trainer:
 
         A CPU that has bfloat16 arithmetic is not always faster with it. All ranks must do this at the same time.
         """
-        batch = _noise(min(6, self.config.max_microbatch_size(self.world.size)), 3 * SAMPLE_RATE)
+        count = min(6, self.config.max_microbatch_size(self.world.size))
+        batch = made_up_batch(self.config, torch.full((count,), 3 * SAMPLE_RATE), self.device)
         seconds: dict[Precision, float] = {"fp32": math.inf, "bf16": math.inf}
         with self._model_restored():
             begun, rounds = time.monotonic(), 0
@@ -178,7 +179,7 @@ class Trainer:
         return seconds
 
     def warm_up(self, max_samples: int) -> None:
-        """Take one training step on made-up data as large as the largest batch, then restore the model.
+        """Train and evaluate a made-up batch as large as the largest one, then restore everything.
 
         Selects kernels, opens connections and proves that the largest batch fits, before the clock starts.
 
@@ -198,29 +199,34 @@ class Trainer:
                 f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
             ),
         ):
-            self.loss(_noise(count, num_samples)).backward()
-            for optimizer in make_optimizers(self.config, self.model):
-                optimizer.step()
+            batch = made_up_batch(self.config, torch.full((count,), num_samples), self.device)
+            parts = [batch] * self.config.gradient_accumulation_steps
+            self.train_step(parts, self.config.batch_size, self.config.learning_rate)()
+            self.eval_model.eval()
+            with torch.no_grad():
+                copy_to_cpu_async(self.logits(self.eval_model, replace(batch, augmentation=None))[0].argmax(2))()
 
     @contextmanager
     def _model_restored(self) -> Iterator[None]:
-        """Leave the model as it was."""
+        """Leave everything as it was before the first step."""
         before = {name: value.clone() for name, value in self.model.state_dict().items()}
         yield
         self.model.zero_grad(set_to_none=True)
-        self.model.load_state_dict(before)
+        for model in (self.model, self.eval_model):
+            model.load_state_dict(before)
+        self.ema_steps = 0
+        self.optimizers = make_optimizers(self.config, self.model)
 
 
-def _noise(count: int, num_samples: int) -> Batch:
-    """Return a batch of equally long utterances of noise, each with the transcript of an apostrophe, label 1."""
-    waveforms_BS = torch.randint(-1000, 1000, (count, num_samples), dtype=torch.int16)  # first: the largest may not fit
-    ones = torch.full((count,), 1)
-    return Batch(
-        indices=np.arange(count),
-        waveforms_BS=waveforms_BS,
-        num_samples_B=torch.full((count,), num_samples),
-        targets=ones,
-        target_lengths_B=ones,
-        transcripts=["'"] * count,
-        augmentation=None,
-    )
+def made_up_batch(config: Config, num_samples_B: Tensor, device: torch.device) -> Batch:
+    """Return noise of these lengths, augmented as the configuration says but for tempo, with random transcripts."""
+    generator = np.random.default_rng(0)
+    count, longest = len(num_samples_B), int(num_samples_B.max())
+    waveforms_BS = torch.randint(-1000, 1000, (count, longest), dtype=torch.int16)  # first: the largest may not fit
+    waveforms_BS[torch.arange(longest) >= num_samples_B[:, None]] = 0
+    lengths_B = (num_samples_B * LABELS_PER_SECOND // SAMPLE_RATE).clamp(min=1)
+    targets = torch.from_numpy(generator.integers(1, len(LABELS), int(lengths_B.sum())))
+    own_tempo = replace(config, tempo_min=1.0, tempo_max=1.0)
+    augmentation = draw_augmentation(own_tempo, np.arange(count)[:, None], np.full(count, math.inf))
+    on_device = waveforms_BS.to(device), num_samples_B, targets.to(device)
+    return Batch(np.arange(count), *on_device, lengths_B, [""] * count, augmentation)

@@ -15,7 +15,8 @@ from tests.conftest import ROOT
 LAYERS = [
     ["cli", "metrics"],
     ["config", "ctc", "distributed", "layers.kernels"],
-    ["features", "machine", "device", "layers.batch_norm", "layers.convolution", "layers.gru"],
+    ["device"],
+    ["features", "machine", "layers.batch_norm", "layers.convolution", "layers.gru"],
     ["model", "checkpoint", "mllog"],
     ["loader", "optimizer"],
     ["trainer"],

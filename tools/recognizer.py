@@ -69,7 +69,7 @@ class Recognizer:
 
         Args:
             path: of the checkpoint.
-            device_name: auto, cpu or cuda.
+            device_name: see `select_device`.
             precision: None for the one that its run was evaluated with, if the device has arithmetic for it.
             local_rank: number of the GPU.
 
@@ -133,7 +133,7 @@ class Recognizer:
             utterances,
             world or World(),
             max_batch_samples=batch_size * int(utterances.num_samples.max()),
-            pin_memory=self.device.type == "cuda",
+            device=self.device,
             decoder=decoder,
         )
         assert evaluation is not None  # which is what a run that is stopped gets

@@ -9,7 +9,8 @@ of the output where y is within them, and 0 elsewhere, and with means over the r
     gradient of x = scale (d - mean of d - (x - mean) / variance * mean of (d (x - mean)))
 
 So two passes over the rows give the output (moments; y), and two the gradient (the means; the result). On a CPU they
-are C++ (batch_norm.cpp): torch's own batch norm is slow there with few channels, and clipping is three more passes.
+are C++ (batch_norm.cpp): torch's own batch norm is slow there with few channels, and clipping is three more passes. On
+CUDA they are the kernels of nn.SyncBatchNorm, which itself would wait for the GPU, and of clipping.
 
 Axes: N rows, C channels.
 """
@@ -47,17 +48,18 @@ class BatchNorm(nn.BatchNorm1d):
         """Normalize rows [N, C]."""
         if not self.training or not (distributed.is_distributed() or _has_kernel(input)):
             return self.clip(super().forward(input))
-        output, mean_C, variance_C, count = _SyncBatchNorm.apply(input, self.weight, self.bias, self.eps, self.clamp)
+        limits = NO_LIMITS if input.is_cuda else self.clamp  # CUDA's kernels do not clip
+        output, mean_C, variance_C, count = _SyncBatchNorm.apply(input, self.weight, self.bias, self.eps, limits)
         with torch.no_grad():
             momentum = self.momentum or 0.0
             self.get_buffer("running_mean").lerp_(mean_C, momentum)
             self.get_buffer("running_var").lerp_(variance_C * (count / (count - 1).clamp(min=1)), momentum)
             self.get_buffer("num_batches_tracked").add_(1)
-        return output
+        return self.clip(output) if input.is_cuda else output
 
     def clip(self, output: Tensor) -> Tensor:
-        """Return the output within the limits."""
-        return output if self.clamp == NO_LIMITS else nn.functional.hardtanh(output, *self.clamp)
+        """Clip the output, in place."""
+        return output if self.clamp == NO_LIMITS else nn.functional.hardtanh(output, *self.clamp, inplace=True)
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -121,6 +123,9 @@ def _moments(x_NC: Tensor) -> tuple[Tensor, Tensor]:
     if _has_kernel(x_NC):
         mean_C, variance_C = x_NC.new_empty(2, x_NC.shape[1], dtype=torch.float64)
         _call("batch_norm_moments", x_NC, mean_C, variance_C)
+    elif x_NC.is_cuda:
+        mean_C, inverse_C = torch.batch_norm_stats(x_NC, 0.0)
+        variance_C = inverse_C.double().pow(-2)
     else:
         variance_C, mean_C = torch.var_mean(x_NC.float(), 0, correction=0)
     return mean_C.double(), variance_C.double()
@@ -132,6 +137,9 @@ def _output(x_NC: Tensor, normal: _Affine) -> Tensor:
         output_NC = torch.empty_like(x_NC)
         _call("batch_norm_output", x_NC, *normal, output_NC)
         return output_NC
+    if x_NC.is_cuda:
+        ones_C = torch.ones_like(normal.mean_C)
+        return torch.batch_norm_elemt(x_NC, normal.scale_C, normal.bias_C, normal.mean_C, ones_C, 0.0)
     deviation_NC = x_NC.float() - normal.mean_C
     return (deviation_NC * normal.scale_C + normal.bias_C).clamp(normal.low, normal.high).to(x_NC.dtype)
 
@@ -142,6 +150,11 @@ def _sums(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor) -> tuple[Tensor, T
         sum_C, product_C = x_NC.new_empty(2, x_NC.shape[1], dtype=torch.float64)
         _call("batch_norm_sums", x_NC, *normal, d_output_NC, sum_C, product_C)
         return sum_C, product_C
+    if x_NC.is_cuda:
+        inverse_C, what = torch.ones_like(normal.mean_C), (True, False, False)  # sums for the gradient of x only
+        reduce = torch.batch_norm_backward_reduce
+        sum_C, product_C, *_ = reduce(d_output_NC, x_NC, normal.mean_C, inverse_C, normal.scale_C, *what)
+        return sum_C.double(), product_C.double()
     d_NC, deviation_NC = _within_limits(x_NC, normal, d_output_NC)
     return d_NC.sum(0).double(), (d_NC * deviation_NC).sum(0).double()
 
@@ -152,6 +165,10 @@ def _gradient(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor, offset_C: Tens
         d_input_NC = torch.empty_like(x_NC)
         _call("batch_norm_gradient", x_NC, *normal, d_output_NC, offset_C, slope_C, d_input_NC)
         return d_input_NC
+    if x_NC.is_cuda:
+        ones_C, count = torch.ones_like(normal.mean_C), x_NC.new_ones(1, dtype=torch.int32)  # sums are means already
+        sums = offset_C, slope_C, count
+        return torch.batch_norm_backward_elemt(d_output_NC, x_NC, normal.mean_C, ones_C, normal.scale_C, *sums)
     d_NC, deviation_NC = _within_limits(x_NC, normal, d_output_NC)
     return (normal.scale_C * (d_NC - offset_C - slope_C * deviation_NC)).to(x_NC.dtype)
 

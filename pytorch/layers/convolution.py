@@ -50,13 +50,23 @@ class Convolution(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """Convolve [B, T, F, C] to [B, T', F', C'], where T' and F' are T and F over the stride, rounded up."""
         if input.device.type != "cpu":
-            return super().forward(input.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
+            return self._channels_last(input)
         dtype = torch.bfloat16 if kernels.autocast_is_bf16() and kernels.has_native_bf16() else self.weight.dtype
         input, weight = input.to(dtype), self.weight.to(dtype)
         with torch.autocast("cpu", enabled=False):
             if self.in_channels == 1:
                 return _UnfoldedConvolution.apply(input.squeeze(3), weight, self.stride)
             return _FourierConvolution.apply(input, weight, self.stride[0])[:, :: self.stride[1]]
+
+    def _channels_last(self, input_BTFC: Tensor) -> Tensor:
+        """Convolve with time as height, so that the input is in cuDNN's channels-last format and nothing is copied."""
+        x_BCTF = input_BTFC.contiguous().permute(0, 3, 1, 2)
+        if self.in_channels == 1:  # strides of an axis of one element say nothing, so say it
+            time, frequencies = x_BCTF.shape[2:]
+            x_BCTF = x_BCTF.as_strided(x_BCTF.shape, (time * frequencies, 1, frequencies, 1))
+        weight = self.weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
+        padding = [size // 2 for size in self.kernel_size[::-1]]
+        return nn.functional.conv2d(x_BCTF, weight, None, self.stride[::-1], padding).permute(0, 2, 3, 1)
 
 
 class _UnfoldedConvolution(torch.autograd.Function):

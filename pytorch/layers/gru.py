@@ -26,6 +26,7 @@ Axes: N packed rows, D directions, H hidden units, G = 3H gates in the order r, 
 """
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytorch.layers import kernels
 
@@ -46,13 +48,64 @@ class GRU(nn.GRU):
 
     def forward(self, sequence: PackedSequence) -> PackedSequence:  # type: ignore[override]
         """Map rows of [N, input_size] to [N, hidden_size]; on a CPU in float32 (or float64), autocast or not."""
+        weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         if sequence.data.device.type == "cpu":
-            weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
             keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
             outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, kernels.autocast_is_bf16(), *weights)
         else:
-            outputs_NH = super().forward(sequence)[0].data.unflatten(-1, (-1, self.hidden_size)).sum(1)
+            outputs_NH = (
+                self._stock(sequence, weights).unflatten(-1, (-1, self.hidden_size)).sum(1, dtype=torch.float32)
+            )
         return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
+
+    def _stock(self, sequence: PackedSequence, weights: list[Tensor]) -> Tensor:
+        """Compute nn.GRU's outputs, both directions side by side, in bfloat16 where autocast and cuDNN have that.
+
+        Autocast's own wrapper of CUDA's recurrent layers rounds to float16, whatever it was asked for.
+        """
+        data, device = sequence.data, sequence.data.device
+        if torch.is_autocast_enabled(device.type) and has_bf16_kernel(device):
+            data, weights = data.bfloat16(), [weight.bfloat16() for weight in weights]
+        with torch.autocast(device.type, enabled=False), warnings.catch_warnings():
+            # bfloat16 copies lie apart from each other, and cuDNN packs them: small beside what it computes with them
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+            state_DBH = data.new_zeros(1 + self.bidirectional, int(sequence.batch_sizes[0]), self.hidden_size)
+            options = True, 1, 0.0, self.training, self.bidirectional  # bias, layers, dropout
+            return torch._VF.gru(data, sequence.batch_sizes, state_DBH, weights, *options)[0]  # type: ignore[attr-defined]
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the names of the operations that are called within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@functools.cache
+def has_bf16_kernel(device: torch.device) -> bool:
+    """Return whether an accelerator's library computes GRUs in bfloat16.
+
+    cuDNN does from version 9.13 on, on GPUs of compute capability 8 and higher. Otherwise PyTorch would silently take
+    some kernels for each time step.
+    """
+    layer = nn.GRU(8, 8, device=device, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _Operations() as operations:
+        layer(torch.zeros(2, 1, 8, device=device, dtype=torch.bfloat16))
+    return any(name.startswith(("_cudnn_rnn.", "miopen_rnn.", "mkldnn_rnn_layer.")) for name in operations.names)
+
+
+def implementation(device: torch.device, precision: str) -> str:
+    """Return in words what computes GRUs on a device."""
+    if device.type == "cpu":
+        return kernels.status()
+    dtype = "bfloat16" if precision == "bf16" and has_bf16_kernel(device) else "float32"
+    library = "cuDNN" if device.type == "cuda" and torch.version.hip is None else f"PyTorch on {device.type}"
+    return f"{library} in {dtype}"
 
 
 class _Layer(torch.autograd.Function):

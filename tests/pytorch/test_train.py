@@ -103,7 +103,7 @@ def test_losses_that_are_read_late_are_the_same(
 ) -> None:
     logged = []
     for unread in (0, 4):
-        monkeypatch.setitem(train.MAX_PENDING_STEPS, "cpu", unread)
+        monkeypatch.setattr(train, "max_pending_steps", lambda _, unread=unread: unread)
         assert run_here(tones, tmp_path, "--max-epochs", "2") == 1
         output = capsys.readouterr().out
         steps = [event["metadata"]["step_num"] for event in events(output) if event["key"] == "train_loss"]

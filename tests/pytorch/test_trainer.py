@@ -32,15 +32,15 @@ def infinite(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[bool], optimizer: Any) -> None:
     config = small_config(ema_decay=0.9, optimizer=optimizer)
     taught, batch = Trainer(config, torch.device("cpu")), random_batch(config, 2, 0.3, 0.5)
-    assert taught.ema is not None
+    assert taught.ema_model is not None
     infinite[:] = [True, False, False]
     for _ in range(2):
         taught.train_step([batch], 2, 1e-3)
-    before = [weight.clone() for weight in (*taught.model.parameters(), *taught.ema.module.parameters())]
-    assert not torch.equal(before[0], next(taught.ema.module.parameters()))
+    before = [weight.clone() for weight in (*taught.model.parameters(), *taught.ema_model.parameters())]
+    assert not torch.equal(before[0], next(taught.ema_model.parameters()))
     result = taught.train_step([batch], 2, 1e-3)()
     assert not result[0].isfinite()
-    after = [*taught.model.parameters(), *taught.ema.module.parameters()]
+    after = [*taught.model.parameters(), *taught.ema_model.parameters()]
     assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
 
 

@@ -104,7 +104,7 @@ def inspect_environment(config: Config) -> tuple[dict[str, str], dict[str, Any]]
     from pytorch.device import select_device  # slow to import: wrong options are refused before
     from pytorch.launch import processes_here
 
-    device, ranks = select_device(config.device), processes_here()
+    device, ranks = select_device(config.device), processes_here(config)
     machine = describe_machine(device)
     return describe_system(device, ranks), {
         **{name: value for name, value in config.to_dict().items() if name not in FREE and value != "auto"},
