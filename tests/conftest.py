@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data import packed
+
+# Tests send Ctrl-C to commands. Started by a shell in the background, pytest would have them ignore it, as it does.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEECH = ROOT.parent / "shared" / "speech"

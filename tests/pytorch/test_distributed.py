@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.processes import run_module_for_text
 from tests.pytorch.test_train import ENVIRONMENT, SMALL, events, values
 
 STEPS = 20
+STARTED: list[subprocess.Popen[str]] = []
 
 
 def free_port() -> int:
@@ -47,9 +49,22 @@ def start(processes: int, dataset: Path, output: Path, *arguments: Any, **enviro
     command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", dataset, "--output-dir", output]
     pipe = subprocess.PIPE
     everything = in_processes(processes) | environment
-    return subprocess.Popen(
+    run = subprocess.Popen(
         [*map(str, command), *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, env=everything, process_group=0
     )
+    STARTED.append(run)
+    return run
+
+
+@pytest.fixture(autouse=True)
+def no_run_outlives_its_test() -> Iterator[None]:
+    """A run that goes on after a test has failed would slow all others."""
+    yield
+    while STARTED:
+        run = STARTED.pop()
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
 
 
 def finish(run: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:

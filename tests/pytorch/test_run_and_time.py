@@ -95,7 +95,7 @@ def test_ctrl_c_ends_a_run_at_any_moment_without_a_traceback(processes: str, ton
         )
         time.sleep(seconds)
         os.killpg(run.pid, signal.SIGINT)
-        errors = run.communicate()[1]
+        errors = run.communicate(timeout=300)[1]
         assert run.returncode in (-signal.SIGINT, 130), errors
         assert "Traceback" not in errors
 
