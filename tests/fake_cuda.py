@@ -1,14 +1,14 @@
 """Training steps and an evaluation on a GPU that is not there: what the program would ask of it.
 
-    python tests/fake_cuda.py adamw-bf16-ema-8           # optimizer, precision, ema or plain, ranks; prints JSON
-    python tests/fake_cuda.py --list adamw-bf16-ema-8    # copies, waits and operations by source line, too
-    python tests/fake_cuda.py faults                     # a step with each of FAULTS
+    python -m tests.fake_cuda adamw-bf16-ema-8           # optimizer, precision, ema or plain, ranks; prints JSON
+    python -m tests.fake_cuda --list adamw-bf16-ema-8    # copies, waits and operations by source line, too
+    python -m tests.fake_cuda faults                     # a step with each of FAULTS
 
 Needs gcc and a PyTorch built for CUDA. CUDA's runtime is a stub (RUNTIME) with one H100; messages between ranks are
 left out. Tensors on the CPU are real, those on the GPU have shape and type only (FakeTensorMode). So devices, types and
 shapes are checked as on a GPU, but there are no values: whatever needs one, such as item(), bool(), nonzero() or a mask
 as an index, is an error. Copied to the CPU, they are zeros. What an operation does inside, such as cuDNN's loop over
-time or CTC's copies of its lengths, is not seen.
+time or CTC's copies of its lengths, is not seen; nor is waiting by asking an event again and again.
 """
 
 import ctypes
@@ -20,13 +20,14 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import traceback
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 from unittest import mock
 
@@ -40,63 +41,56 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from data.packed import Subset
+from pytorch.config import CONFIGS
+from pytorch.distributed import World
+from pytorch.evaluation import evaluate
+from pytorch.loader import TrainingLoader, Utterances
+from pytorch.trainer import Trainer
+
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/include"
 UTTERANCES, SECONDS = 128, 13.7  # of a rank's batch; the longest
+FOR_GPU: dict[str, Any] = {"pin_memory": True}  # how batches are read
 
-# The part of CUDA's runtime that torch itself calls. Page-locked memory is remembered, and waiting is reported.
+# The part of CUDA's runtime and driver that torch itself calls.
 RUNTIME = r"""
 #include <driver_types.h>
 #include <stdlib.h>
+#define SUCCEED(name) int name() { return 0; }
+#define WAIT(name) int name() { if (report_wait) report_wait(); return 0; }
+#define SET(name, type, value) int name(type *result) { *result = value; return 0; }
+#define SET_SECOND(name, type, value) int name(void *handle, type *result) { *result = value; return 0; }
+
 static void (*report_wait)(void);
 void on_wait(void (*function)(void)) { report_wait = function; }
-static int wait_here(void) { if (report_wait) report_wait(); return 0; }
-int cudaEventSynchronize(void *event) { return wait_here(); }
-int cudaStreamSynchronize(void *stream) { return wait_here(); }
-int cudaDeviceSynchronize(void) { return wait_here(); }
+WAIT(cudaEventSynchronize) WAIT(cudaStreamSynchronize) WAIT(cudaDeviceSynchronize)
 
-static struct { char *start; size_t size; } locked[1000];
+static struct { char *start; size_t size; } locked[1000];  // page-locked memory, which is never freed
 static int blocks;
-int cudaHostAlloc(void **start, size_t size, unsigned flags) {
+int cudaHostAlloc(void **start, size_t size) {
     if (blocks == 1000) return cudaErrorMemoryAllocation;
     locked[blocks].size = size;
     *start = locked[blocks++].start = malloc(size);
     return 0;
 }
-int cudaFreeHost(void *start) { return 0; }
-int cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *pointer) {
+int cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, char *pointer) {
     attributes->type = cudaMemoryTypeUnregistered;
     for (int i = 0; i < blocks; i++)
-        if ((char *)pointer >= locked[i].start && (char *)pointer < locked[i].start + locked[i].size)
+        if (pointer >= locked[i].start && pointer < locked[i].start + locked[i].size)
             attributes->type = cudaMemoryTypeHost;
     return 0;
 }
 
-int cudaGetDeviceProperties(struct cudaDeviceProp *is, int device) {
-    *is = (struct cudaDeviceProp){.name = "H100", .major = 9, .multiProcessorCount = 132, .totalGlobalMem = 80ul << 30};
-    return 0;
-}
-int cudaMemGetInfo(size_t *free, size_t *total) { *free = *total = 80ul << 30; return 0; }
-int cudaDriverGetVersion(int *version) { *version = 99000; return 0; }
+SET(cudaGetDeviceProperties, struct cudaDeviceProp, ((struct cudaDeviceProp){.name = "H100", .major = 9}))
+SET(cudaGetDeviceCount, int, 1) SET(cudaGetDevice, int, 0) SET(cudaDriverGetVersion, int, 99000)
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
-int cudaGetDeviceCount(int *count) { *count = 1; return 0; }
-int cudaGetDevice(int *device) { *device = 0; return 0; }
-int cudaSetDevice(int device) { return 0; }
-int cudaGetLastError(void) { return 0; }
-int cudaPeekAtLastError(void) { return 0; }
-int cudaFree(void *start) { return 0; }
-int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = *greatest = 0; return 0; }
-int cudaStreamCreateWithPriority(void **stream, unsigned flags, int priority) { *stream = (void *)1; return 0; }
-int cudaStreamGetCaptureInfo(void *stream, int *status) { *status = 0; return 0; }
-int cudaStreamIsCapturing(void *stream, int *status) { *status = 0; return 0; }
-int cudaStreamQuery(void *stream) { return 0; }
-int cudaStreamWaitEvent(void *stream, void *event, unsigned flags) { return 0; }
-int cudaEventCreateWithFlags(void **event, unsigned flags) { *event = 0; return 0; }
-int cudaEventRecord(void *event, void *stream) { return 0; }
-int cudaEventRecordWithFlags(void *event, void *stream, unsigned flags) { return 0; }
-int cudaEventQuery(void *event) { return 0; }
-int cudaEventElapsedTime(float *milliseconds, void *start, void *end) { *milliseconds = 0; return 0; }
-int cudaEventDestroy(void *event) { return 0; }
+int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0; }
+SET(cudaStreamCreateWithPriority, void *, (void *)1)
+SET_SECOND(cudaStreamGetCaptureInfo, int, 0) SET_SECOND(cudaStreamIsCapturing, int, 0)
+SUCCEED(cudaSetDevice) SUCCEED(cudaGetLastError) SUCCEED(cudaPeekAtLastError) SUCCEED(cudaFree) SUCCEED(cudaFreeHost)
+SUCCEED(cudaStreamQuery) SUCCEED(cudaStreamWaitEvent) SUCCEED(cudaEventCreateWithFlags) SUCCEED(cudaEventDestroy)
+SUCCEED(cudaEventRecord) SUCCEED(cudaEventRecordWithFlags) SUCCEED(cudaEventQuery)
 """
 
 
@@ -215,7 +209,7 @@ class Recorder(TorchDispatchMode):
         if name in COPIES and (on_cpu or device == "cpu"):
             from_gpu = device == "cpu" or (name == "copy_" and args[0] is on_cpu[0])
             if not (args[2] if name == "copy_" and len(args) > 2 else kwargs.get("non_blocking", False)):
-                self.waits[line, f"blocking copy {'from' if from_gpu else 'to'} the GPU"] += 1
+                self.wait(f"blocking copy {'from' if from_gpu else 'to'} the GPU")
             with unset_fake_temporarily():
                 if from_gpu and name == "copy_":
                     return args[0]
@@ -237,6 +231,11 @@ class Recorder(TorchDispatchMode):
             self.bytes[line] += sum(x.nbytes for x in (*on_gpu, *tree_iter(result)) if isinstance(x, FakeTensor))
         return result
 
+    def wait(self, reason: str) -> None:
+        """Note that the thread that computes, or one of autograd's, waits; threads that read ahead may."""
+        if type(threading.current_thread()) is not threading.Thread:
+            self.waits[source_line(), reason] += 1
+
     def _as_fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
@@ -250,26 +249,18 @@ def source_line() -> str:
     return "(backward)"
 
 
-def cudnn_gru(data: Tensor, batch_sizes: Tensor, hx: Tensor, weights: list[Tensor], *options: Any) -> Any:
-    """Compute torch._VF.gru of packed sequences as cuDNN does: in float16 under autocast, whatever that asks for."""
-    _biases, layers, dropout, training, bidirectional = options
+def cudnn_gru(data: Tensor, *given: Any) -> Any:
+    """Compute torch._VF.gru as cuDNN does: in float16 under autocast, whatever that asks for."""
+    if isinstance(given[1], Tensor):
+        batch_sizes, hx, weights, _biases, layers, dropout, training, bidirectional = given
+        sizes, batch_first = batch_sizes.tolist(), False
+    else:
+        hx, weights, _biases, layers, dropout, training, bidirectional, batch_first = given
+        sizes = []
     if torch.is_autocast_enabled("cuda"):
         data, hx, *weights = (tensor.half() for tensor in (data, hx, *weights))
-    sizes = hx.shape[2], 0, layers, False, dropout, training, bidirectional, batch_sizes.tolist(), None
-    return torch.ops.aten._cudnn_rnn(data, weights, 4, weights[0].detach(), hx, None, 3, *sizes)[:2]
-
-
-def to(module: nn.Module, device: torch.device) -> nn.Module:
-    """Do as nn.Module.to, which with fake tensors fails at the weak references that recurrent layers keep."""
-    for each in module.modules():
-        for name, parameter in each._parameters.items():
-            each._parameters[name] = None if parameter is None else nn.Parameter(parameter.detach().to(device))
-        for name, buffer in each._buffers.items():
-            each._buffers[name] = None if buffer is None else buffer.to(device)
-        if isinstance(each, nn.RNNBase):
-            each._flat_weights = [getattr(each, name) for name in each._flat_weights_names]
-            each._flat_weight_refs = [weakref.ref(weight) for weight in each._flat_weights if weight is not None]
-    return module
+    options = 3, hx.shape[2], 0, layers, batch_first, dropout, training, bidirectional, sizes, None
+    return torch.ops.aten._cudnn_rnn(data, weights, 4, weights[0].detach(), hx, None, *options)[:2]
 
 
 def all_reduce(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -284,54 +275,55 @@ def fake_gpu() -> Iterator[Recorder]:
     """Make tensors on the GPU fake, with everything replaced in torch that fails with these."""
     torch.cuda.init()
     recorder = Recorder()
-    on_wait = ctypes.CFUNCTYPE(None)(lambda: recorder.waits.update([(source_line(), "synchronization")]))
+    on_wait = ctypes.CFUNCTYPE(None)(lambda: recorder.wait("synchronization"))
     ctypes.CDLL(os.environ["LD_PRELOAD"]).on_wait(on_wait)
+    run = threading.Thread.run
+
+    def run_with_fake_gpu(thread: threading.Thread) -> None:
+        with recorder:
+            run(thread)
+
     with ExitStack() as stack:
         for target, name, value in (
             (fake_tensor, "init_gpu_context", lambda _: None),
-            (nn.Module, "to", to),
+            (nn.modules.rnn, "weakref", SimpleNamespace(ref=lambda weight: lambda: weight)),  # forbid to swap weights
             (nn.RNNBase, "flatten_parameters", lambda _: None),
             (nn.init, "orthogonal_", lambda tensor, gain=1: tensor),  # would take seconds
             (nn.parallel.distributed, "_verify_param_shape_across_processes", lambda *_, **__: None),
             (nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (torch._VF, "gru", cudnn_gru),
+            (threading.Thread, "run", run_with_fake_gpu),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield stack.enter_context(recorder)
 
 
-# What may be planted into a step, as a function of its logits.
-FAULTS: dict[str, Callable[[Tensor], Any]] = {
-    "nothing": lambda logits: None,
-    "item": lambda logits: logits.sum().item(),
-    "bool": lambda logits: bool(logits.isfinite().all()),
-    "nonzero": lambda logits: logits.nonzero(),
-    "mask as an index": lambda logits: logits[logits > 0],
-    "tensor left on the CPU": lambda logits: logits + torch.ones(logits.shape[-1]),
-    "index left on the CPU": lambda logits: logits[torch.zeros(1, dtype=torch.int64)],
-    "matrix of another type": lambda logits: logits[0] @ logits[0].double().t(),
-    "blocking copy to the GPU": lambda logits: torch.ones(1).pin_memory().to(logits.device),
-    "blocking copy from the GPU": lambda logits: logits.cpu(),
-    "synchronization": lambda logits: torch.cuda.synchronize(),
-    "pageable copy": lambda logits: torch.ones(2**20).to(logits.device, non_blocking=True),
-    "more operations": lambda logits: [logits + 1 for _ in range(100)],
+# What may be planted into a step, as a function of its logits, and what is then to be complained of.
+FAULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "nothing": (lambda logits: None, ""),
+    "item": (lambda logits: logits.sum().item(), "aten._local_scalar_dense"),
+    "bool": (lambda logits: bool(logits.isfinite().all()), "aten._local_scalar_dense"),
+    "nonzero": (lambda logits: logits.nonzero(), "aten.nonzero"),
+    "mask as an index": (lambda logits: logits[logits > 0], "aten.nonzero"),
+    "tensor left on the CPU": (lambda logits: logits + torch.ones(29), "add of tensors on the CPU and on the GPU"),
+    "index left on the CPU": (lambda logits: logits[torch.tensor([0])], "index of tensors on the CPU and on the GPU"),
+    "matrices of two types": (lambda logits: logits[0] @ logits[0].double().t(), "mm of tensors of different types"),
+    "blocking copy to the GPU": (lambda logits: torch.ones(1).pin_memory().to(logits.device), "waits"),
+    "blocking copy from the GPU": (lambda logits: logits.cpu(), "waits"),
+    "synchronization": (lambda logits: torch.cuda.synchronize(), "waits"),
+    "pageable copy": (lambda logits: torch.ones(2**20).to("cuda", non_blocking=True), "pageable_bytes: 4194304"),
+    "more operations": (lambda logits: [logits + 1 for _ in range(100)], "operations"),
+    "more bytes": (lambda logits: logits.new_zeros(2**30), "gigabytes"),
 }
 
 
-def plant(fault: Callable[[Tensor], Any], _module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+def plant(fault: Callable[[Tensor], Any], _module: nn.Module, _inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
     """Do as a forward hook of the model what the fault does."""
-    fault(output[0])
+    fault(outputs[0])
 
 
 def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> None:
     """Call `measure` with the name and the function of everything that is to be measured, in order."""
-    from data.packed import Subset
-    from pytorch.config import CONFIGS
-    from pytorch.distributed import World
-    from pytorch.evaluation import evaluate
-    from pytorch.loader import TrainingLoader, Utterances
-    from pytorch.trainer import Trainer
-
     optimizer: Any
     precision: Any
     optimizer, precision, ema, ranks = ("adamw-fp32-plain-1" if case == "faults" else case).split("-")
@@ -355,30 +347,28 @@ def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> No
     if world.size > 1:
         trainer.ddp_model.register_comm_hook(None, all_reduce)  # type: ignore[operator]
         trainer.ddp_model.logger = mock.Mock()  # waits for the GPU in the first ten steps, then in every hundredth
-    ((_, batches),) = TrainingLoader(utterances, config, world, pin_memory=True).epoch(1, 0, 1)
+    ((_, batches),) = TrainingLoader(utterances, config, world, **FOR_GPU).epoch(1, 0, 1)
 
     def step(accumulation: int = 1) -> Callable[[], Tensor]:
         trainer.model.train()
         return trainer.train_step(batches * accumulation, config.batch_size * accumulation, 1e-3, (False, True))
 
     def evaluation() -> None:
-        size = UTTERANCES * int(samples[-1])
         forward = partial(trainer.logits, trainer.eval_model.eval())
-        evaluate(forward, utterances, World(), max_batch_samples=size, pin_memory=True)
+        evaluate(forward, utterances, world, max_batch_samples=UTTERANCES * int(samples[-1]), **FOR_GPU)
 
     if case == "faults":
         step()
-        for name, fault in FAULTS.items():
-            planted = trainer.model.register_forward_hook(partial(plant, fault))
-            measure(name, step)
-            planted.remove()
+        for name, (fault, _) in FAULTS.items():
+            with trainer.model.register_forward_hook(partial(plant, fault)):
+                measure(name, step)
+        return
+    measure("warm-up", lambda: trainer.warm_up(int(samples[-1])))
+    measure("accumulating step", lambda: step(accumulation=2)())
+    measure("step", step)
+    if world.size == 1:
+        measure("evaluation", evaluation)
     else:
-        measure("warm-up", lambda: trainer.warm_up(int(samples[-1])))
-        measure("accumulating step", lambda: step(accumulation=2)())
-        measure("step", step)
-        if world.size == 1:
-            measure("evaluation", evaluation)
-    if world.size > 1:
         dist.destroy_process_group()
 
 
