@@ -1,0 +1,400 @@
+"""Training steps and an evaluation on a GPU that is not there: what the program would ask of it.
+
+    python -m tests.fake_cuda adamw-bf16-ema-8           # optimizer, precision, ema or plain, ranks; prints JSON
+    python -m tests.fake_cuda --list adamw-bf16-ema-8    # copies, waits and operations by source line, too
+    python -m tests.fake_cuda faults                     # a step with each of FAULTS
+
+Needs gcc and a PyTorch built for CUDA. CUDA's runtime is a stub (RUNTIME) with one H100; messages between ranks are
+left out. Tensors on the CPU are real, those on the GPU have shape and type only (FakeTensorMode). So devices, types and
+shapes are checked as on a GPU, but there are no values: whatever needs one, such as item(), bool(), nonzero() or a mask
+as an index, is an error. Copied to the CPU, they are zeros. What an operation does inside, such as cuDNN's loop over
+time or CTC's copies of its lengths, is not seen; nor is waiting by asking an event again and again.
+"""
+
+import ctypes
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Self
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from data.packed import Subset
+from pytorch.config import CONFIGS
+from pytorch.distributed import World
+from pytorch.evaluation import evaluate
+from pytorch.loader import TrainingLoader, Utterances
+from pytorch.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADERS = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/include"
+UTTERANCES, SECONDS = 128, 13.7  # of a rank's batch; the longest
+FOR_GPU: dict[str, Any] = {"pin_memory": True}  # how batches are read
+
+# The part of CUDA's runtime and driver that torch itself calls.
+RUNTIME = r"""
+#include <driver_types.h>
+#include <stdlib.h>
+#define SUCCEED(name) int name() { return 0; }
+#define WAIT(name) int name() { if (report_wait) report_wait(); return 0; }
+#define SET(name, type, value) int name(type *result) { *result = value; return 0; }
+#define SET_SECOND(name, type, value) int name(void *handle, type *result) { *result = value; return 0; }
+
+static void (*report_wait)(void);
+void on_wait(void (*function)(void)) { report_wait = function; }
+WAIT(cudaEventSynchronize) WAIT(cudaStreamSynchronize) WAIT(cudaDeviceSynchronize)
+
+static struct { char *start; size_t size; } locked[1000];  // page-locked memory, which is never freed
+static int blocks;
+int cudaHostAlloc(void **start, size_t size) {
+    if (blocks == 1000) return cudaErrorMemoryAllocation;
+    locked[blocks].size = size;
+    *start = locked[blocks++].start = malloc(size);
+    return 0;
+}
+int cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, char *pointer) {
+    attributes->type = cudaMemoryTypeUnregistered;
+    for (int i = 0; i < blocks; i++)
+        if (pointer >= locked[i].start && pointer < locked[i].start + locked[i].size)
+            attributes->type = cudaMemoryTypeHost;
+    return 0;
+}
+
+SET(cudaGetDeviceProperties, struct cudaDeviceProp, ((struct cudaDeviceProp){.name = "H100", .major = 9}))
+SET(cudaGetDeviceCount, int, 1) SET(cudaGetDevice, int, 0) SET(cudaDriverGetVersion, int, 99000)
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
+int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0; }
+SET(cudaStreamCreateWithPriority, void *, (void *)1)
+SET_SECOND(cudaStreamGetCaptureInfo, int, 0) SET_SECOND(cudaStreamIsCapturing, int, 0)
+SUCCEED(cudaSetDevice) SUCCEED(cudaGetLastError) SUCCEED(cudaPeekAtLastError) SUCCEED(cudaFree) SUCCEED(cudaFreeHost)
+SUCCEED(cudaStreamQuery) SUCCEED(cudaStreamWaitEvent) SUCCEED(cudaEventCreateWithFlags) SUCCEED(cudaEventDestroy)
+SUCCEED(cudaEventRecord) SUCCEED(cudaEventRecordWithFlags) SUCCEED(cudaEventQuery)
+"""
+
+
+def unavailable() -> str | None:
+    """Return what this machine lacks for it, if anything."""
+    if shutil.which("gcc") is None:
+        return "gcc is missing"
+    return None if torch.version.cuda and HEADERS.is_dir() else "this PyTorch is not built for CUDA"
+
+
+def start(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run this module in a process of its own, with the stub in the place of CUDA's runtime and driver."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/libcuda.so.1"
+        compiler = ["gcc", "-xc", "-", "-shared", "-fPIC", f"-I{HEADERS}", "-o", library]
+        subprocess.run(compiler, input=RUNTIME, text=True, check=True)
+        environment = os.environ | {"LD_PRELOAD": library, "LD_LIBRARY_PATH": folder, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-W", "ignore", "-m", "tests.fake_cuda", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, text=True, **options)
+
+
+class Needs(NamedTuple):
+    """What a step or an evaluation needs of the GPU; in the tests also the most that it may."""
+
+    waits: int  # for the GPU
+    pageable_copies: int  # to the GPU, of memory that is not page-locked
+    pageable_bytes: int  # of the largest of them
+    operations: int  # that have kernels
+    gigabytes: float  # read and written by them at least
+    gru: str  # the type in which cuDNN computes the recurrent layers
+
+
+# Operations without a kernel.
+FREE = {"_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "device", "diagonal", "empty", "empty_like"}
+FREE |= {"empty_strided", "expand", "lift_fresh", "new_empty", "new_empty_strided", "permute", "reshape", "select", "t"}
+FREE |= {"slice", "split", "split_with_sizes", "squeeze", "transpose", "unbind", "unfold", "unsqueeze", "view"}
+COPIES = {"_to_copy", "to", "copy_"}
+LENGTHS_ON_CPU = {"_ctc_loss", "_ctc_loss_backward"}
+ONE_TYPE = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_cudnn_rnn"}
+
+
+def ctc(log_probabilities_TBV: Tensor, targets: Tensor, frames_B: Any, lengths_B: Any, *_: Any) -> tuple[Tensor, ...]:
+    time, batch, _labels = log_probabilities_TBV.shape
+    with unset_fake_temporarily():
+        states = 2 * int(max(lengths_B)) + 1
+    return log_probabilities_TBV.new_empty(batch), log_probabilities_TBV.new_empty(batch, time, states)
+
+
+def cudnn_backward(data: Tensor, weights: list[Tensor], _stride: int, _buffer: Tensor, hx: Tensor, *_: Any) -> tuple:
+    return torch.empty_like(data), torch.empty_like(hx), None, [torch.empty_like(weight) for weight in weights]
+
+
+# Operations that FakeTensorMode does not have.
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "_ctc_loss": ctc,
+    "_ctc_loss_backward": lambda _gradient, log_probabilities, *_: torch.empty_like(log_probabilities),
+    "_cudnn_rnn_backward": cudnn_backward,
+    "_fused_sgd_": lambda *_: None,
+    "record_stream": lambda *_: None,
+}
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps tensors on the CPU real and those on the GPU fake, and counts what is done with the latter by line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.operations: Counter[tuple[str, str]] = Counter()  # by line and name
+        self.bytes: Counter[str] = Counter()  # by line
+        self.copies: Counter[tuple[str, bool, int]] = Counter()  # by line, whether from page-locked memory, and bytes
+        self.waits: Counter[tuple[str, str]] = Counter()  # by line and reason
+        self.gru: set[str] = set()
+
+    def needs(self) -> Needs:
+        """Return what was counted."""
+        pageable = [size for (_, pinned, size), count in self.copies.items() if not pinned for _ in range(count)]
+        operations, size = self.operations.total(), self.bytes.total() / 1e9
+        gru = ", ".join(sorted(self.gru))
+        return Needs(self.waits.total(), len(pageable), max(pageable, default=0), operations, round(size, 1), gru)
+
+    def print(self) -> None:
+        """Print what was counted, line by line."""
+        for (line, reason), count in self.waits.items():
+            print(f"  wait: {reason} x {count}, {line}")
+        for (line, pinned, size), count in sorted(self.copies.items(), key=lambda item: -item[0][2]):
+            print(f"  copy: {size:>12,} B x {count} from {'page-locked' if pinned else 'PAGEABLE'} memory, {line}")
+        for line, size in self.bytes.most_common():
+            names = {name: count for (where, name), count in self.operations.items() if where == line}
+            print(f"  {size / 1e9:8.3f} GB  {line:48} {', '.join(f'{name} {n}' for name, n in names.items())}")
+
+    def __enter__(self) -> Self:
+        self.fake.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.fake.__exit__(*error)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, device = function._schema.name.split("::")[1], str(kwargs.get("device"))
+        tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        on_gpu = [x for x in tensors if isinstance(x, FakeTensor)]
+        on_cpu = [x for x in tensors if not isinstance(x, FakeTensor)]
+        if not on_gpu and not device.startswith("cuda"):
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        if name.startswith("_use_"):  # another CTC: cuDNN's takes only int32
+            return "cudnn" in name and all(x.dtype == torch.int32 for x in args[1:4])
+        line = source_line()
+        if name in COPIES and (on_cpu or device == "cpu"):
+            from_gpu = device == "cpu" or (name == "copy_" and args[0] is on_cpu[0])
+            if not (args[2] if name == "copy_" and len(args) > 2 else kwargs.get("non_blocking", False)):
+                self.wait(f"blocking copy {'from' if from_gpu else 'to'} the GPU")
+            with unset_fake_temporarily():
+                if from_gpu and name == "copy_":
+                    return args[0]
+                if from_gpu:
+                    return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+                self.copies[line, on_cpu[-1].is_pinned(), on_cpu[-1].nbytes] += 1
+        elif name not in LENGTHS_ON_CPU and any(x.ndim for x in on_cpu):
+            raise RuntimeError(f"{name} of tensors on the CPU and on the GPU")
+        if name in ONE_TYPE and len({x.dtype for x in on_gpu}) > 1:
+            raise RuntimeError(f"{name} of tensors of different types")
+        if name == "_cudnn_rnn":
+            self.gru.add(str(args[0].dtype).removeprefix("torch."))
+        if name in STAND_INS:
+            result = STAND_INS[name](*args)
+        else:
+            result = function(*tree_map_only(Tensor, self._as_fake, args), **kwargs)
+        if name not in FREE:
+            self.operations[line, name] += 1
+            self.bytes[line] += sum(x.nbytes for x in (*on_gpu, *tree_iter(result)) if isinstance(x, FakeTensor))
+        return result
+
+    def wait(self, reason: str) -> None:
+        """Note that the thread that computes, or one of autograd's, waits; threads that read ahead may."""
+        if type(threading.current_thread()) is not threading.Thread:
+            self.waits[source_line(), reason] += 1
+
+    def _as_fake(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+
+
+def source_line() -> str:
+    """Return the innermost line of pytorch/ that is under way."""
+    for frame, line in traceback.walk_stack(sys._getframe(1)):
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT / "pytorch"):
+            return f"{path.relative_to(ROOT / 'pytorch')}:{line} {frame.f_code.co_name}"
+    return "(backward)"
+
+
+def cudnn_gru(data: Tensor, *given: Any) -> Any:
+    """Compute torch._VF.gru as cuDNN does: in float16 under autocast, whatever that asks for."""
+    if isinstance(given[1], Tensor):
+        batch_sizes, hx, weights, _biases, layers, dropout, training, bidirectional = given
+        sizes, batch_first = batch_sizes.tolist(), False
+    else:
+        hx, weights, _biases, layers, dropout, training, bidirectional, batch_first = given
+        sizes = []
+    if torch.is_autocast_enabled("cuda"):
+        data, hx, *weights = (tensor.half() for tensor in (data, hx, *weights))
+    options = 3, hx.shape[2], 0, layers, batch_first, dropout, training, bidirectional, sizes, None
+    return torch.ops.aten._cudnn_rnn(data, weights, 4, weights[0].detach(), hx, None, *options)[:2]
+
+
+def all_reduce(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Leave the gradients of DDP's bucket as they are."""
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+@contextmanager
+def fake_gpu() -> Iterator[Recorder]:
+    """Make tensors on the GPU fake, with everything replaced in torch that fails with these."""
+    torch.cuda.init()
+    recorder = Recorder()
+    on_wait = ctypes.CFUNCTYPE(None)(lambda: recorder.wait("synchronization"))
+    ctypes.CDLL(os.environ["LD_PRELOAD"]).on_wait(on_wait)
+    run = threading.Thread.run
+
+    def run_with_fake_gpu(thread: threading.Thread) -> None:
+        with recorder:
+            run(thread)
+
+    with ExitStack() as stack:
+        for target, name, value in (
+            (fake_tensor, "init_gpu_context", lambda _: None),
+            (nn.modules.rnn, "weakref", SimpleNamespace(ref=lambda weight: lambda: weight)),  # forbid to swap weights
+            (nn.RNNBase, "flatten_parameters", lambda _: None),
+            (nn.init, "orthogonal_", lambda tensor, gain=1: tensor),  # would take seconds
+            (nn.parallel.distributed, "_verify_param_shape_across_processes", lambda *_, **__: None),
+            (nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
+            (torch._VF, "gru", cudnn_gru),
+            (threading.Thread, "run", run_with_fake_gpu),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield stack.enter_context(recorder)
+
+
+# What may be planted into a step, as a function of its logits, and what is then to be complained of.
+FAULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "nothing": (lambda logits: None, ""),
+    "item": (lambda logits: logits.sum().item(), "aten._local_scalar_dense"),
+    "bool": (lambda logits: bool(logits.isfinite().all()), "aten._local_scalar_dense"),
+    "nonzero": (lambda logits: logits.nonzero(), "aten.nonzero"),
+    "mask as an index": (lambda logits: logits[logits > 0], "aten.nonzero"),
+    "tensor left on the CPU": (lambda logits: logits + torch.ones(29), "add of tensors on the CPU and on the GPU"),
+    "index left on the CPU": (lambda logits: logits[torch.tensor([0])], "index of tensors on the CPU and on the GPU"),
+    "matrices of two types": (lambda logits: logits[0] @ logits[0].double().t(), "mm of tensors of different types"),
+    "blocking copy to the GPU": (lambda logits: torch.ones(1).pin_memory().to(logits.device), "waits"),
+    "blocking copy from the GPU": (lambda logits: logits.cpu(), "waits"),
+    "synchronization": (lambda logits: torch.cuda.synchronize(), "waits"),
+    "pageable copy": (lambda logits: torch.ones(2**20).to("cuda", non_blocking=True), "pageable_bytes: 4194304"),
+    "more operations": (lambda logits: [logits + 1 for _ in range(100)], "operations"),
+    "more bytes": (lambda logits: logits.new_zeros(2**30), "gigabytes"),
+}
+
+
+def plant(fault: Callable[[Tensor], Any], _module: nn.Module, _inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+    """Do as a forward hook of the model what the fault does."""
+    fault(outputs[0])
+
+
+def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> None:
+    """Call `measure` with the name and the function of everything that is to be measured, in order."""
+    optimizer: Any
+    precision: Any
+    optimizer, precision, ema, ranks = ("adamw-fp32-plain-1" if case == "faults" else case).split("-")
+    world = World(0, int(ranks))
+    config = dataclasses.replace(
+        CONFIGS["librispeech"],
+        optimizer=optimizer,
+        precision=precision,
+        ema_decay=0.99 if ema == "ema" else 0.0,
+        noise_probability=0.5 if ema == "ema" else 0.0,  # the configurations that have an EMA have noise, too
+        batch_size=UTTERANCES * world.size,
+        augment_from_epoch=1,
+    )
+    samples = (np.linspace(0.8, 1, config.batch_size) * SECONDS * 16000).astype(np.int64)
+    audio = np.random.default_rng(0).integers(-1000, 1000, samples[-1]).astype(np.int16)
+    names, texts = [str(n) for n in samples], ["AB" * int(7 * n / 16000) for n in samples]  # 14 labels a second
+    utterances = Utterances([Subset("", audio, np.zeros_like(samples), samples, names, names, texts)])
+    if world.size > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world.size)
+    trainer = Trainer(config, torch.device("cuda", 0), world)
+    if world.size > 1:
+        trainer.ddp_model.register_comm_hook(None, all_reduce)  # type: ignore[operator]
+        trainer.ddp_model.logger = mock.Mock()  # waits for the GPU in the first ten steps, then in every hundredth
+    ((_, batches),) = TrainingLoader(utterances, config, world, **FOR_GPU).epoch(1, 0, 1)
+
+    def step(accumulation: int = 1) -> Callable[[], Tensor]:
+        trainer.model.train()
+        return trainer.train_step(batches * accumulation, config.batch_size * accumulation, 1e-3, (False, True))
+
+    def evaluation() -> None:
+        forward = partial(trainer.logits, trainer.eval_model.eval())
+        evaluate(forward, utterances, world, max_batch_samples=UTTERANCES * int(samples[-1]), **FOR_GPU)
+
+    if case == "faults":
+        step()
+        for name, (fault, _) in FAULTS.items():
+            with trainer.model.register_forward_hook(partial(plant, fault)):
+                measure(name, step)
+        return
+    measure("warm-up", lambda: trainer.warm_up(int(samples[-1])))
+    measure("accumulating step", lambda: step(accumulation=2)())
+    measure("step", step)
+    if world.size == 1:
+        measure("evaluation", evaluation)
+    else:
+        dist.destroy_process_group()
+
+
+def main(arguments: list[str]) -> None:
+    """Print for each case and what it measures a line of JSON: names, error, needs."""
+
+    def measure(name: str, action: Callable[[], Any]) -> None:
+        recorder.clear()
+        error = None
+        try:
+            action()
+        except Exception as problem:
+            error = f"{type(problem).__name__}: {problem}"
+            traceback.print_exc()
+        print(json.dumps([case, name, error, recorder.needs()]))
+        if "--list" in arguments:
+            recorder.print()
+
+    with fake_gpu() as recorder:
+        for case in arguments:
+            if case != "--list":
+                rehearse(case, measure)
+
+
+if __name__ == "__main__":
+    if "LD_PRELOAD" in os.environ:
+        main(sys.argv[1:])
+    else:
+        sys.exit(unavailable() or start(*sys.argv[1:]).returncode)

@@ -1,0 +1,70 @@
+"""Training steps and an evaluation on CUDA, without a GPU (tests/fake_cuda.py): what they need stays within limits."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+from typing import TypeAlias
+
+import pytest
+
+from tests import fake_cuda
+from tests.fake_cuda import FAULTS, Needs
+
+# The most that a step with 128 utterances of 11 to 13.7 s on each rank may need, or an evaluation of them. A case is
+# optimizer, precision, with or without EMA, and ranks; any two values of these meet in one of them. `waits` are for
+# CTC, which looks at its targets on the CPU, for the EMA's counter, and in an evaluation for its result.
+LIMITS = {
+    ("adamw-fp32-plain-1", "step"): Needs(2, 11, 1_591_296, 191, 77.9, "float32"),
+    ("sgd-fp32-ema-1", "step"): Needs(4, 16, 1_591_296, 322, 84.1, "float32"),
+    ("muon-fp32-plain-8", "step"): Needs(2, 11, 1_598_464, 804, 184.0, "float32"),
+    ("adamw-bf16-ema-8", "step"): Needs(4, 16, 1_598_464, 941, 178.2, "float16"),
+    ("sgd-bf16-plain-8", "step"): Needs(2, 11, 1_598_464, 806, 171.6, "float16"),
+    ("muon-bf16-ema-1", "step"): Needs(4, 16, 1_591_296, 552, 66.7, "float16"),
+    ("sgd-fp32-ema-1", "evaluation"): Needs(1, 3, 631_816, 64, 32.1, "float32"),
+    ("muon-bf16-ema-1", "evaluation"): Needs(1, 3, 631_816, 120, 22.8, "float16"),
+}
+CASES = list(dict.fromkeys(case for case, _ in LIMITS))
+Measured: TypeAlias = dict[tuple[str, str], tuple[str | None, Needs]]  # error and needs by case and name
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measured:
+    if reason := fake_cuda.unavailable():
+        pytest.skip(reason)
+    done = fake_cuda.start(*CASES, "faults", stdout=subprocess.PIPE, check=True)
+    lines = map(json.loads, done.stdout.splitlines())
+    return {(case, name): (error, Needs(*needs)) for case, name, error, needs in lines}
+
+
+def complaints(error: str | None, needs: Needs, limits: Needs) -> list[str]:
+    """What is wrong: an error, or what exceeds its limit."""
+    more = [field for field in Needs._fields[:-1] if getattr(needs, field) > getattr(limits, field)]
+    more += ["gru"] if needs.gru != limits.gru else []
+    return [error] if error else [f"{field}: {getattr(needs, field)}, not {getattr(limits, field)}" for field in more]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_warms_up_and_accumulates_without_an_error(measured: Measured, case: str) -> None:
+    assert [measured[case, name][0] for name in ("warm-up", "accumulating step")] == [None, None]
+
+
+@pytest.mark.parametrize(("case", "name"), LIMITS)
+def test_a_step_and_an_evaluation_need_no_more_than_they_may(measured: Measured, case: str, name: str) -> None:
+    assert complaints(*measured[case, name], LIMITS[case, name]) == [], measured[case, name][1]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(measured: Measured, fault: str) -> None:
+    error, without_a_fault = measured["faults", "nothing"]
+    assert error is None
+    found = complaints(*measured["faults", fault], without_a_fault)
+    assert FAULTS[fault][1] in " ".join(found) and bool(found) == (fault != "nothing")
+
+
+def test_any_two_values_meet_in_a_case() -> None:
+    values = {"adamw", "sgd", "muon"}, {"fp32", "bf16"}, {"plain", "ema"}, {"1", "8"}
+    for i, j in itertools.combinations(range(4), 2):
+        meeting = {(case.split("-")[i], case.split("-")[j]) for case in CASES}
+        assert meeting == set(itertools.product(values[i], values[j]))
