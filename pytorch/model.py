@@ -22,7 +22,7 @@ says what that gains.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,10 +83,10 @@ class DeepSpeech2(nn.Module):
         batch, time = x_BTFC.shape[:2]
         # Where each packed row lies in [B, T]; padding is left out of the norms, and zero again before conv2.
         index_into_BT_N = layout.time_N + layout.utterance_N * time
-        x_NFC = _norm_rows(x_BTFC.flatten(0, 1).index_select(0, index_into_BT_N), self.norm1)
+        x_NFC = _norm_rows(_ValidRows.apply(x_BTFC.flatten(0, 1), index_into_BT_N), self.norm1)
         x_BTFC = x_NFC.new_zeros(batch * time, *x_NFC.shape[1:]).index_copy_(0, index_into_BT_N, x_NFC)
         x_BTFC = self.conv2(x_BTFC.unflatten(0, (batch, time)))
-        x_NFC = _norm_rows(x_BTFC.flatten(0, 1).index_select(0, index_into_BT_N), self.norm2)
+        x_NFC = _norm_rows(_ValidRows.apply(x_BTFC.flatten(0, 1), index_into_BT_N), self.norm2)
 
         packed = PackedSequence(x_NFC.flatten(1), layout.batch_sizes)
         for gru, norm in zip(self.grus, self.norms, strict=True):
@@ -116,6 +116,20 @@ def _make_blank_likely(labels_VH: Tensor, bias_H: Tensor) -> None:
     """
     nn.init.orthogonal_(labels_VH, LABEL_NORM)
     bias_H.copy_(BLANK_LOGIT * labels_VH[BLANK] / labels_VH[BLANK].square().sum())
+
+
+class _ValidRows(torch.autograd.Function):
+    """Rows of x by their numbers. The gradient of torch's index_select would be a sum, though no row comes twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index_N: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index_N)
+        ctx.shape = x.shape
+        return x.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return d_rows.new_zeros(ctx.shape).index_copy_(0, *ctx.saved_tensors, d_rows), None
 
 
 def _norm_rows(x_NFC: Tensor, norm: nn.Module) -> Tensor:

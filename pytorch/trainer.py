@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pytorch.config import Config, Precision
 from pytorch.ctc import LABELS, ctc_loss
-from pytorch.device import copy_to_cpu_async, explain_oom, widest_float
+from pytorch.device import copy_from_cpu_ahead, copy_to_cpu_async, explain_oom, widest_float
 from pytorch.distributed import World, all_reduce_sum
 from pytorch.features import SAMPLE_RATE, LogSpectrogram, draw_augmentation
 from pytorch.layers import kernels
@@ -201,7 +201,8 @@ class Trainer:
         ):
             batch = made_up_batch(self.config, torch.full((count,), num_samples), self.device)
             parts = [batch] * self.config.gradient_accumulation_steps
-            self.train_step(parts, self.config.batch_size, self.config.learning_rate)()
+            for _ in range(min(2, self.world.size)):  # before the second step DDP arranges gradients anew
+                self.train_step(parts, self.config.batch_size, self.config.learning_rate)()
             self.eval_model.eval()
             with torch.no_grad():
                 copy_to_cpu_async(self.logits(self.eval_model, replace(batch, augmentation=None))[0].argmax(2))()
@@ -228,5 +229,12 @@ def made_up_batch(config: Config, num_samples_B: Tensor, device: torch.device) -
     targets = torch.from_numpy(generator.integers(1, len(LABELS), int(lengths_B.sum())))
     own_tempo = replace(config, tempo_min=1.0, tempo_max=1.0)
     augmentation = draw_augmentation(own_tempo, np.arange(count)[:, None], np.full(count, math.inf))
-    on_device = waveforms_BS.to(device), num_samples_B, targets.to(device)
-    return Batch(np.arange(count), *on_device, lengths_B, [""] * count, augmentation)
+    return Batch(
+        np.arange(count),
+        copy_from_cpu_ahead(waveforms_BS, device),
+        num_samples_B,
+        copy_from_cpu_ahead(targets, device),
+        lengths_B,
+        [""] * count,
+        augmentation,
+    )

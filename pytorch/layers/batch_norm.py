@@ -58,8 +58,8 @@ class BatchNorm(nn.BatchNorm1d):
         return self.clip(output) if input.is_cuda else output
 
     def clip(self, output: Tensor) -> Tensor:
-        """Clip the output, in place."""
-        return output if self.clamp == NO_LIMITS else nn.functional.hardtanh(output, *self.clamp, inplace=True)
+        """Return the output within the limits."""
+        return output if self.clamp == NO_LIMITS else nn.functional.hardtanh(output, *self.clamp)
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -166,8 +166,8 @@ def _gradient(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor, offset_C: Tens
         _call("batch_norm_gradient", x_NC, *normal, d_output_NC, offset_C, slope_C, d_input_NC)
         return d_input_NC
     if x_NC.is_cuda:
-        ones_C, count = torch.ones_like(normal.mean_C), x_NC.new_ones(1, dtype=torch.int32)  # sums are means already
-        sums = offset_C, slope_C, count
+        ones_C = torch.ones_like(normal.mean_C)
+        sums = offset_C, slope_C, ones_C[:1].int()  # over one row, since they are means already
         return torch.batch_norm_backward_elemt(d_output_NC, x_NC, normal.mean_C, ones_C, normal.scale_C, *sums)
     d_NC, deviation_NC = _within_limits(x_NC, normal, d_output_NC)
     return (normal.scale_C * (d_NC - offset_C - slope_C * deviation_NC)).to(x_NC.dtype)
