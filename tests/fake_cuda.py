@@ -23,11 +23,11 @@ import tempfile
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple, Self
 from unittest import mock
 
@@ -86,10 +86,10 @@ SET(cudaGetDeviceProperties, struct cudaDeviceProp, ((struct cudaDeviceProp){.na
 SET(cudaGetDeviceCount, int, 1) SET(cudaGetDevice, int, 0) SET(cudaDriverGetVersion, int, 99000)
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0; }
-SET(cudaStreamCreateWithPriority, void *, (void *)1)
+SET(cudaStreamCreateWithPriority, void *, (void *)1) SET(cudaEventCreateWithFlags, void *, (void *)1)
 SET_SECOND(cudaStreamGetCaptureInfo, int, 0) SET_SECOND(cudaStreamIsCapturing, int, 0)
 SUCCEED(cudaSetDevice) SUCCEED(cudaGetLastError) SUCCEED(cudaPeekAtLastError) SUCCEED(cudaFree) SUCCEED(cudaFreeHost)
-SUCCEED(cudaStreamQuery) SUCCEED(cudaStreamWaitEvent) SUCCEED(cudaEventCreateWithFlags) SUCCEED(cudaEventDestroy)
+SUCCEED(cudaStreamQuery) SUCCEED(cudaStreamWaitEvent) SUCCEED(cudaEventDestroy)
 SUCCEED(cudaEventRecord) SUCCEED(cudaEventRecordWithFlags) SUCCEED(cudaEventQuery)
 """
 
@@ -143,12 +143,22 @@ def cudnn_backward(data: Tensor, weights: list[Tensor], _stride: int, _buffer: T
     return torch.empty_like(data), torch.empty_like(hx), None, [torch.empty_like(weight) for weight in weights]
 
 
+def by_channel(rows_NC: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    first_C, second_C = rows_NC.new_empty(2, rows_NC.shape[1], dtype=torch.float32)
+    return first_C, second_C
+
+
 # Operations that FakeTensorMode does not have.
 STAND_INS: dict[str, Callable[..., Any]] = {
     "_ctc_loss": ctc,
     "_ctc_loss_backward": lambda _gradient, log_probabilities, *_: torch.empty_like(log_probabilities),
     "_cudnn_rnn_backward": cudnn_backward,
     "_fused_sgd_": lambda *_: None,
+    "batch_norm_stats": by_channel,
+    "batch_norm_gather_stats_with_counts": by_channel,
+    "batch_norm_elemt": lambda rows, *_: torch.empty_like(rows),
+    "batch_norm_backward_reduce": lambda _gradient, rows, *_: (*by_channel(rows), None, None),
+    "batch_norm_backward_elemt": lambda gradient, *_: torch.empty_like(gradient),
     "record_stream": lambda *_: None,
 }
 
@@ -240,9 +250,9 @@ class Recorder(TorchDispatchMode):
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
 
-def source_line() -> str:
-    """Return the innermost line of pytorch/ that is under way."""
-    for frame, line in traceback.walk_stack(sys._getframe(1)):
+def source_line(frames: Iterable[tuple[FrameType, int]] = ()) -> str:
+    """Return the first line of pytorch/ among frames: those that are under way, from the innermost one, or others."""
+    for frame, line in frames or traceback.walk_stack(sys._getframe(1)):
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(ROOT / "pytorch"):
             return f"{path.relative_to(ROOT / 'pytorch')}:{line} {frame.f_code.co_name}"
@@ -381,8 +391,8 @@ def main(arguments: list[str]) -> None:
         try:
             action()
         except Exception as problem:
-            error = f"{type(problem).__name__}: {problem}"
-            traceback.print_exc()
+            frames = list(traceback.walk_tb(problem.__traceback__))
+            error = f"{type(problem).__name__}: {str(problem).splitlines()[0]}, {source_line(frames[::-1])}"
         print(json.dumps([case, name, error, recorder.needs()]))
         if "--list" in arguments:
             recorder.print()

@@ -1,4 +1,4 @@
-"""The GRU layer against nn.GRU in float64: with the kernel and with the loop in Python, on a CPU and on CUDA."""
+"""The GRU layer against nn.GRU in float64: with the kernel and with the loop in Python. For GPUs: test_gpu.py."""
 
 from collections.abc import Iterator
 
@@ -23,9 +23,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def pack(lengths: list[int], dtype: torch.dtype = torch.float32, device: str = "cpu") -> PackedSequence:
+def pack(lengths: list[int], dtype: torch.dtype = torch.float32) -> PackedSequence:
     generator = torch.Generator().manual_seed(sum(lengths))
-    inputs_TBI = torch.randn(max(lengths), len(lengths), INPUTS, generator=generator).to(device, dtype)
+    inputs_TBI = torch.randn(max(lengths), len(lengths), INPUTS, generator=generator).to(dtype)
     return pack_padded_sequence(inputs_TBI, torch.tensor(lengths), enforce_sorted=False)
 
 
@@ -41,16 +41,16 @@ def run(layer: nn.GRU, sequence: PackedSequence) -> tuple[Tensor, ...]:
     return outputs_NH.detach(), *torch.autograd.grad(outputs_NH, [data, *layer.parameters()], d_outputs_NH)
 
 
-def assert_like_stock(lengths: list[int], hidden_size: int, bidirectional: bool = True, device: str = "cpu") -> None:
+def assert_like_stock(lengths: list[int], hidden_size: int, bidirectional: bool = True) -> None:
     torch.manual_seed(0)
-    layer = GRU(INPUTS, hidden_size, bidirectional).to(device)
+    layer = GRU(INPUTS, hidden_size, bidirectional)
     stock = nn.GRU(INPUTS, hidden_size, bidirectional=bidirectional).double()
     stock.load_state_dict(layer.state_dict())
-    actual, expected = run(layer, pack(lengths, device=device)), run(stock, pack(lengths, torch.float64))
+    actual, expected = run(layer, pack(lengths)), run(stock, pack(lengths, torch.float64))
     assert len(actual) == len(expected) == 2 + len(list(stock.parameters()))
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == e.shape and a.dtype == torch.float32
-        assert (a.cpu().double() - e).abs().max() <= 2e-6 * max(1.0, e.abs().max().item())
+        assert (a.double() - e).abs().max() <= 2e-6 * max(1.0, e.abs().max().item())
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
@@ -170,9 +170,3 @@ def test_the_order_of_the_batch_is_kept() -> None:
     outputs = GRU(INPUTS, 4)(packed)
     assert outputs.batch_sizes is packed.batch_sizes
     assert outputs.sorted_indices is packed.sorted_indices and outputs.unsorted_indices is packed.unsorted_indices
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_gives_what_stock_gru_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert_like_stock([23, 20, 11, 4, 1], 24, device="cuda")
