@@ -164,7 +164,7 @@ def report_lost_ranks() -> Iterator[None]:
             raise
         missing = "unknown, since the process that keeps the list is one of them"
         with suppress(RuntimeError):
-            missing = ", ".join(map(str, _unresponsive_ranks()))
+            missing = ", ".join(map(str, _unresponsive_ranks())) or "none, but one has failed"
         text = f"rank {dist.get_rank()}: lost contact; ranks that hang or are gone: {missing} ({_first_line(error)})"
         raise RankFailure(text) from error
 

@@ -129,7 +129,8 @@ class _ValidRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return d_rows.new_zeros(ctx.shape).index_copy_(0, *ctx.saved_tensors, d_rows), None
+        (index_N,) = ctx.saved_tensors
+        return d_rows.new_zeros(ctx.shape).index_copy_(0, index_N, d_rows), None
 
 
 def _norm_rows(x_NFC: Tensor, norm: nn.Module) -> Tensor:

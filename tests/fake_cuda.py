@@ -51,7 +51,7 @@ from pytorch.trainer import Trainer
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/include"
 UTTERANCES, SECONDS = 128, 13.7  # of a rank's batch; the longest
-FOR_GPU: dict[str, Any] = {"pin_memory": True}  # how batches are read
+FOR_GPU: dict[str, Any] = {"device": torch.device("cuda", 0)}  # how batches are read
 
 # The part of CUDA's runtime and driver that torch itself calls.
 RUNTIME = r"""
@@ -238,7 +238,8 @@ class Recorder(TorchDispatchMode):
             result = function(*tree_map_only(Tensor, self._as_fake, args), **kwargs)
         if name not in FREE:
             self.operations[line, name] += 1
-            self.bytes[line] += sum(x.nbytes for x in (*on_gpu, *tree_iter(result)) if isinstance(x, FakeTensor))
+            moved = on_gpu[1:] + on_gpu[2:] if name == "index_copy_" else [*on_gpu, *tree_iter(result)]  # of rows only
+            self.bytes[line] += sum(x.nbytes for x in moved if isinstance(x, FakeTensor))
         return result
 
     def wait(self, reason: str) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from pytorch.layers import gru
 from pytorch.layers.gru import GRU
 
 INPUTS = 7
@@ -156,6 +157,21 @@ def test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size: int, bidirec
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert 1e-5 < (a - e).norm() / e.norm() < 1e-2  # one rounding: up to 2 ** -9 = 2e-3
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_path_of_accelerators_gives_the_same_in_either_precision(
+    rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gru, "has_bf16_kernel", lambda device: True)
+    torch.manual_seed(0)
+    layer, sequence = GRU(INPUTS, 8), pack([4, 1, 6])
+    weights = [weight for weight in layer.parameters()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+        outputs = layer._stock(sequence, weights)
+    assert outputs.dtype == (torch.bfloat16 if rounded else torch.float32)
+    outputs_NH = outputs.unflatten(1, (2, -1)).sum(1, dtype=torch.float32)
+    torch.testing.assert_close(outputs_NH, layer(sequence).data, rtol=0, atol=0.02 if rounded else 1e-6)
 
 
 def test_state_dicts_are_those_of_stock_gru() -> None:
