@@ -58,7 +58,7 @@ class GRU(nn.GRU):
             )
         return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
 
-    def _stock(self, sequence: PackedSequence, weights: list[Tensor]) -> Tensor:
+    def _stock(self, sequence: PackedSequence, weights: Sequence[Tensor]) -> Tensor:
         """Compute nn.GRU's outputs, both directions side by side, in bfloat16 where autocast and cuDNN have that.
 
         Autocast's own wrapper of CUDA's recurrent layers rounds to float16, whatever it was asked for.

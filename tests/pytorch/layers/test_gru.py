@@ -166,7 +166,7 @@ def test_the_path_of_accelerators_gives_the_same_in_either_precision(
     monkeypatch.setattr(gru, "has_bf16_kernel", lambda device: True)
     torch.manual_seed(0)
     layer, sequence = GRU(INPUTS, 8), pack([4, 1, 6])
-    weights = [weight for weight in layer.parameters()]
+    weights = list(layer.parameters())
     with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
         outputs = layer._stock(sequence, weights)
     assert outputs.dtype == (torch.bfloat16 if rounded else torch.float32)
