@@ -71,7 +71,7 @@ class GRU(nn.GRU):
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
             state_DBH = data.new_zeros(1 + self.bidirectional, int(sequence.batch_sizes[0]), self.hidden_size)
             options = True, 1, 0.0, self.training, self.bidirectional  # bias, layers, dropout
-            return torch._VF.gru(data, sequence.batch_sizes, state_DBH, weights, *options)[0]  # type: ignore[attr-defined]
+            return torch._VF.gru(data, sequence.batch_sizes, state_DBH, list(weights), *options)[0]  # type: ignore[attr-defined]
 
 
 class _Operations(TorchDispatchMode):
