@@ -49,6 +49,10 @@ MOST_CHUNKS = 1000
 OGG_CHAIN = re.compile(rb"OggS\0[\0\1\4\5].*OggS\0[\2\6]", re.DOTALL)
 MP3_INFO = re.compile(rb"\xff[\xe2-\xfb].{2,4}?\0{9,32}(?:Xing|Info)\0\0\0(.)(.{8})", re.DOTALL)
 ADTS = re.compile(rb"\xff[\xf0\xf1\xf8\xf9]")
+# A frame of MPEG's layer III, and what in the first one may tell how many there are. kbit/s by number, in MPEG 1 and 2.
+MP3_FRAME, MP3_COUNT = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]"), re.compile(rb"Xing|Info|VBRI")
+MP3_KBITS_1 = (0, *range(32, 65, 8), *range(80, 129, 16), *range(160, 257, 32), 320, 0)
+MP3_KBITS_2 = (0, *range(8, 57, 8), *range(64, 161, 16), 0)
 # What soundfile raises for files that it does not know, that are damaged, or whose headers ask for absurd memory.
 SNDFILE_FAILURES = (soundfile.LibsndfileError, RuntimeError, MemoryError, ValueError)
 
@@ -253,7 +257,7 @@ def _claimed_audio(content: mmap.mmap) -> tuple[int, int]:
                 break
             name, size = struct.unpack(layout, content[at : at + length])
             size -= length if content[:4] == b"riff" else 0  # W64 counts the name and the size too
-            if name == wanted:
+            if name in (wanted, b"BODY"):  # that of 8SVX, a kind of FORM
                 # The sizes of RF64 are in its first chunk, as they may be larger than 32 bits hold.
                 long = content[:4] == b"RF64" and size == 0xFFFFFFFF
                 return at + length, int.from_bytes(content[28:36], "little") if long else size
@@ -275,8 +279,33 @@ def _misread(file: Path, format: str) -> str | None:
             return "it is AAC, not MP3"
         else:
             end = sum(_claimed_audio(content))
+            if end == len(content):
+                end = _end_of_equal_frames(content)
             more = re.match(rb"(?:TAG.{125})?(?:ID3|\xff[\xe2-\xfb])", content[end : end + 131], re.DOTALL) is not None
-    return "it reads the first of several streams" if more else None
+    return "it would read a part of it" if more else None
+
+
+def _end_of_equal_frames(content: mmap.mmap) -> int:
+    """Return where the size, rate or channels of an MP3 file's frames change, if its header does not count them.
+
+    Of such a file libsndfile reads only as much as there would be if all were like the first one.
+    """
+    tag = 10 + sum((byte & 127) << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0), strict=False))
+    first = MP3_FRAME.search(content, tag if content[:3] == b"ID3" else 0)
+    if first is None or MP3_COUNT.search(content, first.end(), first.end() + 64):
+        return len(content)
+
+    def kind(at: int) -> tuple[int, bool]:
+        header = int.from_bytes(content[at : at + 4], "big")
+        return header & 0xFFFEFC00, header & 0xC0 == 0xC0  # version, kbit/s and rate; whether it has one channel
+
+    at, like = first.start(), kind(first.start())
+    halvings = (2, 2, 1, 0)[content[at + 1] >> 3 & 3]  # of the rate, in MPEG 2 and 2.5
+    kbits = (MP3_KBITS_2 if halvings else MP3_KBITS_1)[content[at + 2] >> 4]
+    rate = (44100, 48000, 32000, 0)[content[at + 2] >> 2 & 3] >> halvings
+    while kbits and rate and kind(at) == like:
+        at += (72_000 if halvings else 144_000) * kbits // rate + (content[at + 2] >> 1 & 1)
+    return at if kbits and rate else len(content)
 
 
 def _convert(file: Path, folder: Path, programs: list[str], reason: str) -> soundfile.SoundFile:

@@ -54,7 +54,7 @@ class Options:
 
 def main() -> int:
     options = tyro.cli(Options, prog="download_dataset.sh", description=Options.__doc__)
-    return exit_status(lambda: download(options), interrupted="Interrupted. Run the same command to resume.")
+    return exit_status(lambda: download(options), None, interrupted="Interrupted. Run the same command to resume.")
 
 
 def download(options: Options) -> PackedDataset:
@@ -63,11 +63,11 @@ def download(options: Options) -> PackedDataset:
     subsets = corpus.select([name.strip() for name in options.subsets.split(",") if name.strip()])
     _check_options(options, corpus, subsets)
     subsets = subsets[:1] if options.manifest else subsets
-    archives = _expected_archives(subsets, options)
     path = options.dataset_dir or corpus.default_dataset_dir
     if path.exists() and not path.is_dir():
         raise DataError(f"{path} is not a folder; give another --dataset-dir")
     try:
+        archives = _expected_archives(subsets, options)
         path.mkdir(parents=True, exist_ok=True)
         with locked(path, "download or verification"):
             dataset, already = _complete(path, corpus, subsets, archives, options)
@@ -101,10 +101,9 @@ def _check_options(options: Options, corpus: Corpus, subsets: Sequence[CorpusSub
 def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dict[str, Archive]:
     """Return by subset the published archive, or one with the sum of --checksums; a manifest stands for its archive."""
     if options.manifest:
-        try:
-            return {subsets[0].name: Archive(str(options.manifest), md5=file_digest(options.manifest, "md5"))}
-        except OSError as error:
-            raise DataError(f"cannot read the manifest {options.manifest}: {error.strerror}") from error
+        if not options.manifest.is_file():  # a pipe has nothing left when it is read again
+            raise DataError(f"the manifest {options.manifest} is missing, or is no regular file")
+        return {subsets[0].name: Archive(str(options.manifest), md5=file_digest(options.manifest, "md5"))}
     if not options.checksums:
         return {subset.name: subset.archive for subset in subsets}
     sums = read_checksums(options.checksums)

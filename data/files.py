@@ -17,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -26,6 +27,7 @@ CHUNK_BYTES = 1 << 20  # read or written at once
 Progress = Callable[[int], object]  # is told how many bytes more have been read or written
 UNFINISHED, DOWNLOADS, MARK = "unfinished", "downloads", "made-by-this-program.txt"
 SHOWN_PROBLEMS = 20
+MAY_BE_EMPTY = ("--subsets", "--mirror", "--md5")
 INTERRUPTED = 130  # what a shell says of a program that SIGINT has ended
 READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 
@@ -52,8 +54,21 @@ class _StandardError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # takes what is still to be written
 
 
-def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted.") -> int:
+def require_values(arguments: Sequence[str]) -> None:
+    """Raise DataError where an option's value would be a folder that nobody means: '' for ., or a literal ~."""
+    for option, value in pairwise(word for argument in arguments for word in argument.split("=", 1)):
+        if option.startswith("-") and value == "" and option not in MAY_BE_EMPTY:
+            raise DataError(f"{option} has an empty value")
+        if option.startswith("-") and value.startswith("~"):
+            raise DataError(f"{option} is {value}: your shell leaves this ~ as it is; write $HOME")
+
+
+def exit_status(
+    work: Callable[[], object], arguments: Sequence[str] | None = (), *, interrupted: str = "Interrupted."
+) -> int:
     """Do a command's work and return its exit status. What was raised is printed as one line.
+
+    `arguments` are those to check before (require_values); None for the process's.
 
     The status is what the work returned if that is an integer; else 0, 1 if it returned False or raised DataError,
     INTERRUPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
@@ -66,6 +81,7 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted."
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with redirect_stderr(cast(TextIO, _StandardError(sys.stderr))):
         try:
+            require_values(sys.argv[1:] if arguments is None else arguments)
             result = work()
             sys.stdout.flush()
             return result if type(result) is int else int(result is False)

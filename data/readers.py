@@ -105,6 +105,8 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
     for path, folders, names in os.walk(root):
         folders.sort()
         chapter = Path(path)
+        if left := [name for name in names if name.startswith("._")]:
+            raise DataError(f"{chapter / left[0]} is not of the corpus: macOS's tar adds it without COPYFILE_DISABLE=1")
         if other := [name for name in names if Path(name).suffix.lower() in OTHER_AUDIO]:
             raise DataError(f"{chapter / other[0]}: audio of this layout is FLAC; others are read by --corpus manifest")
         audio = {name[:-5]: f"{path}/{name}" for name in names if name.lower().endswith(".flac")}

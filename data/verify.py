@@ -53,7 +53,7 @@ class Options:
 
 def main() -> int:
     options = tyro.cli(Options, prog="verify_dataset.sh", description=Options.__doc__)
-    return exit_status(lambda: verify(options), interrupted="Interrupted. Not everything was checked.")
+    return exit_status(lambda: verify(options), None, interrupted="Interrupted. Not everything was checked.")
 
 
 def verify(options: Options) -> bool:

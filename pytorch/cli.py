@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 from data import files
 from data.files import DataError
@@ -27,10 +26,12 @@ class RankFailure(Exception):
     """Another rank of the run is gone or hangs. The message names it."""
 
 
-def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted.") -> int:
+def exit_status(
+    work: Callable[[], object], arguments: Sequence[str] | None = (), *, interrupted: str = "Interrupted."
+) -> int:
     """Do a command's work and return its exit status: that of data.files.exit_status, RANK_FAILED, or PREEMPTED."""
     try:
-        return files.exit_status(work, interrupted=interrupted)
+        return files.exit_status(work, arguments, interrupted=interrupted)
     except RankFailure as error:
         print(f"error: {error}", file=sys.stderr)
         return RANK_FAILED
@@ -38,12 +39,3 @@ def exit_status(work: Callable[[], object], *, interrupted: str = "Interrupted."
         for number in (signal.SIGTERM, signal.SIGUSR1):  # else a second one, while Python ends, would be the status
             signal.signal(number, signal.SIG_IGN)
         return PREEMPTED
-
-
-def require_values(arguments: Sequence[str]) -> None:
-    """Raise RunError where an option's value would be a folder that nobody means: '' for ., or a literal ~."""
-    for option, value in pairwise(word for argument in arguments for word in argument.split("=", 1)):
-        if option.startswith("-") and value == "":
-            raise RunError(f"{option} has an empty value")
-        if option.startswith("-") and value.startswith("~"):
-            raise RunError(f"{option} is {value}: your shell leaves this ~ as it is; write $HOME")

@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from mlperf_logging.mllog import constants
 
-from pytorch.cli import RunError, require_values
+from data.files import require_values
+from pytorch.cli import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -319,8 +320,9 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
     """Parse a command line: `[--config NAME] [--any-field VALUE ...]`.
 
     Raises:
-        RunError: a value breaks its constraint, or is empty. Unknown names end the process with status 2 and a message,
-            as is usual for command lines.
+        RunError: a value breaks its constraint. Unknown names end the process with status 2 and a message, as is usual
+            for command lines.
+        DataError: a value is empty, or begins with a literal ~.
     """
     first = argparse.ArgumentParser(
         prog=program, add_help=False, allow_abbrev=False, usage="%(prog)s [--config NAME] ..."

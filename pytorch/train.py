@@ -94,7 +94,8 @@ def train(config: Config, launch_id: str | None = None) -> bool:
         finally:
             seconds = run.clock.stop()
             status = constants.SUCCESS if reached else constants.ABORTED
-            run.log.end(constants.RUN_STOP, metadata={"status": status})
+            raised = {"exception": type(error).__name__} if (error := sys.exception()) else {}
+            run.log.end(constants.RUN_STOP, metadata={"status": status, **raised})
         evaluation.log_transcripts(run.log)
 
         try:

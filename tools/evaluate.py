@@ -84,7 +84,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; return the exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m tools.evaluate", description=__doc__)
-    return exit_status(lambda: evaluate(options))
+    return exit_status(lambda: evaluate(options), arguments)
 
 
 def evaluate(options: Options) -> None:

@@ -91,7 +91,7 @@ class Recording:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; return the exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m tools.transcribe", description=__doc__)
-    return exit_status(lambda: transcribe(options))
+    return exit_status(lambda: transcribe(options), arguments)
 
 
 def transcribe(options: Options) -> bool:

@@ -119,7 +119,13 @@ def test_a_subset_without_its_files_is_prepared_again(options: Options, dataset:
         (["--corpus", "synthetic", "--mirror", "m"], "the synthetic corpus is made on this machine"),
         (["--corpus", "synthetic", "--manifest", "m"], "--corpus manifest and --manifest FILE go together"),
         (["--corpus", "manifest"], "--corpus manifest and --manifest FILE go together"),
-        (["--corpus", "manifest", "--manifest", "none.tsv"], "cannot read the manifest none.tsv"),
+        (["--corpus", "manifest", "--manifest", "none.tsv"], "the manifest none.tsv is missing, or is no regular file"),
+        (["--corpus", "manifest", "--manifest", "/dev/stdin"], "the manifest /dev/stdin is missing, or is no regular"),
+        (["--corpus", "manifest", "--manifest="], "--manifest has an empty value"),
+        (
+            ["--subsets", "", "--mirror=", "--dataset-dir", "~/d"],
+            "--dataset-dir is ~/d: your shell leaves this ~ as it",
+        ),
     ],
 )
 def test_a_request_that_cannot_be_met_is_one_line_and_exit_1(tmp_path: Path, words: list[str], message: str) -> None:

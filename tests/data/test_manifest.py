@@ -185,7 +185,7 @@ def test_every_format_becomes_16_bit_16_khz_mono_of_the_length_measured(
                 encoded(sound(9000), 16000, form, "PCM_16")[:-5000],
                 r"cut short: it has 130\d\d of 180\d\d b",
             )
-            for form in ("AIFF", "AU", "NIST", "RF64", "W64", "WAVEX")
+            for form in ("AIFF", "AU", "NIST", "RF64", "SVX", "W64", "WAVEX")
         ],
         ("a.wav", tagged(encoded(sound(9000), 16000, "WAV", "PCM_16"))[:-5000], "cut short: it has 13000 of 18000"),
         (
@@ -208,12 +208,36 @@ def test_every_format_becomes_16_bit_16_khz_mono_of_the_length_measured(
     ],
 )
 def test_audio_that_cannot_be_read_whole_is_refused_by_name(
-    tmp_path: Path, name: str, content: bytes, message: str
+    tmp_path: Path, name: str, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PATH", "")  # sox or ffmpeg may make something of them
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         num_samples(tmp_path / name)
         decode_audio(tmp_path / name)
+
+
+def uncounted_mp3(rate: int, channels: int, quality: float) -> bytes:
+    """Half a second without the frame that counts the others, as encoders write into a pipe."""
+    stream = BytesIO()
+    coding = {"bitrate_mode": "CONSTANT", "compression_level": quality}
+    soundfile.write(stream, tone(rate, channels), rate, format="MP3", subtype="MPEG_LAYER_III", **coding)
+    content = stream.getvalue()
+    assert b"Info" in content[:64]
+    return content[content.index(content[:2], 64) :]
+
+
+def test_an_mp3_whose_frames_differ_is_not_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # with ffmpeg it is read whole
+    equal, file = uncounted_mp3(16000, 1, 0.5), tmp_path / "a.mp3"
+    tagged_mp3 = b"ID3\4\0\0\0\0\0\4\xff\xe2\xff\xe2" + equal + b"TAG" + bytes(125)
+    for seconds, whole in ((0.5, equal), (1.0, equal + equal), (0.5, tagged_mp3)):
+        file.write_bytes(whole)
+        assert num_samples(file) == len(decode_audio(file)[0]) == pytest.approx(16000 * seconds, rel=0.2)
+    for other in (uncounted_mp3(16000, 2, 0.5), uncounted_mp3(44100, 1, 0.5), uncounted_mp3(16000, 1, 0.0)):
+        file.write_bytes(equal + other)
+        with pytest.raises(DataError, match=r"a.mp3 can be read neither by libsndfile .it would read a part of it"):
+            num_samples(file)
 
 
 @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF - 36, 0x80000000])

@@ -52,6 +52,10 @@ def test_an4_audio_is_big_endian_and_its_transcripts_become_upper_case(tmp_path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {f"{CHAPTER}/._84-1.trans.txt": b"\0\5\x16\7\xff"},
+            r"84/1/\._84-1.trans.txt is not of the corpus: macOS's tar",
+        ),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n"}, "utterance 84-1-0001 has no transcript"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0001 B\n84-1-0002 C\n"}, "84-1-0002 has no audio file"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0000 A\n"}, "84-1-0000 occurs twice"),

@@ -261,7 +261,8 @@ def test_a_run_told_to_stop_saves_after_its_step_and_says_so_by_its_exit_status(
     assert "Continue with --resume" in ended.stderr
     assert "Traceback" not in ended.stderr
     last = events(ended.stdout)[-1]
-    assert (last["key"], last["metadata"]["status"]) == ("run_stop", "aborted")
+    assert last["key"] == "run_stop"
+    assert (last["metadata"]["status"], last["metadata"]["exception"]) == ("aborted", "Preempted")
     done = checkpoint.load(tmp_path / checkpoint.LAST)["progress"]["step"]
     if whose == "launcher":
         return  # the others' checkpoint is no different

@@ -179,13 +179,16 @@ def test_many_runs_are_warned_of_in_one_line(tmp_path: Path) -> None:
     ]
 
 
-def cut(log: Forged, last: str, *, saved: bool = False, status: str | None = "aborted") -> Forged:
+def cut(
+    log: Forged, last: str, *, saved: bool = False, status: str | None = "aborted", exception: str | None = None
+) -> Forged:
     """End a run behind the last event of a kind, perhaps with a checkpoint."""
     del log.events[log.positions(last)[-1] + 1 :]
     if saved:
         add(log, last, "checkpoint", 0.5, number=-1, step_num=120)
     if status is not None:
-        add(log, log.events[-1]["key"], "run_stop", None, number=-1, status=status)
+        raised: dict[str, Any] = {} if exception is None else {"exception": exception}
+        add(log, log.events[-1]["key"], "run_stop", None, number=-1, status=status, **raised)
     log.result = None
     return log
 
@@ -201,8 +204,12 @@ def ended(kind: str) -> Forged:
         cut(log, "skipped_step")
     elif kind == "interrupted":
         cut(log, "train_loss", saved=True)
-    elif kind == "crashed":
+    elif kind == "crashed, or stopped by Ctrl-C":  # in older logs
         cut(log, "train_loss")
+    elif kind == "crashed: OSError":
+        cut(log, "train_loss", saved=True, exception="OSError")
+    elif kind == "stopped by Ctrl-C":
+        cut(log, "train_loss", exception="KeyboardInterrupt")
     elif kind == "the log ends":
         cut(log, "train_loss", status=None)
     else:
@@ -211,7 +218,18 @@ def ended(kind: str) -> Forged:
 
 
 @pytest.mark.parametrize(
-    "kind", ["target reached", "max_epochs", "max_steps", "diverged", "interrupted", "crashed", "the log ends"]
+    "kind",
+    [
+        "target reached",
+        "max_epochs",
+        "max_steps",
+        "diverged",
+        "interrupted",
+        "crashed: OSError",
+        "stopped by Ctrl-C",
+        "crashed, or stopped by Ctrl-C",
+        "the log ends",
+    ],
 )
 def test_the_page_says_why_a_run_ended(kind: str, tmp_path: Path) -> None:
     log = ended(kind)

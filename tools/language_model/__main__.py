@@ -76,7 +76,7 @@ class Download:
 def main() -> int:
     """Run the command line; return the exit status."""
     options = tyro.cli(Estimate | Download, prog="python -m tools.language_model", description=__doc__)  # type: ignore[arg-type]
-    return exit_status(lambda: estimate(options) if isinstance(options, Estimate) else download(options))
+    return exit_status(lambda: estimate(options) if isinstance(options, Estimate) else download(options), None)
 
 
 def estimate(options: Estimate) -> None:

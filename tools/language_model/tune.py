@@ -60,7 +60,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; return the exit status."""
     options = tyro.cli(Options, args=arguments, prog="python -m tools.language_model.tune", description=__doc__)
-    return exit_status(lambda: tune(options))
+    return exit_status(lambda: tune(options), arguments)
 
 
 def tune(options: Options) -> None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pytorch.cli import RunError, exit_status, require_values
+from pytorch.cli import RunError, exit_status
 from tools.mlperf import compare, rcp, score
 from tools.mlperf.check import check, notes
 from tools.mlperf.runlog import RunLog
@@ -133,11 +133,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
 
     def work() -> object:
-        require_values(given)
         program = "python -m tools.mlperf"
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=program, description=__doc__, args=given)
 
-    return exit_status(work)
+    return exit_status(work, given)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 # What is computed with has these types, as an event's value and as metadata. Versions differ in which of it they log.
 _TYPES = {
     **dict.fromkeys(("configuration", "dataset", "git_commit", "validation_errors", "transcript"), "a text"),
-    **dict.fromkeys(("corpus", "subset", "reference", "hypothesis", "status"), "a text"),
+    **dict.fromkeys(("corpus", "subset", "reference", "hypothesis", "status", "exception"), "a text"),
     **dict.fromkeys(("seed", "global_batch_size", "skipped_step", "epoch_num", "step_num", "step"), "an integer"),
     **dict.fromkeys(("train_samples", "eval_samples", "train_samples_left_out"), "an integer"),
     **dict.fromkeys(("word_errors", "character_errors"), "an integer"),
@@ -162,6 +162,9 @@ class RunLog:
 
         # --- what came out
         self.status: str | None = self.metadata(constants.RUN_STOP).get("status")  # None: not over, or cut off
+        self.exception: str | None = self.metadata(constants.RUN_STOP).get(
+            "exception"
+        )  # what ended it, not in old logs
         self.reached = self.status == constants.SUCCESS  # the target, as the run says
         self.resumed = bool(self.all("resumed"))  # from a checkpoint: never an uninterrupted result
         self.seconds_before = float(self.metadata("resumed").get("elapsed_seconds", 0))  # on the clock, if resumed

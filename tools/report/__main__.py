@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_output(options.output, render(read_series(options.logs)))
         print(f"Report: {options.output}")
 
-    return exit_status(report)
+    return exit_status(report, arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mlperf_logging.mllog import constants
 
-from pytorch.cli import RunError
+from pytorch.cli import Preempted, RunError
 from tools.mlperf.check import check
 from tools.mlperf.consistency import clock_problem
 from tools.mlperf.runlog import RunLog
@@ -64,10 +64,12 @@ class Run:
         if log.status is None:
             return "the log ends before the run did"
         *_, last = takewhile(lambda event: event.key != constants.RUN_STOP, log.events)
-        if last.key == "skipped_step":
+        if last.key == "skipped_step" and log.exception in (None, RunError.__name__):
             return "diverged: loss or gradient was not finite"
-        if last.key == "checkpoint":
+        if log.exception == Preempted.__name__ or (log.exception is None and last.key == "checkpoint"):
             return "interrupted: told to end, and saved"
+        if log.exception is not None:
+            return "stopped by Ctrl-C" if log.exception == "KeyboardInterrupt" else f"crashed: {log.exception}"
         if last.key == constants.EVAL_STOP and epoch is not None:
             if epoch.step is not None and epoch.step == log.configuration.get("max_steps"):
                 return "max_steps reached"

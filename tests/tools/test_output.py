@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.processes import run_module
+
+
+@pytest.mark.parametrize("path", ["", "~/out"])
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("tools.evaluate", ["none.pt", "--dataset-dir", "none", "--output"]),
+        ("tools.transcribe", ["none.pt", "none.wav", "--output-dir"]),
+        ("tools.report", ["none.log", "--output"]),
+        ("tools.language_model", ["estimate", "--dataset-dir", "none", "--output"]),
+        ("tools.language_model", ["download", "--name", "3-gram", "--output-dir"]),
+        ("tools.language_model.tune", ["none.pt", "--dataset-dir", "none", "--lm"]),
+        ("tools.mlperf", ["rcp", "none.log", "--output"]),
+        ("data.verify", ["--dataset-dir"]),
+    ],
+)
+def test_no_command_writes_where_nobody_means(module: str, arguments: list[str], path: str, tmp_path: Path) -> None:
+    run = run_module(module, *arguments, path, folder=tmp_path)
+    assert run.returncode == 1 and not list(tmp_path.iterdir())
+    wrong = "has an empty value" if path == "" else "is ~/out: your shell leaves this ~ as it is; write $HOME"
+    assert run.stderr.decode() == f"error: {arguments[-1]} {wrong}\n"
