@@ -8,6 +8,7 @@ import mmap
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import time
@@ -22,6 +23,8 @@ from pytorch.config import ROOT
 
 if TYPE_CHECKING:
     import torch  # slow to import: not for those who only read logs
+
+MOST_SHARED = 0.05  # of the CPU time that others may take from a run whose time is to count
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -58,6 +61,30 @@ def cpuinfo() -> dict[str, list[str]]:
         if separator:
             found.setdefault(name.strip(), []).append(value.strip())
     return found
+
+
+def cpu_seconds() -> dict[str, float]:
+    """Return the time, since the machine's start, of the CPUs that this process may use, and this process' own.
+
+    Returns:
+        "all", "busy", and "stolen" by the hypervisor for other machines; "own", and the "switches" of this process to
+        others before its time was up. Empty where there is no /proc/stat.
+    """
+    try:
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+    except OSError:
+        return {}
+    names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    ticks = np.sum([[int(value) for value in values[:8]] for name, *values in lines if name in names], 0)
+    user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = (ticks / os.sysconf("SC_CLK_TCK")).tolist()
+    busy = user + nice + system + interrupts + soft_interrupts
+    return {
+        "all": busy + idle + waiting + stolen,
+        "busy": busy,
+        "stolen": stolen,
+        "own": sum(os.times()[:4]),
+        "switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
+    }
 
 
 def git_revision() -> tuple[str, bool | None]:

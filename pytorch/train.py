@@ -84,7 +84,7 @@ def train(config: Config, launch_id: str | None = None) -> bool:
             )
             return True
 
-        started_at, reached = datetime.now(), False
+        started_at, reached, cpu_before = datetime.now(), False, machine.cpu_seconds()
         run.log.start(constants.RUN_START)
         run.clock.start(before=state.elapsed_seconds)
         try:
@@ -96,6 +96,7 @@ def train(config: Config, launch_id: str | None = None) -> bool:
             status = constants.SUCCESS if reached else constants.ABORTED
             raised = {"exception": type(error).__name__} if (error := sys.exception()) else {}
             run.log.end(constants.RUN_STOP, metadata={"status": status, **raised})
+        log_cpu_taken(run, cpu_before)
         evaluation.log_transcripts(run.log)
 
         try:
@@ -301,6 +302,23 @@ def mark_if_best(run: TrainingRun) -> None:
     """Keep the newest checkpoint as the best one if its WER is the lowest so far."""
     if run.world.is_main and run.state.wer == run.state.best_wer:
         checkpoint.mark_best(run.config.output_dir)
+
+
+def log_cpu_taken(run: TrainingRun, before: dict[str, float]) -> None:
+    """Log how much of this machine's CPU time went elsewhere on the clock; say so if that makes its time worthless."""
+    spent = {name: value - before[name] for name, value in machine.cpu_seconds().items()}
+    node = os.environ.get("GROUP_RANK", "0")  # torchrun's number of this machine
+    ranks = [each for there, each in run.world.all_gather_object((node, spent)) if there == node]
+    if not spent.get("all"):  # no Linux, or a sandbox that does not count
+        return
+    others = max(0.0, spent["busy"] - sum(each["own"] for each in ranks)) / spent["all"]
+    stolen = spent["stolen"] / spent["all"]
+    switches = sum(each["switches"] for each in ranks)
+    metadata = {"stolen": stolen, "involuntary_context_switches": switches}
+    run.log.event("cpu_taken", others, metadata=metadata)  # as fractions of all
+    if others + stolen > machine.MOST_SHARED:
+        took = f"Other programs took {others:.0%} of this machine's CPU time, and its hypervisor {stolen:.0%}"
+        run.world.print_once(f"{took}: the run's time is no benchmark.")
 
 
 def raise_preempted(run: TrainingRun) -> NoReturn:

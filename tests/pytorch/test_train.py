@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from data.files import locked
 from data.packed import open_dataset
-from pytorch import checkpoint, launch, train
+from pytorch import checkpoint, launch, machine, train
 from pytorch.cli import PREEMPTED, RunError
 from pytorch.distributed import World
 from pytorch.evaluation import Evaluation, evaluate
@@ -96,6 +97,39 @@ def test_progress_goes_to_standard_error_with_the_wer_of_each_subset(
     run, _ = reached
     assert "epoch   1" in run.stderr
     assert "tones-validation" in run.stderr
+
+
+@pytest.mark.parametrize(("others", "said"), [(0.0, False), (0.5, True)])
+def test_a_run_that_shares_its_cpus_says_so(
+    others: float,
+    said: bool,
+    tones: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun = {"all": 100.0, "busy": 50.0, "stolen": 10.0, "own": 5.0, "switches": 3}
+    ended = {"all": 200.0, "busy": 50.0 + 40.0 + 100 * others, "stolen": 11.0, "own": 45.0, "switches": 7}
+    readings = iter([begun, ended])
+    monkeypatch.setattr(machine, "cpu_seconds", lambda: next(readings))
+    assert run_here(tones, tmp_path, "--max-steps", "1") == 1
+    output = capsys.readouterr()
+    (event,) = (event for event in events(output.out) if event["key"] == "cpu_taken")
+    assert event["value"] == pytest.approx(others)
+    assert event["metadata"]["stolen"] == pytest.approx(0.01)
+    assert event["metadata"]["involuntary_context_switches"] == 4
+    assert ("Other programs took 50% of this machine's CPU time, and its hypervisor 1%" in output.err) == said
+
+
+def test_the_cpu_time_of_others_is_told_from_that_of_this_process() -> None:
+    before, begun = machine.cpu_seconds(), time.monotonic()
+    while time.monotonic() < begun + 0.3:
+        pass
+    spent = {name: value - before[name] for name, value in machine.cpu_seconds().items()}
+    elapsed = time.monotonic() - begun
+    assert 0.05 < spent["own"] < 1.2 * elapsed + 0.05
+    assert spent["own"] < spent["busy"] + 0.1
+    assert spent["all"] == pytest.approx(elapsed * len(os.sched_getaffinity(0)), rel=0.5)
 
 
 def test_losses_that_are_read_late_are_the_same(

@@ -45,6 +45,7 @@ def made_up_log(
     resumed: float | None = None,
     official: bool = True,
     synthetic: bool = False,
+    others: float = 0.01,
 ) -> Forged:
     """A run of about so many steps in each epoch: 20 s of training, 10 s of evaluation, 0.5 s for a checkpoint."""
     wers = [(15 if reached else 30) + 60 * (1 - epoch / epochs) for epoch in range(1, epochs + 1)]
@@ -63,6 +64,7 @@ def made_up_log(
     if resumed is not None:
         add(log, "git_commit", "resumed", True, elapsed_seconds=resumed)
     add(log, "git_commit", "checkpoint", 0.5, step_num=0)  # before the clock starts
+    add(log, "run_stop", "cpu_taken", others, stolen=0.02, involuntary_context_switches=7)
     for number in range(epochs):
         for place, more in (1, -HARDER), (2, HARDER):
             errors = log.events[log.positions("validation_errors")[3 * number + place]]["metadata"]

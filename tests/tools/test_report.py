@@ -155,6 +155,7 @@ def test_runs_of_the_same_seed_are_told_apart_by_their_files(tmp_path: Path) -> 
         ({"resumed": 100.0}, "The run was resumed after 100 s"),
         ({"dirty": True}, "Files differed from the commit"),
         ({"cleared": False}, "the page cache was not cleared (audio.npy is still cached)"),
+        ({"others": 0.5}, "Other programs took 50% of the CPU time, the hypervisor 2%"),
         ({"synthetic": True}, "No LibriSpeech result: the speech is synthetic"),
         ({"official": False}, "No LibriSpeech result: the archives were not the official ones"),
         ({"config": {"target_wer": 50.0}}, "No LibriSpeech result: the target is 50.0, not 23.0"),

@@ -46,7 +46,7 @@ _TYPES = {
     **dict.fromkeys(("train_loss", "eval_accuracy", "checkpoint", "learning_rate", "gradient_norm"), "a number"),
     **dict.fromkeys(("loss", "wer", "cer", "mean_utterance_wer", "sum_of_utterance_wers"), "a number"),
     **dict.fromkeys(("target_wer", "elapsed_seconds", "seconds", "data_wait_fraction"), "a number"),
-    **dict.fromkeys(("utterances_per_second", "audio_seconds_per_second"), "a number"),
+    **dict.fromkeys(("utterances_per_second", "audio_seconds_per_second", "cpu_taken", "stolen"), "a number"),
 }
 
 
