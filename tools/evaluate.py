@@ -40,6 +40,7 @@ import tyro
 
 from data.packed import open_dataset
 from pytorch.cli import RunError, exit_status
+from pytorch.config import Device
 from pytorch.distributed import World, report_lost_ranks, shutdown
 from pytorch.evaluation import Hypothesis, greedy_decoder
 from pytorch.features import SAMPLE_RATE
@@ -74,7 +75,7 @@ class Options:
     """replace such files in the folder"""
     batch_size: int = 16
     """utterances recognized together; changes no figure but by rounding"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """where to compute; auto: the GPU if there is one"""
     precision: Literal["fp32", "bf16"] | None = None
     """None: that of the checkpoint's run, if the device has arithmetic for it, else fp32"""

@@ -37,6 +37,7 @@ import tyro
 
 from data.files import DataError, progress_bar
 from pytorch.cli import RunError, exit_status
+from pytorch.config import Device
 from tools.language_model.beam_search import Decode, Decoding
 from tools.output import output_file, prepare_outputs
 from tools.recognizer import Recognizer, Word, align, speed
@@ -73,7 +74,7 @@ class Options:
     """standard input is headerless little-endian 16-bit mono audio of this rate in Hz"""
     batch_size: int = 8
     """segments recognized together; 1 shows each as soon as it was heard"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """where to compute; auto: the GPU if there is one"""
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
 

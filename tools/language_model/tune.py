@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -26,6 +26,7 @@ from torch import Tensor
 from data.files import progress_bar
 from data.packed import open_dataset
 from pytorch.cli import RunError, exit_status
+from pytorch.config import Device
 from pytorch.loader import Utterances
 from pytorch.metrics import count_errors
 from tools.language_model.beam_search import BeamSearch, LanguageModel, decode_each
@@ -53,7 +54,7 @@ class Options:
     """transcripts kept at each output frame"""
     batch_size: int = 16
     """utterances recognized together"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """where to compute; auto: the GPU if there is one"""
 
 
