@@ -15,7 +15,7 @@ def test_two_hosts_train_as_one_through_a_pulled_cable_and_a_lost_node(tmp_path:
         dataset, options = ROOT / "Synthetic_dataset", ["--config", "synthetic"]
     else:
         dataset = write_packed_dataset(tmp_path / "tones", {"train": 64, "validation": 8})
-        small = ["--hidden-size", "16", "--conv-channels", "2"]
+        small = ["--hidden-size", "16", "--conv-channels", "2", "--precision", "fp32"]  # auto may choose anew
         options = ["--config", "synthetic", *small, "--target-wer", "0", "--max-epochs", "12"]
     command = ["sh", str(ROOT / "tests" / "two_hosts.sh"), str(dataset), *options]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1800)
