@@ -4,6 +4,7 @@
     python -m tools.bench --config an4 --batch-size 16
     python -m tools.bench --hidden-size 256 --batch-size 8 --json
     OMP_NUM_THREADS=1 python -m tools.bench                   with one thread
+    python -m tools.bench --estimate --config librispeech     how long training would take, from some real steps
 
 All variants are timed in one process, in turn, after a warm-up of each, and medians are compared, so that a machine
 that is busy with other things changes the ratios little. The batch is random: utterances of 2 to 4 s, 5 labels a
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -43,6 +45,7 @@ from pytorch.layers.gru import GRU
 from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.trainer import Trainer
+from tools.estimate import estimate
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 PARTS = {  # part of the step -> what the profiler calls its operations
@@ -64,8 +67,8 @@ class Options:
     """named configuration"""
     hidden_size: int | None = None
     """instead of the configuration's"""
-    batch_size: int = 8
-    """utterances of the batch"""
+    batch_size: int | None = None
+    """utterances of the batch; None: 8, or the configuration's with --estimate"""
     shortest_seconds: float = 2.0
     """duration of the shortest utterance of the batch"""
     longest_seconds: float = 4.0
@@ -74,6 +77,14 @@ class Options:
     """timed repetitions of each variant; medians are shown"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto: the GPU if there is one"""
+    estimate: bool = False
+    """take some real steps, and say how long training would take; needs no data set for LibriSpeech"""
+    dataset_dir: Path | None = None
+    """with --estimate: a prepared data set, whose utterances are taken instead of made-up ones"""
+    epochs: int | None = None
+    """with --estimate: epochs to the target; None: what is known of the configuration"""
+    gradient_accumulation_steps: int | None = None
+    """with --estimate: microbatches that the batch is computed in; None: the configuration's"""
     json: bool = False
     """print one JSON object instead of a table"""
 
@@ -253,7 +264,9 @@ def table(row: dict[str, Any]) -> str:
     for name, value in row.items():
         if isinstance(value, dict):
             value = ", ".join(f"{part} {milliseconds:.1f}" for part, milliseconds in value.items())
-        lines.append(f"{name:<26}" + (f"{value:.4g}" if isinstance(value, float) else str(value)))
+        if isinstance(value, float):
+            value = f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+        lines.append(f"{name:<32}{value}")
     return "\n".join(lines)
 
 
@@ -281,15 +294,26 @@ def benchmark(options: Options) -> None:
 
     Raises:
         RunError: there is no such configuration or device, or a number is against its constraint.
+        DataError: see `estimate`.
     """
     if options.config not in CONFIGS:
         raise RunError(f"--config {options.config}: unknown; one of {', '.join(CONFIGS)}")
     if options.repetitions < 1:
         raise RunError(f"--repetitions is {options.repetitions}; it must be any positive integer")
-    config = replace(CONFIGS[options.config], batch_size=options.batch_size)
-    if options.hidden_size is not None:
-        config = replace(config, hidden_size=options.hidden_size)
-    row = measure(config, options, select_device(options.device))
+    only_estimate = "dataset_dir", "epochs", "gradient_accumulation_steps"
+    for name in () if options.estimate else only_estimate:
+        if getattr(options, name) is not None:
+            raise RunError(f"--{name.replace('_', '-')} goes with --estimate")
+    if options.epochs is not None and options.epochs < 1:
+        raise RunError(f"--epochs is {options.epochs}; it must be any positive integer")
+    names = "hidden_size", "batch_size", "gradient_accumulation_steps"
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    config = replace(CONFIGS[options.config], **({} if options.estimate else {"batch_size": 8}) | given)
+    device = select_device(options.device)
+    if options.estimate:
+        row = estimate(config, device, options.dataset_dir, options.epochs)
+    else:
+        row = measure(config, options, device)
     print(json.dumps(row, indent=2) if options.json else table(row))
 
 

@@ -1,0 +1,223 @@
+"""How long training would take on this machine, from some real steps: what `python -m tools.bench --estimate` prints.
+
+Batches, order, augmentation, read-ahead and precision are a run's own. Stretches of consecutive steps, at evenly spaced
+places of an epoch, tell what a step and a second of speech take, and so the epoch. Without a data set, utterances are
+noise of LibriSpeech's published durations. One process is timed; several are not estimated.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.corpora import CORPORA
+from data.files import progress_bar
+from data.packed import Subset, open_dataset
+from pytorch.config import Config
+from pytorch.device import explain_oom, faster_precision, select_precision, set_device
+from pytorch.distributed import World
+from pytorch.evaluation import evaluate
+from pytorch.features import SAMPLE_RATE
+from pytorch.loader import TrainingLoader, Utterances
+from pytorch.machine import describe_machine
+from pytorch.train import MAX_PENDING_STEPS, require_batches
+from pytorch.trainer import Trainer
+
+# Seconds at these percentiles, from k2-fsa/icefall, egs/librispeech/ASR/local/display_manifest_statistics.py. Those of
+# the training subsets are of speech at 0.9, 1 and 1.1 times its speed together. Drawn by linear interpolation, each
+# subset has its published hours within 2.3 %, and training within 0.1 %.
+PERCENTILES = (0, 0.1, 0.5, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.5, 99.9, 100)
+DURATIONS = {
+    "train-clean-100": (1.3, 1.9, 2.2, 2.5, 4.2, 6.4, 11.4, 13.8, 15.3, 16.7, 17.3, 18.1, 18.4, 18.8, 27.2),
+    "train-clean-360": (1.0, 1.8, 2.2, 2.5, 4.2, 6.2, 11.2, 13.7, 15.3, 16.6, 17.3, 18.1, 18.4, 18.8, 33.0),
+    "train-other-500": (0.8, 1.7, 2.1, 2.3, 3.5, 5.0, 9.8, 13.4, 15.1, 16.5, 17.2, 18.1, 18.4, 18.9, 31.0),
+    "dev-clean": (1.4, 1.6, 1.8, 1.9, 2.4, 2.7, 3.8, 5.9, 9.3, 13.3, 16.4, 23.8, 28.5, 32.3, 32.6),
+    "dev-other": (1.1, 1.3, 1.7, 1.8, 2.2, 2.6, 3.5, 5.3, 7.9, 12.0, 15.0, 22.2, 27.1, 32.4, 35.2),
+}
+TEXT = "THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG "
+CHARACTERS_PER_SECOND = 14  # counted in 249 utterances of train-clean-100
+EPOCHS = {  # to the target, and where that is from
+    "librispeech": (5, "published for another DeepSpeech2 with batch 256 (AlgoPerf)"),
+    "librispeech-2018": (9, "published for this optimizer with batch 64: WER 23.3 after 8"),
+    "an4": (3, "measured with batch 6, results/2-cores-zen5/an4"),
+    "synthetic": (2, "measured with batch 6, results/2-cores-zen5/synthetic"),
+}
+UNKNOWN = "the most that a run takes; how many the target needs is not known"
+# Where a step takes very long, MIN_ROUNDS of one step each take longer.
+TRAINING_SECONDS, STRETCH_SECONDS, EVALUATION_SECONDS = 75, 2, 10
+MIN_ROUNDS, MAX_ROUNDS = 3, 32
+
+
+def published_utterances(names: Sequence[str]) -> Utterances:
+    """Return subsets of LibriSpeech as noise, with as many utterances as published and durations as in DURATIONS."""
+    subsets = []
+    for subset in (each for each in CORPORA["librispeech"].subsets if each.name in names):
+        count, durations = subset.utterances or 0, DURATIONS[subset.name]
+        seconds = np.interp((np.arange(count) + 0.5) / count * 100, PERCENTILES, durations)
+        if subset.split == "train":  # the longest at 0.9 times its speed is the longest utterance
+            seconds = seconds.clip(1.1 * durations[0], 0.9 * durations[-1])
+        num_samples = (seconds * SAMPLE_RATE).astype(np.int64)
+        noise = np.random.default_rng(0).integers(-1000, 1000, num_samples.max(), dtype=np.int16)
+        text = TEXT * int(seconds.max())
+        texts = [text[: int(each * CHARACTERS_PER_SECOND)] for each in seconds]
+        nobody = [""] * count
+        subsets.append(Subset(subset.name, noise, np.zeros(count, np.int64), num_samples, nobody, nobody, texts))
+    return Utterances(subsets)
+
+
+def open_utterances(config: Config, dataset_dir: Path | None) -> tuple[Utterances, Utterances, str]:
+    """Return training and validation utterances, made up or of a data set, and where from."""
+    corpus = next(corpus for corpus in CORPORA.values() if corpus.folder == config.dataset_dir.name)
+    splits = [[each.name for each in corpus.subsets if each.split == split] for split in ("train", "validation")]
+    if dataset_dir is None and DURATIONS.keys() >= {*splits[0], *splits[1]}:
+        return *map(published_utterances, splits), "published durations (tools/estimate.py)"  # type: ignore[return-value]
+    config = replace(config, dataset_dir=dataset_dir or config.dataset_dir)
+    dataset = open_dataset(config.dataset_dir)
+    require_batches(World(), config, dataset)
+    return Utterances(dataset.split("train")), Utterances(dataset.split("validation")), str(config.dataset_dir)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the GiB that this process has held at most, of a GPU or else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def time_steps(
+    trainer: Trainer, loader: TrainingLoader, epoch: int, start: int, stop: int, limit: float
+) -> list[float]:
+    """Take steps [start, stop) of an epoch as a run does, for `limit` seconds; return steps, samples and seconds."""
+    pending: deque[Callable[[], torch.Tensor]] = deque()
+    steps, samples, started = 0, 0, 0.0
+    trainer.model.train()
+    batches = loader.epoch(epoch, start, stop)  # named, so that its end is not timed
+    for indices, microbatches in batches:
+        started = started or time.perf_counter()  # the first batch is there: a run's reader is ahead
+        pending.append(trainer.train_step(microbatches, len(indices), trainer.config.learning_rate))
+        if len(pending) > MAX_PENDING_STEPS[trainer.device.type]:
+            pending.popleft()()
+        steps, samples = steps + 1, samples + int(loader.utterances.num_samples[indices].sum())
+        if time.perf_counter() - started > limit:
+            break
+    while pending:
+        pending.popleft()()
+    return [steps, samples, time.perf_counter() - started]
+
+
+def time_epochs(trainer: Trainer, loader: TrainingLoader, epochs: Sequence[int]) -> list[tuple[float, float]]:
+    """Return the seconds that each of these epochs takes, and two standard errors of that."""
+    middle, longest = len(loader) // 2, math.ceil(len(loader) / 8)
+    steps = int(time_steps(trainer, loader, epochs[-1], middle, middle + longest, STRETCH_SECONDS)[0])  # warms up, too
+    stretches: list[list[list[float]]] = [[] for _ in epochs]
+    begun = time.perf_counter()
+    with progress_bar("training steps", None) as bar:
+        for number in range(1, MAX_ROUNDS + 1):
+            place = int(f"{number:b}"[::-1], 2) / 2 ** number.bit_length()  # 1/2, 1/4, 3/4, 1/8, ... (van der Corput)
+            start = int(place * (len(loader) - steps + 1))
+            for epoch, timed in zip(epochs, stretches, strict=True):
+                timed.append(time_steps(trainer, loader, epoch, start, start + steps, math.inf))
+                bar.update(steps)
+            if number >= MIN_ROUNDS and time.perf_counter() - begun > TRAINING_SECONDS:
+                break
+    samples = int(loader.utterances.num_samples[loader.included].sum())
+    return [extrapolate(np.array(timed), len(loader), samples) for timed in stretches]
+
+
+def extrapolate(timed: np.ndarray, steps: int, samples: int) -> tuple[float, float]:
+    """Return the seconds of an epoch of so many steps and samples, and two standard errors.
+
+    Least squares over `timed`, rows of steps, samples and seconds, tell what a step and what a sample takes.
+    """
+    parts, seconds = timed[:, :2] / (steps, samples), timed[:, 2]
+    solution = np.linalg.lstsq(parts, seconds, rcond=None)[0]
+    variance = ((seconds - parts @ solution) ** 2).sum() / (len(timed) - 2)
+    return float(solution.sum()), 2 * math.sqrt(variance * np.linalg.pinv(parts.T @ parts).sum())
+
+
+def time_evaluation(trainer: Trainer, validation: Utterances, max_batch_samples: int, stride: int) -> float:
+    """Return the seconds that an evaluation takes, from every stride-th utterance."""
+    fields = "offsets", "num_samples", "ids", "speakers", "transcripts"
+    part = [replace(each, **{name: getattr(each, name)[::stride] for name in fields}) for each in validation.subsets]
+    utterances, forward = Utterances(part), partial(trainer.logits, trainer.eval_model.eval())
+    started = time.perf_counter()
+    evaluate(
+        forward, utterances, World(), max_batch_samples=max_batch_samples, pin_memory=trainer.device.type == "cuda"
+    )
+    return (time.perf_counter() - started) * validation.num_samples.sum() / utterances.num_samples.sum()
+
+
+def estimate(config: Config, device: torch.device, dataset_dir: Path | None, epochs: int | None) -> dict[str, Any]:
+    """Return the figures by name, for a given number of epochs or what is known; `plus_minus`: two standard errors.
+
+    Raises:
+        DataError: there is no data set where one is needed, training on it could not start, or memory does not suffice.
+    """
+    with suppress(AttributeError):  # the GNU C library keeps what is freed, as run_and_time.sh has it do
+        for parameter, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, value)
+    train, validation, source = open_utterances(config, dataset_dir)
+    loader = TrainingLoader(train, config, World(), pin_memory=device.type == "cuda")
+    set_device(device)
+    here = describe_machine(device)
+    if device.type == "cpu":  # else a process that needs more memory than there is would be killed without a word
+        limit, hard_limit = int(here["memory_gib"] * 2**30), resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard_limit))
+    torch.manual_seed(config.seed)
+    with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
+        trainer = Trainer(replace(config, precision=select_precision(config.precision, device)), device)
+    if trainer.config.precision == "auto":
+        trainer.use_precision(faster_precision(trainer.time_precisions()))
+    longest = int(train.num_samples.max())
+    trainer.warm_up(longest)
+
+    epochs, epochs_source = (epochs, "given") if epochs else EPOCHS.get(config.config, (config.max_epochs, UNKNOWN))
+    firsts = sorted(epoch for epoch in {1, 2, config.augment_from_epoch} if epoch <= epochs)
+    times = time_epochs(trainer, loader, firsts)
+    samples, to_evaluate = int(train.num_samples[loader.included].sum()), int(validation.num_samples.sum())
+    fastest = min(seconds for seconds, _ in times)
+    stride = max(1, round(fastest / samples * to_evaluate / 3 / EVALUATION_SECONDS))  # it takes about a third
+    evaluation = time_evaluation(trainer, validation, config.max_microbatch_size(1) * longest, stride)
+    row = {
+        "config": config.config,
+        "hidden_size": config.hidden_size,
+        "batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "precision": trainer.config.precision,
+        "processes": "1; several are not estimated",
+        **here,
+        "speech": source,
+        "training_utterances": len(loader.included),
+        "training_hours": samples / SAMPLE_RATE / 3600,
+        "largest_batch": f"{config.max_microbatch_size(1)} utterances of {longest / SAMPLE_RATE:.1f} s: fits",
+        "peak_memory_gib": peak_memory(device),
+    }
+    total = error = 0.0
+    for first, after, (seconds, plus_minus) in zip(firsts, [*firsts[1:], epochs + 1], times, strict=True):
+        name = f"epoch_{first}" if after == first + 1 else f"epochs_{first}_to_{after - 1}"
+        row |= {f"{name}_seconds": seconds, f"{name}_plus_minus": plus_minus}
+        total += (after - first) * (seconds + evaluation)
+        error += (after - first) * plus_minus
+    return row | {
+        "evaluation_seconds": evaluation,
+        "evaluation_share": epochs * evaluation / total,
+        "read_mb_per_second": 2 * samples / fastest / 1e6,
+        "epochs": epochs,
+        "epochs_source": epochs_source,
+        "seconds_to_target": total,
+        "seconds_to_target_plus_minus": error,
+        "time_to_target": str(timedelta(seconds=round(total))),
+    }
