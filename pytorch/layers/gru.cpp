@@ -16,6 +16,8 @@
 #include <omp.h>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
 #endif
 
 #include <algorithm>
@@ -102,6 +104,8 @@ inline Vector multiply_add(Vector sum, Pair a, const Pair* b) {
   std::memcpy(&pairs, b, sizeof pairs);
 #ifdef __AVX512BF16__
   return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a.bits), (__m512bh)pairs);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (Vector)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)vdupq_n_u32(a.bits), (bfloat16x8_t)pairs);
 #else
   float low, high;
   const uint32_t low_bits = a.bits << 16, high_bits = a.bits & 0xffff0000;

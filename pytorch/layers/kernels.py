@@ -33,7 +33,29 @@ def has_native_bf16() -> bool:
     """Return whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
     if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that pyproject.toml allows
         return False
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "bf16"))  # of x86-64, of ARM
+
+
+def compiler_flags(machine: str, capability: str, native_bf16: bool) -> list[str] | None:
+    """Return what makes g++ or clang++ compile the library for a CPU, or None where there is no kernel for it.
+
+    Args:
+        machine: as platform.machine() says.
+        capability: as torch.backends.cpu.get_cpu_capability() says.
+        native_bf16: whether the CPU multiplies bfloat16.
+    """
+    if machine in ("aarch64", "arm64"):
+        instructions = ["-march=armv8.2-a+bf16"] if native_bf16 else []  # 8.2: some CPUs with bf16 are older than 8.6
+    elif capability == "AVX2":
+        instructions = ["-mavx2", "-mfma"]
+    elif capability == "AVX512":
+        instructions = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+        if native_bf16:
+            instructions.append("-mavx512bf16")
+    else:
+        return None
+    return ["-std=c++17", "-O3", *instructions, "-fopenmp", "-fPIC", "-shared"]
 
 
 def status() -> str:
@@ -50,19 +72,11 @@ def available() -> bool:
 @functools.cache
 def load() -> ctypes.CDLL | str:
     """Return the library, compiled unless the cache has it; or why there is none."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if platform.machine() in ("aarch64", "arm64"):
-        flags = []
-    elif capability == "AVX2":
-        flags = ["-mavx2", "-mfma"]
-    elif capability == "AVX512":
-        flags = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-        if has_native_bf16():
-            flags.append("-mavx512bf16")
-    else:
-        return f"no kernel for this CPU ({platform.machine()}, {capability}): it needs AVX2"
-    flags = ["-std=c++17", "-O3", *flags, "-fopenmp", "-fPIC", "-shared"]
-    everything = [*(source.read_bytes() for source in SOURCES), " ".join([platform.machine(), *flags]).encode()]
+    machine, capability = platform.machine(), torch.backends.cpu.get_cpu_capability()
+    flags = compiler_flags(machine, capability, has_native_bf16())
+    if flags is None:
+        return f"no kernel for this CPU ({machine}, {capability}): it needs AVX2"
+    everything = [*(source.read_bytes() for source in SOURCES), " ".join([machine, *flags]).encode()]
     key = hashlib.sha256(b"".join(everything)).hexdigest()[:16]
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
     try:
