@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.processes import run_module
+from tests.tools.conftest import Trained
 
 
 @pytest.mark.parametrize("path", ["", "~/out"])
@@ -26,3 +30,9 @@ def test_no_command_writes_where_nobody_means(module: str, arguments: list[str],
     assert run.returncode == 1 and not list(tmp_path.iterdir())
     wrong = "has an empty value" if path == "" else "is ~/out: your shell leaves this ~ as it is; write $HOME"
     assert run.stderr.decode() == f"error: {arguments[-1]} {wrong}\n"
+
+
+def test_standard_input_that_is_closed_is_an_empty_file(trained: Trained) -> None:
+    command = [sys.executable, "-m", "tools.transcribe", trained.checkpoint, "-"]
+    run = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, cwd=ROOT)
+    assert run.returncode == 1 and run.stderr.startswith(b"error: standard input is empty (0 bytes)\n")
