@@ -73,9 +73,9 @@ def exit_status(
     The status is what the work returned if that is an integer; else 0, 1 if it returned False or raised DataError,
     INTERRUPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
     """
-    for name in ("stdout", "stderr"):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as by 2>&-
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+            setattr(sys, name, Path(os.devnull).open("r+"))  # noqa: SIM115
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a package may set it while its modules are imported
         signal.signal(signal.SIGINT, signal.default_int_handler)

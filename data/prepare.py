@@ -220,7 +220,7 @@ def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> l
             samples, clipped = decode(utterance)
             waveform = np.ascontiguousarray(samples, dtype="<i2")
             note = f"{utterance.id}: {clipped} samples were beyond full scale, and are clipped" if clipped else ""
-            if not waveform.any():
+            if waveform.min() == waveform.max():
                 note = f"{utterance.id}: nothing but silence; do its channels cancel each other?"
             decoded.append((utterance_digest(waveform, utterance.transcript), note))
             stream.write(waveform.data)

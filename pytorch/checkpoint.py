@@ -203,7 +203,8 @@ def load(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RunError(f"{path}: checkpoint not found") from None
     except Exception as error:  # the digest is in the file, so it is read first; damaged bytes may do anything then
-        raise RunError(f"{path}: not a checkpoint of this project, or damaged ({type(error).__name__})") from error
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise RunError(f"{path}: not a checkpoint of this project, or damaged ({why})") from error
     if version not in READABLE_VERSIONS:
         raise RunError(f"{path}: checkpoint format {version}; this version reads format {FORMAT_VERSION}")
     if labels != LABELS:

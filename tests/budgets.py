@@ -9,9 +9,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # The aim is 2,300, 3,400 and 3,900. What the lines beyond it buy: in data/, recordings cut short are found by their
-# headers, MP3 files by their frames, and all that is wrong with a manifest is told at once; in pytorch/, a result survives a full disk, a lost
-# terminal and a nameless user, folders are locked, auto measures, a GPU never waits, and lost ranks are named on GPUs;
-# in tools/, series in the report, a run's refusals before it starts, and how long a run will take before it is begun.
+# headers, MP3 files by their frames, and all that is wrong with a manifest is told at once; in pytorch/, a result
+# survives a full disk, a lost terminal and a nameless user, folders are locked, auto measures, a GPU never waits, and
+# lost ranks are named on GPUs; in tools/, series in the report, a run's refusals before it starts, and how long a run
+# will take before it is begun.
 BUDGETS = {"data": 2530, "pytorch": 4210, "tools": 4530}
 
 

@@ -33,7 +33,7 @@ from pytorch.evaluation import evaluate
 from pytorch.features import SAMPLE_RATE
 from pytorch.loader import TrainingLoader, Utterances
 from pytorch.machine import describe_machine
-from pytorch.train import MAX_PENDING_STEPS, require_batches
+from pytorch.train import max_pending_steps, require_batches
 from pytorch.trainer import Trainer
 
 # Seconds at these percentiles, from k2-fsa/icefall, egs/librispeech/ASR/local/display_manifest_statistics.py. Those of
@@ -108,7 +108,7 @@ def time_steps(
     for indices, microbatches in batches:
         started = started or time.perf_counter()  # the first batch is there: a run's reader is ahead
         pending.append(trainer.train_step(microbatches, len(indices), trainer.config.learning_rate))
-        if len(pending) > MAX_PENDING_STEPS[trainer.device.type]:
+        if len(pending) > max_pending_steps(trainer.device):
             pending.popleft()()
         steps, samples = steps + 1, samples + int(loader.utterances.num_samples[indices].sum())
         if time.perf_counter() - started > limit:
@@ -154,9 +154,7 @@ def time_evaluation(trainer: Trainer, validation: Utterances, max_batch_samples:
     part = [replace(each, **{name: getattr(each, name)[::stride] for name in fields}) for each in validation.subsets]
     utterances, forward = Utterances(part), partial(trainer.logits, trainer.eval_model.eval())
     started = time.perf_counter()
-    evaluate(
-        forward, utterances, World(), max_batch_samples=max_batch_samples, pin_memory=trainer.device.type == "cuda"
-    )
+    evaluate(forward, utterances, World(), max_batch_samples=max_batch_samples, device=trainer.device)
     return (time.perf_counter() - started) * validation.num_samples.sum() / utterances.num_samples.sum()
 
 
@@ -170,7 +168,7 @@ def estimate(config: Config, device: torch.device, dataset_dir: Path | None, epo
         for parameter, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
     train, validation, source = open_utterances(config, dataset_dir)
-    loader = TrainingLoader(train, config, World(), pin_memory=device.type == "cuda")
+    loader = TrainingLoader(train, config, World(), device)
     set_device(device)
     here = describe_machine(device)
     if device.type == "cpu":  # else a process that needs more memory than there is would be killed without a word

@@ -22,6 +22,7 @@ is written, and the others are still done; 2 the command line was not understood
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -147,7 +148,11 @@ def find_recordings(options: Options, scratch: Path) -> list[Recording]:
 
 def _audio_files(folder: Path) -> list[Path]:
     """Return the files below a folder with the name of audio, and say which others there are."""
-    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}")
+
+    files = sorted(Path(path) / name for path, _, names in os.walk(folder, onerror=unreadable) for name in names)
     # What begins with ._ is what macOS knows about another file.
     known = AUDIO_SUFFIXES.split()
     found = [path for path in files if path.suffix.lower()[1:] in known and not path.name.startswith("._")]

@@ -256,7 +256,7 @@ def test_samples_beyond_full_scale_and_silence_are_told(
 ) -> None:
     loud = np.repeat(np.array([0.5, 1.0, -1.0, 1.2, -1.3, 0.0]), 100)
     (manifest.parent / "a.wav").write_bytes(encoded(loud, 16000, "WAV", "FLOAT"))
-    (manifest.parent / "more" / "b.flac").write_bytes(flac(np.concatenate([tone(16000), -tone(16000)], axis=1)))
+    (manifest.parent / "more" / "b.flac").write_bytes(flac(np.concatenate([tone(16000), 200 - tone(16000)], axis=1)))
     (train,) = download(asked).split("train")
     said = capfd.readouterr().err
     assert "warning: train: 2 utterances are not as they were:\na.wav: 200 samples were beyond full scale" in said

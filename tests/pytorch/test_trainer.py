@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pytorch import trainer
 from pytorch.config import CONFIGS, Config
+from pytorch.loader import CPU
 from pytorch.trainer import Trainer
-from tools.bench import random_batch
+from tools.bench import batch_of
 
 
 def small_config(**changes: Any) -> Config:
@@ -31,7 +32,7 @@ def infinite(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[bool], optimizer: Any) -> None:
     config = small_config(ema_decay=0.9, optimizer=optimizer)
-    taught, batch = Trainer(config, torch.device("cpu")), random_batch(config, 2, 0.3, 0.5)
+    taught, batch = Trainer(config, CPU), batch_of(config, 2, 0.3, 0.5, CPU)
     assert taught.ema_model is not None
     infinite[:] = [True, False, False]
     for _ in range(2):
@@ -46,10 +47,10 @@ def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[b
 
 def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite: list[bool]) -> None:
     config = small_config(optimizer="sgd")
-    batch, weights = random_batch(config, 2, 0.3, 0.5), []
+    batch, weights = batch_of(config, 2, 0.3, 0.5, CPU), []
     for losses in ([False], [False, True]):
         torch.manual_seed(0)
-        taught = Trainer(config, torch.device("cpu"))
+        taught = Trainer(config, CPU)
         infinite[:] = losses
         used = [torch.full_like(weight, 7.0) for weight in taught.model.parameters()]
         del used  # what is not initialised is likely to be this
@@ -60,7 +61,7 @@ def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite
 
 
 def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
-    trainer = Trainer(small_config(), torch.device("cpu"))
+    trainer = Trainer(small_config(), CPU)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     seconds = trainer.time_precisions()
     assert set(seconds) == {"fp32", "bf16"}

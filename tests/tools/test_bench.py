@@ -11,7 +11,7 @@ from pytorch.config import CONFIGS
 from pytorch.layers import kernels
 from pytorch.model import DeepSpeech2
 from tests.processes import run_module_for_text
-from tools.bench import Options, StockGRU, Workload, benchmark, random_batch, training_flops
+from tools.bench import Options, StockGRU, Workload, batch_of, benchmark, training_flops
 
 CONFIG = dataclasses.replace(CONFIGS["synthetic"], hidden_size=16, conv_channels=2)
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_an_impossible_value_is_an_error_that_names_it(wrong: dict[str, Any], sa
 
 
 def test_the_stock_model_that_ours_is_compared_with_computes_the_same() -> None:
-    batch = random_batch(CONFIG, 3, 0.5, 1.0)
+    batch = batch_of(CONFIG, 3, 0.5, 1.0, CPU)
     ours, theirs = Workload(CONFIG, batch, CPU, "fp32"), Workload(CONFIG, batch, CPU, "fp32", stock=True)
     assert isinstance(theirs.trainer.model.grus[0], StockGRU)
     for workload in (ours, theirs):
@@ -61,7 +61,7 @@ def test_the_stock_model_that_ours_is_compared_with_computes_the_same() -> None:
 
 
 def test_operations_are_those_that_torch_counts_in_stock_layers() -> None:
-    batch = random_batch(CONFIG, 1, 1.0, 1.0)  # 16000 samples: 101 frames, 51 output frames
+    batch = batch_of(CONFIG, 1, 1.0, 1.0, CPU)  # 16000 samples: 101 frames, 51 output frames
     trainer = Workload(CONFIG, batch, CPU, "fp32", stock=True).trainer
     features = trainer.spectrogram(batch.waveforms_BS, batch.num_samples_B)
     with FlopCounterMode(display=False) as counter:

@@ -67,6 +67,13 @@ def test_the_packages_own_command_applies_the_same_rules(real: Path, forged: For
     assert "the WER is no number >= 0" in run.stderr
 
 
+@pytest.mark.parametrize("prefix", ["0: ", "[rank0]: ", "2026-11-26T04:44:12.123456789Z "])
+def test_a_log_whose_lines_a_launcher_has_marked_is_read(prefix: str, real: Path, tmp_path: Path) -> None:
+    marked = tmp_path / "marked.log"
+    marked.write_text("".join(f"{prefix}{line}\n" for line in real.read_text().splitlines()))
+    assert check(marked)[1] == []
+
+
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_log_that_is_wrong_is_refused_with_its_reason(name: str, forged: Forged, tmp_path: Path) -> None:
     mutate, reason = MUTATIONS[name]

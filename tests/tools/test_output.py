@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.processes import run_module
+from tests.tools.conftest import Trained
 
 
 @pytest.mark.parametrize("path", ["", "~/out"])
@@ -26,3 +31,32 @@ def test_no_command_writes_where_nobody_means(module: str, arguments: list[str],
     assert run.returncode == 1 and not list(tmp_path.iterdir())
     wrong = "has an empty value" if path == "" else "is ~/out: your shell leaves this ~ as it is; write $HOME"
     assert run.stderr.decode() == f"error: {arguments[-1]} {wrong}\n"
+
+
+def test_standard_input_that_is_closed_is_an_empty_file(trained: Trained) -> None:
+    command = [sys.executable, "-m", "tools.transcribe", str(trained.checkpoint), "-"]
+    run = subprocess.run(["sh", "-c", 'exec "$@" <&-', "sh", *command], capture_output=True, cwd=ROOT)
+    assert run.returncode == 1 and run.stderr.startswith(b"error: standard input is empty (0 bytes)\n")
+
+
+def test_what_may_not_be_read_is_said_so(trained: Trained, tmp_path: Path) -> None:
+    (tmp_path / "talks" / "private").mkdir(parents=True)
+    (tmp_path / "talks" / "talk.wav").touch()
+    for name in ("talks/private", "model.pt", "lm.arpa"):
+        (tmp_path / name).touch()
+        (tmp_path / name).chmod(0)
+    # root may read everything, without its capabilities it may not
+    mortal = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    asked: list[tuple[list[str | Path], str]] = [
+        ([trained.checkpoint, "talks"], "talks/private cannot be read: "),
+        (["model.pt", "talks/talk.wav"], "model.pt: not a checkpoint of this project, or damaged ("),
+        (
+            [trained.checkpoint, "talks/talk.wav", "--lm", "lm.arpa", "--alpha", "1"],
+            "lm.arpa is no ARPA file, or damaged (",
+        ),
+    ]
+    for words, name in asked:
+        command = [*mortal, sys.executable, "-m", "tools.transcribe", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert run.returncode == 1 and run.stderr.startswith(f"error: {name}Permission denied"), run.stderr

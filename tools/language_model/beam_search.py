@@ -167,5 +167,6 @@ def read_words(path: Path) -> list[str]:
     except FileNotFoundError:
         raise RunError(f"{path}: there is no such language model") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, IndexError) as error:
-        raise RunError(f"{path} is no ARPA file, or damaged ({type(error).__name__})") from error
+        why = getattr(error, "strerror", None) or type(error).__name__
+        raise RunError(f"{path} is no ARPA file, or damaged ({why})") from error
     return words

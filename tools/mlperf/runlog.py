@@ -4,6 +4,7 @@
     print(log.seed, log.seconds, [epoch.wer for epoch in log.epochs])
 
 `:::MLLOG {json}` is an event; a success ends with RESULT,DEEPSPEECH2,<seed>,<seconds>,<user>,<start time>.
+Before either, a line may have what srun, torchrun or kubectl have put there.
 
 Every log that the training command has written can be read, also of runs that failed, were cut off or are older than
 some event: what is absent is None or empty. Whether a log proves what it says is another question: `check.py`.
@@ -188,8 +189,8 @@ class RunLog:
         for number, line in enumerate(lines, start=1):
             if TOKEN in line:
                 events.append(_read_event(path, number, line.partition(TOKEN)[2]))
-            elif line.startswith(RESULT):
-                results.append(_read_result(path, number, line))
+            elif RESULT in line:
+                results.append(_read_result(path, number, line.partition(RESULT)[2]))
         if not events:
             raise RunError(f"{path}: no log: it has no '{TOKEN.strip()}' line")
         if len(results) > 1:
@@ -317,7 +318,7 @@ def _read_event(path: Path, number: int, text: str) -> Event:
 
 def _read_result(path: Path, number: int, line: str) -> Result:
     try:
-        seed, seconds, _user, _started = line.strip().removeprefix(RESULT).split(",")
+        seed, seconds, _user, _started = line.strip().split(",")
         return Result(number, int(seed), int(seconds))
     except ValueError as error:
         raise RunError(f"{path}:{number}: damaged RESULT line: {line!r}") from error
