@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     import torch  # slow to import: not for those who only read logs
 
 
+def told_by_torchrun(name: str, default: int) -> int:
+    """Return a variable of torchrun's; without torchrun the default, as other launchers have the same names."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return the hardware and software of this machine that bear on a result."""
     import torch
