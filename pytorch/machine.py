@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 MOST_SHARED = 0.05  # of the CPU time that others may take from a run whose time is to count
 
 
+def told_by_torchrun(name: str, default: int) -> int:
+    """Return a variable of torchrun's; without torchrun the default, as other launchers have the same names."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return the hardware and software of this machine that bear on a result."""
     import torch

@@ -27,7 +27,7 @@ from mlperf_logging.mllog.mllog import MLLogger
 from data.packed import PackedDataset
 from pytorch.cli import RunError
 from pytorch.config import EVENTS, ROOT, Config
-from pytorch.machine import describe_machine, git_revision
+from pytorch.machine import describe_machine, git_revision, told_by_torchrun
 
 BENCHMARK = "deepspeech2"
 DIVISIONS = (constants.CLOSED, constants.OPEN)
@@ -137,7 +137,7 @@ def make_logger(path: Path) -> tuple[MLLogger, LogFile]:
     """Return a logger to standard output and to a file, silent on all ranks but the first; and the file's sink."""
     logger = logging.Logger("mlperf", logging.INFO)
     file = LogFile(path)
-    if int(os.environ.get("RANK", "0")) == 0:  # torchrun's
+    if told_by_torchrun("RANK", 0) == 0:
         logger.addHandler(StandardOutput())
         logger.addHandler(file)
     return MLLogger(logger, root_dir=str(ROOT)), file

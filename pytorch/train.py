@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import signal
 import sys
 import time
@@ -344,7 +343,7 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
     stop = StopSignal()
     log, log_file = mllog.make_logger(config.output_dir / mllog.LOG)
     log.start(constants.INIT_START)
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    local_world_size = machine.told_by_torchrun("LOCAL_WORLD_SIZE", 1)
     # The kind of device decides how ranks connect. Asking for the last one checks that every local rank has one.
     device = select_device(config.device, local_world_size - 1)
     world = World.init(device.type, config.dist_timeout_seconds, launch_id)

@@ -24,7 +24,6 @@ Utterances of one speaker succeed and fail together, so the interval over speake
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -45,6 +44,7 @@ from pytorch.distributed import World, report_lost_ranks, shutdown
 from pytorch.evaluation import Hypothesis, greedy_decoder
 from pytorch.features import SAMPLE_RATE
 from pytorch.loader import Utterances
+from pytorch.machine import told_by_torchrun
 from pytorch.metrics import ErrorCounts
 from tools.language_model.beam_search import Decoding, decode_each
 from tools.output import output_file, prepare_outputs
@@ -109,7 +109,7 @@ def evaluate(options: Options) -> None:
         ]
         prepare_outputs([options.output / file for file in files], options.overwrite)
     decode = options.decoding.make()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # torchrun's
+    local_rank = told_by_torchrun("LOCAL_RANK", 0)
     recognizer = Recognizer.load(options.checkpoint, options.device, options.precision, local_rank)
     world = World.init(recognizer.device.type, _TIMEOUT_S)
     try:

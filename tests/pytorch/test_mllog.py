@@ -193,6 +193,7 @@ def test_ranks_other_than_the_first_are_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     log, _ = mllog.make_logger(tmp_path / "last_run.log")
     log.start("run_start")
     assert capsys.readouterr().out == ""

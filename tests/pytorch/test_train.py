@@ -477,6 +477,15 @@ def test_two_runs_in_one_output_folder_do_not_disturb_each_other(
     assert not list(tmp_path.iterdir())
 
 
+def test_another_launchers_variables_do_not_cost_a_single_process_its_log(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "x"}.items():
+        monkeypatch.setenv(name, value)
+    assert run_here(tones, tmp_path, "--target-wer", "1000") == 0
+    assert "RESULT,DEEPSPEECH2," in (tmp_path / "last_run.log").read_text()
+
+
 def test_resuming_a_run_that_has_reached_its_target_says_so_and_changes_nothing(
     tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

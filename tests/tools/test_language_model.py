@@ -242,6 +242,19 @@ def test_tuning_and_evaluation_with_a_language_model_agree(trained: Trained, tmp
     assert summary["decoding"]["beam"] == "20"
 
 
+@needs_flashlight
+@pytest.mark.parametrize("order", [1, 2, 6, 7])
+def test_a_model_is_estimated_where_the_search_can_read_it(order: int, tones: Path, tmp_path: Path) -> None:
+    lm = tmp_path / "lm.arpa"
+    run = command("tools.language_model", "estimate", "--dataset-dir", tones, "--output", lm, "--order", str(order))
+    if run.returncode == 0:
+        LanguageModel(lm)
+    else:
+        assert run.stderr == f"error: --order is {order}; it must be from 2 to 6, as KenLM reads no others\n"
+        with pytest.raises(RunError, match="KenLM cannot read it"):
+            LanguageModel(write_arpa(lm, order=order))
+
+
 def test_what_is_left_out_has_no_say_in_the_choice() -> None:
     errors_PN = np.array([[0, 0, 5], [1, 1, 0]])  # each pair is best for somebody
     assert leave_one_out(errors_PN, ["x", "x", "y"]) == 2 + 5

@@ -55,7 +55,7 @@ class Estimate:
     output: Path
     """where the ARPA file goes; compressed by gzip if its name ends in .gz"""
     order: int = 3
-    """words in the longest n-grams"""
+    """words in the longest n-grams, from 2 to 6"""
     overwrite: bool = False
     """replace the file if it exists"""
 
@@ -86,8 +86,8 @@ def estimate(options: Estimate) -> None:
         RunError: the order is no order, the file exists or cannot be written, or there are no training transcripts.
         DataError: the data set is absent or damaged.
     """
-    if options.order < 1:
-        raise RunError(f"--order is {options.order}; it must be a positive integer")
+    if not 2 <= options.order <= 6:
+        raise RunError(f"--order is {options.order}; it must be from 2 to 6, as KenLM reads no others")
     prepare_outputs([options.output], options.overwrite)
     subsets = open_dataset(options.dataset_dir).split("train")
     if not subsets:
