@@ -30,7 +30,7 @@ from pytorch import train
 from pytorch.cli import PREEMPTED, RANK_FAILED, Preempted, RunError, exit_status
 from pytorch.config import Config
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # that torchrun passes on; its own choice lacks SIGUSR1
+SIGNALS = "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"  # that torchrun passes on; its own choice lacks SIGUSR1
 GRACE_SECONDS = 180  # that ranks have to save before torchrun kills them; the files in cluster/ grant as much
 VARIABLES = {  # default, lowest and highest value
     "NPROC_PER_NODE": (0, 0, 1024),
@@ -65,6 +65,8 @@ def _launch(arguments: list[str]) -> int:
         return train.main(arguments)
     if processes > 1 and not os.environ.get("OMP_NUM_THREADS"):  # they share the cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
+    # not what nohup, or a shell that starts this in the background, has it ignore
+    heeded = [name for name in SIGNALS if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN]
     endpoint = f"{os.environ.get('MASTER_ADDR') or 'localhost'}:{given['MASTER_PORT']}"
     options = {
         "--nnodes": given["NNODES"],
@@ -74,8 +76,10 @@ def _launch(arguments: list[str]) -> int:
         "--rdzv-id": "deepspeech2",
         "--rdzv-endpoint": endpoint,
         "--rdzv-conf": f"is_host={given['NODE_RANK'] == 0}",
-        "--signals-to-handle": SIGNALS,
+        "--signals-to-handle": ",".join(heeded),
     }
+    if given["NNODES"] == 1:  # a machine's own name may lead to an address that it does not have
+        options["--local-addr"] = "localhost"
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_SECONDS))
     # A machine that joins again could else wait forever for an address that machine 0 has told in the first round only.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -306,7 +306,7 @@ def mark_if_best(run: TrainingRun) -> None:
 def log_cpu_taken(run: TrainingRun, before: dict[str, float]) -> None:
     """Log how much of this machine's CPU time went elsewhere on the clock; say so if that makes its time worthless."""
     spent = {name: value - before[name] for name, value in machine.cpu_seconds().items()}
-    node = os.environ.get("GROUP_RANK", "0")  # torchrun's number of this machine
+    node = machine.told_by_torchrun("GROUP_RANK", 0)  # number of this machine
     ranks = [each for there, each in run.world.all_gather_object((node, spent)) if there == node]
     if not spent.get("all"):  # no Linux, or a sandbox that does not count
         return

@@ -284,6 +284,19 @@ def test_a_run_told_to_stop_while_its_processes_start_says_so_by_its_exit_status
     assert not ended.stdout
 
 
+def test_nohup_protects_a_run_of_several_processes(uneven: Path, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a child inherits, as from nohup
+    try:
+        run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "3")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    _wait_for(run, "train_loss", 2)
+    os.killpg(run.pid, signal.SIGHUP)
+    ended = finish(run)
+    assert ended.returncode == 1, ended.stderr  # the target is out of reach
+    assert len(values(ended.stdout, "eval_accuracy")) == 3
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_single_process_told_to_stop_saves_in_the_middle_of_the_epoch(
     number: signal.Signals, uneven: Path, tmp_path: Path
