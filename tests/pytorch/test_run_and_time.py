@@ -117,7 +117,7 @@ def test_a_second_sigterm_does_not_change_the_status_of_a_run_that_was_told_to_s
 ) -> None:
     options = ["--dataset-dir", tones, *SMALL, "--max-epochs", "1000", "--target-wer", "0", "--output-dir", tmp_path]
     for wait in (0.05, 0.15):
-        run = start(FORKED, *options, stdout=subprocess.DEVNULL)
+        run = start(BY_SCRIPT, *options, stdout=subprocess.DEVNULL)  # forked, it would end too fast
         assert run.stderr is not None
         for awaited in ("epoch", "Told to stop"):
             while not run.stderr.readline().startswith(awaited):

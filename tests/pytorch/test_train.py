@@ -347,7 +347,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_an_error_with_advice_before_tr
 ) -> None:
     assert run_here(tones, tmp_path, "--batch-size", "100000000") == 1
     output, errors = capsys.readouterr()
-    assert "does not fit into memory; use a smaller --batch-size than 1000000000, or compute it in 2 parts" in errors
+    assert "does not fit into memory; use a smaller --batch-size than 100000000, or compute it in 2 parts" in errors
     assert not values(output, "run_start")
 
 
