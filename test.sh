@@ -7,7 +7,7 @@ root=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 use_environment test
 cd "$root"
 if [ $# -eq 0 ]; then
-    set -- --numprocesses 2 --dist loadfile
+    set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder # else files of one long test come last
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 fi
 exec "$python" -m pytest "$@"

@@ -63,7 +63,11 @@ class StandardOutput(Sink):
         super().__init__("standard output")
 
     def write(self, line: str) -> None:
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what is still to be written
+            raise
 
 
 class LogFile(Sink):

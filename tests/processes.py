@@ -1,27 +1,72 @@
 """`python -m module` for tests, in a process that is forked from one which has imported PyTorch already.
 
-Importing takes most of the time and of the processor that a short command needs. The forked process has its own
-environment, folder, files, arguments and exit status, so that a test sees what a user would.
+Importing takes most of the time and of the processor that a short command needs: 4 s for each process that trains. The
+forked process has its own environment, folder, files, arguments and exit status, so that a test sees what a user would;
+so have the ranks that torchrun starts in it.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.conftest import ROOT
 
-_server: subprocess.Popen[str] | None = None
+_server: socket.socket | None = None
+
+
+class Popen(subprocess.Popen[Any]):
+    """As subprocess.Popen, for commands that are `[sys.executable, "-m", module, ...]`."""
+
+    def _execute_child(self, args: Any, *options: Any) -> None:  # type: ignore[override]
+        global _server
+        if _server is None:
+            _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            subprocess.Popen([sys.executable, "-m", "tests.processes"], cwd=ROOT, stdin=theirs.fileno())
+            theirs.close()
+        folder, environment, pipes, (session, group) = options[4], options[5], options[9:15], options[-2:]
+        asked = {
+            "command": args[1:],
+            "folder": str(folder or Path.cwd()),
+            "environment": {**(environment or os.environ)},
+        }
+        asked |= {"session": session, "group": group}
+        self._status, status = os.pipe()
+        files = [number if file == -1 else file for number, file in enumerate((pipes[0], pipes[3], pipes[5]))]
+        socket.send_fds(_server, [json.dumps(asked).encode()], [*files, status])
+        self._child_created = True
+        self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+        os.close(status)
+        self.pid = int(_server.recv(20))
+
+    def _internal_poll(self, **_: Any) -> int | None:
+        return self._ended(0)
+
+    def _wait(self, timeout: float | None) -> int:
+        status = self._ended(timeout)
+        if status is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return status
+
+    def _ended(self, timeout: float | None) -> int | None:
+        """The exit status; None if it has none in so many seconds."""
+        if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
+            self.returncode = os.waitstatus_to_exitcode(int(os.read(self._status, 20)))
+            os.close(self._status)
+        return self.returncode
 
 
 def run_module(
@@ -33,29 +78,15 @@ def run_module(
     timeout: float = 300,
 ) -> subprocess.CompletedProcess[bytes]:
     """As subprocess.run with captured output. `environment` is added to this process's. TimeoutExpired as there."""
-    global _server
-    if _server is None or _server.poll() is not None:
-        command = [sys.executable, "-m", "tests.processes"]
-        _server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert _server.stdin is not None and _server.stdout is not None
-    with tempfile.TemporaryDirectory() as files:
-        names = [str(Path(files) / name) for name in ("input", "output", "errors")]
-        Path(names[0]).write_bytes(given)
-        asked: dict[str, Any] = {
-            "module": module,
-            "arguments": [str(argument) for argument in arguments],
-            "files": names,
-        }
-        asked |= {"folder": str(folder), "environment": {**os.environ, **(environment or {})}}
-        print(json.dumps(asked), file=_server.stdin, flush=True)
-        process = int(_server.stdout.readline())
-        if not select.select([_server.stdout], [], [], timeout)[0]:
-            os.kill(process, signal.SIGKILL)
-            _server.stdout.readline()
-            raise subprocess.TimeoutExpired(module, timeout)
-        status = os.waitstatus_to_exitcode(int(_server.stdout.readline()))
-        output, errors = Path(names[1]).read_bytes(), Path(names[2]).read_bytes()
-    return subprocess.CompletedProcess([module, *asked["arguments"]], status, output, errors)
+    pipe, command = subprocess.PIPE, [sys.executable, "-m", module, *map(str, arguments)]
+    variables = {**os.environ, **(environment or {})}
+    with Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env=variables) as process:
+        try:
+            output, errors = process.communicate(given, timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def run_module_for_text(module: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -64,32 +95,89 @@ def run_module_for_text(module: str, *arguments: object, **options: Any) -> subp
     return subprocess.CompletedProcess(run.args, run.returncode, run.stdout.decode(), run.stderr.decode())
 
 
+class _Rank(subprocess.Popen[Any]):
+    """What torchrun starts, forked from torchrun."""
+
+    def _execute_child(self, args: Any, *options: Any) -> None:  # type: ignore[override]
+        sys.stdout.flush()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # torchrun's handlers are not its
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            _run(args[args.index("-m") :], options[5])
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._child_created = True
+
+
 def _serve() -> None:
+    for module in (
+        "pytorch.launch",
+        "torch.distributed.run",
+        "torch._dynamo",
+        "torch.onnx",
+    ):  # most of them imported late
+        importlib.import_module(module)
+    handler = importlib.import_module("torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler")
+    handler.Popen = _Rank  # type: ignore[attr-defined]
+    gc.freeze()  # so that no collection touches, and copies, what all processes share
+    tests = socket.socket(fileno=0)
+    while True:
+        content, files, _, _ = socket.recv_fds(tests, 1 << 20, 4)
+        if not content:
+            return
+        if os.fork() == 0:
+            _run_and_tell(tests, files, **json.loads(content))
+        for file in files:
+            os.close(file)
+        while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
+            pass
+
+
+def _run_and_tell(
+    tests: socket.socket,
+    files: list[int],
+    command: list[str],
+    folder: str,
+    environment: dict[str, str],
+    session: bool,
+    group: int,
+) -> NoReturn:
+    """In a process of its own: fork another that runs the command, tell its id, and write its status at its end."""
+    process = os.fork()
+    if process == 0:
+        if session:
+            os.setsid()
+        if group != -1:
+            os.setpgid(0, group)
+        for number, file in enumerate(files[:3]):
+            os.dup2(file, number)
+        os.closerange(3, max(files) + 1)
+        os.chdir(folder)
+        _run(command, environment)
+    tests.send(str(process).encode())
+    for file in files[:3]:
+        os.close(file)
+    os.write(files[3], str(os.waitpid(process, 0)[1]).encode())
+    os._exit(0)
+
+
+def _run(command: list[str], environment: Mapping[str, str]) -> NoReturn:
+    """Run `-m module ...` in this process, which ends then."""
     import torch
 
-    import pytorch.launch
-
-    del torch, pytorch.launch
-    for line in sys.stdin:
-        process = os.fork()
-        if process == 0:
-            _run(**json.loads(line))
-        print(process, flush=True)
-        print(os.waitpid(process, 0)[1], flush=True)
-
-
-def _run(module: str, arguments: list[str], files: list[str], folder: str, environment: dict[str, str]) -> None:
-    """Never returns."""
-    import torch
-
-    for number, file in enumerate(files):
-        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT, 0o600), number)
-    os.chdir(folder)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)) and number != signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ.clear()
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:  # which was read when PyTorch was imported
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.argv[1:] = arguments
+    encoding = environment.get("PYTHONIOENCODING")
+    sys.stdin, sys.stdout = os.fdopen(0, encoding=encoding), os.fdopen(1, "w", encoding=encoding)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding=encoding, errors="backslashreplace")
+    _, module, *sys.argv[1:] = command
     sys.modules.pop(module, None)
     status: Any = 0
     try:
@@ -102,8 +190,11 @@ def _run(module: str, arguments: list[str], files: list[str], folder: str, envir
     if not isinstance(status, int):
         print(status, file=sys.stderr)
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # as Python does at its end
+        print(f"Exception ignored: {error}", file=sys.stderr)
+        status = 120
     os._exit(status)
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing import spawn  # type: ignore[attr-defined]
 
 from pytorch import checkpoint
 from pytorch.cli import PREEMPTED, RunError
@@ -25,10 +24,10 @@ from pytorch.distributed import World
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.loader import Utterances, split_balanced
 from tests.conftest import write_packed_dataset
-from tests.processes import run_module_for_text
+from tests.processes import Popen, run_module_for_text
 from tests.pytorch.test_train import ENVIRONMENT, SMALL, events, values
 
-STEPS = 20
+STEPS, EPOCHS = 20, 4
 STARTED: list[subprocess.Popen[str]] = []
 
 
@@ -44,12 +43,14 @@ def in_processes(processes: int) -> dict[str, str]:
     return ENVIRONMENT | given
 
 
-def start(processes: int, dataset: Path, output: Path, *arguments: Any, **environment: str) -> subprocess.Popen[str]:
+def start(
+    processes: int, dataset: Path, output: Path, *arguments: Any, forked: bool = True, **environment: str
+) -> subprocess.Popen[str]:
     """The run in so many processes of one thread, in a process group of its own."""
     command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", dataset, "--output-dir", output]
     pipe = subprocess.PIPE
     everything = in_processes(processes) | environment
-    run = subprocess.Popen(
+    run = (Popen if forked else subprocess.Popen)(
         [*map(str, command), *map(str, arguments)], stdout=pipe, stderr=pipe, text=True, env=everything, process_group=0
     )
     STARTED.append(run)
@@ -73,28 +74,28 @@ def finish(run: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
 
 
 def run_in(processes: int, dataset: Path, output: Path, *arguments: Any, **environment: str) -> Any:
-    """The run, waited for; what torchrun starts are processes of their own, as always."""
+    """The run, waited for."""
     command = [*SMALL, "--dataset-dir", dataset, "--output-dir", output, *arguments]
     return run_module_for_text("pytorch.launch", *command, environment=in_processes(processes) | environment)
 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """42 training and 7 validation utterances: with batches of 8 and of 4 processes, shares are uneven everywhere."""
+    """42 training and 7 validation utterances: with batches of 7, shares are uneven everywhere."""
     return write_packed_dataset(tmp_path_factory.mktemp("uneven"), {"train": 43, "validation": 7})
 
 
 @pytest.fixture(scope="module")
 def by_processes(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
-    """The same run in 1, 2 and 4 processes; bf16 would round differently in each."""
+    """The same run in 1, 2 and 3 processes; bf16 would round differently in each."""
     options = ["--batch-size", "7", "--max-steps", STEPS, "--target-wer", "0", "--precision", "fp32"]
-    return {processes: run_in(processes, uneven, tmp_path_factory.mktemp("run"), *options) for processes in (1, 2, 4)}
+    return {processes: run_in(processes, uneven, tmp_path_factory.mktemp("run"), *options) for processes in (1, 2, 3)}
 
 
 def test_losses_are_the_same_in_any_number_of_processes(by_processes: dict[int, Any]) -> None:
     losses = {processes: values(run.stdout, "train_loss") for processes, run in by_processes.items()}
     assert len(losses[1]) == STEPS, by_processes[1].stderr
-    for processes in (2, 4):
+    for processes in (2, 3):
         assert losses[processes][:5] == pytest.approx(losses[1][:5], rel=1e-5), by_processes[processes].stderr
         # Each step amplifies the rounding of those before it.
         assert losses[processes] == pytest.approx(losses[1], rel=2e-3), by_processes[processes].stderr
@@ -157,10 +158,11 @@ def test_a_batch_is_dealt_into_parts_of_like_length(parts: int, uneven: Path) ->
     assert max(lengths) - min(lengths) <= int(utterances.num_samples[indices].max())
 
 
-def _normalize_in_parts(rank: int, port: int, folder: Path) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK="0")
-    os.environ["TORCHELASTIC_RUN_ID"] = "test"
-    assert World.init("cpu", 60).size == 2
+def _normalize_in_parts(folder: Path) -> None:
+    """What each of torchrun's two processes does in the next test."""
+    world = World.init("cpu", 60)
+    rank = world.rank
+    assert world.size == 2
     content = torch.load(folder / "input.pt", weights_only=True)
     rows_NC = content["rows"][slice(0, 5) if rank == 0 else slice(5, None)].requires_grad_()
     norm = BatchNorm(rows_NC.shape[1])
@@ -181,7 +183,9 @@ def test_batch_norm_over_two_processes_is_that_of_one_with_all_rows(tmp_path: Pa
         norm.bias.copy_(torch.randn(6))
     state = {name: value.clone() for name, value in norm.state_dict().items()}
     torch.save({"rows": rows_NC, "weights": weights_NC, "norm": state}, tmp_path / "input.pt")
-    spawn(_normalize_in_parts, (free_port(), tmp_path), 2)
+    torchrun = ["--nproc-per-node", "2", "--master-port", free_port(), "-m"]
+    run = run_module_for_text("torch.distributed.run", *torchrun, __name__, tmp_path)
+    assert run.returncode == 0, run.stderr
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
     rows_NC.requires_grad_()
@@ -205,16 +209,18 @@ def test_a_number_that_goes_wrong_in_one_process_makes_all_skip_the_step(uneven:
         "    from pytorch import trainer\n"
         "    proper, calls = trainer.ctc_loss, []\n"
         "    def broken(*arguments):\n"
-        "        calls.append(1)\n"  # the first is the warm-up's
+        "        calls.append(1)\n"  # the first two are the warm-up's
         "        time.sleep(0.05)\n"
-        "        loss = proper(*arguments) * (float('inf') if len(calls) == 4 else 1)\n"
-        "        if len(calls) == 6:\n"
+        "        loss = proper(*arguments) * (float('inf') if len(calls) == 5 else 1)\n"
+        "        if len(calls) == 7:\n"
         "            loss.register_hook(lambda gradient: gradient * float('inf'))\n"
         "        return loss\n"
         "    trainer.ctc_loss = broken\n"
     )
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    run = run_in(2, uneven, tmp_path / "run", "--max-steps", 17, "--target-wer", "0", PYTHONPATH=path)
+    # Not forked, for Python reads sitecustomize.py when it starts.
+    options = ["--max-steps", 17, "--target-wer", "0"]
+    run = finish(start(2, uneven, tmp_path / "run", *options, forked=False, PYTHONPATH=path))
     assert values(run.stdout, "skipped_step") == [3, 5], run.stderr
     steps = [event["metadata"]["step_num"] for event in events(run.stdout) if event["key"] == "train_loss"]
     assert steps == [1, 2, 4, *range(6, 18)]
@@ -235,10 +241,8 @@ def _wait_for(run: subprocess.Popen[str], key: str, count: int) -> None:
 
 def _workers(run: subprocess.Popen[str]) -> list[int]:
     """Process ids of the workers of a run of several processes, in the order in which they were started."""
-    columns = ["ps", "-e", "-ww", "-o", "pid=,ppid=,args="]  # without -ww a narrow terminal's width cuts the arguments
-    listed = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
-    processes = [line.split(None, 2) for line in listed.splitlines()]
-    return sorted(int(pid) for pid, parent, line in processes if int(parent) == run.pid and "--rank-of-launch" in line)
+    command = ["ps", "-o", "pid=", "--ppid", str(run.pid)]
+    return sorted(map(int, subprocess.run(command, capture_output=True, text=True).stdout.split()))
 
 
 def _seconds(output: str) -> float:
@@ -275,7 +279,8 @@ def test_a_run_told_to_stop_saves_after_its_step_and_says_so_by_its_exit_status(
 def test_a_run_told_to_stop_while_its_processes_start_says_so_by_its_exit_status(
     number: signal.Signals, status: int, uneven: Path, tmp_path: Path
 ) -> None:
-    run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "200")
+    # Not forked, for they start faster than a signal comes.
+    run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "200", forked=False)
     while len(_workers(run)) < 2:
         assert run.poll() is None
     os.kill(run.pid, number)
@@ -297,22 +302,45 @@ def test_nohup_protects_a_run_of_several_processes(uneven: Path, tmp_path: Path)
     assert len(values(ended.stdout, "eval_accuracy")) == 3
 
 
+class Undisturbed:
+    """Runs to compare with, each of which is made once."""
+
+    def __init__(self, dataset: Path, folder: Path) -> None:
+        self.dataset, self.folder, self.logs = dataset, folder, dict[Path, str]()
+
+    def run(self, processes: int, epochs: int) -> tuple[str, dict[str, Any]]:
+        """Return its log and its last checkpoint."""
+        output = self.folder / f"{processes}-{epochs}"
+        if output not in self.logs:
+            self.logs[output] = run_in(processes, self.dataset, output, *to_epoch(epochs)).stdout
+        return self.logs[output], checkpoint.load(output / checkpoint.LAST)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(uneven, tmp_path_factory.mktemp("undisturbed"))
+
+
+def to_epoch(epochs: int) -> list[str]:
+    return ["--target-wer", "0", "--max-epochs", str(epochs)]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_single_process_told_to_stop_saves_in_the_middle_of_the_epoch(
-    number: signal.Signals, uneven: Path, tmp_path: Path
+    number: signal.Signals, uneven: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    whole = run_in(1, uneven, tmp_path / "whole", "--target-wer", "0", "--max-epochs", "3")
-    run = start(1, uneven, tmp_path / "parts", "--target-wer", "0", "--max-epochs", "3")
+    whole, left = undisturbed.run(1, EPOCHS)
+    run = start(1, uneven, tmp_path, *to_epoch(EPOCHS))
     _wait_for(run, "train_loss", 14)
     os.kill(run.pid, number)
     first = finish(run)
     assert first.returncode == PREEMPTED, first.stderr
-    second = run_in(1, uneven, tmp_path / "parts", "--target-wer", "0", "--max-epochs", "3", "--resume")
+    second = run_in(1, uneven, tmp_path, *to_epoch(EPOCHS), "--resume")
     rest = values(second.stdout, "train_loss")
-    assert rest == values(whole.stdout, "train_loss")[-len(rest) :]
-    losses = [event["metadata"]["loss"] for event in events(whole.stdout) if event["key"] == "epoch_stop"]
-    assert [e["metadata"]["loss"] for e in events(second.stdout) if e["key"] == "epoch_stop"] == losses[-2:]
-    left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "parts"))
+    assert rest == values(whole, "train_loss")[-len(rest) :]
+    losses = [event["metadata"]["loss"] for event in events(whole) if event["key"] == "epoch_stop"]
+    assert [e["metadata"]["loss"] for e in events(second.stdout) if e["key"] == "epoch_stop"] == losses[1:]
+    right = checkpoint.load(tmp_path / checkpoint.LAST)
     assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
     assert right["progress"]["elapsed_seconds"] > _seconds(second.stdout)
 
@@ -329,23 +357,21 @@ def test_a_resumed_run_never_ends_with_the_line_of_a_result(uneven: Path, tmp_pa
     assert "RESULT" not in run.stdout
 
 
-def test_a_damaged_newest_checkpoint_is_found_out_and_the_one_before_is_used(uneven: Path, tmp_path: Path) -> None:
-    options = ["--target-wer", "0", "--max-epochs", "3"]
-    whole = run_in(1, uneven, tmp_path / "whole", *options)
-    run_in(1, uneven, tmp_path / "parts", "--target-wer", "0", "--max-epochs", "2")
-    newest = tmp_path / "parts" / checkpoint.LAST
+def test_a_damaged_newest_checkpoint_is_found_out_and_the_one_before_is_used(
+    uneven: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    run_in(1, uneven, tmp_path, *to_epoch(EPOCHS - 1))
+    newest = tmp_path / checkpoint.LAST
     content = bytearray(newest.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 64] = bytes(64)
     newest.unlink()  # the file may have other names
     newest.write_bytes(content)
-    second = run_in(1, uneven, tmp_path / "parts", *options, "--resume")
+    second = run_in(1, uneven, tmp_path, *to_epoch(EPOCHS), "--resume")
     assert "falling back to checkpoint_previous.pt" in second.stderr
     rest = values(second.stdout, "train_loss")
-    assert (
-        len(rest) >= 11
-    )  # the checkpoint before it is at the end of epoch 2, too: it was written before the evaluation
-    assert rest == values(whole.stdout, "train_loss")[-len(rest) :]
+    assert len(rest) >= 11  # the checkpoint before it is of the end of that epoch, too: written before the evaluation
+    assert rest == values(undisturbed.run(1, EPOCHS)[0], "train_loss")[-len(rest) :]
 
 
 def test_a_checkpoint_whose_content_was_changed_is_refused(uneven: Path, tmp_path: Path) -> None:
@@ -376,17 +402,19 @@ def test_checkpoints_come_by_time_as_well(uneven: Path, tmp_path: Path) -> None:
         assert steps == [0, 1, 2, 3, 4, 5, 6, 6, 6], run.stderr
 
 
-def test_a_lost_worker_is_named_and_the_run_starts_again_from_the_last_checkpoint(uneven: Path, tmp_path: Path) -> None:
-    options = ["--target-wer", "0", "--max-epochs", "6", "--checkpoint-interval-minutes", "1e-9"]
-    whole = run_in(2, uneven, tmp_path / "whole", *options)
-    run = start(2, uneven, tmp_path / "lost", *options, MAX_RESTARTS="1")
+def test_a_lost_worker_is_named_and_the_run_starts_again_from_the_last_checkpoint(
+    uneven: Path, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    whole, left = undisturbed.run(2, EPOCHS)
+    options = [*to_epoch(EPOCHS), "--checkpoint-interval-minutes", "1e-9"]
+    run = start(2, uneven, tmp_path, *options, MAX_RESTARTS="1")
     _wait_for(run, "train_loss", 10)
     os.kill(_workers(run)[1], signal.SIGKILL)
     again = finish(run)
     assert again.returncode == 1, again.stderr  # the target is out of reach
     assert values(again.stdout, "resumed") == [True], again.stderr
-    assert values(again.stdout, "train_loss")[-10:] == values(whole.stdout, "train_loss")[-10:]
-    left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "lost"))
+    assert values(again.stdout, "train_loss")[-10:] == values(whole, "train_loss")[-10:]
+    right = checkpoint.load(tmp_path / checkpoint.LAST)
     assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
 
 
@@ -394,10 +422,12 @@ def test_a_worker_that_hangs_is_named(uneven: Path, tmp_path: Path) -> None:
     options = ["--target-wer", "0", "--max-epochs", "200", "--dist-timeout-seconds", "8"]
     run = start(2, uneven, tmp_path, *options)
     _wait_for(run, "train_loss", 5)
-    os.kill(_workers(run)[1], signal.SIGSTOP)
-    stopped = finish(run)
-    assert stopped.returncode not in (0, PREEMPTED)
-    assert "lost contact; ranks that hang or are gone: 1" in stopped.stderr
+    hangs = _workers(run)[1]
+    os.kill(hangs, signal.SIGSTOP)
+    assert run.stderr is not None
+    assert "lost contact; ranks that hang or are gone: 1" in run.stderr.readline()
+    os.kill(hangs, signal.SIGKILL)  # as torchrun does after 30 s
+    assert finish(run).returncode not in (0, PREEMPTED)
 
 
 def _killed(processes: int, dataset: Path, output: Path, moments: int, options: list[str]) -> Counter[str]:
@@ -441,16 +471,21 @@ def _killed(processes: int, dataset: Path, output: Path, moments: int, options: 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_runs_killed_at_random_moments_end_with_the_weights_of_an_undisturbed_one(
-    processes: int, uneven: Path, tmp_path: Path
+    processes: int, uneven: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     """In evaluation, while a checkpoint is written, or in training; KILLS sets how often."""
     moments = int(os.environ.get("KILLS", "2"))
-    options = ["--target-wer", "0", "--max-epochs", str(4 * moments), "--checkpoint-interval-minutes", "0.002"]
-    run_in(processes, uneven, tmp_path / "undisturbed", *options)
-    seen = _killed(processes, uneven, tmp_path / "killed", moments, options)
+    epochs = EPOCHS if moments == 2 else 4 * moments
+    _, left = undisturbed.run(processes, epochs)
+    options = [*to_epoch(epochs), "--checkpoint-interval-minutes", "0.002"]
+    seen = _killed(processes, uneven, tmp_path, moments, options)
     print(f"killed in {dict(seen)}")
     assert moments < 20 or {"checkpoint", "evaluation", "training"} <= set(seen)
-    left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("undisturbed", "killed"))
+    right = checkpoint.load(tmp_path / checkpoint.LAST)
     assert left["progress"]["step"] == right["progress"]["step"]
     for kind in ("model", "trained_model"):
         assert all(torch.equal(left[kind][name], right[kind][name]) for name in left[kind])
+
+
+if __name__ == "__main__":
+    _normalize_in_parts(Path(sys.argv[1]))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pytorch import machine
-from tests.processes import run_module_for_text
+from tests.processes import Popen, run_module_for_text
 from tests.pytorch.test_train import ENVIRONMENT, SMALL
 from tools.mlperf.runlog import RunLog
 
@@ -38,19 +38,19 @@ def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> N
 def test_standard_output_that_is_full_is_refused_before_the_clock_starts(tones: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", tones, "--output-dir", tmp_path]
     with Path("/dev/full").open("w") as full:
-        run = subprocess.run(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        run = Popen(list(map(str, command)), stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    _, errors = run.communicate(timeout=300)
     assert run.returncode == 1
-    assert "error: standard output cannot be written: No space left on device" in run.stderr
-    assert "Traceback" not in run.stderr
+    assert "error: standard output cannot be written: No space left on device" in errors
+    assert "Traceback" not in errors
     assert not (tmp_path / "last_run.log").exists()
 
 
 def test_a_reader_of_the_log_that_leaves_costs_neither_the_run_nor_its_log(tones: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", tones, "--output-dir", tmp_path]
     command += ["--max-epochs", "2", "--target-wer", "1000"]
-    run = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    pipe = subprocess.PIPE
+    run = Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
     assert run.stdout is not None and run.stderr is not None
     while "run_start" not in run.stdout.readline():
         pass

@@ -3,36 +3,42 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.processes import Popen
 from tools.mlperf.runlog import RunLog
 
 SMALL = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
-SCRIPT = ROOT / "pytorch" / "run_and_time.sh"
+BY_SCRIPT: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh"]
+FORKED: list[str | Path] = [sys.executable, "-m", "tools.run_and_time"]  # what the script starts, without its imports
 
 
-def run_and_time(*options: str | Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = ["sh", SCRIPT, *options]
-    environment = {**os.environ, **variables}
-    return subprocess.run(
-        list(map(str, command)),
-        capture_output=True,
-        text=True,
-        errors="surrogateescape",
-        cwd=folder,
-        env=environment,
-    )
+def start(command: list[str | Path], *options: object, **given: Any) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    options_of_popen: dict[str, Any] = {"stdout": pipe, "stderr": pipe, "text": True, "errors": "surrogateescape"}
+    kind = Popen if command is FORKED else subprocess.Popen
+    return kind([*map(str, command), *map(str, options)], **options_of_popen | given)
+
+
+def run_and_time(
+    *options: str | Path, folder: Path, command: list[str | Path] = FORKED, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    run = start(command, *options, cwd=folder, env={**os.environ, **variables})
+    output, errors = run.communicate(timeout=300)
+    return subprocess.CompletedProcess(run.args, run.returncode, output, errors)
 
 
 def test_run_and_time_writes_the_report_beside_a_log_that_stays_pure(tones: Path, tmp_path: Path) -> None:
     """The run ends with max_steps, which are those of an epoch: there is one evaluation, not another of no step."""
     folder = tmp_path / "results"
     options: list[str | Path] = ["--config", "synthetic", "--dataset-dir", tones, *SMALL, "--max-steps", "6"]
-    run = run_and_time(*options, "--output-dir", folder, "--target-wer", "0", folder=tmp_path)
+    run = run_and_time(*options, "--output-dir", folder, "--target-wer", "0", folder=tmp_path, command=BY_SCRIPT)
     assert run.returncode == 1, run.stderr
     events = [line for line in run.stdout.splitlines() if line]
     assert all(line.startswith(":::MLLOG ") for line in events)
@@ -59,7 +65,7 @@ def test_a_run_that_cannot_start_leaves_the_log_of_the_run_before_it(tmp_path: P
 
 def test_of_several_processes_the_first_ones_log_is_reported(tones: Path, tmp_path: Path) -> None:
     options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "2", "--target-wer", "1000"]
-    variables = {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29517"}
+    variables: dict[str, Any] = {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29517"}
     run = run_and_time(*options, "--output-dir", tmp_path, folder=ROOT, **variables)
     assert run.returncode == 0, run.stderr
     log = RunLog.read(tmp_path / "last_run.log")
@@ -71,28 +77,34 @@ def test_of_several_processes_the_first_ones_log_is_reported(tones: Path, tmp_pa
 @pytest.mark.parametrize("lost", ["a full disk", "a reader that has left"])
 def test_a_run_goes_on_where_its_progress_cannot_be_shown(lost: str, tones: Path, tmp_path: Path) -> None:
     options = ["--dataset-dir", tones, *SMALL, "--max-steps", "2", "--target-wer", "1000", "--output-dir", tmp_path]
-    command = list(map(str, ["sh", SCRIPT, *options]))
     reader, errors = os.pipe()
     os.close(reader)
     if lost == "a full disk":
         errors = os.open("/dev/full", os.O_WRONLY)
-    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    run = start(FORKED, *options, stderr=errors)
     os.close(errors)
+    output, _ = run.communicate(timeout=300)
     assert run.returncode == 0
-    assert run.stdout.splitlines()[-1].startswith("RESULT,")
-    assert (tmp_path / "last_run.log").read_text() == run.stdout
+    assert output.splitlines()[-1].startswith("RESULT,")
+    assert (tmp_path / "last_run.log").read_text() == output
     assert (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_ctrl_c_ends_a_run_at_any_moment_without_a_traceback(processes: str, tones: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "processes", "moments"),
+    [
+        (BY_SCRIPT, "1", (0.5, 1.0, 1.5)),  # while Python imports
+        (FORKED, "1", (0.02, 0.1, 0.5, 1.0)),
+        (FORKED, "2", (0.05, 0.2, 0.5, 1.0, 2.0)),
+    ],
+)
+def test_ctrl_c_ends_a_run_at_any_moment_without_a_traceback(
+    command: list[str | Path], processes: str, moments: tuple[float, ...], tones: Path, tmp_path: Path
+) -> None:
     options = ["--dataset-dir", tones, *SMALL, "--max-epochs", "1000", "--target-wer", "0", "--output-dir", tmp_path]
-    command = list(map(str, ["sh", SCRIPT, *options]))
     variables = {**os.environ, "NPROC_PER_NODE": processes, "MASTER_PORT": "29518"}
-    for seconds in (0.5, 1.0, 1.5, 2.0, 4.0):
-        run = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True, env=variables
-        )
+    for seconds in moments:
+        run = start(command, *options, stdout=subprocess.DEVNULL, start_new_session=True, env=variables)
         time.sleep(seconds)
         os.killpg(run.pid, signal.SIGINT)
         errors = run.communicate(timeout=300)[1]
@@ -104,9 +116,8 @@ def test_a_second_sigterm_does_not_change_the_status_of_a_run_that_was_told_to_s
     tones: Path, tmp_path: Path
 ) -> None:
     options = ["--dataset-dir", tones, *SMALL, "--max-epochs", "1000", "--target-wer", "0", "--output-dir", tmp_path]
-    command = list(map(str, ["sh", SCRIPT, *options]))
     for wait in (0.05, 0.15):
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        run = start(BY_SCRIPT, *options, stdout=subprocess.DEVNULL)  # forked, it would end too fast
         assert run.stderr is not None
         for awaited in ("epoch", "Told to stop"):
             while not run.stderr.readline().startswith(awaited):

@@ -122,12 +122,12 @@ def test_a_run_that_shares_its_cpus_says_so(
 
 
 def test_the_cpu_time_of_others_is_told_from_that_of_this_process() -> None:
-    before, begun = machine.cpu_seconds(), time.monotonic()
-    while time.monotonic() < begun + 0.3:
+    before, begun, used = machine.cpu_seconds(), time.monotonic(), time.process_time()
+    while time.process_time() < used + 0.3:
         pass
     spent = {name: value - before[name] for name, value in machine.cpu_seconds().items()}
     elapsed = time.monotonic() - begun
-    assert 0.05 < spent["own"] < 1.2 * elapsed + 0.05
+    assert 0.2 < spent["own"] < 1.2 * elapsed + 0.05
     assert spent["own"] < spent["busy"] + 0.1
     assert spent["all"] == pytest.approx(elapsed * len(os.sched_getaffinity(0)), rel=0.5)
 
@@ -345,9 +345,9 @@ def test_asking_for_a_gpu_where_there_is_none_is_an_error(tones: Path, tmp_path:
 def test_a_batch_that_does_not_fit_into_memory_is_an_error_with_advice_before_training(
     tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_here(tones, tmp_path, "--batch-size", "1000000000") == 1
+    assert run_here(tones, tmp_path, "--batch-size", "100000000") == 1
     output, errors = capsys.readouterr()
-    assert "does not fit into memory; use a smaller --batch-size than 1000000000, or compute it in 2 parts" in errors
+    assert "does not fit into memory; use a smaller --batch-size than 100000000, or compute it in 2 parts" in errors
     assert not values(output, "run_start")
 
 

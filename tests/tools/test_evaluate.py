@@ -15,7 +15,7 @@ import torch
 from pytorch.evaluation import Hypothesis
 from pytorch.metrics import count_errors
 from tests.conftest import ROOT
-from tests.processes import run_module_for_text
+from tests.processes import Popen, run_module_for_text
 from tests.pytorch.test_train import small_run
 from tests.tools.conftest import Trained
 from tools.evaluate import Spoken, bootstrap_intervals, count_edits, score, table, trn_ids
@@ -63,9 +63,10 @@ def test_files_are_written_even_if_whoever_reads_the_table_has_left(
     os.close(reader)
     options = [checkpoint, "--dataset-dir", tones, "--output", tmp_path / "files"]
     words = list(map(str, [sys.executable, "-m", "tools.evaluate", *options]))
-    run = subprocess.run(words, cwd=ROOT, stdout=gone, stderr=subprocess.PIPE, text=True)
+    run = Popen(words, cwd=ROOT, stdout=gone, stderr=subprocess.PIPE, text=True)
     os.close(gone)
-    assert (run.returncode, run.stderr) == (141, "")
+    _, errors = run.communicate(timeout=300)
+    assert (run.returncode, errors) == (141, "")
     assert len(pairs(tmp_path / "files")) == 7
     assert summary(tmp_path / "files")
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import functools
 import inspect
 import json
 import os
@@ -24,6 +23,7 @@ from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from pytorch.machine import describe_machine
 from tests.conftest import ROOT
+from tests.processes import Popen, run_module_for_text
 from tests.pytorch.test_train import ENVIRONMENT, SMALL
 from tests.tools.forged import Forged, made_up, reference
 from tests.tools.made_up_logs import add
@@ -45,7 +45,7 @@ def stamps(folder: Path) -> dict[str, int]:
 
 def command(tree: Path, runs: int, *options: object) -> list[str]:
     arguments = ["series", "--runs", runs, "--tree", tree, "--system", "box", "--series", "small", "--", *SMALL]
-    return [sys.executable, "-m", "tools.mlperf", *map(str, [*arguments, *options])]
+    return ["tools.mlperf", *map(str, [*arguments, *options])]
 
 
 def test_a_series_leaves_logs_and_the_machine_where_the_rules_want_them_and_a_page_of_all(
@@ -55,9 +55,7 @@ def test_a_series_leaves_logs_and_the_machine_where_the_rules_want_them_and_a_pa
     tree, checkpoints = tmp_path / "tree", tmp_path / "checkpoints"
     options = ["--dataset-dir", tones, "--output-dir", checkpoints, "--target-wer", 1000, "--seed", 5]
     options += ["--tensorboard", tmp_path / "curves"]
-    run = subprocess.run(
-        command(tree, 2, *options), capture_output=True, text=True, cwd=tmp_path, timeout=300, env=ENVIRONMENT
-    )
+    run = run_module_for_text(*command(tree, 2, *options), folder=tmp_path, environment=ENVIRONMENT)
     assert run.returncode == 0, run.stderr
     folder = tree / "results" / "box" / "small"
     assert sorted(stamps(folder)) == ["result_0.txt", "result_1.txt"]
@@ -85,16 +83,8 @@ def test_a_series_that_is_told_to_end_tells_its_run_waits_for_it_and_keeps_its_l
     number: int, to_group: bool, status: int, said: str, tones: Path, tmp_path: Path
 ) -> None:
     options = ["--dataset-dir", tones, "--output-dir", tmp_path / "out", "--target-wer", 0, "--max-epochs", 1000]
-    # a shell's background commands, as these tests may be, ignore Ctrl-C, and so would what they start
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        command(tmp_path, 3, *options),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=heard,
-        env=ENVIRONMENT,
-    )
+    words = [sys.executable, "-m", *command(tmp_path, 3, *options)]
+    process = Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True, env=ENVIRONMENT)
     partial = tmp_path / "results" / "box" / "small" / "result_0.txt.partial"
     until = time.monotonic() + 120
     while not (partial.exists() and "train_loss" in partial.read_text()):

@@ -385,7 +385,7 @@ def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path: Path) -> None:
 
 
 def test_a_long_runs_page_stays_small(tmp_path: Path) -> None:
-    long, short = made_up_log(steps=34_000), made_up_log(seed=2, steps=1000)
+    long, short = made_up_log(epochs=1, steps=34_000), made_up_log(seed=2, epochs=1, steps=1000)
     html = written(tmp_path, long.write(tmp_path / "long.log"), short.write(tmp_path / "short.log"))
     assert len(html) < 1_500_000
     for chart in figures(html)["charts"]:

@@ -20,6 +20,14 @@ from tools.report.warnings import missing_events, warnings
 FOLDER = Path(__file__).parent
 CHART_JS = "chart.umd.min.js"  # npm's chart.js, dist/; its licence is beside it
 GOLDEN_ANGLE = 137.508  # degrees from a series' hue to the next one's: no two are the same, and neighbors differ most
+ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(FOLDER),
+    autoescape=True,  # whatever a log holds is text
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.filters["duration"] = tables.duration
 
 
 def render(series: Sequence[Series]) -> str:
@@ -30,15 +38,7 @@ def render(series: Sequence[Series]) -> str:
     runs = [run for each in series for run in each.runs]
     names = " and ".join(dict.fromkeys(str(run.log.config_name or "unknown configuration") for run in runs))
     facts = tables.facts(series)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,  # whatever a log holds is text
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["duration"] = tables.duration
-    return environment.get_template("page.html").render(
+    return ENVIRONMENT.get_template("page.html").render(
         title=f"{names}, seed {runs[0].log.seed}" if len(runs) == 1 else f"{names}, {len(runs)} runs",
         series=series,
         runs=runs,
