@@ -241,8 +241,10 @@ def _wait_for(run: subprocess.Popen[str], key: str, count: int) -> None:
 
 def _workers(run: subprocess.Popen[str]) -> list[int]:
     """Process ids of the workers of a run of several processes, in the order in which they were started."""
-    command = ["ps", "-o", "pid=", "--ppid", str(run.pid)]
-    return sorted(map(int, subprocess.run(command, capture_output=True, text=True).stdout.split()))
+    columns = ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(run.pid)]  # without -ww a terminal's width cuts them
+    lines = subprocess.run(columns, capture_output=True, text=True).stdout.splitlines()
+    ranks = [line for line in lines if "--rank-of-launch" in line or "tests.processes" in line]  # the latter are forked
+    return sorted(int(line.split()[0]) for line in ranks)
 
 
 def _seconds(output: str) -> float:
@@ -283,6 +285,7 @@ def test_a_run_told_to_stop_while_its_processes_start_says_so_by_its_exit_status
     run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "200", forked=False)
     while len(_workers(run)) < 2:
         assert run.poll() is None
+        time.sleep(0.1)
     os.kill(run.pid, number)
     ended = finish(run)
     assert ended.returncode == status, ended.stderr
@@ -448,7 +451,7 @@ def _killed(processes: int, dataset: Path, output: Path, moments: int, options: 
             keys = ["eval_start"]
         elif number % 3 == 1:
             while not partial.exists() and run.poll() is None:
-                pass  # it is there for some milliseconds
+                time.sleep(0.0005)  # it is there for some milliseconds
         else:
             time.sleep(random_moment.uniform(0, 1.5))
         os.killpg(run.pid, signal.SIGKILL)
