@@ -15,6 +15,7 @@ from tests.processes import Popen
 from tools.mlperf.runlog import RunLog
 
 SMALL = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
+SMALL += ["--precision", "fp32"]  # auto would measure
 BY_SCRIPT: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh"]
 FORKED: list[str | Path] = [sys.executable, "-m", "tools.run_and_time"]  # what the script starts, without its imports
 
