@@ -295,7 +295,7 @@ def test_a_run_told_to_stop_while_its_processes_start_says_so_by_its_exit_status
 def test_nohup_protects_a_run_of_several_processes(uneven: Path, tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a child inherits, as from nohup
     try:
-        run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "3")
+        run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "3", forked=False)
     finally:
         signal.signal(signal.SIGHUP, before)
     _wait_for(run, "train_loss", 2)
