@@ -121,18 +121,16 @@ def time_steps(
 def time_epochs(trainer: Trainer, loader: TrainingLoader, epochs: Sequence[int]) -> list[tuple[float, float]]:
     """Return the seconds that each of these epochs takes, and two standard errors of that."""
     middle, longest = len(loader) // 2, math.ceil(len(loader) / 8)
-    steps = int(time_steps(trainer, loader, epochs[-1], middle, middle + longest, STRETCH_SECONDS)[0])  # warms up, too
-    stretches: list[list[list[float]]] = [[] for _ in epochs]
-    begun = time.perf_counter()
-    with progress_bar("training steps", None) as bar:
-        for number in range(1, MAX_ROUNDS + 1):
-            place = int(f"{number:b}"[::-1], 2) / 2 ** number.bit_length()  # 1/2, 1/4, 3/4, 1/8, ... (van der Corput)
-            start = int(place * (len(loader) - steps + 1))
-            for epoch, timed in zip(epochs, stretches, strict=True):
-                timed.append(time_steps(trainer, loader, epoch, start, start + steps, math.inf))
+    first = time_steps(trainer, loader, epochs[-1], middle, middle + longest, STRETCH_SECONDS)  # warms up, too
+    steps, rounds = int(first[0]), int(np.clip(TRAINING_SECONDS / len(epochs) / first[2], MIN_ROUNDS, MAX_ROUNDS))
+    starts = np.linspace(0, len(loader) - steps, rounds).astype(int).tolist()
+    with progress_bar("training steps", len(epochs) * rounds * steps) as bar:
+        stretches: list[list[list[float]]] = []
+        for epoch in epochs:  # in the run's order: memory that one batch leaves serves the next, of like length
+            stretches.append([])
+            for start in starts:
+                stretches[-1].append(time_steps(trainer, loader, epoch, start, start + steps, math.inf))
                 bar.update(steps)
-            if number >= MIN_ROUNDS and time.perf_counter() - begun > TRAINING_SECONDS:
-                break
     samples = int(loader.utterances.num_samples[loader.included].sum())
     return [extrapolate(np.array(timed), len(loader), samples) for timed in stretches]
 

@@ -112,7 +112,7 @@ def test_seconds_per_epoch_are_the_sum_of_its_steps(monkeypatch: pytest.MonkeyPa
         exact = sum(seconds_of(utterances.num_samples[indices]) for indices in batches)
         assert exact > 120
         assert seconds == pytest.approx(exact, rel=0.02)
-        assert 0.001 * exact < two_errors < 0.03 * exact
+        assert 0.001 * exact < two_errors < 0.05 * exact  # the longest batches are off the line
 
 
 def test_two_standard_errors_cover_what_stretches_of_uneven_speed_leave_open() -> None:
