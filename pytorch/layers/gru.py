@@ -96,7 +96,7 @@ def has_bf16_kernel(device: torch.device) -> bool:
     layer = nn.GRU(8, 8, device=device, dtype=torch.bfloat16)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), _Operations() as operations:
         layer(torch.zeros(2, 1, 8, device=device, dtype=torch.bfloat16))
-    return any(name.startswith(("_cudnn_rnn.", "miopen_rnn.", "mkldnn_rnn_layer.")) for name in operations.names)
+    return any(name.startswith(("_cudnn_rnn.", "miopen_rnn.")) for name in operations.names)
 
 
 def implementation(device: torch.device, precision: str) -> str:
