@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from pytorch.cli import RunError, exit_status
-from pytorch.config import CONFIGS, Config, Precision
+from pytorch.config import CONFIGS, Config, Device, Precision
 from pytorch.device import faster_precision, select_device, select_precision
 from pytorch.features import SAMPLE_RATE, frame_counts
 from pytorch.layers import kernels
@@ -73,7 +73,7 @@ class Options:
     """duration of the longest utterance of the batch"""
     repetitions: int = 5
     """timed repetitions of each variant; medians are shown"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """where to compute; auto: the GPU if there is one"""
     estimate: bool = False
     """take some real steps, and say how long training would take; needs no data set for LibriSpeech"""
@@ -155,12 +155,12 @@ def time_interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repetition in range(repetitions + 1):
         for name, variant in variants.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             started = time.perf_counter()
             variant()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
             if repetition > 0:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(times) for name, times in seconds.items()}
