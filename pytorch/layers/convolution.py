@@ -3,8 +3,8 @@
     conv = Convolution(1, 16, kernel=(41, 11), stride=(2, 2))    # (frequency, time); 'same' padding
     outputs_BTFC = conv(features_BTFC)
 
-Parameters and state_dict are those of torch.nn.Conv2d on [B, C, F, T], and so are the results. On a GPU cuDNN computes
-them. On a CPU other forms of the same sums are faster than oneDNN's direct convolution (figures in BENCHMARKS.md):
+Parameters and state_dict are those of torch.nn.Conv2d on [B, C, F, T], and so are the results. Other forms of the same
+sums are faster than the direct convolutions of oneDNN and cuDNN (figures in BENCHMARKS.md and docs/gpu.md):
 
 - One input channel: a matrix product. The input is unfolded along time only, so that the window of an output frequency
   is one contiguous run; a few neighboring outputs share a slightly longer run, whose weights form a band (Toeplitz)
@@ -12,7 +12,7 @@ them. On a CPU other forms of the same sums are faster than oneDNN's direct conv
 - More channels: a product of Fourier transforms, of tiles of a few frames so that a tile's padding stays small. The
   transforms are matrix products too.
 
-Under bfloat16 autocast both are computed in bfloat16, sums in float32, if the CPU multiplies that natively; else they
+Under bfloat16 autocast both are computed in bfloat16, sums in float32, but on a CPU that has to emulate it: there they
 stay in float32.
 
 Axes: B batch, T time, F frequency, C channels; N = B x T rows.
@@ -20,11 +20,11 @@ Axes: B batch, T time, F frequency, C channels; N = B x T rows.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.amp import custom_bwd, custom_fwd
 
 from pytorch.layers import kernels
 
@@ -49,44 +49,35 @@ class Convolution(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve [B, T, F, C] to [B, T', F', C'], where T' and F' are T and F over the stride, rounded up."""
-        if input.device.type != "cpu":
-            return self._channels_last(input)
-        dtype = torch.bfloat16 if kernels.autocast_is_bf16() and kernels.has_native_bf16() else self.weight.dtype
+        device = input.device.type
+        rounded = kernels.autocast_is_bf16(device) and (device != "cpu" or kernels.has_native_bf16())
+        dtype = torch.bfloat16 if rounded else self.weight.dtype
         input, weight = input.to(dtype), self.weight.to(dtype)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(device, enabled=False):
             if self.in_channels == 1:
                 return _UnfoldedConvolution.apply(input.squeeze(3), weight, self.stride)
             return _FourierConvolution.apply(input, weight, self.stride[0])[:, :: self.stride[1]]
-
-    def _channels_last(self, input_BTFC: Tensor) -> Tensor:
-        """Convolve with time as height, so that the input is in cuDNN's channels-last format and nothing is copied."""
-        x_BCTF = input_BTFC.contiguous().permute(0, 3, 1, 2)
-        if self.in_channels == 1:  # strides of an axis of one element say nothing, so say it
-            time, frequencies = x_BCTF.shape[2:]
-            x_BCTF = x_BCTF.as_strided(x_BCTF.shape, (time * frequencies, 1, frequencies, 1))
-        weight = self.weight.transpose(2, 3).contiguous(memory_format=torch.channels_last)
-        padding = [size // 2 for size in self.kernel_size[::-1]]
-        return nn.functional.conv2d(x_BCTF, weight, None, self.stride[::-1], padding).permute(0, 2, 3, 1)
 
 
 class _UnfoldedConvolution(torch.autograd.Function):
     """One input channel, as matrix products; no gradient of the input, which is the features."""
 
     @staticmethod
-    @custom_fwd(device_type="cpu")
     def forward(ctx, input_BTF: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(input_BTF, weight)
         ctx.stride = stride
         channels, frequencies = len(weight), math.ceil(input_BTF.shape[2] / stride[0])
         unfolded_NK, times = _unfold(input_BTF, weight.shape, stride)
         output_NFC = input_BTF.new_empty(len(unfolded_NK), frequencies, channels)
+        bands: dict[int, Tensor] = {}  # by the number of outputs, which only the last group has fewer of
         for outputs, columns in _groups(frequencies, weight, stride):
-            band = _band(weight, outputs.stop - outputs.start, stride[0])
-            torch.mm(unfolded_NK[:, columns], band, out=output_NFC[:, outputs].flatten(1))
+            count = outputs.stop - outputs.start
+            if count not in bands:
+                bands[count] = _band(weight, count, stride[0])
+            torch.mm(unfolded_NK[:, columns], bands[count], out=output_NFC[:, outputs].flatten(1))
         return output_NFC.view(len(input_BTF), times, frequencies, channels)
 
     @staticmethod
-    @custom_bwd(device_type="cpu")
     def backward(ctx, d_output_BTFC: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[no-untyped-def, override]
         input_BTF, weight = ctx.saved_tensors
         unfolded_NK, _ = _unfold(input_BTF, weight.shape, ctx.stride)
@@ -155,16 +146,15 @@ class _FourierConvolution(torch.autograd.Function):
     """
 
     @staticmethod
-    @custom_fwd(device_type="cpu")
     def forward(ctx, input_BTFC: Tensor, weight: Tensor, stride: int) -> Tensor:  # type: ignore[no-untyped-def, override]
         weight_CTFI = weight.permute(0, 3, 2, 1)  # its output channels are to the transform what a batch is
-        inputs, weights, outputs = ctx.transforms = _transforms(input_BTFC, weight_CTFI, stride)
+        shapes = input_BTFC.shape, weight_CTFI.shape
+        inputs, weights, outputs = ctx.transforms = _transforms(*shapes, stride, weight.dtype, weight.device)
         input_bins, weight_bins = inputs(input_BTFC), weights(weight_CTFI)
         ctx.save_for_backward(input_bins, weight_bins)
         return outputs.transposed(_multiply(input_bins, weight_bins.mT))
 
     @staticmethod
-    @custom_bwd(device_type="cpu")
     def backward(ctx, d_output_BTFC: Tensor) -> tuple[Tensor | None, Tensor, None]:  # type: ignore[no-untyped-def, override]
         inputs, weights, outputs = ctx.transforms
         input_bins, weight_bins = ctx.saved_tensors
@@ -192,7 +182,7 @@ class _Transform:
         shape: of x.
         time_waves: complex, [rates, frames of a tile].
         row_waves: complex, [rates, rows].
-        dtype: of x and of the bins.
+        like: has the dtype and the device of x and of the bins.
         phases: neighboring frequencies of one row.
         padding: zeros before the first frame, and before the first frequency.
         tiles: of each utterance.
@@ -204,7 +194,7 @@ class _Transform:
         shape: tuple[int, ...],
         time_waves: Tensor,
         row_waves: Tensor,
-        dtype: torch.dtype,
+        like: Tensor,
         *,
         phases: int = 1,
         padding: tuple[int, int] = (0, 0),
@@ -214,9 +204,9 @@ class _Transform:
         self.shape, self.phases, self.padding, self.tiles, self.step = shape, phases, padding, tiles, step
         self.frames, self.rows = time_waves.shape[1], row_waves.shape[1]
         # Along rows from real to (real, imaginary), along time from (real, imaginary) of each frame to that of bins.
-        self.of_rows = torch.cat((row_waves.real, row_waves.imag)).to(dtype)
+        self.of_rows = torch.cat((row_waves.real, row_waves.imag)).to(like, non_blocking=True)
         of_real, of_imaginary = (torch.cat((x.real, x.imag)) for x in (time_waves, 1j * time_waves))
-        self.of_frames = torch.stack((of_real, of_imaginary), 2).flatten(1).to(dtype)
+        self.of_frames = torch.stack((of_real, of_imaginary), 2).flatten(1).to(like, non_blocking=True)
         # The real part of (real, imaginary)^T bins: the imaginary part of the bins comes in negated.
         self.of_bins = torch.cat((self.of_frames[: len(time_waves)], -self.of_frames[len(time_waves) :])).t()
 
@@ -256,10 +246,14 @@ class _Transform:
         return x_BTFC[:, before : before + time, below : below + frequencies].contiguous()
 
 
-def _transforms(input_BTFC: Tensor, weight_CTFI: Tensor, stride: int) -> tuple[_Transform, _Transform, _Transform]:
-    """Return the transforms of input, weight and output."""
-    batch, time, frequencies, _ = input_BTFC.shape
-    channels, kernel_time, kernel_frequency, _ = weight_CTFI.shape
+@functools.lru_cache(maxsize=256)  # an epoch has some hundred shapes
+@torch.inference_mode(False)
+def _transforms(
+    input_shape: torch.Size, weight_shape: torch.Size, stride: int, dtype: torch.dtype, device: torch.device
+) -> tuple[_Transform, _Transform, _Transform]:
+    """Return the transforms of input [B, T, F, C], weight [C', T, F, C] and output."""
+    batch, time, frequencies, _ = input_shape
+    channels, kernel_time, kernel_frequency, _ = weight_shape
     tiles = math.ceil(time / (2 * kernel_time))
     step = math.ceil(time / tiles)
     frames = step + kernel_time - 1
@@ -280,9 +274,9 @@ def _transforms(input_BTFC: Tensor, weight_CTFI: Tensor, stride: int) -> tuple[_
     of_input = waves(torch.arange(frames), torch.arange(rows))
     of_weight = waves(-torch.arange(kernel_time), skipped - torch.arange(kernel_rows))
     of_output = waves(-torch.arange(step), -torch.arange(output_rows))
-    padding, dtype = (kernel_time // 2, below), weight_CTFI.dtype
+    padding, like = (kernel_time // 2, below), torch.empty(0, dtype=dtype, device=device)
     return (
-        _Transform(input_BTFC.shape, *of_input, dtype, phases=stride, padding=padding, tiles=tiles, step=step),
-        _Transform(weight_CTFI.shape, *of_weight, dtype, phases=stride, step=kernel_time),
-        _Transform((batch, time, output_rows, channels), *of_output, dtype, tiles=tiles, step=step),
+        _Transform(input_shape, *of_input, like, phases=stride, padding=padding, tiles=tiles, step=step),
+        _Transform(weight_shape, *of_weight, like, phases=stride, step=kernel_time),
+        _Transform((batch, time, output_rows, channels), *of_output, like, tiles=tiles, step=step),
     )

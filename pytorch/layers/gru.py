@@ -51,7 +51,9 @@ class GRU(nn.GRU):
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         if sequence.data.device.type == "cpu":
             keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
-            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, kernels.autocast_is_bf16(), *weights)
+            outputs_NH = _Layer.apply(
+                sequence.data, sequence.batch_sizes, keep, kernels.autocast_is_bf16("cpu"), *weights
+            )
         else:
             outputs_NH = (
                 self._stock(sequence, weights).unflatten(-1, (-1, self.hidden_size)).sum(1, dtype=torch.float32)

@@ -23,9 +23,9 @@ from torch import Tensor
 SOURCES = [Path(__file__).with_name(name) for name in ("gru.cpp", "batch_norm.cpp")]
 
 
-def autocast_is_bf16() -> bool:
-    """Return whether autocast wants the operands of products on a CPU rounded to bfloat16."""
-    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+def autocast_is_bf16(device_type: str) -> bool:
+    """Return whether autocast wants the operands of products on such a device rounded to bfloat16."""
+    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16
 
 
 @functools.cache

@@ -17,7 +17,6 @@ SHAPES = [  # in, out, kernel, stride, frequencies
 
 @pytest.mark.parametrize(("inputs", "outputs", "kernel", "stride", "frequencies"), SHAPES)
 @pytest.mark.parametrize("time", [1, 2, 37])
-@pytest.mark.parametrize("for_accelerators", [False, True])
 def test_convolution_and_its_gradients_equal_those_of_conv2d(
     inputs: int,
     outputs: int,
@@ -25,12 +24,8 @@ def test_convolution_and_its_gradients_equal_those_of_conv2d(
     stride: tuple[int, int],
     frequencies: int,
     time: int,
-    for_accelerators: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
-    if for_accelerators:
-        monkeypatch.setattr(Convolution, "forward", Convolution._channels_last)
     convolution = Convolution(inputs, outputs, kernel, stride)
     oracle = nn.Conv2d(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False).double()
     oracle.load_state_dict(convolution.state_dict())
