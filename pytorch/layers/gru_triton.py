@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 # AHEAD tiles of R x K states or gradients are on their way while one is multiplied.
 FORWARD = {"R": 64, "U": 32, "K": 64, "AHEAD": 3, "num_warps": 4}
 BACKWARD = {"R": 64, "U": 32, "K": 64, "AHEAD": 4, "num_warps": 4}
-PATIENCE = tl.constexpr(1 << 24)  # looks at the counter, some ten seconds in all; results after that are NaN
+PATIENCE = tl.constexpr(1 << 22)  # looks at a counter, some seconds in all: a program that waits no more returns NaN
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def _forward(
     """
     d = tl.program_id(2)
     block = first_block + tl.program_id(1)
-    counter = counters + d * tl.cdiv(B, R) + tl.program_id(1)
+    counter = counters + d * tl.num_programs(1) + tl.program_id(1)
     row = block * R + tl.arange(0, R)
     unit = tl.program_id(0) * U + tl.arange(0, U)
     # r and z of the same units in one product; so that they are in the same threads, alternately for half of the units
@@ -171,7 +171,7 @@ def _backward(
     """
     d = tl.program_id(2)
     block = first_block + tl.program_id(1)
-    counter = counters + d * tl.cdiv(B, R) + tl.program_id(1)
+    counter = counters + d * tl.num_programs(1) + tl.program_id(1)
     row = block * R + tl.arange(0, R)
     unit = tl.program_id(0) * U + tl.arange(0, U)
     inside = unit < H
@@ -230,20 +230,14 @@ def _backward(
 
 
 def supported(device: torch.device, directions: int, hidden: int) -> bool:
-    """Return whether the kernels run there: on Hopper, where weights come from shared memory, if these fit.
-
-    One group of programs, those of the same utterances, must fit on the device, too.
-    """
+    """Return whether the kernels run there: on Hopper, if a program's weights fit, and all programs of an utterance."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     properties = torch.cuda.get_device_properties(device)
-    weights = 2 * BACKWARD["U"] * (3 * hidden + BACKWARD["K"])  # bytes; beside them tiles of states or gradients
+    bytes_needed = 2 * BACKWARD["U"] * (3 * hidden + BACKWARD["K"]) + 2**15  # weights, and tiles that pass through
     programs = directions * triton.cdiv(hidden, BACKWARD["U"])
-    return (
-        properties.major == 9
-        and weights + 2**15 <= properties.shared_memory_per_block_optin
-        and programs <= properties.multi_processor_count
-    )
+    fits = bytes_needed < properties.shared_memory_per_multiprocessor and programs <= properties.multi_processor_count
+    return properties.major == 9 and fits
 
 
 class Layer(torch.autograd.Function):
@@ -297,11 +291,6 @@ def _dtype(tensor: Tensor) -> torch.dtype:
     return torch.bfloat16 if tensor.is_cuda else torch.float32
 
 
-def _blocks(batch_sizes: Tensor, tile: dict[str, int]) -> int:
-    """Return how many programs share the utterances."""
-    return triton.cdiv(int(batch_sizes[0]), tile["R"])
-
-
 def _launch(
     kernel: Any,
     tile: dict[str, int],
@@ -312,16 +301,16 @@ def _launch(
 ) -> None:
     """Run a kernel, over as many utterances at once as the device has multiprocessors for."""
     directions, rows, hidden = results[0].shape[0], results[0].shape[1], results[0].shape[-1]
-    time, batch, blocks = len(batch_sizes), int(batch_sizes[0]), _blocks(batch_sizes, tile)
+    time, batch, blocks = len(batch_sizes), int(batch_sizes[0]), triton.cdiv(int(batch_sizes[0]), tile["R"])
     carry_DBH = given[0].new_zeros(directions, batch, hidden, dtype=torch.float32)
-    counters = given[0].new_zeros(directions, blocks, dtype=torch.int32)
     units, on_gpu = triton.cdiv(hidden, tile["U"]), carry_DBH.is_cuda
     processors = torch.cuda.get_device_properties(carry_DBH.device).multi_processor_count if on_gpu else 1
     at_once = max(1, processors // (directions * units))
     constants |= {"D": directions, "H": hidden, "WAIT": on_gpu, "num_stages": 1, "launch_cooperative_grid": on_gpu}
     with torch.cuda.device_of(carry_DBH):
         for block in range(0, blocks, at_once):
+            counters = carry_DBH.new_zeros(directions, at_once, dtype=torch.int32)
             grid = units, min(at_once, blocks - block), directions
             for first in range(0, time, time if on_gpu else 1):
                 sizes = rows, batch, time, first, time if on_gpu else first + 1, block
-                kernel[grid](*given, counters[:, block:], carry_DBH, *results, *sizes, **tile, **constants)
+                kernel[grid](*given, counters, carry_DBH, *results, *sizes, **tile, **constants)
