@@ -213,7 +213,7 @@ def _backward(
             if i >= 0:
                 tile = tl.where(_inside(continued, i, 3 * H, K), tiles[i], 0.0)
                 product = tl.dot(tile, tiles_w[i], product)
-        d_h = tl.where(active, d_h + product, 0.0) + tl.where(looks < PATIENCE, 0.0, float("nan"))
+        d_h += product + tl.where(looks < PATIENCE, 0.0, float("nan"))
         d_n = d_h * by_n
         d_r = d_h * by_r
         d_z = d_h * by_z
