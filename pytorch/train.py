@@ -365,7 +365,7 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
         trainer.use_precision(measured_precision(trainer, log, resumed_from))
         config = trainer.config
     mllog.log_submission(log, config, dataset, device, world.size)
-    log.event("gru_implementation", gru.implementation(device, config.precision))
+    log.event("gru_implementation", gru.implementation(device, config.precision, config.hidden_size))
     trainer.warm_up(max_train_samples(dataset))
 
     run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop, Clock(), time.monotonic())

@@ -4,7 +4,8 @@
     outputs = layer(pack_padded_sequence(inputs_TBI, lengths_B))  # a PackedSequence of [N, hidden_size]
 
 Parameters and state_dict are those of torch.nn.GRU (one layer). On a CPU the loop over time runs in C++ (gru.cpp),
-or where that cannot be compiled, in Python (kernels.py). Other devices run nn.GRU, which on CUDA is cuDNN.
+or where that cannot be compiled, in Python (kernels.py). Hopper GPUs in bfloat16 run gru_triton.py. Other devices run
+nn.GRU, which on CUDA is cuDNN.
 
 Packed rows. A PackedSequence holds the B utterances sorted by decreasing length, and only their N valid frames: those
 of time step 0 first, then those of step 1, batch_sizes[t] rows for step t. Nothing is padded and nothing masked: the
@@ -26,6 +27,7 @@ Axes: N packed rows, D directions, H hidden units, G = 3H gates in the order r, 
 """
 
 import functools
+import subprocess
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -49,11 +51,16 @@ class GRU(nn.GRU):
     def forward(self, sequence: PackedSequence) -> PackedSequence:  # type: ignore[override]
         """Map rows of [N, input_size] to [N, hidden_size]; on a CPU in float32 (or float64), autocast or not."""
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
-        if sequence.data.device.type == "cpu":
-            keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
+        device = sequence.data.device
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
+        if device.type == "cpu":
             outputs_NH = _Layer.apply(
                 sequence.data, sequence.batch_sizes, keep, kernels.autocast_is_bf16("cpu"), *weights
             )
+        elif torch.is_autocast_enabled(device.type) and has_triton_kernel(device, self.hidden_size):
+            from pytorch.layers import gru_triton
+
+            outputs_NH = gru_triton.Layer.apply(sequence.data, sequence.batch_sizes, keep, *weights)
         else:
             outputs_NH = (
                 self._stock(sequence, weights).unflatten(-1, (-1, self.hidden_size)).sum(1, dtype=torch.float32)
@@ -101,10 +108,30 @@ def has_bf16_kernel(device: torch.device) -> bool:
     return any(name.startswith(("_cudnn_rnn.", "miopen_rnn.")) for name in operations.names)
 
 
-def implementation(device: torch.device, precision: str) -> str:
+@functools.cache
+def has_triton_kernel(device: torch.device, hidden_size: int) -> bool:
+    """Return whether gru_triton.py runs on a device: Triton may not be installed, and needs a C compiler for Python."""
+    try:
+        from pytorch.layers import gru_triton
+    except ImportError:
+        return False
+    if not gru_triton.supported(device, 2, hidden_size):
+        return False
+    layer = nn.GRU(8, 8, device=device)
+    try:
+        gru_triton.Layer.apply(torch.zeros(1, 8, device=device), torch.ones(1).long(), False, *layer.parameters())
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        warnings.warn(f"Triton: {error}; cuDNN computes the GRUs", stacklevel=2)
+        return False
+    return True
+
+
+def implementation(device: torch.device, precision: str, hidden_size: int) -> str:
     """Return in words what computes GRUs on a device."""
     if device.type == "cpu":
         return kernels.status()
+    if precision == "bf16" and has_triton_kernel(device, hidden_size):
+        return "Triton, persistent, in bfloat16"
     dtype = "bfloat16" if precision == "bf16" and has_bf16_kernel(device) else "float32"
     library = "cuDNN" if device.type == "cuda" and torch.version.hip is None else f"PyTorch on {device.type}"
     return f"{library} in {dtype}"
