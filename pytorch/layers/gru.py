@@ -27,9 +27,9 @@ Axes: N packed rows, D directions, H hidden units, G = 3H gates in the order r, 
 """
 
 import functools
-import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,12 +75,18 @@ class GRU(nn.GRU):
         data, device = sequence.data, sequence.data.device
         if torch.is_autocast_enabled(device.type) and has_bf16_kernel(device):
             data, weights = data.bfloat16(), [weight.bfloat16() for weight in weights]
-        with torch.autocast(device.type, enabled=False), warnings.catch_warnings():
-            # bfloat16 copies lie apart from each other, and cuDNN packs them: small beside what it computes with them
-            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+        with torch.autocast(device.type, enabled=False), _weights_apart():
             state_DBH = data.new_zeros(1 + self.bidirectional, int(sequence.batch_sizes[0]), self.hidden_size)
             options = True, 1, 0.0, self.training, self.bidirectional  # bias, layers, dropout
             return torch._VF.gru(data, sequence.batch_sizes, state_DBH, list(weights), *options)[0]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _weights_apart() -> Iterator[None]:
+    """Say nothing where weights lie apart: bfloat16 copies do, and cuDNN packs them, which is small beside the rest."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+        yield
 
 
 class _Operations(TorchDispatchMode):
@@ -103,14 +109,14 @@ def has_bf16_kernel(device: torch.device) -> bool:
     some kernels for each time step.
     """
     layer = nn.GRU(8, 8, device=device, dtype=torch.bfloat16)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _Operations() as operations:
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _weights_apart(), _Operations() as operations:
         layer(torch.zeros(2, 1, 8, device=device, dtype=torch.bfloat16))
     return any(name.startswith(("_cudnn_rnn.", "miopen_rnn.")) for name in operations.names)
 
 
 @functools.cache
 def has_triton_kernel(device: torch.device, hidden_size: int) -> bool:
-    """Return whether gru_triton.py runs on a device: Triton may not be installed, and needs a C compiler for Python."""
+    """Return whether gru_triton.py runs on a device. Triton may not be installed, and needs a C compiler."""
     try:
         from pytorch.layers import gru_triton
     except ImportError:
@@ -120,8 +126,8 @@ def has_triton_kernel(device: torch.device, hidden_size: int) -> bool:
     layer = nn.GRU(8, 8, device=device)
     try:
         gru_triton.Layer.apply(torch.zeros(1, 8, device=device), torch.ones(1).long(), False, *layer.parameters())
-    except (RuntimeError, subprocess.CalledProcessError) as error:
-        warnings.warn(f"Triton: {error}; cuDNN computes the GRUs", stacklevel=2)
+    except Exception as error:  # whatever keeps Triton from running, cuDNN needs neither it nor a compiler
+        warnings.warn(f"cuDNN computes the GRUs, since Triton cannot: {error}", stacklevel=2)
         return False
     return True
 
@@ -131,7 +137,7 @@ def implementation(device: torch.device, precision: str, hidden_size: int) -> st
     if device.type == "cpu":
         return kernels.status()
     if precision == "bf16" and has_triton_kernel(device, hidden_size):
-        return "Triton, persistent, in bfloat16"
+        return "Triton in bfloat16"
     dtype = "bfloat16" if precision == "bf16" and has_bf16_kernel(device) else "float32"
     library = "cuDNN" if device.type == "cuda" and torch.version.hip is None else f"PyTorch on {device.type}"
     return f"{library} in {dtype}"

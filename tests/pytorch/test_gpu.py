@@ -18,6 +18,7 @@ from pytorch.ctc import LABELS, ctc_loss
 from pytorch.device import has_bf16
 from pytorch.distributed import World
 from pytorch.features import LogSpectrogram, draw_augmentation
+from pytorch.layers import gru
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.layers.convolution import Convolution
 from pytorch.layers.gru import GRU
@@ -76,6 +77,33 @@ def test_a_layer_and_its_gradients_are_those_of_a_cpu_in_float64(name: str, prec
         actual = run(layer.to(GPU), x.to(GPU))
     errors = list(map(relative_error, actual, expected))
     assert max(errors) < (1e-4 if precision == "fp32" else 3e-2), errors
+
+
+@pytest.mark.parametrize(("hidden", "batch", "time"), [(256, 16, 150), (800, 150, 40)])
+def test_the_triton_kernel_is_as_exact_as_rounding_allows_and_repeats_to_the_bit(
+    hidden: int, batch: int, time: int
+) -> None:
+    if not gru.has_triton_kernel(GPU, hidden):
+        pytest.skip("this GPU runs cuDNN's layers")
+    torch.manual_seed(0)
+    layer, lengths_B = nn.GRU(64, hidden, bidirectional=True), torch.linspace(time, 1, batch).long()
+    batch_sizes = (torch.arange(time)[:, None] < lengths_B).sum(1)
+    x_NI, d_NH = torch.randn(int(lengths_B.sum()), 64), torch.randn(int(lengths_B.sum()), hidden)
+
+    def of(layer: nn.GRU, x_NI: Tensor, triton: bool) -> list[Tensor]:
+        x_NI, weights = x_NI.requires_grad_(), list(layer.parameters())
+        if triton:
+            y_NH = gru_triton.Layer.apply(x_NI, batch_sizes, True, *weights)
+        else:
+            y_NH = layer(PackedSequence(x_NI, batch_sizes))[0].data.unflatten(1, (2, -1)).sum(1)
+        return [y_NH, *torch.autograd.grad(y_NH, [x_NI, *weights], d_NH.to(y_NH))]
+
+    from pytorch.layers import gru_triton
+
+    expected = of(copy.deepcopy(layer).double(), x_NI.double(), triton=False)
+    first, again = (of(layer.to(GPU), x_NI.to(GPU), triton=True) for _ in range(2))
+    assert max(map(relative_error, first, expected)) < 1e-2
+    assert all(map(torch.equal, first, again))
 
 
 def test_the_augmented_spectrogram_is_that_of_a_cpu() -> None:
