@@ -220,7 +220,7 @@ def estimate(
         "batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "precision": trainer.config.precision,
-        "processes": world.size,
+        "processes": trainer.world.size,
         **here,
         "speech": source,
         "training_utterances": len(loader.included),
