@@ -21,6 +21,7 @@ import signal
 import sys
 import tempfile
 import uuid
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -46,23 +47,32 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == [RANK]:
-        return _run_rank(arguments[1], arguments[2], arguments[3:])
+        return _run_rank(*arguments[1:])
     return exit_status(lambda: _launch(arguments))
 
 
 def _launch(arguments: list[str]) -> int:
-    """Train in this process, or in several; returns the exit status.
-
-    Raises:
-        RunError: an environment variable has a wrong value.
-        Preempted: the ranks were told to stop.
-    """
-    given = {name: _number(name) for name in VARIABLES}
-    if given["NODE_RANK"] >= given["NNODES"]:
-        raise RunError(f"NODE_RANK is {given['NODE_RANK']}; with NNODES={given['NNODES']} it must be less than that")
+    """Train in this process, or in several; returns the exit status."""
+    given = variables()
     processes = processes_here(train.parse(arguments), given["NNODES"])
     if processes == given["NNODES"] == 1 and not given["MAX_RESTARTS"]:
         return train.main(arguments)
+    return start("pytorch.train", arguments, processes, given)
+
+
+def variables() -> dict[str, int]:
+    """Return the environment variables' values; RunError if one is wrong."""
+    given = {name: _number(name) for name in VARIABLES}
+    if given["NODE_RANK"] >= given["NNODES"]:
+        raise RunError(f"NODE_RANK is {given['NODE_RANK']}; with NNODES={given['NNODES']} it must be less than that")
+    return given
+
+
+def start(module: str, arguments: list[str], processes: int, given: dict[str, int]) -> int:
+    """Run a module's `main(arguments, launch_id)` in so many processes here; returns the exit status.
+
+    `given` are the `variables()`. Preempted if the ranks were told to stop.
+    """
     if processes > 1 and not os.environ.get("OMP_NUM_THREADS"):  # they share the cores
         os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
     # not what nohup, or a shell that starts this in the background, has it ignore
@@ -87,7 +97,7 @@ def _launch(arguments: list[str]) -> int:
     launch_id = uuid.uuid4().hex if given["NODE_RANK"] == 0 else "-"
     with tempfile.TemporaryDirectory() as folder:
         status_file = Path(folder) / "status"
-        command = ["-m", "pytorch.launch", RANK, str(status_file), launch_id, *arguments]
+        command = ["-m", "pytorch.launch", RANK, str(status_file), launch_id, module, *arguments]
         failure, status = _torchrun([*(f"{name}={value}" for name, value in options.items()), *command], endpoint)
         if failure:
             print(f"error: {failure}", file=sys.stderr)
@@ -98,13 +108,13 @@ def _launch(arguments: list[str]) -> int:
     return status
 
 
-def _run_rank(status_file: str, launch_id: str, arguments: list[str]) -> int:
-    """Train as one of torchrun's processes.
+def _run_rank(status_file: str, launch_id: str, module: str, *arguments: str) -> int:
+    """Run a module as one of torchrun's processes.
 
     To torchrun, a process that ends in an orderly way must end with status 0, or it would start it again: the exit
     status goes into a file.
     """
-    status = train.main(arguments, None if launch_id == "-" else launch_id)
+    status: int = import_module(module).main(list(arguments), None if launch_id == "-" else launch_id)
     if status == RANK_FAILED:
         return status
     Path(status_file).write_text(str(status))

@@ -32,9 +32,11 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from pytorch import launch
 from pytorch.cli import RunError, exit_status
 from pytorch.config import CONFIGS, Config, Device, Precision
 from pytorch.device import faster_precision, select_device, select_precision
+from pytorch.distributed import World, report_lost_ranks, shutdown
 from pytorch.features import SAMPLE_RATE, frame_counts
 from pytorch.layers import kernels
 from pytorch.layers.batch_norm import BatchNorm
@@ -43,7 +45,7 @@ from pytorch.layers.gru import GRU
 from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.trainer import Trainer, made_up_batch
-from tools.estimate import estimate
+from tools.estimate import estimate, processes_here
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 PARTS = {  # part of the step -> what the profiler calls its operations
@@ -272,14 +274,17 @@ def training_flops(model: DeepSpeech2, frames: int) -> tuple[float, float]:
     return forward, 3 * forward - 2.0 * frames * conv1  # the features need no gradient
 
 
-def main() -> int:
-    """Run the command line; return the exit status."""
-    options = tyro.cli(Options, prog="python -m tools.bench", description=__doc__)
-    return exit_status(lambda: benchmark(options))
+def main(arguments: list[str] | None = None, launch_id: str | None = None) -> int:
+    """Run a command line, as one of several ranks if their launch has an id; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = tyro.cli(Options, args=arguments, prog="python -m tools.bench", description=__doc__)
+    status = exit_status(lambda: benchmark(options, arguments, launch_id))
+    shutdown()
+    return status
 
 
-def benchmark(options: Options) -> None:
-    """Measure and print.
+def benchmark(options: Options, arguments: list[str], launch_id: str | None = None) -> int:
+    """Measure and print; return the exit status. The arguments are for ranks to be started.
 
     Raises:
         RunError: there is no such configuration or device, or a number is against its constraint.
@@ -295,15 +300,22 @@ def benchmark(options: Options) -> None:
             raise RunError(f"--{name.replace('_', '-')} goes with --estimate")
     if options.epochs is not None and options.epochs < 1:
         raise RunError(f"--epochs is {options.epochs}; it must be any positive integer")
-    names = "hidden_size", "batch_size", "gradient_accumulation_steps"
+    names = "device", "hidden_size", "batch_size", "gradient_accumulation_steps"
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     config = replace(CONFIGS[options.config], **({} if options.estimate else {"batch_size": 8}) | given)
     device = select_device(options.device)
-    if options.estimate:
-        row = estimate(config, device, options.dataset_dir, options.epochs)
-    else:
-        row = measure(config, options, device)
-    print(json.dumps(row, indent=2) if options.json else table(row))
+    if options.estimate and launch_id is None and (processes := processes_here(config, options.dataset_dir)) > 1:
+        return launch.start("tools.bench", arguments, processes, launch.variables())
+    with report_lost_ranks():
+        world = World.init(device.type, config.dist_timeout_seconds, launch_id)
+        device = select_device(options.device, world.local_rank)
+        if options.estimate:
+            row = estimate(config, device, options.dataset_dir, options.epochs, world)
+        else:
+            row = measure(config, options, device)
+    if world.is_main:
+        print(json.dumps(row, indent=2) if options.json else table(row))
+    return 0
 
 
 if __name__ == "__main__":

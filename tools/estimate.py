@@ -2,7 +2,7 @@
 
 Batches, order, augmentation, read-ahead and precision are a run's own. Stretches of consecutive steps, at evenly spaced
 places of an epoch, tell what a step and a second of speech take, and so the epoch. Without a data set, utterances are
-noise of LibriSpeech's published durations. One process is timed; several are not estimated.
+noise of LibriSpeech's published durations.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import torch
 from data.corpora import CORPORA
 from data.files import progress_bar
 from data.packed import Subset, open_dataset
+from pytorch import launch
+from pytorch.cli import RunError
 from pytorch.config import Config
-from pytorch.device import explain_oom, faster_precision, select_precision, set_device
+from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
 from pytorch.distributed import World
 from pytorch.evaluation import evaluate
 from pytorch.features import SAMPLE_RATE
@@ -78,7 +80,7 @@ def published_utterances(names: Sequence[str]) -> Utterances:
     return Utterances(subsets)
 
 
-def open_utterances(config: Config, dataset_dir: Path | None) -> tuple[Utterances, Utterances, str]:
+def open_utterances(config: Config, dataset_dir: Path | None, world: World) -> tuple[Utterances, Utterances, str]:
     """Return training and validation utterances, made up or of a data set, and where from."""
     corpus = next(corpus for corpus in CORPORA.values() if corpus.folder == config.dataset_dir.name)
     splits = [[each.name for each in corpus.subsets if each.split == split] for split in ("train", "validation")]
@@ -86,8 +88,23 @@ def open_utterances(config: Config, dataset_dir: Path | None) -> tuple[Utterance
         return *map(published_utterances, splits), "published durations (tools/estimate.py)"  # type: ignore[return-value]
     config = replace(config, dataset_dir=dataset_dir or config.dataset_dir)
     dataset = open_dataset(config.dataset_dir)
-    require_batches(World(), config, dataset)
+    require_batches(world, config, dataset)
     return Utterances(dataset.split("train")), Utterances(dataset.split("validation")), str(config.dataset_dir)
+
+
+def processes_here(config: Config, dataset_dir: Path | None) -> int:
+    """Return how many processes a run has on this machine.
+
+    Raises:
+        DataError: they could not start; each of them would say so.
+    """
+    if (machines := launch.variables()["NNODES"]) > 1:
+        raise RunError(f"NNODES is {machines}; the time on one machine can be estimated: unset it")
+    processes = launch.processes_here(config)
+    if processes > 1:
+        world, device = World(size=processes), select_device(config.device, processes - 1)
+        TrainingLoader(open_utterances(config, dataset_dir, world)[0], config, world, device)
+    return processes
 
 
 def peak_memory(device: torch.device) -> float:
@@ -100,22 +117,28 @@ def peak_memory(device: torch.device) -> float:
 def time_steps(
     trainer: Trainer, loader: TrainingLoader, epoch: int, start: int, stop: int, limit: float
 ) -> list[float]:
-    """Take steps [start, stop) of an epoch as a run does, for `limit` seconds; return steps, samples and seconds."""
+    """Take steps [start, stop) of an epoch as a run does, for `limit` seconds; return steps, samples and seconds.
+
+    They are those of rank 0, so that what is decided by them is decided alike on every rank.
+    """
+    world = loader.world
     pending: deque[Callable[[], torch.Tensor]] = deque()
     steps, samples, started = 0, 0, 0.0
     trainer.model.train()
     batches = loader.epoch(epoch, start, stop)  # named, so that its end is not timed
     for indices, microbatches in batches:
-        started = started or time.perf_counter()  # the first batch is there: a run's reader is ahead
+        if not steps:
+            world.barrier()  # the first batch is there, on every rank: a run's readers are ahead
+            started = time.perf_counter()
         pending.append(trainer.train_step(microbatches, len(indices), trainer.config.learning_rate))
         if len(pending) > max_pending_steps(trainer.device):
             pending.popleft()()
         steps, samples = steps + 1, samples + int(loader.utterances.num_samples[indices].sum())
-        if time.perf_counter() - started > limit:
+        if limit < math.inf and world.broadcast_object(time.perf_counter() - started > limit, source=0):
             break
     while pending:
         pending.popleft()()
-    return [steps, samples, time.perf_counter() - started]
+    return world.broadcast_object([steps, samples, time.perf_counter() - started], source=0)
 
 
 def time_epochs(trainer: Trainer, loader: TrainingLoader, epochs: Sequence[int]) -> list[tuple[float, float]]:
@@ -124,7 +147,7 @@ def time_epochs(trainer: Trainer, loader: TrainingLoader, epochs: Sequence[int])
     first = time_steps(trainer, loader, epochs[-1], middle, middle + longest, STRETCH_SECONDS)  # warms up, too
     steps, rounds = int(first[0]), int(np.clip(TRAINING_SECONDS / len(epochs) / first[2], MIN_ROUNDS, MAX_ROUNDS))
     starts = np.linspace(0, len(loader) - steps, rounds).astype(int).tolist()
-    with progress_bar("training steps", len(epochs) * rounds * steps) as bar:
+    with progress_bar("training steps", len(epochs) * rounds * steps, shown=loader.world.is_main) as bar:
         stretches: list[list[list[float]]] = []
         for epoch in epochs:  # in the run's order: memory that one batch leaves serves the next, of like length
             stretches.append([])
@@ -152,12 +175,16 @@ def time_evaluation(trainer: Trainer, validation: Utterances, max_batch_samples:
     part = [replace(each, **{name: getattr(each, name)[::stride] for name in fields}) for each in validation.subsets]
     utterances, forward = Utterances(part), partial(trainer.logits, trainer.eval_model.eval())
     started = time.perf_counter()
-    evaluate(forward, utterances, World(), max_batch_samples=max_batch_samples, device=trainer.device)
+    evaluate(forward, utterances, trainer.world, max_batch_samples=max_batch_samples, device=trainer.device)
     return (time.perf_counter() - started) * validation.num_samples.sum() / utterances.num_samples.sum()
 
 
-def estimate(config: Config, device: torch.device, dataset_dir: Path | None, epochs: int | None) -> dict[str, Any]:
+def estimate(
+    config: Config, device: torch.device, dataset_dir: Path | None, epochs: int | None, world: World
+) -> dict[str, Any]:
     """Return the figures by name, for a given number of epochs or what is known; `plus_minus`: two standard errors.
+
+    All ranks must do this at the same time; the figures are those of rank 0, but memory is the largest of all.
 
     Raises:
         DataError: there is no data set where one is needed, training on it could not start, or memory does not suffice.
@@ -165,18 +192,18 @@ def estimate(config: Config, device: torch.device, dataset_dir: Path | None, epo
     with suppress(AttributeError):  # the GNU C library keeps what is freed, as run_and_time.sh has it do
         for parameter, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)
-    train, validation, source = open_utterances(config, dataset_dir)
-    loader = TrainingLoader(train, config, World(), device)
+    train, validation, source = open_utterances(config, dataset_dir, world)
+    loader = TrainingLoader(train, config, world, device)
     set_device(device)
     here = describe_machine(device)
     if device.type == "cpu":  # else a process that needs more memory than there is would be killed without a word
-        limit, hard_limit = int(here["memory_gib"] * 2**30), resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit, hard_limit = int(here["memory_gib"] * 2**30) // world.size, resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard_limit))
     torch.manual_seed(config.seed)
     with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
-        trainer = Trainer(replace(config, precision=select_precision(config.precision, device)), device)
+        trainer = Trainer(replace(config, precision=select_precision(config.precision, device)), device, world)
     if trainer.config.precision == "auto":
-        trainer.use_precision(faster_precision(trainer.time_precisions()))
+        trainer.use_precision(faster_precision(world.broadcast_object(trainer.time_precisions(), source=0)))
     longest = int(train.num_samples.max())
     trainer.warm_up(longest)
 
@@ -186,20 +213,20 @@ def estimate(config: Config, device: torch.device, dataset_dir: Path | None, epo
     samples, to_evaluate = int(train.num_samples[loader.included].sum()), int(validation.num_samples.sum())
     fastest = min(seconds for seconds, _ in times)
     stride = max(1, round(fastest / samples * to_evaluate / 3 / EVALUATION_SECONDS))  # it takes about a third
-    evaluation = time_evaluation(trainer, validation, config.max_microbatch_size(1) * longest, stride)
+    evaluation = time_evaluation(trainer, validation, config.max_microbatch_size(world.size) * longest, stride)
     row = {
         "config": config.config,
         "hidden_size": config.hidden_size,
         "batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "precision": trainer.config.precision,
-        "processes": "1; several are not estimated",
+        "processes": trainer.world.size,
         **here,
         "speech": source,
         "training_utterances": len(loader.included),
         "training_hours": samples / SAMPLE_RATE / 3600,
-        "largest_batch": f"{config.max_microbatch_size(1)} utterances of {longest / SAMPLE_RATE:.1f} s: fits",
-        "peak_memory_gib": peak_memory(device),
+        "largest_batch": f"{config.max_microbatch_size(world.size)} utterances of {longest / SAMPLE_RATE:.1f} s: fits",
+        "peak_memory_gib": max(world.all_gather_object(peak_memory(device))),  # of a process
     }
     total = error = 0.0
     for first, after, (seconds, plus_minus) in zip(firsts, [*firsts[1:], epochs + 1], times, strict=True):

@@ -48,7 +48,7 @@ def test_an_unknown_configuration_is_an_error_of_one_line() -> None:
 )
 def test_an_impossible_value_is_an_error_that_names_it(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(RunError, match=said):
-        benchmark(Options(**wrong))
+        benchmark(Options(**wrong), [])
 
 
 def test_the_stock_model_that_ours_is_compared_with_computes_the_same() -> None:

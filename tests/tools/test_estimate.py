@@ -1,6 +1,7 @@
 """How long training would take: `python -m tools.bench --estimate`."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from pytorch.loader import Batch, TrainingLoader, epoch_batches
 from pytorch.trainer import Trainer
 from tests.conftest import ROOT, write_packed_dataset
 from tests.processes import run_module_for_text
+from tests.pytorch.test_distributed import in_processes
 from tools import estimate
 
 TRAIN = ["train-clean-100", "train-clean-360", "train-other-500"]
@@ -30,7 +32,7 @@ def test_an_estimate_has_the_time_of_each_kind_of_epoch_and_of_them_all(tones: P
     found = json.loads(run.stdout)
     assert (found["batch_size"], found["training_utterances"], found["epochs"]) == (4, 21, 3)
     assert (found["speech"], found["epochs_source"]) == (str(tones), "given")
-    assert found["processes"].startswith("1;")
+    assert found["processes"] == 1
     assert found["largest_batch"].startswith("4 utterances of 1")
     assert 0 < found["peak_memory_gib"] < found["memory_gib"]
     seconds = [found["epoch_1_seconds"], *[found["epochs_2_to_3_seconds"]] * 2]
@@ -39,6 +41,50 @@ def test_an_estimate_has_the_time_of_each_kind_of_epoch_and_of_them_all(tones: P
     assert found["evaluation_share"] == pytest.approx(3 * found["evaluation_seconds"] / found["seconds_to_target"])
     audio = 3600 * found["training_hours"] * SAMPLE_RATE * 2 / 1e6
     assert found["read_mb_per_second"] == pytest.approx(audio / min(seconds))
+
+
+def test_an_estimate_takes_as_many_processes_as_a_run(tones: Path) -> None:
+    options = [*TINY, "--dataset-dir", tones, "--epochs", "3", "--json"]
+    run = run_module_for_text("tools.bench", *options, environment=in_processes(2))
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)  # of one rank alone
+    assert (found["processes"], found["training_utterances"]) == (2, 21)
+    assert found["largest_batch"].startswith("2 utterances of 1")
+    assert 0 < found["peak_memory_gib"] < found["memory_gib"]
+    training = found["epoch_1_seconds"] + 2 * found["epochs_2_to_3_seconds"]
+    assert found["seconds_to_target"] == pytest.approx(training + 3 * found["evaluation_seconds"])
+
+
+def test_an_estimate_stays_away_from_several_machines(tones: Path) -> None:
+    run = run_module_for_text("tools.bench", *TINY, "--dataset-dir", tones, environment={"NNODES": "2"})
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "error: NNODES is 2; the time on one machine can be estimated: unset it\n"
+
+
+class OtherClock(World):
+    """Rank 1, to which rank 0 says that the time of a stretch is over; exchanges are noted."""
+
+    def __init__(self, *told: Any) -> None:
+        super().__init__(rank=1, size=2)
+        object.__setattr__(self, "told", list(told))
+
+    def broadcast_object(self, thing: Any, source: int) -> Any:
+        return self.told.pop(0)  # type: ignore[attr-defined]
+
+    def barrier(self) -> None:
+        pass
+
+
+def test_rank_0_alone_decides_how_many_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(estimate, "time", clock)
+    utterances = estimate.published_utterances(["dev-clean"])
+    config = replace(CONFIGS["librispeech"], batch_size=32)
+    for limit, told, steps in ((0.0, (False, False, True), 3), (1e9, (True,), 1), (math.inf, (), 8)):
+        loader = TrainingLoader(utterances, config, OtherClock(*told, [4, 5, 6.0]))
+        trainer = MadeUpTrainer(clock)
+        assert estimate.time_steps(trainer, loader, 1, 0, 8, limit) == [4, 5, 6.0]
+        assert trainer.steps == steps
 
 
 def test_epochs_with_and_without_augmentation_are_timed_apart_and_the_table_has_a_line_of_each(tones: Path) -> None:
@@ -86,10 +132,12 @@ class MadeUpTrainer(Trainer):
     """Takes steps of a known duration."""
 
     def __init__(self, clock: Clock) -> None:
+        self.steps = 0
         self.clock, self.random = clock, np.random.default_rng(0)
         self.config, self.device, self.model = CONFIGS["librispeech"], torch.device("cpu"), torch.nn.Module()  # type: ignore[assignment]
 
     def train_step(self, microbatches: Sequence[Batch], *_: Any) -> Any:
+        self.steps += 1
         self.clock.now += seconds_of(microbatches[0].num_samples_B.numpy()) * self.random.uniform(0.9, 1.1)
         return lambda: None
 
@@ -154,7 +202,27 @@ def test_what_cannot_be_estimated_is_an_error_of_one_line(options: list[str], sa
     assert run.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "said", "times"),
+    [
+        (["--dataset-dir", "nowhere"], "no data set in nowhere", 1),
+        (["--batch-size", "1"], "--batch-size 1: cannot be divided into 2 parts", 1),
+        (["--batch-size", "2"], "leave one of 1, which cannot be divided into 2 microbatches", 1),
+        (["--batch-size", "20000000"], "does not fit into memory; use a smaller", 2),  # as a run does, on each rank
+    ],
+)
+def test_what_keeps_processes_from_starting_is_said_once(
+    options: list[str], said: str, times: int, tones: Path
+) -> None:
+    given = [*TINY, "--dataset-dir", tones, *options]
+    run = run_module_for_text("tools.bench", *given, environment=in_processes(2))
+    assert (run.returncode, run.stdout) == (1, "")
+    lines = run.stderr.splitlines()
+    assert len(lines) == times, run.stderr
+    assert all(line.startswith("error: ") and said in line for line in lines)
+
+
 def test_a_corpus_without_published_durations_needs_its_data_set(tmp_path: Path) -> None:
     config = replace(CONFIGS["mini"], dataset_dir=tmp_path / "Mini_dataset")
     with pytest.raises(DatasetError, match=r"no data set in .*Mini_dataset: run 'sh download_dataset.sh'"):
-        estimate.open_utterances(config, None)
+        estimate.open_utterances(config, None, World())
