@@ -38,10 +38,9 @@ from pytorch.config import CONFIGS, Config, Device, Precision
 from pytorch.device import faster_precision, select_device, select_precision
 from pytorch.distributed import World, report_lost_ranks, shutdown
 from pytorch.features import SAMPLE_RATE, frame_counts
-from pytorch.layers import kernels
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.layers.convolution import Convolution
-from pytorch.layers.gru import GRU
+from pytorch.layers.gru import GRU, implementation
 from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.trainer import Trainer, made_up_batch
@@ -232,7 +231,7 @@ def measure(config: Config, options: Options, device: torch.device) -> dict[str,
         "conv_channels": config.conv_channels,
         "batch_size": config.batch_size,
         "threads": torch.get_num_threads(),
-        "recurrent_layers": "cuDNN" if device.type == "cuda" else kernels.status(),
+        "recurrent_layers": implementation(device, auto, config.hidden_size),
         "auto_precision": auto,
         **{f"{name}_ms": 1000 * value for name, value in seconds.items()},
         "speedup": seconds["stock_packed_step"] / step,
