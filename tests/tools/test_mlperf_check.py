@@ -20,7 +20,8 @@ from tools.mlperf.__main__ import main
 from tools.mlperf.check import RULES, check
 from tools.mlperf.configuration import configuration_problem
 
-COMMITTED = sorted((ROOT / "results").glob("2-cores-zen5/*/result_*.txt"))  # not a user's own
+MACHINES = "1-h200", "2-cores-zen5"
+COMMITTED = sorted(path for each in MACHINES for path in (ROOT / "results" / each).glob("*/result_*.txt"))
 CLOSED_TUNABLE = {"seed", "max_epochs", "max_steps", "batch_size", "learning_rate", "lr_gamma"}
 CLOSED_TUNABLE |= {"warmup_steps", "gradient_accumulation_steps"}
 
