@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The aim is 2,300, 3,400 and 3,900. What the lines beyond it buy: in data/, recordings cut short are found by their
 # headers, MP3 files by their frames, and all that is wrong with a manifest is told at once; in pytorch/, a result
 # survives a full disk, a lost terminal and a nameless user, folders are locked, auto measures, a GPU never waits, lost
-# ranks are named on GPUs, and 350 lines of Triton make a step on an H200 2.1 to 5 times as fast; in tools/, series in the report, a run's refusals before it starts, and how long a run
-# will take before it is begun.
+# ranks are named on GPUs, and 350 lines of Triton make a step on an H200 2 to 5 times as fast; in tools/, series in the
+# report, a run's refusals before it starts, and how long a run will take, in several processes too, before it begins.
 BUDGETS = {"data": 2530, "pytorch": 4570, "tools": 4570}
 
 

@@ -52,9 +52,9 @@ DURATIONS = {
 TEXT = "THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG "
 CHARACTERS_PER_SECOND = 14  # counted in 249 utterances of train-clean-100
 EPOCHS = {  # to the target, and where that is from
-    "librispeech": (5, "published for another DeepSpeech2 with batch 256 (AlgoPerf)"),
+    "librispeech": (5, "extrapolated: 3 to 6, see docs/recipes.md"),
     "librispeech-2018": (9, "published for this optimizer with batch 64: WER 23.3 after 8"),
-    "an4": (3, "measured with batch 6, results/2-cores-zen5/an4"),
+    "an4": (3, "measured: 17 of 20 runs with batch 6, the others 4; docs/recipes.md"),
     "synthetic": (2, "measured with batch 6, results/2-cores-zen5/synthetic"),
 }
 UNKNOWN = "the most that a run takes; how many the target needs is not known"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +179,7 @@ def test_epochs_to_the_target_are_those_of_the_committed_runs() -> None:
     for name in ("an4", "synthetic"):
         points = json.loads((ROOT / "results" / "rcps" / f"{name}.json").read_text()).values()
         epochs = next(point["Epochs to converge"] for point in points if point["BS"] == CONFIGS[name].batch_size)
-        assert {estimate.EPOCHS[name][0]} == set(epochs)
+        assert estimate.EPOCHS[name][0] == statistics.median(epochs)
 
 
 @pytest.mark.parametrize(
