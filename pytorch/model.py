@@ -16,8 +16,8 @@ Weights are initialized as PyTorch does: convolutions U(-1/sqrt(fan_in), 1/sqrt(
 biases and the weights of their inputs U(-1/sqrt(H), 1/sqrt(H)), batch norm scale 1 and shift 0. But the GRUs' recurrent
 weights are orthogonal, gate by gate (Saxe et al., arXiv 1312.6120), and so are the labels' weights in the linear layer,
 each of norm 3; and the last batch norm's shift makes blank likely. CTC training first learns to emit only blanks, and
-in that phase the hidden layers lose much of what they tell apart. Starting with a likely blank skips it: BENCHMARKS.md
-says what that gains.
+in that phase the hidden layers lose much of what they tell apart. Starting with a likely blank skips it:
+docs/recipes.md says what that gains.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) moves a matrix along its momentum, with all
 singular values made about equal, so that it learns in all directions at the same rate. While CTC has not begun to
 align, the gradients of the GRUs have little but the difference between speech and silence in them, and under AdamW the
-layers lose whatever else they tell apart; BENCHMARKS.md says how much that costs.
+layers lose whatever else they tell apart; docs/recipes.md says how much that costs.
 
 Every optimizer here changes nothing in a step whose attribute `found_inf` is not zero.
 """
@@ -23,7 +23,7 @@ from pytorch.model import DeepSpeech2
 GATES = 3
 COEFFICIENTS, MOMENTUM = (3.4445, -4.7750, 2.0315), 0.95  # Jordan's
 # Liu et al. (2025, arXiv 2502.16982) have 0.2, about what a weight moves by under AdamW. Jordan has 5 iterations, which
-# raise smaller singular values, too, and cost more. BENCHMARKS.md says what was tried.
+# raise smaller singular values, too, and cost more. docs/recipes.md says what was tried.
 ROOT_MEAN_SQUARE, ITERATIONS = 0.6, 3
 
 
