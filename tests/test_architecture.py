@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 # A module of pytorch/ imports only from rows above its own.
 LAYERS = [
     ["cli", "metrics"],
-    ["config", "ctc", "distributed", "layers.kernels"],
+    ["config", "ctc", "distributed", "layers.kernels", "layers.gru_triton"],
     ["device"],
     ["features", "machine", "layers.batch_norm", "layers.convolution", "layers.gru"],
     ["model", "checkpoint", "mllog"],
@@ -28,6 +28,7 @@ DATA_FOR_PYTORCH = {"data.packed", "data.files"}
 PACKAGES = {  # third parties of a timed run; README.md says what each is for
     "torch",
     "torchaudio",
+    "triton",
     "numpy",
     "Levenshtein",
     "tqdm",
