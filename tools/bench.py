@@ -49,7 +49,7 @@ from tools.estimate import estimate, processes_here
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 PARTS = {  # part of the step -> what the profiler calls its operations
     "convolution": ("convolution", "Convolution"),
-    "recurrent loop": ("_Layer", "gru", "_cudnn_rnn"),
+    "recurrent loop": ("Layer", "gru", "_cudnn_rnn"),
     "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::addmm_"),
     "batch norm": ("batch_norm", "_SyncBatchNorm"),
     "spectrogram": ("fft", "stft"),
