@@ -274,10 +274,11 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
         current["precision"] = saved["precision"]
     different = [name for name in fields_of("training", "model") if saved.get(name) != current[name]]
     differences = [f"{name.replace('_', '-')} {saved.get(name)} there, {current[name]} now" for name in different]
-    if config.resume_with_changes and set(fields_of("model")).intersection(different):
+    again = "".join(f" --{name.replace('_', '-')} {saved.get(name)}" for name in different)
+    if set(fields_of("model")).intersection(different):
         raise RunError(
             f"{path}: cannot be resumed with this configuration, since its weights or the state of its optimizer "
-            f"would not fit: {'; '.join(differences)}"
+            f"would not fit: {'; '.join(differences)}. To go on as it began:{again}"
         )
     if content["dataset_digest"] != dataset_digest:
         differences.append(f"data set {content['dataset_digest'][:12]} there, {dataset_digest[:12]} now")

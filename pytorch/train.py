@@ -333,7 +333,7 @@ def print_result(run: TrainingRun, reached: bool, seconds: float, user: str, sta
         run.world.print_once(f"The target WER of {config.target_wer:g} was not reached; best: {state.best_wer:.2f}.")
         return
     resumed = " (resumed: no uninterrupted benchmark result)" if state.resumed else ""
-    own = "" if config.target_wer == BENCHMARK_WER else f" A LibriSpeech result needs {BENCHMARK_WER:g}."
+    own = f" A LibriSpeech result needs {BENCHMARK_WER:g}." if config.target_wer > BENCHMARK_WER else ""
     run.world.print_once(f"Target WER of {config.target_wer:g} reached in {seconds:.0f} s{resumed}.{own}")
     kind, when = "RESUMED" if state.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
     run.log.logger.info(f"{kind},DEEPSPEECH2,{config.seed},{seconds:.0f},{user},{when}")

@@ -116,18 +116,21 @@ def has_bf16_kernel(device: torch.device) -> bool:
 
 @functools.cache
 def has_triton_kernel(device: torch.device, hidden_size: int) -> bool:
-    """Return whether gru_triton.py runs on a device. Triton may not be installed, and needs a C compiler."""
+    """Return whether gru_triton.py runs on a device. Triton may not be installed, or its compiler not work."""
     try:
         from pytorch.layers import gru_triton
     except ImportError:
         return False
     if not gru_triton.supported(device, 2, hidden_size):
         return False
-    layer = nn.GRU(8, 8, device=device)
+    layer = nn.GRU(8, hidden_size, bidirectional=True, device=device)
     try:
         gru_triton.Layer.apply(torch.zeros(1, 8, device=device), torch.ones(1).long(), False, *layer.parameters())
     except Exception as error:  # whatever keeps Triton from running, cuDNN needs neither it nor a compiler
-        warnings.warn(f"cuDNN computes the GRUs, since Triton cannot: {error}", stacklevel=2)
+        needs = "a C compiler and Python's headers (gcc, python3-dev)"
+        warnings.warn(
+            f"cuDNN computes the GRUs. Triton would be faster, but failed: {error}. It needs {needs}.", stacklevel=2
+        )
         return False
     return True
 

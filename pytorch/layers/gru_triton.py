@@ -8,7 +8,8 @@ in rows that are written once; those of one direction and the same utterances wa
 must run at the same time: a cooperative launch of at most one program a multiprocessor.
 
 The products with the inputs and the gradients of both weight matrices are matrix products over all rows, before and
-after. Operands are bfloat16, and so is what the forward pass keeps; states, gates and sums are float32.
+after. Operands are bfloat16, and so are the directions' states before their sum, what the forward pass keeps, and the
+weights' gradients before they become float32. Inside a program states, gates and sums are float32.
 
 Under TRITON_INTERPRET=1 programs run one after another and cannot wait: then each time step is a launch of its own.
 
@@ -248,7 +249,8 @@ class Layer(torch.autograd.Function):
     def forward(ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, keep: bool, *weights: Tensor) -> Tensor:
         weights_ih, weights_hh, biases_ih, biases_hh = (weights[kind::4] for kind in range(4))
         directions, rows, hidden = len(weights_hh), len(inputs_NI), weights_hh[0].shape[1]
-        inputs_NI = inputs_NI.to(_dtype(inputs_NI))
+        # Triton's interpreter, on a CPU, has no products of bfloat16
+        inputs_NI = inputs_NI.to(torch.bfloat16 if inputs_NI.is_cuda else torch.float32)
         products_NX = torch.mm(inputs_NI, torch.cat(weights_ih).to(inputs_NI).t())
         weights_DGH = torch.stack(weights_hh).to(inputs_NI)
         ih_D3H, hh_D3H = (torch.stack(biases).unflatten(1, (3, hidden)) for biases in (biases_ih, biases_hh))
@@ -284,11 +286,6 @@ class Layer(torch.autograd.Function):
             if d_inputs_NI is not None:
                 d_inputs_NI.add_(torch.mm(d_rzn_NG, weights_ih[direction].to(inputs_NI)))
         return d_inputs_NI, None, None, *d_weights
-
-
-def _dtype(tensor: Tensor) -> torch.dtype:
-    """Return the type of operands; Triton's interpreter, on a CPU, has no products of bfloat16."""
-    return torch.bfloat16 if tensor.is_cuda else torch.float32
 
 
 def _launch(

@@ -65,6 +65,7 @@ def test_a_run_that_reaches_the_target_ends_with_status_zero_and_the_result_line
 ) -> None:
     run, _ = reached
     assert run.returncode == 0, run.stderr
+    assert "A LibriSpeech result needs 23." in run.stderr
     fields = run.stdout.splitlines()[-1].split(",")
     assert fields[:3] == ["RESULT", "DEEPSPEECH2", "5"]
     stamps = {event["key"]: event["time_ms"] for event in events(run.stdout)}
@@ -388,7 +389,8 @@ def test_hyperparameters_of_the_optimizer_may_change_on_resuming_but_not_its_kin
     run_here(tones, tmp_path, *first, "--max-steps", "1")
     for option, value in (("--hidden-size", "12"), ("--conv-channels", "3"), ("--optimizer", "sgd")):
         assert run_here(tones, tmp_path, *options, option, value) == 1
-        assert f"would not fit: {option.removeprefix('--')} " in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"would not fit: {option.removeprefix('--')} " in said and f"To go on as it began: {option} " in said
     run_here(tones, tmp_path, *options, "--weight-decay", "0.5", "--beta1", "0.7")
     saved = checkpoint.load(tmp_path / checkpoint.LAST)["optimizers"]
     groups = [group for each in saved for group in each["param_groups"]]
