@@ -251,12 +251,13 @@ CONFIGS: dict[str, Config] = {
     "mini": _named(
         "mini",
         "Mini_dataset",
+        target_wer=85.0,
         hidden_size=256,
         conv_channels=16,
         batch_size=16,
-        lr_decay_epochs=60,
-        max_epochs=80,
-        warmup_steps=200,
+        lr_decay_epochs=10,
+        max_epochs=20,
+        warmup_steps=100,
     ),
     "an4": _named(
         "an4",
