@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -150,6 +151,20 @@ def expect_end_soon() -> None:
     """Note that this process was told to stop."""
     global _deadline
     _deadline = time.monotonic() + STOP_SECONDS
+
+
+class StopSignal:
+    """Remembers that this process was told to stop. The step under way goes on, and is saved."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.request)
+
+    def request(self, *_: object) -> None:
+        """Handle a signal."""
+        self.requested = True
+        expect_end_soon()
 
 
 @contextmanager

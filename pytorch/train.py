@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import signal
 import sys
 import time
 from collections import deque
@@ -39,7 +38,7 @@ from pytorch.checkpoint import TrainState
 from pytorch.cli import Preempted, RunError, exit_status
 from pytorch.config import BENCHMARK_WER, Config, Precision, fields_of, parse_config
 from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
-from pytorch.distributed import World, expect_end_soon, report_lost_ranks, shutdown
+from pytorch.distributed import StopSignal, World, report_lost_ranks, shutdown
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.features import SAMPLE_RATE
 from pytorch.layers import gru
@@ -473,20 +472,6 @@ class Clock:
     def seconds(self) -> float:
         """Return the elapsed seconds."""
         return self._before + (0.0 if math.isnan(self._started) else time.monotonic() - self._started)
-
-
-class StopSignal:
-    """Remembers that this process was told to stop. The step under way goes on, and is saved."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.request)
-
-    def request(self, *_: object) -> None:
-        """Handle a signal."""
-        self.requested = True
-        expect_end_soon()
 
 
 def parse(arguments: list[str]) -> Config:

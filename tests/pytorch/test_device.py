@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,9 @@ from pytorch.cli import RankFailure, RunError
 from pytorch.config import CONFIGS, parse_config
 from pytorch.device import select_device
 from pytorch.features import padded_frames
+from pytorch.layers import kernels
+from pytorch.trainer import Trainer
+from tests.pytorch.test_train import events, run_here, values
 
 
 @pytest.fixture
@@ -139,3 +143,21 @@ def test_a_rank_that_fails_by_itself_tells_the_others(one_of_two_ranks: dist.Sto
     with pytest.raises(RunError), distributed.report_lost_ranks():
         raise RunError("the disk is full")
     assert one_of_two_ranks.check(["failed/0/0"])
+
+
+@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(2.0, 1.0, "bf16"), (1.0, 2.0, "fp32"), (1.0, 0.99, "fp32")])
+def test_auto_is_the_precision_that_was_measured_to_be_faster_and_stays_so_when_resumed(
+    fp32: float, bf16: float, chosen: str, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def precision(*options: str) -> tuple[str, list[Any]]:
+        run_here(tones, tmp_path, "--precision", "auto", "--target-wer", "0", *options)
+        log = (tmp_path / "last_run.log").read_text()
+        metadata = {event["key"]: event["metadata"] for event in events(log)}
+        return metadata["configuration"]["precision"], values(log, "auto_precision")
+
+    monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)
+    monkeypatch.setattr(Trainer, "time_precisions", lambda _: {"fp32": fp32, "bf16": bf16})
+    assert precision("--max-steps", "1") == (chosen, [chosen])
+    monkeypatch.setattr(Trainer, "time_precisions", lambda _: {"fp32": bf16, "bf16": fp32})
+    assert precision("--max-steps", "2", "--resume") == (chosen, [])
+    assert precision("--max-steps", "1", "--precision", "fp32") == ("fp32", [])

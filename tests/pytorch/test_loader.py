@@ -9,9 +9,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.packed import open_dataset
+from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from pytorch.ctc import LABELS, encode
-from pytorch.loader import Batch, Utterances, batch_by_padded_size, epoch_batches, make_batch, prefetch, split_evenly
+from pytorch.distributed import World
+from pytorch.loader import (
+    Batch,
+    TrainingLoader,
+    Utterances,
+    batch_by_padded_size,
+    epoch_batches,
+    make_batch,
+    prefetch,
+    split_evenly,
+)
+from tests.pytorch.test_trainer import small_config
 
 CONFIG = CONFIGS["synthetic"]
 
@@ -140,3 +152,10 @@ def test_prefetching_keeps_the_order_and_passes_errors_on(utterances: Utterances
 
 def test_waveforms_reach_the_batch_as_int16(utterances: Utterances) -> None:
     assert make_batch(utterances, np.array([0])).waveforms_BS.dtype == torch.int16
+
+
+def test_a_corpus_of_which_every_utterance_is_too_short_says_so(tones: Path) -> None:
+    subset = open_dataset(tones).split("train")[0]
+    spoken = Utterances([dataclasses.replace(subset, transcripts=["A" * 999] * len(subset))])
+    with pytest.raises(RunError, match="all 21 training utterances are too short for their transcripts"):
+        TrainingLoader(spoken, small_config(), World())

@@ -1,6 +1,5 @@
 """The timed run, by the command that a user types, on a tiny data set of tones."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -13,17 +12,13 @@ import pytest
 import torch
 
 from data.files import locked
-from data.packed import open_dataset
 from pytorch import checkpoint, launch, machine, train
 from pytorch.cli import PREEMPTED, RunError
 from pytorch.distributed import World
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.layers import kernels
-from pytorch.loader import TrainingLoader, Utterances
-from pytorch.trainer import Trainer
 from tests.conftest import ROOT, write_packed_dataset
 from tests.processes import run_module_for_text
-from tests.pytorch.test_trainer import small_config
 from tools.mlperf.runlog import RunLog
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -498,28 +493,3 @@ def test_resuming_a_run_that_has_reached_its_target_says_so_and_changes_nothing(
     assert (tmp_path / "last_run.log").read_text() == log
     assert run_here(tones, tmp_path, "--resume-with-changes") == 1
     assert "add --resume" in capsys.readouterr().err
-
-
-def test_a_corpus_of_which_every_utterance_is_too_short_says_so(tones: Path) -> None:
-    subset = open_dataset(tones).split("train")[0]
-    spoken = Utterances([dataclasses.replace(subset, transcripts=["A" * 999] * len(subset))])
-    with pytest.raises(RunError, match="all 21 training utterances are too short for their transcripts"):
-        TrainingLoader(spoken, small_config(), World())
-
-
-@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(2.0, 1.0, "bf16"), (1.0, 2.0, "fp32"), (1.0, 0.99, "fp32")])
-def test_auto_is_the_precision_that_was_measured_to_be_faster_and_stays_so_when_resumed(
-    fp32: float, bf16: float, chosen: str, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def precision(*options: str) -> tuple[str, list[Any]]:
-        run_here(tones, tmp_path, "--precision", "auto", "--target-wer", "0", *options)
-        log = (tmp_path / "last_run.log").read_text()
-        metadata = {event["key"]: event["metadata"] for event in events(log)}
-        return metadata["configuration"]["precision"], values(log, "auto_precision")
-
-    monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)
-    monkeypatch.setattr(Trainer, "time_precisions", lambda _: {"fp32": fp32, "bf16": bf16})
-    assert precision("--max-steps", "1") == (chosen, [chosen])
-    monkeypatch.setattr(Trainer, "time_precisions", lambda _: {"fp32": bf16, "bf16": fp32})
-    assert precision("--max-steps", "2", "--resume") == (chosen, [])
-    assert precision("--max-steps", "1", "--precision", "fp32") == ("fp32", [])
