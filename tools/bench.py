@@ -19,6 +19,7 @@ directly.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -178,6 +179,7 @@ def matmul_flops(device: torch.device, precision: Precision, repetitions: int) -
 
 def profile_step(workload: Workload) -> dict[str, float]:
     """Return the milliseconds of a step by part, from the profiler: own time of the operations, grouped."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports an error where there is no GPU
     activities = [torch.profiler.ProfilerActivity.CPU]
     if workload.trainer.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)

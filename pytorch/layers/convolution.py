@@ -30,7 +30,7 @@ from pytorch.layers import kernels
 
 # Columns of one matrix product of the unfolded input with up to 8 channels (with more channels it has more columns, for
 # as many frequencies). Products of fewer columns are slower; those of more multiply more zeros.
-COLUMNS, COLUMNS_IN_BFLOAT16 = 24, 48
+COLUMNS = 48
 
 
 class Convolution(nn.Conv2d):
@@ -104,7 +104,7 @@ def _unfold(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int]
 def _groups(frequencies: int, weight: Tensor, stride: tuple[int, int]) -> list[tuple[slice, slice]]:
     """Return the output frequencies of each matrix product, and the columns of the unfolded input that they need."""
     channels, _, kernel_frequency, kernel_time = weight.shape
-    size = (COLUMNS_IN_BFLOAT16 if weight.dtype == torch.bfloat16 else COLUMNS) // min(channels, 8)
+    size = COLUMNS // min(channels, 8)
     groups = []
     for start in range(0, frequencies, size):
         stop = min(start + size, frequencies)

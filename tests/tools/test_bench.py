@@ -22,6 +22,7 @@ def test_the_benchmark_prints_one_json_object_with_the_figures_that_scripts_read
     options += ["--shortest-seconds", "0.5", "--longest-seconds", "1"]
     run = run_module_for_text("tools.bench", *options, "--device", "cpu")
     assert run.returncode == 0, run.stderr
+    assert "ERROR" not in run.stderr  # nor what the profiler says where there is no GPU
     figures = json.loads(run.stdout)
     numbers = ["auto_step_ms", "bf16_step_ms", "fp32_step_ms", "stock_packed_step_ms", "speedup", "forward_speedup"]
     for name in [*numbers, "fp32_speedup", "gemm_peak_gflops", "achieved_gflops", "fraction_of_peak"]:
