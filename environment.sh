@@ -4,10 +4,12 @@
 
 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH
+export PYTHONSAFEPATH=1 # else `python -m` would take a data.py of the current folder for ours
 has_dependencies='
 import sys
 from importlib.util import find_spec
-sys.exit(not all(map(find_spec, ("torchaudio", "soundfile", "espeakng_loader", "tyro", "urllib3", "mlperf_logging"))))'
+names = "torchaudio Levenshtein espeakng_loader mlperf_logging soundfile soxr tqdm tyro urllib3".split()
+sys.exit(sys.version_info < (3, 11) or not all(map(find_spec, names)))'
 
 # use_environment run|test: the environment in .venv, made or updated where needed. To run, python3 will do where there
 # is no .venv and it has the dependencies already. In our container it is always the image's python3.
@@ -39,7 +41,8 @@ use_environment() {
         return 1
     fi
     echo "Installing into $root/.venv (once; PyTorch is large: some minutes) ..." >&2
-    if [ ! -x "$python" ] && ! "$base" -m venv "$root/.venv"; then
+    # Without Debian's python3-venv, or interrupted, it is left without pip.
+    if ! "$python" -m pip --version >/dev/null 2>&1 && ! "$base" -m venv "$root/.venv"; then
         echo "error: could not make $root/.venv. On Debian and Ubuntu: apt-get install python3-venv" >&2
         return 1
     fi

@@ -91,7 +91,7 @@ def _check_options(options: Options, corpus: Corpus, subsets: Sequence[CorpusSub
         raise DataError(f"--jobs is {options.jobs}; at least 1 is needed")
     if (corpus.layout == "manifest") != (options.manifest is not None):
         raise DataError("--corpus manifest and --manifest FILE go together")
-    if options.manifest and len(subsets) not in (1, len(corpus.subsets)):
+    if options.manifest and options.subsets.strip(" ,") and len(subsets) != 1:
         raise DataError("a manifest makes one subset: --subsets train, validation or test")
     if not corpus.mirrors and (options.mirror or options.checksums or options.keep_archives):
         why = "is made on this machine" if corpus.synthetic else "has no archives"

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import urllib3
-from urllib3.exceptions import HTTPError, ResponseError, SSLError
+from urllib3.exceptions import HTTPError, LocationValueError, ResponseError, SSLError
 from urllib3.util import Retry, make_headers, parse_url
 
 from data.corpora import Archive, Corpus
@@ -105,7 +105,7 @@ class ArchiveSource:
         if addresses != named and (addresses or "://" in mirror):
             raise DataError("--mirror is one folder, or addresses that begin with http:// or https://")
         self._mirrors = addresses or list(corpus.mirrors)
-        self._local = Path(mirror).expanduser() if mirror and not addresses else None
+        self._local = Path(mirror) if mirror and not addresses else None
         if keep:
             kept.mkdir(exist_ok=True)
             if kept.stat().st_dev != work.stat().st_dev:
@@ -243,11 +243,13 @@ class PartialDownload:
 
         Failures that may pass are retried after growing waits, as long as they are few or something more has come.
         """
-        failures, furthest = 0, self.size
+        failures, furthest, begun_anew = 0, self.size, False
         while True:
             try:
                 return self._attempt(address)
             except Transient as error:
+                if self.size < furthest and not begun_anew:  # once, or rubbish could go on forever
+                    furthest, begun_anew = -1, True
                 failures = 0 if self.size > furthest else failures + 1
                 furthest = max(furthest, self.size)
                 if failures == ATTEMPTS:
@@ -353,6 +355,7 @@ def content_length(mirrors: Sequence[str], file: str) -> int:
     for mirror in mirrors:
         with suppress(HTTPError):
             response = _send("HEAD", f"{mirror.rstrip('/')}/{file}", {})
+            response.close()
             if response.status == 200 and (length := _number(response.headers.get("Content-Length"))):
                 return length
     return 0
@@ -360,15 +363,15 @@ def content_length(mirrors: Sequence[str], file: str) -> int:
 
 def _send(method: str, address: str, headers: dict[str, str]) -> urllib3.BaseHTTPResponse:
     """Send a request, through the proxy that http_proxy, https_proxy and no_proxy name; its body is not read yet."""
-    parts = urllib.parse.urlsplit(address)
-    proxy = urllib.request.getproxies().get(parts.scheme)
-    if not proxy or urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
+    url = parse_url(address)
+    proxy = urllib.request.getproxies().get(url.scheme or "")
+    if not proxy or urllib.request.proxy_bypass(url.netloc or ""):
         pool = urllib3.PoolManager()
     else:
         proxy = proxy if "://" in proxy else f"http://{proxy}"
         login = urllib.parse.unquote(parse_url(proxy).auth or "")
         pool = urllib3.ProxyManager(proxy, proxy_headers=make_headers(proxy_basic_auth=login or None))
-    login = urllib.parse.unquote(parse_url(address).auth or "")  # which urllib3 does not send by itself
+    login = urllib.parse.unquote(url.auth or "")  # which urllib3 does not send by itself
     headers = {**HEADERS, **headers, **make_headers(basic_auth=login or None)}
     address = _without_login(address)
     return pool.request(method, address, headers=headers, preload_content=False, retries=REDIRECTS, timeout=TIMEOUT_S)
@@ -376,14 +379,15 @@ def _send(method: str, address: str, headers: dict[str, str]) -> urllib3.BaseHTT
 
 def _without_login(address: str) -> str:
     """Return an address as it may be printed, without a name and a password."""
-    return re.sub(r"//[^/]*@", "//", address)
+    return re.sub(r"^(\w+://)[^/]*@", r"\1", address)
 
 
 def _failure(error: HTTPError) -> Transient | MirrorError:
     """Return what a failure means, without the names of objects that urllib3 puts before its cause."""
     cause = getattr(error, "reason", None) or error
     reason = re.sub(r"<[^>]*>(?:\([^)]*\))?:? ?", "", str(cause)) or type(error).__name__
-    lasting = isinstance(cause, (ResponseError, SSLError))  # endless redirects, or a certificate that is not trusted
+    # Endless redirects, a certificate that is not trusted, no address.
+    lasting = isinstance(cause, (ResponseError, SSLError, LocationValueError))
     return MirrorError(reason) if lasting else Transient(reason)
 
 

@@ -70,8 +70,8 @@ def exit_status(
 
     `arguments` are those to check before (require_values); None for the process's.
 
-    The status is what the work returned if that is an integer; else 0, 1 if it returned False or raised DataError,
-    INTERRUPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
+    The status is what the work returned if that is an integer; else 0, 1 if it returned False or raised DataError or
+    an OSError of a file, INTERRUPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as by 2>&-
@@ -92,7 +92,10 @@ def exit_status(
             print(interrupted, file=sys.stderr)
             return INTERRUPTED
         except OSError as error:
-            if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            if error.filename is not None:  # a path of the user's: no right to look, a name too long, not a folder
+                print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+                return 1
+            if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
                 raise  # not of standard output
             reader_gone = isinstance(error, BrokenPipeError)
             if not reader_gone:

@@ -138,6 +138,8 @@ def _corrupt_utterances(folder: Path, summary: SubsetSummary) -> Iterator[str]:
 
 def _check_against_catalogue(dataset: PackedDataset, corpus: Corpus) -> Iterator[str]:
     """Compare the counts in dataset.json with the published ones, for subsets from the published archives."""
+    if dataset.splits != corpus.splits(dataset.subsets):
+        yield f"{DATASET_FILE} says {dataset.splits}; of {corpus.name} it is {corpus.splits(dataset.subsets)}"
     known = {subset.name: subset for subset in corpus.subsets}
     for name, summary in dataset.summary.items():
         if name not in known:
@@ -173,16 +175,18 @@ def _check_files(folder: Path, summary: SubsetSummary) -> Iterator[str]:
 
 def _check_index(rows: Iterable[UtteranceRow], summary: SubsetSummary) -> Iterator[str]:
     """Check that the utterances of utterances.csv follow each other in audio.npy without gaps, and are all there."""
-    name, count, end, before = summary.name, 0, 0, "the start"
+    name, count, end, before, longest = summary.name, 0, 0, "the start", 0
     for row in rows:
         if row.offset != end or row.num_samples < 1:
             yield (
                 f"{name}: utterance {row.id} has {row.num_samples} samples from sample {row.offset} on, "
                 f"where {before} ends at sample {end}"
             )
-        count, end, before = count + 1, row.offset + row.num_samples, row.id
+        count, end, before, longest = count + 1, row.offset + row.num_samples, row.id, max(longest, row.num_samples)
     if end != summary.num_samples:
         yield f"{name}: {before} ends at sample {end}, the audio at sample {summary.num_samples}"
+    if longest != summary.max_samples:
+        yield f"{name}: the longest utterance has {longest} samples, {DATASET_FILE} says {summary.max_samples}"
     if count != summary.utterances:
         yield f"{name}/{INDEX_FILE} has {count} utterances, {DATASET_FILE} has {summary.utterances}"
 

@@ -206,7 +206,7 @@ def load(path: Path) -> dict[str, Any]:
         why = getattr(error, "strerror", None) or type(error).__name__
         raise RunError(f"{path}: not a checkpoint of this project, or damaged ({why})") from error
     if version not in READABLE_VERSIONS:
-        raise RunError(f"{path}: checkpoint format {version}; this version reads format {FORMAT_VERSION}")
+        raise RunError(f"{path}: checkpoint format {version}; this version reads formats {READABLE_VERSIONS}")
     if labels != LABELS:
         raise RunError(f"{path}: its labels are {labels!r}, expected {LABELS!r}")
     if not whole:

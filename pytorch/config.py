@@ -112,9 +112,9 @@ class Config:
     """Where to compute; auto: the GPU if there is one. cuda is also what PyTorch calls AMD's GPUs; Intel's are xpu,
     Apple's mps."""
     precision: Precision = _field("auto")
-    """Of the operands of matrix products and convolutions (sums, states, loss, batch norms and optimizer are always
-    fp32); auto: bf16 on a GPU that has it; on a CPU that has it, the faster of both, measured before the clock starts.
-    fp32 means TF32 on GPUs that have it."""
+    """Of the operands and results of matrix products and convolutions (sums in them, loss, weights and their moments
+    are always fp32); auto: bf16 on a GPU that has it; on a CPU that has it, the faster of both, measured before the
+    clock starts. fp32 means TF32 on GPUs that have it."""
     seed: int = _field(1, SEED, event=constants.SEED, free_in_closed=True)
     """Determines initial weights, data order and augmentation; use a new one for every run."""
     target_wer: float = _field(BENCHMARK_WER, NON_NEGATIVE, scope="limit")
@@ -173,12 +173,6 @@ class Config:
     """Lowest gain."""
     gain_max_db: float = _field(8.0, DECIBELS)
     """Highest gain."""
-    noise_probability: float = _field(0.0, PROBABILITY)
-    """Fraction of the utterances that white noise is added to."""
-    noise_min_snr_db: float = _field(10.0, DECIBELS)
-    """Lowest ratio of the utterance's power to the noise's."""
-    noise_max_snr_db: float = _field(30.0, DECIBELS)
-    """Highest ratio of the utterance's power to the noise's."""
     frequency_masks: int = _field(2, NON_NEGATIVE_INTEGER)
     """SpecAugment: masks along frequency."""
     frequency_mask_bins: int = _field(27, FREQUENCY_MASK)
@@ -195,8 +189,7 @@ class Config:
                 raise RunError(f"--{field.name.replace('_', '-')} is {value}; it must be {constraint.text}")
         if self.resume_with_changes and not self.resume:
             raise RunError("--resume-with-changes says how to resume; add --resume")
-        ranges = ("tempo_min", "tempo_max"), ("gain_min_db", "gain_max_db"), ("noise_min_snr_db", "noise_max_snr_db")
-        for low, high in ranges:
+        for low, high in ("tempo_min", "tempo_max"), ("gain_min_db", "gain_max_db"):
             if getattr(self, low) > getattr(self, high):
                 raise RunError(
                     f"--{low.replace('_', '-')} {getattr(self, low)} is above "

@@ -1,7 +1,7 @@
 """The ranks of a run, which torchrun starts (torch.distributed): one for each GPU, or a few on CPUs.
 
-Without torchrun a run is one rank, and everything here does nothing. torchrun tells each process in the environment
-which rank it is; `gloo` carries messages between CPUs, `nccl` those between GPUs.
+Without torchrun a run is one rank, and but for `StopSignal` everything here does nothing. torchrun tells each process
+in the environment which rank it is; `gloo` carries messages between CPUs, `nccl` those between GPUs.
 """
 
 from __future__ import annotations

@@ -48,8 +48,6 @@ class Augmentation:
     gain: np.ndarray  # [B], factor of the magnitude
     frequency_masks: np.ndarray  # [B, masks, 2]: first bin, width; in bins
     time_masks: np.ndarray  # [B, masks, 2]: first frame, length; as fractions of the utterance's frames
-    noise: np.ndarray  # [B], amplitude of white noise as a factor of the utterance's root mean square
-    noise_seed: np.ndarray  # int64 [B]
 
 
 def draw_augmentation(config: Config, seeds: np.ndarray, tempo_limits: np.ndarray) -> Augmentation:
@@ -60,7 +58,7 @@ def draw_augmentation(config: Config, seeds: np.ndarray, tempo_limits: np.ndarra
         seeds: integers [B, K]; row b alone decides what utterance b gets, whoever shares its batch.
         tempo_limits: float [B], tempo above which the utterance would have too few frames for its transcript.
     """
-    tempo, gain, frequency, time, noise, noise_seed = [], [], [], [], [], []
+    tempo, gain, frequency, time = [], [], [], []
     for seed, limit in zip(seeds, tempo_limits, strict=True):
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed.tolist())))
         tempo.append(min(random.uniform(config.tempo_min, config.tempo_max), limit))
@@ -69,11 +67,7 @@ def draw_augmentation(config: Config, seeds: np.ndarray, tempo_limits: np.ndarra
         frequency.append(np.stack([random.integers(0, FREQUENCY_BINS - widths, endpoint=True), widths], axis=-1))
         lengths = random.uniform(0, config.time_mask_fraction, config.time_masks)
         time.append(np.stack([random.uniform(0, 1 - lengths), lengths], axis=-1))
-        noisy = random.uniform() < config.noise_probability
-        noise.append(noisy * 10 ** (-random.uniform(config.noise_min_snr_db, config.noise_max_snr_db) / 20))
-        noise_seed.append(random.integers(2**63))
-    stacked = np.stack(frequency), np.stack(time)
-    return Augmentation(np.array(tempo), np.array(gain), *stacked, np.array(noise), np.array(noise_seed))
+    return Augmentation(np.array(tempo), np.array(gain), np.stack(frequency), np.stack(time))
 
 
 class LogSpectrogram(nn.Module):
@@ -97,10 +91,7 @@ class LogSpectrogram(nn.Module):
             augmentation: None for evaluation.
         """
         device = waveforms_BS.device
-        waveforms_BS = waveforms_BS.float() / 32768
-        if augmentation is not None and augmentation.noise.any():
-            waveforms_BS = add_noise(waveforms_BS, num_samples_B, augmentation)
-        magnitude_BFT = self.magnitude(waveforms_BS)
+        magnitude_BFT = self.magnitude(waveforms_BS.float() / 32768)
         frames_B = frame_counts(num_samples_B)
         if augmentation is not None:
             magnitude_BFT, frames_B = change_tempo(magnitude_BFT, frames_B, torch.from_numpy(augmentation.tempo))
@@ -113,27 +104,6 @@ class LogSpectrogram(nn.Module):
         if augmentation is not None:
             _mask(features_BFT, augmentation, frames_on_device_B)
         return features_BFT, frames_B
-
-
-def add_noise(waveforms_BS: Tensor, num_samples_B: Tensor, augmentation: Augmentation) -> Tensor:
-    """Add white noise, uniformly distributed, to the valid samples.
-
-    Sample s of utterance b is a hash of s and the utterance's seed, so that it depends neither on the batch nor on the
-    device.
-    """
-    device = waveforms_BS.device
-    seed_B1, samples_B1 = (
-        x.to(device, non_blocking=True)[:, None] for x in (torch.from_numpy(augmentation.noise_seed), num_samples_B)
-    )
-    time_S = torch.arange(waveforms_BS.shape[1], device=device)
-    # Modeled on SplitMix64, with its constants as signed integers; torch's shift is arithmetic. All is modulo 2**64.
-    bits_BS = seed_B1 + time_S * (0x9E3779B97F4A7C15 - 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64)):
-        bits_BS = (bits_BS ^ (bits_BS >> shift)) * factor
-    uniform_BS = (bits_BS >> 40).float() * (math.sqrt(3) / 2**23)  # 24 signed bits to U(-sqrt 3, sqrt 3): unit variance
-    power_B1 = waveforms_BS.square().sum(1, keepdim=True) / samples_B1
-    amplitude_B1 = _to(augmentation.noise, device)[:, None] * power_B1.sqrt()
-    return waveforms_BS + uniform_BS * amplitude_B1 * (time_S < samples_B1)
 
 
 def change_tempo(magnitude_BFT: Tensor, frames_B: Tensor, tempo_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ Environment variables:
     MASTER_PORT     free port there (default: 29500)
     MAX_RESTARTS    how often all processes start again from the newest checkpoint after one was lost (default: 0)
 
-The exit status is that of pytorch.train.
+The exit status is that of pytorch.train; 1 where one of several processes was lost.
 """
 
 from __future__ import annotations

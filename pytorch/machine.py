@@ -73,14 +73,17 @@ def cpu_seconds() -> dict[str, float]:
 
     Returns:
         "all", "busy", and "stolen" by the hypervisor for other machines; "own", and the "switches" of this process to
-        others before its time was up. Empty where there is no /proc/stat.
+        others before its time was up. Empty where /proc/stat does not have them.
     """
     try:
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
     except OSError:
         return {}
     names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    ticks = np.sum([[int(value) for value in values[:8]] for name, *values in lines if name in names], 0)
+    of_cpus = [[int(value) for value in values[:8]] for name, *values in lines if name in names]
+    if not of_cpus:  # in some containers /proc/stat counts them anew
+        return {}
+    ticks = np.sum(of_cpus, 0)
     user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = (ticks / os.sysconf("SC_CLK_TCK")).tolist()
     busy = user + nice + system + interrupts + soft_interrupts
     return {
@@ -131,8 +134,11 @@ def clear_cache(dataset: PackedDataset) -> str:
     if not hasattr(os, "posix_fadvise") or not hasattr(ctypes.CDLL(None), "mincore"):
         return "this operating system offers no way to do so"
     for name in content_files(dataset.subsets):
+        dataset_file = dataset.path / name
         try:
-            if left := _evict(dataset.path / name):
+            if dataset_file.stat().st_uid != os.geteuid() and not os.access(dataset_file, os.W_OK):
+                return f"{name} is another user's: Linux says what is cached only to those who may write to it"
+            if left := _evict(dataset_file):
                 return f"{left} pages of {name} are still cached: another process may be using it"
         except OSError as error:
             return f"{name}: {error.strerror}"

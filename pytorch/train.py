@@ -135,7 +135,7 @@ def open_data(run: TrainingRun) -> tuple[TrainingLoader, Utterances]:
 
 @dataclass(frozen=True)
 class EpochStats:
-    """Statistics of an epoch; all but the loss are of what was left of it if the run was resumed."""
+    """Statistics of an epoch; times and rates are of what was left of it if the run was resumed."""
 
     loss: float  # mean over its steps, skipped ones left out
     seconds: float

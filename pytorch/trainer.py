@@ -103,16 +103,17 @@ class Trainer:
             flags: booleans, summed over ranks together with the loss.
 
         Returns:
-            A function that waits for the step and returns [loss, gradient norm, *flags] as float64 on the CPU. A flag
-            is the number of ranks on which it was set. Nothing else here waits for the device, but PyTorch's CTC loss.
+            A function that waits for the step and returns [loss, gradient norm, *flags] in `widest_float` on the CPU.
+            A flag is the number of ranks on which it was set. Nothing else here waits for the device, but PyTorch's
+            CTC loss.
         """
         self.model.zero_grad(set_to_none=True)
         buffers_before = [buffer.clone() for buffer in self._batch_norm_buffers()]
         # [loss, *flags], summed over ranks
         reduced = torch.tensor([0.0, *flags], dtype=widest_float(self.device)).to(self.device, non_blocking=True)
-        for microbatch in microbatches:
+        for number, microbatch in enumerate(microbatches, start=1):
             # DDP synchronizes gradients in the last backward pass only. A single rank has no DDP, and no `no_sync`.
-            sync = microbatch is microbatches[-1] or self.world.size == 1
+            sync = number == len(microbatches) or self.world.size == 1
             with nullcontext() if sync else self.ddp_model.no_sync():  # type: ignore[operator]
                 loss = self.loss(microbatch) * (len(microbatch) / global_batch_size)
                 (loss * self.world.size).backward()  # DDP divides the sum of gradients by the number of ranks

@@ -344,7 +344,6 @@ def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> No
         optimizer=optimizer,
         precision=precision,
         ema_decay=0.99 if ema == "ema" else 0.0,
-        noise_probability=0.5 if ema == "ema" else 0.0,  # the configurations that have an EMA have noise, too
         batch_size=UTTERANCES * world.size,
         augment_from_epoch=1,
     )

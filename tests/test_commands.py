@@ -1,15 +1,19 @@
 """The commands of the README, from one to the next, as a user types them."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import time
+import venv
 from pathlib import Path
 
 import pytest
 
 from data.corpora import find_corpus
 from tests.conftest import ROOT, SPEECH
+from tests.processes import run_module_for_text
 from tests.pytorch.test_train import events, values
 
 PARTLY_THERE = "train-clean-100,dev-clean,test-clean"  # the subsets of which shared/speech has a part
@@ -33,7 +37,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(
     not (ROOT / ".venv" / "installed-run").exists(), reason="no .venv: tests run in another environment"
 )
-def test_quickstart_synthesises_verifies_trains_and_says_where_everything_is(checkout: Path) -> None:
+def test_quickstart_synthesizes_verifies_trains_and_says_where_everything_is(checkout: Path) -> None:
     run = sh(checkout, "quickstart.sh", "--max-steps", "2", "--target-wer", "1000")
     assert run.returncode == 0, run.stderr
     assert "Dataset Checksum Passed." in run.stdout
@@ -86,6 +90,47 @@ def test_real_speech_is_prepared_verified_trained_on_and_evaluated_completely(
     assert words is None or accuracy["metadata"]["words"] == words
     (dataset_event,) = (event for event in events(run.stdout) if event["key"] == "dataset")
     assert dataset_event["metadata"]["official_archives"] is (corpus == "an4")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data.download --corpus synthetic --dataset-dir PATH",
+        "data.verify --dataset-dir PATH",
+        "pytorch.train --dataset-dir PATH",
+        "tools.run_and_time --output-dir PATH",
+        "tools.bench --estimate --config an4 --dataset-dir PATH",
+        "tools.transcribe PATH recording.wav",
+        "tools.mlperf rcp README.md -o PATH",
+        "tools.report README.md -o PATH",
+    ],
+)
+def test_a_path_that_cannot_be_looked_at_is_an_error_of_one_line(command: str) -> None:
+    run = run_module_for_text(*command.replace("PATH", "x" * 300).split())
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert len((run.stdout + run.stderr).strip().splitlines()) <= 2
+
+
+def test_a_folder_of_the_users_with_the_name_of_one_of_ours_is_not_run(tmp_path: Path) -> None:
+    for name in ("data", "tools", "pytorch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')\n")
+    for script in ("verify_dataset.sh", "download_dataset.sh", "pytorch/run_and_time.sh"):
+        run = sh(tmp_path, ROOT / script, "--help")
+        assert run.returncode == 0, run.stderr
+
+
+def test_an_environment_that_was_left_without_pip_is_made_again(tmp_path: Path) -> None:
+    """Which is what a missing python3-venv and Ctrl-C leave. Here installing then fails, for want of a network."""
+    venv.create(tmp_path / ".venv", with_pip=False, symlinks=True)
+    shutil.copy(ROOT / "environment.sh", tmp_path)
+    (tmp_path / "pyproject.toml").write_text("[build-system]\nrequires = ['none-such']\n")
+    script = f"root='{tmp_path}'; . ./environment.sh; use_environment test"
+    environment = os.environ | {"PIP_NO_INDEX": "1", "PYTHON": sys.executable}
+    run = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert "No module named pip" not in run.stderr
+    assert "none-such" in run.stderr
+    assert "Run the command again to go on." in run.stderr
 
 
 def test_every_command_in_the_readme_is_there() -> None:

@@ -295,6 +295,9 @@ def benchmark(options: Options, arguments: list[str], launch_id: str | None = No
         raise RunError(f"--config {options.config}: unknown; one of {', '.join(CONFIGS)}")
     if options.repetitions < 1:
         raise RunError(f"--repetitions is {options.repetitions}; it must be any positive integer")
+    if not 0 < options.shortest_seconds <= options.longest_seconds < 1000:
+        seconds = f"{options.shortest_seconds} to {options.longest_seconds}"
+        raise RunError(f"--shortest-seconds to --longest-seconds is {seconds}; it must be in (0, 1000), shortest first")
     only_estimate = "dataset_dir", "epochs", "gradient_accumulation_steps"
     for name in () if options.estimate else only_estimate:
         if getattr(options, name) is not None:

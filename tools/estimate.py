@@ -198,6 +198,7 @@ def estimate(
     here = describe_machine(device)
     if device.type == "cpu":  # else a process that needs more memory than there is would be killed without a word
         limit, hard_limit = int(here["memory_gib"] * 2**30) // world.size, resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit = limit if hard_limit == resource.RLIM_INFINITY else min(limit, hard_limit)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard_limit))
     torch.manual_seed(config.seed)
     with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):

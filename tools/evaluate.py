@@ -52,7 +52,6 @@ from tools.recognizer import Recognizer, greedy, select_subsets, speed
 
 BOOTSTRAP_SETS = 10_000
 BOOTSTRAP_SEED = 0
-_SETS_AT_ONCE = 500
 _TIMEOUT_S = 3600.0  # for the other processes, which may have more to search
 
 Interval = tuple[float, float]
@@ -212,9 +211,10 @@ def bootstrap_intervals(counts_N4: np.ndarray) -> tuple[Interval, Interval]:
     """
     random = np.random.default_rng(BOOTSTRAP_SEED)
     units = len(counts_N4)
+    at_once = min(500, 1 + 10**7 // units)  # which memory is for; the numbers drawn are the same
     sums = [
-        random.multinomial(units, np.full(units, 1 / units), size=_SETS_AT_ONCE) @ counts_N4
-        for _ in range(BOOTSTRAP_SETS // _SETS_AT_ONCE)
+        random.multinomial(units, np.full(units, 1 / units), size=min(at_once, BOOTSTRAP_SETS - start)) @ counts_N4
+        for start in range(0, BOOTSTRAP_SETS, at_once)
     ]
     sums_D4 = np.concatenate(sums)
     low, high = np.percentile(100 * sums_D4[:, [0, 2]] / sums_D4[:, [1, 3]], [2.5, 97.5], axis=0)

@@ -1,4 +1,4 @@
-"""Files that commands write for the user: whole or not at all, and over an older file only if the user says so."""
+"""Files that commands write for the user: whole or not at all, and never over the log of a run."""
 
 from __future__ import annotations
 
@@ -65,6 +65,8 @@ def output_file(path: Path) -> Iterator[TextIO]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(partial, "xt", encoding="utf-8") as stream:  # type: ignore[operator]
             yield stream
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
         atomic_replace(partial, path)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}") from error

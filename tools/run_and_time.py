@@ -30,7 +30,8 @@ def _run(arguments: list[str]) -> int:
     log = config.output_dir / LOG
     before = _written_at(log)
     status = launch.main(arguments)
-    if status in (0, 1) and _written_at(log) != before:  # else the run could not start, or logs on another machine
+    # Else the run could not start, and may have put the log before it away, or logs on another machine.
+    if status in (0, 1) and _written_at(log) not in (0, before):
         command = [sys.executable, "-m", "tools.report", str(log), "--output", str(log.with_name(REPORT))]
         with suppress(KeyboardInterrupt):
             subprocess.run(command, stdout=sys.stderr)  # if it fails, the run has not

@@ -4,7 +4,7 @@
 # Lines to change have an arrow. Before the first job: download_dataset.sh, verify_dataset.sh. Variables, all optional:
 #     DATASET_DIR   the packed data set, where it is not in the repository
 #     RESULTS_DIR   for logs and checkpoints, instead of results/; a job's are in its folder slurm-<job number>
-#     MAX_RESTARTS  how often torchrun starts processes again that have failed (see README.md)
+#     MAX_RESTARTS  how often torchrun starts processes again that have failed (see docs/runs.md)
 # The log is there too: mlperf_ds2_node<n>.log of the one node, not always 0, whose process torchrun made the first; those
 # of the others are empty. Slurm sends SIGTERM before the time limit and, where it is set up with
 # PreemptParameters=send_user_signal, before it preempts the job. Training then finishes its step, saves and exits with
@@ -23,7 +23,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --requeue
-#SBATCH --signal=TERM@120
+#SBATCH --signal=TERM@180
 #SBATCH --output=results/slurm-%j.out
 #SBATCH --open-mode=append
 set -eu

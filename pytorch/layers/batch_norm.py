@@ -10,7 +10,8 @@ of the output where y is within them, and 0 elsewhere, and with means over the r
 
 So two passes over the rows give the output (moments; y), and two the gradient (the means; the result). On a CPU they
 are C++ (batch_norm.cpp): torch's own batch norm is slow there with few channels, and clipping is three more passes. On
-CUDA they are the kernels of nn.SyncBatchNorm, which itself would wait for the GPU, and of clipping.
+CUDA they are nn.BatchNorm1d, or for several ranks the kernels of nn.SyncBatchNorm, which itself would wait for the
+GPU, and of clipping.
 
 Axes: N rows, C channels.
 """

@@ -4,7 +4,7 @@
 // registers. It is portable C++ (vector extensions of GCC and Clang) that kernels.py compiles for the CPU at hand.
 //
 // Precision: states, gates and sums are float32. The operands of the products are float32, or rounded to bfloat16: then
-// two neighbours along the depth of a product share 32 bits (a Pair), as the CPUs that multiply bfloat16 want them;
+// two neighbors along the depth of a product share 32 bits (a Pair), as the CPUs that multiply bfloat16 want them;
 // other CPUs widen both halves to float32, with the same result but for the order of additions.
 //
 // Panels: the weights are copied, once a call, into panels of three vectors of output columns each, so that a tile of

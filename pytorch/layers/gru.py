@@ -3,9 +3,9 @@
     layer = GRU(input_size=1312, hidden_size=256)
     outputs = layer(pack_padded_sequence(inputs_TBI, lengths_B))  # a PackedSequence of [N, hidden_size]
 
-Parameters and state_dict are those of torch.nn.GRU (one layer). On a CPU the loop over time runs in C++ (gru.cpp),
-or where that cannot be compiled, in Python (kernels.py). Hopper GPUs in bfloat16 run gru_triton.py. Other devices run
-nn.GRU, which on CUDA is cuDNN.
+Parameters and state_dict are those of torch.nn.GRU (one layer). On a CPU the loop over time runs in C++ (gru.cpp, which
+kernels.py compiles), or where that is not possible, in Python. Hopper GPUs in bfloat16 run gru_triton.py. Other devices
+run nn.GRU, which on CUDA is cuDNN.
 
 Packed rows. A PackedSequence holds the B utterances sorted by decreasing length, and only their N valid frames: those
 of time step 0 first, then those of step 1, batch_sizes[t] rows for step t. Nothing is padded and nothing masked: the
@@ -123,9 +123,11 @@ def has_triton_kernel(device: torch.device, hidden_size: int) -> bool:
         return False
     if not gru_triton.supported(device, 2, hidden_size):
         return False
-    layer = nn.GRU(8, hidden_size, bidirectional=True, device=device)
     try:
-        gru_triton.Layer.apply(torch.zeros(1, 8, device=device), torch.ones(1).long(), False, *layer.parameters())
+        with torch.inference_mode(False), torch.enable_grad():
+            weights = nn.GRU(8, hidden_size, bidirectional=True, device=device).parameters()
+            inputs_NI = torch.zeros(1, 8, device=device)
+            gru_triton.Layer.apply(inputs_NI, torch.ones(1).long(), True, *weights).sum().backward()
     except Exception as error:  # whatever keeps Triton from running, cuDNN needs neither it nor a compiler
         needs = "a C compiler and Python's headers (gcc, python3-dev)"
         warnings.warn(

@@ -84,7 +84,7 @@ def load() -> ctypes.CDLL | str:
     except RuntimeError as error:  # no HOME, and no entry in the password file
         return f"no folder for the library; set TORCH_EXTENSIONS_DIR: {error}"
     library = folder / f"deepspeech2_{key}" / f"{capability}.so"
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
     try:
         if not library.exists():
             if not shutil.which(compiler[0]):

@@ -359,6 +359,30 @@ def test_a_dead_mirror_is_left_after_some_attempts_and_its_bytes_are_kept(server
     assert is_complete(target)
 
 
+def test_a_mirror_that_comes_further_after_a_bad_beginning_is_not_left(server: Server, target: Path) -> None:
+    leave_partial(target, bytes(180_000))
+    step = len(CONTENT) // 20
+    server.behave = lambda path, number, answer: setattr(answer, "body", answer.body[: step if number else None])
+    fetch(WANTED, [server.address], target)
+    assert is_complete(target)
+    assert len(server.requests) > 20
+
+
+@pytest.mark.parametrize("mirror", ["http://[bad", "http://", "http://host:port"])
+def test_a_mirror_that_is_no_address_is_an_error_at_once(mirror: str, target: Path) -> None:
+    with pytest.raises(DataError, match="no mirror delivered") as raised:
+        fetch(WANTED, [mirror], target)
+    assert "attempts" not in str(raised.value)
+    assert content_length([mirror], NAME) == 0
+
+
+def test_an_at_sign_in_a_path_is_no_login(server: Server, target: Path) -> None:
+    asked: list[str] = []
+    server.behave = lambda path, number, answer: asked.append(path)
+    fetch(WANTED, [f"{server.address}/a//b@c"], target)
+    assert asked == [f"/a//b@c/{NAME}"]
+
+
 def test_a_refused_connection_is_an_error_that_says_so(target: Path) -> None:
     with socket.socket() as unused:  # bound but not listening
         unused.bind(("127.0.0.1", 0))

@@ -92,8 +92,9 @@ def test_a_rerun_does_nothing_and_another_manifest_is_not_taken_for_the_same(ask
 
 
 def test_a_manifest_makes_one_subset(asked: Options) -> None:
-    with pytest.raises(DataError, match="a manifest makes one subset"):
-        download(replace(asked, subsets="train,test"))
+    for subsets in ("train,test", "train,validation,test"):
+        with pytest.raises(DataError, match="a manifest makes one subset"):
+            download(replace(asked, subsets=subsets))
 
 
 def test_byte_order_mark_windows_line_ends_and_empty_lines_are_nothing_special(manifest: Path) -> None:

@@ -159,6 +159,14 @@ def test_damage_anywhere_is_found(tones: Path, data: st.DataObject) -> None:
         file.write_bytes(content)
 
 
+def test_subsets_in_other_splits_and_a_false_length_are_found(dataset: PackedDataset) -> None:
+    assert validate(dataset, quick=True) == []
+    swapped = replace(dataset, splits={**dataset.splits, "validation": dataset.splits["train"]})
+    assert "dataset.json says {'train': ['train-clean-100'], " in validate(swapped, quick=True)[0]
+    summary = {name: replace(subset, max_samples=1) for name, subset in dataset.summary.items()}
+    assert "dataset.json says 1" in validate(replace(dataset, summary=summary), quick=True)[0]
+
+
 def test_an_archive_that_only_passes_for_the_published_one_fails(dataset: PackedDataset) -> None:
     summary = {name: replace(subset, official=True) for name, subset in dataset.summary.items()}
     problems = "\n".join(validate(replace(dataset, summary=summary), quick=True))

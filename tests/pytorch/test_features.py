@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pytorch.config import CONFIGS
-from pytorch.features import FREQUENCY_BINS, Augmentation, LogSpectrogram, add_noise, change_tempo, draw_augmentation
+from pytorch.features import FREQUENCY_BINS, Augmentation, LogSpectrogram, change_tempo, draw_augmentation
 from tests.conftest import SPEECH
 
 CONFIG = CONFIGS["librispeech"]
@@ -24,8 +24,8 @@ def random_batch(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def nothing_drawn(count: int, **drawn: np.ndarray) -> Augmentation:
     """What leaves the features as they are, but for what is given."""
-    masks, ones, zeros = np.zeros((count, 0, 2)), np.ones(count), np.zeros(count)
-    return dataclasses.replace(Augmentation(ones, ones, masks, masks, zeros, zeros.astype(np.int64)), **drawn)
+    masks, ones = np.zeros((count, 0, 2)), np.ones(count)
+    return dataclasses.replace(Augmentation(ones, ones, masks, masks), **drawn)
 
 
 def test_features_are_the_normalised_log1p_magnitude_of_torch_stft() -> None:
@@ -77,8 +77,7 @@ def test_tempo_one_changes_nothing() -> None:
 
 
 def draw(seeds: list[list[int]], limit: float = np.inf) -> Augmentation:
-    noisy = dataclasses.replace(CONFIG, noise_probability=1.0)
-    return draw_augmentation(noisy, np.array(seeds), np.full(len(seeds), limit))
+    return draw_augmentation(CONFIG, np.array(seeds), np.full(len(seeds), limit))
 
 
 def test_augmentation_is_a_function_of_each_utterances_seed_alone() -> None:
@@ -123,40 +122,6 @@ def test_gain_scales_the_magnitude_before_the_logarithm(gain: float) -> None:
     louder, _ = LogSpectrogram()(waveforms, samples, nothing_drawn(1, gain=np.array([gain])))
     expected, _ = LogSpectrogram()((waveforms.float() * gain).to(torch.int16), samples)
     torch.testing.assert_close(louder, expected, rtol=1e-2, atol=1e-2)
-
-
-def test_noise_is_white_and_as_loud_as_asked_for() -> None:
-    samples = torch.tensor([80000, 40000])
-    waveforms = torch.sin(torch.arange(80000) / 9.0).repeat(2, 1)
-    waveforms[1, 40000:] = 0
-    drawn = nothing_drawn(2, noise=10 ** (-np.array([10.0, 20.0]) / 20), noise_seed=np.array([5, 2**62]))
-    noise = add_noise(waveforms, samples, drawn) - waveforms
-    assert not noise[1, 40000:].any()
-    for row, (length, decibels) in enumerate([(80000, 10), (40000, 20)]):
-        valid = noise[row, :length]
-        ratio = waveforms[row, :length].square().mean() / valid.square().mean()
-        assert abs(10 * torch.log10(ratio) - decibels) < 0.1
-        assert abs(valid.mean()) < 4 * valid.std() / length**0.5
-        power = torch.fft.rfft(valid).abs().square()[1:]
-        bands = torch.stack([band.mean() for band in power.tensor_split(20)])
-        assert (bands / bands.mean() - 1).abs().max() < 0.15
-    both = noise[:, :40000]
-    assert abs(torch.corrcoef(both)[0, 1]) < 0.02
-
-
-def test_noise_of_an_utterance_does_not_depend_on_its_batch_and_comes_as_often_as_asked_for() -> None:
-    waveforms, samples = random_batch([3000, 16000])
-    noisy = dataclasses.replace(CONFIG, noise_probability=1.0)
-    seeds, limits = np.array([[1, 2, 3], [1, 2, 4]]), np.full(2, np.inf)
-    is_distributed, frames = LogSpectrogram()(waveforms, samples, draw_augmentation(noisy, seeds, limits))
-    alone, _ = LogSpectrogram()(waveforms[:1, :3000], samples[:1], draw_augmentation(noisy, seeds[:1], limits[:1]))
-    torch.testing.assert_close(alone[0], is_distributed[0, :, : frames[0]], rtol=1e-4, atol=1e-4)
-    clean, _ = LogSpectrogram()(waveforms, samples, draw_augmentation(CONFIG, seeds, limits))
-    assert not torch.equal(clean, is_distributed)
-    seeds = np.arange(400)[:, None]
-    often = draw_augmentation(dataclasses.replace(CONFIG, noise_probability=0.25), seeds, np.full(400, np.inf))
-    assert 60 < np.count_nonzero(often.noise) < 140
-    assert np.array_equal(often.tempo, draw_augmentation(CONFIG, seeds, np.full(400, np.inf)).tempo)
 
 
 @pytest.mark.skipif(shutil.which("sox") is None, reason="sox is not installed")

@@ -81,6 +81,18 @@ def test_one_page_that_another_process_uses_is_enough_to_say_that_the_cache_is_n
     assert "pages of tones-train/audio.npy are still cached: another process may be using it" in reason
 
 
+def test_a_data_set_of_another_user_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_dataset(write_packed_dataset(tmp_path / "tones", {"train": 21}))
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "audio.npy is another user's" in this_machine.clear_cache(dataset)
+
+
+def test_cpus_that_are_counted_anew_have_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {12345})
+    assert this_machine.cpu_seconds() == {}
+
+
 def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     dataset = open_dataset(write_packed_dataset(tmp_path / "tones", {"train": 21}))
     (dataset.path / "tones-train" / "utterances.csv").unlink()

@@ -92,6 +92,12 @@ def test_more_padding_changes_no_training_loss_gradient_or_running_statistic(fea
         assert (narrow - wide).norm() <= 1e-4 * wide.norm()
 
 
+def test_every_parameter_has_a_gradient_with_one_channel_too(features: torch.Tensor) -> None:
+    model = DeepSpeech2(conv_channels=1, hidden_size=8)
+    model(features, torch.full((len(features),), features.shape[2]))[0].square().sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 def test_batch_norm_statistics_are_those_of_the_valid_frames_alone(features: torch.Tensor) -> None:
     torch.manual_seed(0)
     model = DeepSpeech2(conv_channels=4, hidden_size=24)

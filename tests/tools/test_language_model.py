@@ -142,6 +142,10 @@ def test_models_are_downloaded_and_only_intact_ones_are_kept(mirror: str, tmp_pa
     assert done.returncode == 0, done.stderr
     assert f"MD5 {md5}" in done.stderr
     assert "CAT" in read_words(tmp_path / "models" / "3-gram.arpa.gz")
+    assert fetched("3-gram", "--md5", md5).returncode == 0
+    refused = fetched("3-gram")
+    assert refused.returncode == 1
+    assert f"has MD5 {md5}, not 74cbb837e582378c26c602e1c8cbcb9c: remove it" in refused.stderr
     other = fetched("4-gram")
     assert other.returncode == 1
     assert "expected 6abdcd5b055bd482e4f9defe91d40408" in other.stderr

@@ -396,6 +396,7 @@ def test_the_commands_work_on_committed_results(tmp_path: Path, capsys: pytest.C
     folders = sorted({path.parent for path in COMMITTED})
     for folder in folders:
         paths = sorted(folder.glob("result_*.txt"))
+        assert main(["check", *texts(paths)]) == 0
         if len(paths) >= 3:
             assert main(["score", *texts(paths)]) == 0
             assert "Score: " in capsys.readouterr().out

@@ -128,6 +128,13 @@ def test_series_of_several_configurations_are_shown_side_by_side_with_what_diffe
     assert re.findall(r'<th scope="row">(.*?)</th>', differing) == ["batch size"]
 
 
+def test_what_only_some_series_have_is_no_common_fact() -> None:
+    paths = [ROOT / "results" / machine / "an4" / "result_0.txt" for machine in ("1-h200", "2-cores-zen5")]
+    differing, _, common = render.render(read_series(paths)).partition("The same in all")
+    assert "<td>NVIDIA H200</td>" in differing
+    assert "NVIDIA H200" not in common.partition("</dl>")[0]
+
+
 def test_labels_and_colors_of_many_series_are_all_different(tmp_path: Path) -> None:
     config = [{"batch_size": 8 * number} for number in range(1, 41)]
     html = written(
@@ -139,11 +146,13 @@ def test_labels_and_colors_of_many_series_are_all_different(tmp_path: Path) -> N
 
 def test_runs_of_the_same_seed_are_told_apart_by_their_files(tmp_path: Path) -> None:
     paths = []
-    for name in ("before", "after"):
+    for name in ("before", "after", os.fsdecode(b"caf\xe9")):
         (tmp_path / name).mkdir()
         paths.append(made_up_log().write(tmp_path / name / "mlperf_ds2.log"))
     labels = [each.label for each in read_series(paths)]
-    assert labels == ["librispeech, before/mlperf_ds2", "librispeech, after/mlperf_ds2"]
+    folders = "before", "after", r"caf\xe9"
+    assert labels == [f"librispeech, {folder}/mlperf_ds2" for folder in folders]
+    assert labels[2] in written(tmp_path, *paths)
     with pytest.raises(RunError, match="named 2 times"):
         read_series([paths[0], tmp_path / "after" / ".." / "before" / "mlperf_ds2.log"])
 

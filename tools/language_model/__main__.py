@@ -28,7 +28,7 @@ import tyro
 
 from data.corpora import REPOSITORY, Archive, openslr_mirrors
 from data.fetch import fetch
-from data.files import DOWNLOADS, atomic_replace, locked, progress_bar, work_folder
+from data.files import DOWNLOADS, atomic_replace, file_digest, locked, progress_bar, work_folder
 from data.packed import open_dataset
 from pytorch.cli import RunError, exit_status
 from tools.output import output_file, prepare_outputs
@@ -158,7 +158,10 @@ def download(options: Download) -> None:
     archive = Archive(f"{options.name}.arpa.gz", md5=options.md5.lower() or LIBRISPEECH_MODELS[options.name])
     mirrors = [part.strip() for part in options.mirror.split(",") if part.strip()] or openslr_mirrors(11)
     target = options.output_dir / archive.file
-    if not target.exists():
+    if target.exists():
+        if (md5 := file_digest(target, "md5")) != archive.md5:
+            raise RunError(f"{target} has MD5 {md5}, not {archive.md5}: remove it, to download it anew")
+    else:
         options.output_dir.mkdir(parents=True, exist_ok=True)
         with (
             locked(options.output_dir, "download"),

@@ -50,7 +50,7 @@ def run_series(
 ) -> bool:
     """Do several runs, one after another, with the seeds SEED, SEED + 1, ..., and score them.
 
-    Exit status 0 if there are as many runs as asked for, and a score.
+    Exit status 0 if there are as many runs as asked for, and a score; one or two runs need to reach the target only.
 
     Args:
         runs: how many; the rules ask for 10

@@ -53,8 +53,8 @@ def render(series: Sequence[Series]) -> str:
         },
         parts=[(each.label, spent) for each in series if (spent := tables.parts(each.runs))],
         transcripts=[(run, shown) for run in runs if (shown := transcripts(run))],
-        differing={name: values for name, values in facts.items() if len(set(filter(None, values))) > 1},
-        common={name: values for name, values in facts.items() if len(set(filter(None, values))) <= 1},
+        differing={name: values for name, values in facts.items() if len(set(values)) > 1},
+        common={name: values for name, values in facts.items() if len(set(values)) == 1},
         style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(script) for script in scripts],
         # Should anything ever slip through the escaping, no browser runs it, nor sends anything anywhere.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -149,9 +150,9 @@ def _labels(logs: Sequence[RunLog]) -> list[str]:
 
 
 def file_names(paths: Sequence[Path]) -> list[str]:
-    """Return the files' names, with as many of their folders as tell them apart."""
+    """Return the files' names, with as many of their folders as tell them apart; names need not be Unicode."""
     for parts in range(1, 1 + max(len(path.parts) for path in paths)):
         names = ["/".join(path.with_suffix("").parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
-            return names
-    return [str(path) for path in paths]
+            break
+    return [os.fsencode(name).decode(errors="backslashreplace") for name in names]

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from pytorch.layers import gru
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,6 +74,29 @@ def test_outputs_and_gradients_are_those_of_stock_gru(case: int) -> None:
         pytest.skip("Triton 3.6's interpreter does not work with NumPy 2.4")
     assert process.returncode == 0, process.stderr
     assert max(json.loads(process.stdout)) < 1e-6, process.stdout
+
+
+def test_where_the_backward_kernel_does_not_run_cudnn_computes_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytorch.layers import gru_triton
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, keep: bool, *weights: Tensor) -> Tensor:
+            return weights[0].sum()
+
+        @staticmethod
+        def backward(ctx: Any, *d_outputs: Tensor) -> Any:
+            raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(gru_triton, "supported", lambda device, directions, hidden_size: True)
+    monkeypatch.setattr(gru_triton, "Layer", Broken)
+    with torch.inference_mode(), pytest.warns(UserWarning, match="failed: out of resource: shared memory"):
+        assert not gru.has_triton_kernel.__wrapped__(torch.device("cpu"), 8)
+    monkeypatch.setattr(
+        Broken, "backward", lambda ctx, *d_outputs: (None,) * 3 + (d_outputs[0].expand(24, 8),) + (None,) * 7
+    )
+    with torch.inference_mode():
+        assert gru.has_triton_kernel.__wrapped__(torch.device("cpu"), 8)
 
 
 def compile_for_hopper(kernel: Any, tile: dict[str, int], **constants: Any) -> Any:
