@@ -27,7 +27,9 @@ if ! sh "$root/pytorch/run_and_time.sh" --config synthetic "$@" >"$log.partial";
 fi
 mv "$log.partial" "$log"
 tail -n 1 "$log"
-if [ $# -eq 0 ]; then # overrides may name another folder
-    echo "Log: $log    Checkpoint: $results/checkpoint_best.pt    Report: $results/report.html"
+others="    Checkpoint: $results/checkpoint_best.pt    Report: $results/report.html"
+if [ $# -gt 0 ]; then # overrides may name another folder
+    others=''
 fi
+echo "Log: $log$others"
 echo "This corpus is synthetic: its time shows that everything works and is no benchmark result. For one, see README.md."
