@@ -190,7 +190,7 @@ done
 check "what is sent to the builder is small" grep -q 'context.* [0-9.]*kB' "$work/build.out"
 check "the default user is not root" [ "$(docker run --rm "$image" id -u)" -ne 0 ]
 
-freeze() { # freeze <image>: what is installed, normalised
+freeze() { # freeze <image>: what is installed, normalized
     docker run --rm "$1" python3 -m pip freeze | tr 'A-Z_' 'a-z-' | sort
 }
 freeze stand-in >"$work/base.freeze"

@@ -65,7 +65,7 @@ def is_complete(target: Path) -> bool:
 
 
 def cut(size: Callable[[int], int]) -> Callable[[str, int, Answer], None]:
-    """Behaviour that ends the body of request `number` after `size(number)` bytes."""
+    """Behavior that ends the body of request `number` after `size(number)` bytes."""
 
     def behave(path: str, number: int, answer: Answer) -> None:
         answer.body = answer.body[: size(number)]
@@ -180,7 +180,7 @@ def test_a_passing_failure_is_retried(server: Server, target: Path, status: int)
     assert len(server.requests) == 4
 
 
-def test_retry_after_is_honoured(server: Server, target: Path) -> None:
+def test_retry_after_is_honored(server: Server, target: Path) -> None:
     def behave(path: str, number: int, answer: Answer) -> None:
         if number == 0:
             answer.status, answer.headers, answer.body = 503, {"Content-Length": "0", "Retry-After": "1"}, b""

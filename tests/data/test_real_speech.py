@@ -15,7 +15,7 @@ SPEECH = REPOSITORY.parent / "shared" / "speech"
 pytestmark = pytest.mark.skipif(not SPEECH.is_dir(), reason=f"no real speech in {SPEECH}")
 
 
-def test_an4_has_its_published_counts_and_is_recognised_as_the_complete_archive(tmp_path: Path) -> None:
+def test_an4_has_its_published_counts_and_is_recognized_as_the_complete_archive(tmp_path: Path) -> None:
     made = command("download_dataset.sh", "--corpus", "an4", "--mirror", SPEECH / "an4", "--dataset-dir", tmp_path)
     assert made.returncode == 0, made.stderr
     dataset = open_dataset(tmp_path)

@@ -28,7 +28,7 @@ def nothing_drawn(count: int, **drawn: np.ndarray) -> Augmentation:
     return dataclasses.replace(Augmentation(ones, ones, masks, masks), **drawn)
 
 
-def test_features_are_the_normalised_log1p_magnitude_of_torch_stft() -> None:
+def test_features_are_the_normalized_log1p_magnitude_of_torch_stft() -> None:
     waveforms, samples = random_batch([8000])
     features, frames = LogSpectrogram()(waveforms, samples)
     window = torch.hamming_window(320)

@@ -53,7 +53,7 @@ def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite
         taught = Trainer(config, CPU)
         infinite[:] = losses
         used = [torch.full_like(weight, 7.0) for weight in taught.model.parameters()]
-        del used  # what is not initialised is likely to be this
+        del used  # what is not initialized is likely to be this
         while infinite:
             taught.train_step([batch], 2, 1e-3)
         weights.append(list(taught.model.parameters()))

@@ -16,7 +16,7 @@ setattr(yaml, "BaseLoader", getattr(yaml, "CBaseLoader", yaml.BaseLoader))  # no
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint that recognises the language of tones, and the data set of it."""
+    """A checkpoint that recognizes the language of tones, and the data set of it."""
 
     checkpoint: Path
     dataset: Path

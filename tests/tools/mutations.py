@@ -127,13 +127,13 @@ MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
         lambda log: log.swap("run_start", "train_samples"),
         "the data were read before the clock started",
     ),
-    "initialisation behind the start": (
+    "initialization behind the start": (
         lambda log: log.swap("init_stop", "run_start"),
         "run_start: not behind init_stop",
     ),
-    "initialisation for hours": (
+    "initialization for hours": (
         lambda log: log.shift("init_stop", 5 * 3600),
-        "initialisation took more than 240 minutes",
+        "initialization took more than 240 minutes",
     ),
     "checkpoint before the clock stops": (
         lambda log: insert(log, log.events.pop(log.positions("checkpoint")[-1]), "run_stop"),

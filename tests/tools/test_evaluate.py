@@ -111,7 +111,7 @@ def test_the_batch_size_changes_nothing(
     assert pairs(tmp_path) == pairs(evaluated)
 
 
-def test_two_processes_report_the_same_as_one_and_recognise_each_utterance_once(
+def test_two_processes_report_the_same_as_one_and_recognize_each_utterance_once(
     tones: Path, checkpoint: Path, evaluated: Path, tmp_path: Path
 ) -> None:
     with socket.socket() as free:

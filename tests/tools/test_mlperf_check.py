@@ -215,7 +215,7 @@ def test_real_logs_break_the_closed_rules(real: Path) -> None:
         ("configuration", ..., {"target_wer": 23.5}, "target_wer is not 23.0"),
         ("configuration", ..., {"hidden_size": 400}, "hidden_size is not 800"),
         ("submission_division", "open", {}, "it is not of the closed division"),
-        ("init_stop", ..., {}, "initialisation took more than 30 minutes"),
+        ("init_stop", ..., {}, "initialization took more than 30 minutes"),
     ],
 )
 def test_closed_rules_refuse(

@@ -4,7 +4,7 @@
     transcript = decode(emission_TV)
 
 A transcript's score is log p(labels | audio) + alpha * log p(words) + beta * number of words, as in Deep Speech (arXiv
-1412.5567, section 2.2), with natural logarithms. Only words of the language model can be recognised. The search is
+1412.5567, section 2.2), with natural logarithms. Only words of the language model can be recognized. The search is
 flashlight-text's, which brings KenLM to read the model; it is the extra `lm` (pip install -e '.[lm]').
 """
 

@@ -18,7 +18,7 @@ from tools.report.transcripts import transcripts
 from tools.report.warnings import missing_events, warnings
 
 FOLDER = Path(__file__).parent
-CHART_JS = "chart.umd.min.js"  # npm's chart.js, dist/; its licence is beside it
+CHART_JS = "chart.umd.min.js"  # npm's chart.js, dist/; its license is beside it
 GOLDEN_ANGLE = 137.508  # degrees from a series' hue to the next one's: no two are the same, and neighbors differ most
 ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(FOLDER),

@@ -72,7 +72,7 @@ def test_a_number_that_is_none_reaches_the_output(cpu_path: str) -> None:
     assert output_NC[:, 1].isnan().all() and output_NC[:, [0, 2]].isfinite().all()
 
 
-def test_one_row_is_normalised_to_zero_and_leaves_statistics_finite() -> None:
+def test_one_row_is_normalized_to_zero_and_leaves_statistics_finite() -> None:
     norm = BatchNorm(3)
     output_NC = _SyncBatchNorm.apply(torch.ones(1, 3), norm.weight, norm.bias, norm.eps, LIMITS[0])[0]
     assert torch.equal(output_NC, torch.zeros(1, 3))
