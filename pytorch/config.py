@@ -163,7 +163,7 @@ class Config:
     """Final decay per step of the exponential moving average of the weights, which is what is evaluated; 0: no EMA."""
 
     # --- augmentation of training utterances
-    augment_from_epoch: int = _field(1, POSITIVE_INTEGER)
+    augment_from_epoch: int = _field(6, POSITIVE_INTEGER)
     """First epoch with augmentation; those before it take the utterances as they are."""
     tempo_min: float = _field(0.85, TEMPO)
     """Slowest tempo."""
@@ -261,7 +261,6 @@ CONFIGS: dict[str, Config] = {
         lr_decay_epochs=20,
         max_epochs=20,
         warmup_steps=30,
-        augment_from_epoch=6,
         gain_min_db=0.0,
         gain_max_db=0.0,
         frequency_mask_bins=20,
@@ -276,6 +275,7 @@ CONFIGS: dict[str, Config] = {
         lr_decay_epochs=8,
         max_epochs=20,
         warmup_steps=30,
+        augment_from_epoch=1,
         tempo_min=0.9,
         tempo_max=1.1,
         gain_min_db=0.0,
@@ -297,6 +297,7 @@ CONFIGS: dict[str, Config] = {
         warmup_steps=0,
         gradient_clip_norm=200.0,
         ema_decay=0.0,
+        augment_from_epoch=1,
         frequency_masks=0,
         time_masks=0,
     ),
