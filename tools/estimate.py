@@ -55,7 +55,7 @@ EPOCHS = {  # to the target, and where that is from
     "librispeech": (5, "extrapolated: 3 to 6, see docs/recipes.md"),
     "librispeech-2018": (9, "published for this optimizer with batch 64: WER 23.3 after 8"),
     "an4": (3, "measured: 17 of 20 runs with batch 6, the others 4; docs/recipes.md"),
-    "synthetic": (2, "measured with batch 6, results/2-cores-zen5/synthetic"),
+    "synthetic": (2, "measured: all of 20 runs with batch 6; docs/recipes.md"),
 }
 UNKNOWN = "the most that a run takes; how many the target needs is not known"
 # Where a step takes very long, MIN_ROUNDS of one step each take longer.
