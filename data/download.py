@@ -60,8 +60,9 @@ def main() -> int:
 def download(options: Options) -> PackedDataset:
     """Bring the data set that `options` describe to completion; DataError where that is impossible."""
     corpus = find_corpus(options.corpus)
-    subsets = corpus.select([name.strip() for name in options.subsets.split(",") if name.strip()])
-    _check_options(options, corpus, subsets)
+    names = [name.strip() for name in options.subsets.split(",") if name.strip()]
+    subsets = corpus.select(names)
+    _check_options(options, corpus, names)
     subsets = subsets[:1] if options.manifest else subsets
     path = options.dataset_dir or corpus.default_dataset_dir
     if path.exists() and not path.is_dir():
@@ -86,12 +87,12 @@ def download(options: Options) -> PackedDataset:
     return dataset
 
 
-def _check_options(options: Options, corpus: Corpus, subsets: Sequence[CorpusSubset]) -> None:
+def _check_options(options: Options, corpus: Corpus, names: Sequence[str]) -> None:
     if options.jobs < 1:
         raise DataError(f"--jobs is {options.jobs}; at least 1 is needed")
     if (corpus.layout == "manifest") != (options.manifest is not None):
         raise DataError("--corpus manifest and --manifest FILE go together")
-    if options.manifest and options.subsets.strip(" ,") and len(subsets) != 1:
+    if options.manifest and len(names) > 1:
         raise DataError("a manifest makes one subset: --subsets train, validation or test")
     if not corpus.mirrors and (options.mirror or options.checksums or options.keep_archives):
         why = "is made on this machine" if corpus.synthetic else "has no archives"

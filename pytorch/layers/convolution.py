@@ -6,10 +6,11 @@
 Parameters and state_dict are those of torch.nn.Conv2d on [B, C, F, T], and so are the results. Other forms of the same
 sums are faster than the direct convolutions of oneDNN and cuDNN (figures in BENCHMARKS.md and docs/gpu.md):
 
-- One input channel: a matrix product. The input is unfolded along time only, so that the window of an output frequency
-  is one contiguous run; a few neighboring outputs share a slightly longer run, whose weights form a band (Toeplitz)
-  matrix. The unfolded input is 5.5 times the input (11 frames for every second one), with im2col it would be 113 times.
-- More channels: a product of Fourier transforms, of tiles of a few frames so that a tile's padding stays small. The
+- The features, one channel that needs no gradient: a matrix product. The input is unfolded along time only, so that the
+  window of an output frequency is one contiguous run; a few neighboring outputs share a slightly longer run, whose
+  weights form a band (Toeplitz) matrix. The unfolded input is 5.5 times the input (11 frames for every other one);
+  with im2col it would be 113 times.
+- Everything else: a product of Fourier transforms, of tiles of a few frames so that a tile's padding stays small. The
   transforms are matrix products too.
 
 Under bfloat16 autocast both are computed in bfloat16, sums in float32, but on a CPU that has to emulate it: there they

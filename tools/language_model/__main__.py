@@ -150,7 +150,7 @@ def download(options: Download) -> None:
     """Download a language model, whose MD5 says whether it is whole; resume an unfinished download.
 
     Raises:
-        RunError: there is no model of this name.
+        RunError: there is no model of this name, or another file has its place.
         DataError: no mirror delivered it whole.
     """
     if options.name not in LIBRISPEECH_MODELS:
