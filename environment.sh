@@ -47,7 +47,7 @@ use_environment() {
         return 1
     fi
     if ! "$python" -m pip install --quiet --disable-pip-version-check --editable "$root$extra" >&2; then
-        echo "error: installing the dependencies failed; the lines above say why. Run the command again to go on." >&2
+        echo "error: installing the dependencies failed; see the lines above. Run the command again to continue." >&2
         return 1
     fi
     for installed in run "$1"; do # every extra has what a run needs

@@ -19,7 +19,7 @@ echo "== 1 of 3: speech synthesis, packed data set (about a minute)"
 sh "$root/download_dataset.sh" --corpus synthetic
 echo "== 2 of 3: checksum of the data set"
 sh "$root/verify_dataset.sh" --dataset-dir "$root/Synthetic_dataset"
-echo "== 3 of 3: training until the validation WER is 23.0 or less (a minute or two on two CPU cores)"
+echo "== 3 of 3: training until the validation WER is 23.0 or less (one to three minutes on two CPU cores)"
 mkdir -p "$results"
 if ! sh "$root/pytorch/run_and_time.sh" --config synthetic "$@" >"$log.partial"; then
     echo "The run did not reach the target; its log is $log.partial" >&2
@@ -32,4 +32,4 @@ if [ $# -gt 0 ]; then # overrides may name another folder
     others=''
 fi
 echo "Log: $log$others"
-echo "This corpus is synthetic: its time shows that everything works and is no benchmark result. For one, see README.md."
+echo "This corpus is synthetic: it shows that everything works, but its time is not a benchmark result. See README.md."

@@ -45,7 +45,7 @@ CHUNKS = {
     b"riff": (40, "<16sQ", b"data\xf3\xac\xd3\x11\x8c\xd1\0\xc0O\x8e\xdb\x8a", 8),
 }
 MOST_CHUNKS = 1000
-# A page of Ogg that begins a stream behind one that does not; the frame that tells the length of an MP3 stream; AAC.
+# A page of Ogg that begins a stream after one that does not; the frame that tells the length of an MP3 stream; AAC.
 OGG_CHAIN = re.compile(rb"OggS\0[\0\1\4\5].*OggS\0[\2\6]", re.DOTALL)
 MP3_INFO = re.compile(rb"\xff[\xe2-\xfb].{2,4}?\0{9,32}(?:Xing|Info)\0\0\0(.)(.{8})", re.DOTALL)
 ADTS = re.compile(rb"\xff[\xf0\xf1\xf8\xf9]")
@@ -71,14 +71,14 @@ def read_flac_header(file: Path) -> tuple[int, int, bytes]:
 
 
 def resampled_length(frames: int, rate: int) -> int:
-    """Return the length at 16 kHz, rounded, of so many frames."""
+    """Return the length at 16 kHz, rounded, of this many frames."""
     return max(1, (2 * frames * SAMPLE_RATE + rate) // (2 * rate))
 
 
 def num_samples(file: Path, convert: bool = True) -> int:
     """Return the length at 16 kHz of an audio file, by its header where that tells it.
 
-    DataError for what is no audio, or empty, or cut short. Without `convert`, neither sox nor ffmpeg is tried.
+    DataError for what is not audio, is empty, or is cut short. Without `convert`, neither sox nor ffmpeg is tried.
     """
     with open_recording(file, convert) as audio:
         _check_whole(file, audio.frames)
@@ -234,7 +234,7 @@ def _check_whole(file: Path, frames: int) -> None:
         present = len(content) - start
     if frames == 0 and claimed == 0 < present:
         raise DataError(f"{file} was not closed: its header says 0 bytes of audio, and {present} follow")
-    # What is written into a pipe claims the most there can be, or thereabouts: that is no claim.
+    # What is written into a pipe claims about the maximum, which says nothing.
     placeholder = 0x7F000000 <= claimed <= 0x80000000 or claimed >= 0xFFFFFF00
     if present < claimed and not placeholder:
         raise DataError(f"{file} is cut short: it has {present} of {claimed} bytes of audio")

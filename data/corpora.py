@@ -1,4 +1,4 @@
-"""The catalogue of corpora: which archives make up which subsets, their sums, counts, license and where they are.
+"""The catalog of corpora: which archives make up which subsets, their checksums, counts, licenses and mirrors.
 
 Figures of LibriSpeech are those published on openslr.org/12 and /31. A corpus is added by adding an entry here and,
 where its archives have a layout of their own, a reader in readers.py.
@@ -56,7 +56,7 @@ class Corpus:
         return REPOSITORY / self.folder
 
     def select(self, names: Sequence[str]) -> list[CorpusSubset]:
-        """Return the subsets of these names, in the catalogue's order; all for none. DataError for unknown ones."""
+        """Return the subsets of these names, in the catalog's order, or all if none is given. DataError if unknown."""
         known = [subset.name for subset in self.subsets]
         if unknown := [name for name in names if name not in known]:
             raise DataError(f"{self.name} has no subset '{unknown[0]}'; it has: {', '.join(known)}")

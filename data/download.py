@@ -7,8 +7,8 @@ python -m data.download --corpus an4 --mirror ~/archives       from a folder (re
 python -m data.download --mirror part --checksums part/md5sum.txt      archives other than the published ones
 python -m data.download --corpus manifest --manifest my.tsv    your own speech (readers.py)
 
-Archives are fetched several at a time, each prepared as soon as it is there, and removed as soon as it is prepared.
-After an interruption of any kind the same command goes on where it was.
+Several archives are fetched at a time. Each is prepared as soon as it is complete, then removed. After any
+interruption, the same command resumes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dic
     """Return by subset the published archive, or one with the sum of --checksums; a manifest stands for its archive."""
     if options.manifest:
         if not options.manifest.is_file():  # a pipe has nothing left when it is read again
-            raise DataError(f"the manifest {options.manifest} is missing, or is no regular file")
+            raise DataError(f"the manifest {options.manifest} is missing, or is not a regular file")
         return {subsets[0].name: Archive(str(options.manifest), md5=file_digest(options.manifest, "md5"))}
     if not options.checksums:
         return {subset.name: subset.archive for subset in subsets}

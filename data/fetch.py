@@ -1,8 +1,8 @@
 """One archive, verified: read from a folder, downloaded over HTTP whatever happens, or synthesized on this machine.
 
-An unfinished download is `<archive>.part`. Any later run, after a kill or days, goes on from its last byte, at any
-mirror; should the file have changed meanwhile, its sum is wrong in the end, and it is downloaded again from the start.
-The library is urllib3: it has the timeouts, redirects and proxies, and no dependencies of its own.
+An unfinished download is `<archive>.part`. Any later run, after a kill or days, resumes after its last byte, from any
+mirror; if the file has changed in the meantime, its checksum is wrong, and it is downloaded again from the start.
+urllib3 handles timeouts, redirects and proxies, and has no dependencies of its own.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from data.files import CHUNK_BYTES, DOWNLOADS, DataError, Progress, atomic_repla
 PARALLEL_DOWNLOADS = 3
 TIMEOUT_S = urllib3.Timeout(connect=20, read=30)
 REDIRECTS = Retry(total=None, connect=0, read=0, status=0, other=0, redirect=5, respect_retry_after_header=False)
-ATTEMPTS = 6  # at a mirror, one after the other, none of which came further
+ATTEMPTS = 6  # at a mirror, in a row, without progress
 BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 LONGEST_WAIT_S = 600.0  # give up on a mirror that asks for a longer delay
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-MISMATCH_HINT = "(LibriSpeech was re-issued once; for a partial mirror, give its sums by --checksums)"
+MISMATCH_HINT = "(LibriSpeech was re-issued once; for a partial mirror, pass its --checksums)"
 HEADERS = {"User-Agent": "deepspeech2-benchmark", "Accept-Encoding": "identity"}
 # Of an archive's size: what its files take unpacked, and as packed 16-bit samples with their index.
 UNPACKED_RATIO = {"librispeech": 1.1, "an4": 1.5}
@@ -76,13 +76,13 @@ def read_checksums(file: Path) -> dict[str, str]:
     for line in filter(str.strip, lines):
         match = re.fullmatch(r"\s*([0-9a-f]{32})\s+\*?(\S.*?)\s*", line, re.IGNORECASE)
         if match is None:
-            raise DataError(f"{file}: not a line of md5sum: {line!r}")
+            raise DataError(f"{file}: not an md5sum line: {line!r}")
         sums[Path(match[2]).name] = match[1].lower()
     return sums
 
 
 def check_space(path: Path, needed: float) -> None:
-    """Raise DataError if the disk of `path` has not so many bytes left."""
+    """Raise DataError if the disk of `path` has fewer bytes left."""
     free = shutil.disk_usage(path).free
     if free < needed:
         raise DataError(
@@ -112,7 +112,7 @@ class ArchiveSource:
                 raise DataError(f"{kept} is on another disk than its data set, so archives cannot be kept there")
 
     def archives(self, wanted: Sequence[Archive]) -> Generator[VerifiedArchive, None, None]:
-        """Yield the archives in the order in which they are there. DataError if one cannot be had."""
+        """Yield the archives as they become available. DataError if one cannot be obtained."""
         files: Iterable[Path]
         if self._corpus.synthetic:
             files = map(self._synthesize, wanted)
@@ -257,7 +257,7 @@ class PartialDownload:
                 # Jitter keeps many machines from coming back at the same moment.
                 delay = max(error.wait, min(LONGEST_BACKOFF_S, BACKOFF_S * 2**failures) * random.uniform(0.5, 1.5))
                 if delay > LONGEST_WAIT_S:
-                    raise MirrorError(f"{error}; it asks to wait {delay:.0f} s") from error
+                    raise MirrorError(f"{error}; the server asks for a wait of {delay:.0f} s") from error
                 waiting = f"resuming in {delay:.1f} s at byte {self.size}"
                 print(f"{_without_login(address)}: {error}; {waiting}", file=sys.stderr)
                 if self._stop.wait(delay):

@@ -1,4 +1,4 @@
-"""The tools of every command: errors, files that are whole or absent, locks, digests, processes, progress bars.
+"""Shared by all commands: errors, files that are whole or absent, locks, digests, processes, progress bars.
 
 Nothing here knows what an archive or a data set is. What a command has not finished lies in a work_folder, and
 everything in that is this program's; outside of it, nothing is removed or replaced that the program did not make.
@@ -60,7 +60,7 @@ def require_values(arguments: Sequence[str]) -> None:
         if option.startswith("-") and value == "" and option not in MAY_BE_EMPTY:
             raise DataError(f"{option} has an empty value")
         if option.startswith("-") and value.startswith("~"):
-            raise DataError(f"{option} is {value}: your shell leaves this ~ as it is; write $HOME")
+            raise DataError(f"{option} is {value}: your shell did not expand the ~; write $HOME")
 
 
 def exit_status(
@@ -156,7 +156,7 @@ def work_folder(parent: Path) -> Iterator[Path]:
         _clear_work_folder(folder)
     folder.mkdir(exist_ok=True)
     try:
-        (folder / MARK).write_text("All in this folder is removed by the command that made it.\n", encoding="utf-8")
+        (folder / MARK).write_text("Everything here is removed by the command that made it.\n", encoding="utf-8")
         (folder / DOWNLOADS).mkdir(exist_ok=True)
         yield folder
     finally:

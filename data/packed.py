@@ -228,7 +228,7 @@ def _write_summary(summary: SubsetSummary) -> dict[str, Any]:
 
 
 def audio_header(num_samples: int) -> bytes:
-    """Return the header of an .npy file of so many int16."""
+    """Return the header of an .npy file of `num_samples` int16."""
     # Made here because numpy's own padding changes with its version.
     text = f"{{'descr': '<i2', 'fortran_order': False, 'shape': ({num_samples},), }}"
     prefix = b"\x93NUMPY\x01\x00" + (AUDIO_HEADER_BYTES - 10).to_bytes(2, "little")
@@ -258,7 +258,7 @@ def read_index(file: Path) -> Iterator[UtteranceRow]:
                     name, speaker, offset, samples, transcript, digest = row
                     numbers = int(offset), int(samples)
                     if max(map(abs, numbers)) >= 1 << 62:
-                        raise ValueError(f"{max(numbers, key=abs)} is no number of samples")
+                        raise ValueError(f"{max(numbers, key=abs)} is not a number of samples")
                     yield UtteranceRow(name, speaker, *numbers, transcript, digest)
                 except ValueError as error:
                     raise DatasetError(f"{file}, line {reader.line_num}: not an utterance ({error})") from error

@@ -45,7 +45,7 @@ from data.readers import Utterance, decode, read_utterances
 
 CONTENT = (AUDIO_FILE, INDEX_FILE)
 UTTERANCES_PER_TASK = 16
-# Speech in FLAC or 16-bit samples hardly shrinks by gzip; what grows this much on unpacking is no speech.
+# Speech in FLAC or 16-bit samples hardly shrinks by gzip; what grows this much on unpacking is not speech.
 MOST_EXPANSION, SMALL_BYTES = 20, 16 << 20
 
 
@@ -163,7 +163,7 @@ def _pack(
             notes += [note for _, note in some if note]
             bar.update(len(some))
     if notes:
-        print(f"warning: {name}: {len(notes)} utterances are not as they were:\n{first_of(notes)}", file=sys.stderr)
+        print(f"warning: {name}: {len(notes)} utterances to check:\n{first_of(notes)}", file=sys.stderr)
     index_sha256 = write_index(
         folder / INDEX_FILE,
         (
@@ -219,7 +219,7 @@ def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> l
         for utterance in utterances:
             samples, clipped = decode(utterance)
             waveform = np.ascontiguousarray(samples, dtype="<i2")
-            note = f"{utterance.id}: {clipped} samples were beyond full scale, and are clipped" if clipped else ""
+            note = f"{utterance.id}: {clipped} samples were beyond full scale and were clipped" if clipped else ""
             if waveform.min() == waveform.max():
                 note = f"{utterance.id}: nothing but silence; do its channels cancel each other?"
             decoded.append((utterance_digest(waveform, utterance.transcript), note))

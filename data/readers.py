@@ -5,7 +5,7 @@
 - A manifest, of your own speech: a line `path<TAB>transcript` per utterance, audio of any format, rate and channels.
   Paths are absolute or start from the manifest's own folder; a path is also the utterance's id, its folder the speaker.
 
-Every doubt is an error that names file and utterance: nothing is skipped or repaired silently.
+Anything doubtful is an error that names file and utterance: nothing is skipped or repaired silently.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
         folders.sort()
         chapter = Path(path)
         if left := [name for name in names if name.startswith("._")]:
-            raise DataError(f"{chapter / left[0]} is not of the corpus: macOS's tar adds it without COPYFILE_DISABLE=1")
+            raise DataError(f"{chapter / left[0]} is not in the corpus: macOS's tar adds it without COPYFILE_DISABLE=1")
         if other := [name for name in names if Path(name).suffix.lower() in OTHER_AUDIO]:
             raise DataError(f"{chapter / other[0]}: audio of this layout is FLAC; others are read by --corpus manifest")
         audio = {name[:-5]: f"{path}/{name}" for name in names if name.lower().endswith(".flac")}
@@ -122,7 +122,7 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
                     raise DataError(f"{list_file}: utterance {name} has no audio file")
                 file = Path(audio[name])
                 if read_flac_header(file)[0] != SAMPLE_RATE:
-                    raise DataError(f"{file}: utterance {name} is no FLAC file of {SAMPLE_RATE} Hz, by its header")
+                    raise DataError(f"{file}: utterance {name} is not a FLAC file at {SAMPLE_RATE} Hz, by its header")
                 length = num_samples(file, convert=False)
                 yield Utterance(name, name.split("-")[0], transcript, str(file), length)
         if silent := sorted(audio.keys() - spoken):
@@ -152,7 +152,7 @@ def _read_an4(folder: Path, subset: str) -> Iterator[Utterance]:
     listed = {path.strip() for file in (root / "etc").glob("an4_*.fileids") for path in _read_lines(file)}
     for file in sorted((root / "wav").rglob("*.raw")):
         if str(file.relative_to(root / "wav").with_suffix("")) not in listed:
-            raise DataError(f"{file} is in no list of {root / 'etc'}: audio without transcript")
+            raise DataError(f"{file} is not listed in {root / 'etc'}: audio without transcript")
 
 
 def read_manifest(manifest: Path, jobs: int) -> list[Utterance]:

@@ -6,8 +6,8 @@
 
 Prints `Dataset Checksum Passed.` and exits 0, or `WARNING: Dataset Checksum Failed.`, what is wrong and where, and
 exits 1. The checksum is that of packed.py, computed from the files and compared with dataset.json, and with the
-catalogue's where that knows one. Only if it is wrong, the audio is read a second time and the digest of each utterance
-compared with the index's, which tells what is damaged.
+catalog's where that has one. Only if it is wrong is the audio read a second time and the digest of each utterance
+compared with the index's, to find what is damaged.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def validate(dataset: PackedDataset, *, quick: bool = False) -> list[str]:
     `quick` leaves out what needs the samples to be read.
     """
     corpus = find_corpus(dataset.corpus)
-    problems = list(_check_against_catalogue(dataset, corpus))
+    problems = list(_check_against_catalog(dataset, corpus))
     missing = [name for name in content_files(dataset.subsets) if not (dataset.path / name).is_file()]
     if missing:
         return problems + [f"{dataset.path / name} is missing" for name in missing]
@@ -136,14 +136,14 @@ def _corrupt_utterances(folder: Path, summary: SubsetSummary) -> Iterator[str]:
                 )
 
 
-def _check_against_catalogue(dataset: PackedDataset, corpus: Corpus) -> Iterator[str]:
+def _check_against_catalog(dataset: PackedDataset, corpus: Corpus) -> Iterator[str]:
     """Compare the counts in dataset.json with the published ones, for subsets from the published archives."""
     if dataset.splits != corpus.splits(dataset.subsets):
         yield f"{DATASET_FILE} says {dataset.splits}; of {corpus.name} it is {corpus.splits(dataset.subsets)}"
     known = {subset.name: subset for subset in corpus.subsets}
     for name, summary in dataset.summary.items():
         if name not in known:
-            yield f"{name} is no subset of {corpus.name}"
+            yield f"{name} is not a subset of {corpus.name}"
             continue
         published = known[name]
         if summary.official and (

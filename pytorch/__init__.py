@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 
-# How often a thread looks whether the others have come before it sleeps; OpenMP reads it when torch is imported. GNU's
-# own choice, some milliseconds, is no faster alone, and beside other programs keeps cores from those it waits for.
+# How long a waiting thread spins before it sleeps; OpenMP reads this when torch is imported. GNU's default, some
+# milliseconds, is no faster on an idle machine; on a busy one it keeps cores from the threads that it waits for.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -33,7 +33,7 @@ from pytorch.ctc import LABELS
 from pytorch.distributed import World
 
 FORMAT_VERSION = 4
-READABLE_VERSIONS = (3, 4)  # version 3 has one optimizer; its model can be used, but its run not be resumed
+READABLE_VERSIONS = (3, 4)  # version 3 has one optimizer; its model can be used, but its run cannot be resumed
 BEST = "checkpoint_best.pt"
 LAST = "checkpoint_last.pt"
 PREVIOUS = "checkpoint_previous.pt"
@@ -210,7 +210,7 @@ def load(path: Path) -> dict[str, Any]:
     if labels != LABELS:
         raise RunError(f"{path}: its labels are {labels!r}, expected {LABELS!r}")
     if not whole:
-        raise RunError(f"{path}: damaged: its content does not have the digest that it was written with")
+        raise RunError(f"{path}: damaged: its content does not match its digest")
     return content
 
 
@@ -268,7 +268,7 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
         RunError: names each difference.
     """
     if content["format_version"] != FORMAT_VERSION:
-        raise RunError(f"{path}: checkpoint format {content['format_version']} can be used, but not be resumed")
+        raise RunError(f"{path}: checkpoint format {content['format_version']} can be used, but not resumed")
     saved, current = content["config"], config.to_dict()
     if current["precision"] == "auto":  # stays what it was chosen to be
         current["precision"] = saved["precision"]
@@ -278,7 +278,7 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
     if set(fields_of("model")).intersection(different):
         raise RunError(
             f"{path}: cannot be resumed with this configuration, since its weights or the state of its optimizer "
-            f"would not fit: {'; '.join(differences)}. To go on as it began:{again}"
+            f"would not fit: {'; '.join(differences)}. To continue with its options:{again}"
         )
     if content["dataset_digest"] != dataset_digest:
         differences.append(f"data set {content['dataset_digest'][:12]} there, {dataset_digest[:12]} now")
@@ -288,6 +288,6 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
         print(f"{path}: resumed with changes: {'; '.join(differences)}", file=sys.stderr)
         return
     raise RunError(
-        f"{path}: cannot be resumed with this configuration: {'; '.join(differences)}. If that is what you want: "
+        f"{path}: cannot be resumed with this configuration: {'; '.join(differences)}. To resume anyway: "
         "--resume-with-changes"
     )

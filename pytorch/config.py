@@ -107,22 +107,22 @@ class Config:
     checkpoint_interval_minutes: float = _field(30.0, DURATION, scope="session")
     """Maximum minutes between checkpoints; one is always written after each epoch."""
     dist_timeout_seconds: float = _field(600.0, DURATION, scope="session")
-    """How long ranks wait for each other before one is taken for lost."""
+    """Seconds that ranks wait for each other before one counts as lost."""
     device: Device = _field("auto", scope="machine")
-    """Where to compute; auto: the GPU if there is one. cuda is also what PyTorch calls AMD's GPUs; Intel's are xpu,
-    Apple's mps."""
+    """Where to compute; auto: the GPU if there is one. cuda is for NVIDIA's and AMD's GPUs, xpu for Intel's, mps for
+    Apple's."""
     precision: Precision = _field("auto")
-    """Of the operands and results of matrix products and convolutions (sums in them, loss, weights and their moments
-    are always fp32); auto: bf16 on a GPU that has it; on a CPU that has it, the faster of both, measured before the
-    clock starts. fp32 means TF32 on GPUs that have it."""
+    """Precision of the operands and results of matrix products and convolutions (accumulation, loss, weights and
+    optimizer state are always fp32); auto: bf16 on a GPU that has it; on a CPU that has it, the faster of the two,
+    measured before the clock starts. fp32 allows TF32 on GPUs that have it."""
     seed: int = _field(1, SEED, event=constants.SEED, free_in_closed=True)
     """Determines initial weights, data order and augmentation; use a new one for every run."""
     target_wer: float = _field(BENCHMARK_WER, NON_NEGATIVE, scope="limit")
-    """Corpus word error rate, in percent, of all validation utterances at which the run stops."""
+    """The run stops at this corpus word error rate, in percent, over all validation utterances."""
     max_epochs: int = _field(30, POSITIVE_INTEGER, scope="limit", free_in_closed=True)
-    """Give up after so many epochs."""
+    """Give up after this many epochs."""
     max_steps: int | None = _field(None, POSITIVE_INTEGER, scope="limit", free_in_closed=True)
-    """Give up after so many optimizer steps, with an evaluation."""
+    """Give up after this many optimizer steps, with a final evaluation."""
 
     # --- the model
     hidden_size: int = _field(800, POSITIVE_INTEGER, scope="model")
@@ -136,7 +136,7 @@ class Config:
     gradient_accumulation_steps: int = _field(
         1, POSITIVE_INTEGER, event=constants.GRADIENT_ACCUMULATION_STEPS, free_in_closed=True
     )
-    """Microbatches that each device's share of the batch is computed in."""
+    """Number of microbatches into which each device's share of the batch is split."""
     optimizer: Optimizer = _field("muon", OPTIMIZER, scope="model", event=constants.OPT_NAME)
     """adamw, sgd with Nesterov momentum, or muon: Muon for the GRUs' weights and AdamW for all others."""
     learning_rate: float = _field(1.5e-3, POSITIVE, event=constants.OPT_BASE_LR, free_in_closed=True)
@@ -164,7 +164,7 @@ class Config:
 
     # --- augmentation of training utterances
     augment_from_epoch: int = _field(6, POSITIVE_INTEGER)
-    """First epoch with augmentation; those before it take the utterances as they are."""
+    """First epoch with augmentation; earlier epochs leave the utterances unchanged."""
     tempo_min: float = _field(0.85, TEMPO)
     """Slowest tempo."""
     tempo_max: float = _field(1.15, TEMPO)
@@ -188,7 +188,7 @@ class Config:
             if constraint is not None and value is not None and not constraint.check(value):
                 raise RunError(f"--{field.name.replace('_', '-')} is {value}; it must be {constraint.text}")
         if self.resume_with_changes and not self.resume:
-            raise RunError("--resume-with-changes says how to resume; add --resume")
+            raise RunError("--resume-with-changes has no effect without --resume; add it")
         for low, high in ("tempo_min", "tempo_max"), ("gain_min_db", "gain_max_db"):
             if getattr(self, low) > getattr(self, high):
                 raise RunError(

@@ -121,7 +121,7 @@ def has_copy_engine(device: torch.device) -> bool:
 
 
 def copy_from_cpu_ahead(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device beside what that computes, and wait for the copy; see `use_in_current_stream`."""
+    """Copy a tensor to a device while it computes, and wait for the copy; see `use_in_current_stream`."""
     if not has_copy_engine(device):
         return tensor.to(device)
     with _copy_stream(device) as stream:

@@ -48,11 +48,11 @@ class World:
 
         Args:
             device_type: torch's name of the kind of device.
-            timeout_seconds: how long to wait for another rank before it is taken for lost.
+            timeout_seconds: how long to wait for another rank before it counts as lost.
             launch_id: the launch's, on the machine that knows it.
 
         Raises:
-            RankFailure: the others did not come.
+            RankFailure: the others did not connect.
         """
         global _store, _sums, _timeout_seconds
         if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -68,7 +68,7 @@ class World:
             dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
             _sums = dist.new_group(timeout=timeout)
         except RuntimeError as error:
-            raise RankFailure(f"the ranks of this run did not find each other: {_first_line(error)}") from error
+            raise RankFailure(f"the ranks of this run could not connect: {_first_line(error)}") from error
         world = cls(rank, size, int(os.environ["LOCAL_RANK"]))
         # torchrun's count of restarts tells less: those after a machine has joined again are not in it.
         known = [name for name in world.all_gather_object(launch_id) if name]
@@ -101,7 +101,7 @@ class World:
         return box[0]
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank gets here."""
         self.all_gather_object(None)
 
 
@@ -154,7 +154,7 @@ def expect_end_soon() -> None:
 
 
 class StopSignal:
-    """Remembers that this process was told to stop. The step under way goes on, and is saved."""
+    """Remembers that this process was told to stop. The step under way is finished and saved."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -177,7 +177,7 @@ def report_lost_ranks() -> Iterator[None]:
         if not (is_distributed() and about_contact and isinstance(error, RuntimeError)):
             _note_failure()  # others may wait for this rank
             raise
-        missing = "unknown, since the process that keeps the list is one of them"
+        missing = "unknown, because the process that keeps the list is among them"
         with suppress(RuntimeError):
             missing = ", ".join(map(str, _unresponsive_ranks())) or "none, but one has failed"
         text = f"rank {dist.get_rank()}: lost contact; ranks that hang or are gone: {missing} ({_first_line(error)})"

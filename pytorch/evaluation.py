@@ -97,7 +97,7 @@ def evaluate(
 
     Args:
         forward: returns logits [T, B, V] and valid frames [B] of a batch, from a model in evaluation mode.
-        utterances: what to evaluate, shared out such that ranks have like numbers of utterances and samples.
+        utterances: what to evaluate, divided so that ranks get similar numbers of utterances and samples.
         world: the ranks.
         max_batch_samples: samples of a batch, padding included; a longer utterance is a batch of its own.
         device: where `forward` computes.
@@ -138,7 +138,5 @@ def evaluate(
         return None
     everything = sorted(item for _, items in gathered for item in items)
     if [index for index, _ in everything] != list(range(len(utterances))):
-        raise RunError(
-            f"evaluation counted {len(everything)} utterances, which are not the {len(utterances)} there are"
-        )
+        raise RunError(f"evaluation counted {len(everything)} utterances instead of each of the {len(utterances)} once")
     return Evaluation([hypothesis for _, hypothesis in everything])

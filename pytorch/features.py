@@ -31,12 +31,12 @@ FRAMES_MULTIPLE = 32  # that batches are padded to on accelerators
 
 
 def frame_counts(num_samples: Tensor) -> Tensor:
-    """Return the frames of so many samples: one every hop length, the first centered on the first sample."""
+    """Return the frames of this many samples: one every hop length, the first centered on the first sample."""
     return num_samples // HOP_LENGTH + 1
 
 
 def padded_frames(frames: int, device: torch.device) -> int:
-    """Return so many frames, or some more: an accelerator's libraries plan anew for each shape, so it gets few."""
+    """Round frames up on accelerators, whose libraries make a new plan for every shape; keep them on a CPU."""
     return frames if device.type == "cpu" else math.ceil(frames / FRAMES_MULTIPLE) * FRAMES_MULTIPLE
 
 

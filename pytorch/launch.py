@@ -1,15 +1,15 @@
-"""Start the timed run: one process for each GPU, by PyTorch's own torchrun if that is more than one.
+"""Start the timed run: one process per GPU, with PyTorch's torchrun if there are several.
 
     python -m pytorch.launch --config an4           what run_and_time.sh does; all arguments are those of pytorch.train
 
 Environment variables:
 
-    NPROC_PER_NODE  processes on this machine (default: one for each GPU that gets an utterance of each batch, or one)
+    NPROC_PER_NODE  processes on this machine (default: one per GPU, but no more than a batch has utterances; or one)
     NNODES          machines, on each of which this is started (default: 1)
     NODE_RANK       number of this machine, from 0 (default: 0)
     MASTER_ADDR     name or address of machine 0 (default: localhost)
     MASTER_PORT     free port there (default: 29500)
-    MAX_RESTARTS    how often all processes start again from the newest checkpoint after one was lost (default: 0)
+    MAX_RESTARTS    how many times all processes restart from the newest checkpoint after one was lost (default: 0)
 
 The exit status is that of pytorch.train; 1 where one of several processes was lost.
 """
@@ -69,7 +69,7 @@ def variables() -> dict[str, int]:
 
 
 def start(module: str, arguments: list[str], processes: int, given: dict[str, int]) -> int:
-    """Run a module's `main(arguments, launch_id)` in so many processes here; returns the exit status.
+    """Run a module's `main(arguments, launch_id)` in several processes here; returns the exit status.
 
     `given` are the `variables()`. Preempted if the ranks were told to stop.
     """
@@ -127,7 +127,7 @@ def processes_here(config: Config, machines: int = 1) -> int:
     They are NPROC_PER_NODE, or one for each GPU, or for as many GPUs as a batch has utterances for; at least one.
 
     Raises:
-        RunError: NPROC_PER_NODE is no number.
+        RunError: NPROC_PER_NODE is not a number.
     """
     if given := _number("NPROC_PER_NODE"):
         return given
@@ -135,7 +135,8 @@ def processes_here(config: Config, machines: int = 1) -> int:
     processes = min(gpus, config.batch_size // (config.gradient_accumulation_steps * machines))
     if processes < gpus:
         print(
-            f"{max(1, processes)} of {gpus} GPUs: --batch-size {config.batch_size} has no more parts", file=sys.stderr
+            f"Using {max(1, processes)} of {gpus} GPUs: --batch-size {config.batch_size} cannot be split further",
+            file=sys.stderr,
         )
     return max(1, processes)
 
@@ -161,7 +162,7 @@ def _torchrun(arguments: list[str], endpoint: str) -> tuple[str, int]:
         return f"torchrun ended with status {ended.code}", 1
     except ChildFailedError as error:
         failures = (f"rank {rank} ended with status {failed.exitcode}" for rank, failed in error.failures.items())
-        return f"the run has lost processes: {', '.join(failures)}; what they said is above", 1
+        return f"processes of the run failed: {', '.join(failures)}; see their messages above", 1
     except RendezvousError as error:
         cause = (str(error.__cause__ or error).splitlines() or [""])[0]
         where = f"no connection at {endpoint} (MASTER_ADDR, MASTER_PORT)"

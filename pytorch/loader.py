@@ -1,7 +1,7 @@
 """Batches of utterances: which ones, in which order, read ahead in the background.
 
 Epoch 1 takes the utterances in order of length (SortaGrad, arXiv 1512.02595, section 3.2), later epochs take batches of
-like length in random order. Everything random is a function of (seed, epoch, utterance), so a run resumes in the middle
+similar length in random order. All randomness is a function of (seed, epoch, utterance), so a run resumes in the middle
 of an epoch as if it had never stopped, and the number of ranks does not change the data of a step.
 """
 
@@ -172,7 +172,7 @@ def split_evenly(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 def split_balanced(utterances: Utterances, indices: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Split a batch into parts of like size and total length: sorted by length, in snake order (1 2 3 3 2 1 ...)."""
+    """Split a batch into parts of similar size and total length: sorted by length, in snake order (1 2 3 3 2 1 ...)."""
     longest_first = indices[np.argsort(-utterances.num_samples[indices], kind="stable")]
     order = np.resize(np.concatenate([np.arange(parts), np.arange(parts)[::-1]]), len(indices))
     return [longest_first[order == part] for part in range(parts)]

@@ -137,7 +137,7 @@ def clear_cache(dataset: PackedDataset) -> str:
         dataset_file = dataset.path / name
         try:
             if dataset_file.stat().st_uid != os.geteuid() and not os.access(dataset_file, os.W_OK):
-                return f"{name} is another user's: Linux says what is cached only to those who may write to it"
+                return f"{name} is another user's: Linux shows what is cached only to users who may write to the file"
             if left := _evict(dataset_file):
                 return f"{left} pages of {name} are still cached: another process may be using it"
         except OSError as error:

@@ -6,7 +6,7 @@ The sinks are standard output, the file last_run.log in the output folder, and T
     tensorboard --logdir runs                                       # needs the extra `tensorboard`
 
 A sink that fails before the clock starts is an error. One that fails later, such as on a full disk, is named once on
-standard error: the other sinks go on, and so does the run.
+standard error: the other sinks continue, and so does the run.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sink(logging.Handler):
             self.write(record.getMessage())
         except OSError as error:
             self.error = f"{self.name} cannot be written: {error.strerror or error}"
-            print(f"warning: {self.error}; the log goes on elsewhere", file=sys.stderr)
+            print(f"warning: {self.error}; the log continues elsewhere", file=sys.stderr)
 
 
 class StandardOutput(Sink):

@@ -42,7 +42,7 @@ OUTPUT_FREQUENCIES = 41  # 161 bins, halved twice and rounded up
 
 
 def output_frames(frames: Tensor) -> Tensor:
-    """Return the output frames of so many input frames: 'same' padding, stride 2 in the first convolution."""
+    """Return the output frames for these input frames: 'same' padding, stride 2 in the first convolution."""
     return (frames - 1) // TIME_STRIDE + 1
 
 
@@ -147,7 +147,7 @@ class _PackLayout(NamedTuple):
 
 
 def _pack_layout(frames_B: Tensor, device: torch.device) -> _PackLayout:
-    """Return the rows of a PackedSequence of so many frames (CPU): by time step, the longest utterance first.
+    """Return the rows of a PackedSequence with these frame counts (CPU): by time step, the longest utterance first.
 
     What has N elements is made on the device, from what has B or T: a larger copy from the CPU would wait for it.
     """

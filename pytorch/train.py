@@ -51,7 +51,7 @@ MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more me
 
 @dataclass
 class TrainingRun:
-    """What a run works with."""
+    """The objects of a run."""
 
     config: Config  # its precision is fp32 or bf16
     world: World
@@ -78,7 +78,7 @@ def train(config: Config, launch_id: str | None = None) -> bool:
         state, world, user = run.state, run.world, machine.user_name()
         if state.wer is not None and config.target_reached(state.wer):
             world.print_once(
-                f"Target WER of {config.target_wer:g} was reached in {state.elapsed_seconds:.0f} s already."
+                f"Target WER of {config.target_wer:g} was already reached, in {state.elapsed_seconds:.0f} s."
             )
             return True
 
@@ -316,7 +316,7 @@ def log_cpu_taken(run: TrainingRun, before: dict[str, float]) -> None:
     run.log.event("cpu_taken", others, metadata=metadata)  # as fractions of all
     if others + stolen > machine.MOST_SHARED:
         took = f"Other programs took {others:.0%} of this machine's CPU time, and its hypervisor {stolen:.0%}"
-        run.world.print_once(f"{took}: the run's time is no benchmark.")
+        run.world.print_once(f"{took}: the run's time is not a valid benchmark result.")
 
 
 def raise_preempted(run: TrainingRun) -> NoReturn:
@@ -331,7 +331,7 @@ def print_result(run: TrainingRun, reached: bool, seconds: float, user: str, sta
     if not reached:
         run.world.print_once(f"The target WER of {config.target_wer:g} was not reached; best: {state.best_wer:.2f}.")
         return
-    resumed = " (resumed: no uninterrupted benchmark result)" if state.resumed else ""
+    resumed = " (resumed: not an uninterrupted benchmark result)" if state.resumed else ""
     own = f" A LibriSpeech result needs {BENCHMARK_WER:g}." if config.target_wer > BENCHMARK_WER else ""
     run.world.print_once(f"Target WER of {config.target_wer:g} reached in {seconds:.0f} s{resumed}.{own}")
     kind, when = "RESUMED" if state.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
@@ -373,7 +373,7 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
         run.state = TrainState(**{**resumed_from["progress"], "resumed": True})
         trainer.load_state_dict(resumed_from, run.state.step)
         log.event("resumed", True, metadata={k: v for k, v in vars(run.state).items() if v is not None})
-        # torchrun has started lost ranks again: the same run goes on, and so does its log
+        # torchrun has restarted lost ranks: the same run continues, and so does its log
         log_file.append = resumed_from["launch"] is not None and resumed_from["launch"] == world.launch_id
     require_steps_left(run)
     if config.tensorboard is not None and world.is_main:

@@ -26,7 +26,7 @@ from pytorch.loader import Batch
 from pytorch.model import DeepSpeech2
 from pytorch.optimizer import make_optimizers
 
-LABELS_PER_SECOND = 15  # of made-up transcripts, as read English has
+LABELS_PER_SECOND = 15  # of random transcripts, as in read English
 
 
 class Trainer:
@@ -137,7 +137,7 @@ class Trainer:
 
     @torch.no_grad()
     def _update_ema(self, ema_model: nn.Module, finite: Tensor) -> None:
-        """Move the EMA, of running statistics too, towards the model if the step was finite (a bool on the device).
+        """Move the EMA, of running statistics too, toward the model if the step was finite (a bool on the device).
 
         torch.optim.swa_utils.AveragedModel would wait for the device at each step.
         """
@@ -146,7 +146,7 @@ class Trainer:
         self.ema_steps += 1
         averages = [value for value in ema_model.state_dict().values() if value.is_floating_point()]
         values = [value for value in self.model.state_dict().values() if value.is_floating_point()]
-        # An average that moves towards itself stays where it is, to the bit.
+        # An average that moves toward itself stays exactly where it is.
         targets = [torch.where(finite, value, average) for value, average in zip(values, averages, strict=True)]
         torch._foreach_lerp_(averages, targets, 1 - decay)
 
@@ -155,7 +155,7 @@ class Trainer:
         return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
     def use_precision(self, precision: Precision) -> None:
-        """Compute in fp32 or bf16 from now on; the optimizers start anew."""
+        """Compute in fp32 or bf16 from now on; the optimizers are reset."""
         self.config = replace(self.config, precision=precision)
         self.optimizers = make_optimizers(self.config, self.model)
 
@@ -180,7 +180,7 @@ class Trainer:
         return seconds
 
     def warm_up(self, max_samples: int) -> None:
-        """Train and evaluate a made-up batch as large as the largest one, then restore everything.
+        """Train and evaluate a random batch as large as the largest one, then restore everything.
 
         Selects kernels, opens connections and proves that the largest batch fits, before the clock starts.
 
@@ -202,7 +202,7 @@ class Trainer:
         ):
             batch = made_up_batch(self.config, torch.full((count,), num_samples), self.device)
             parts = [batch] * self.config.gradient_accumulation_steps
-            for _ in range(min(2, self.world.size)):  # before the second step DDP arranges gradients anew
+            for _ in range(min(2, self.world.size)):  # before the second step DDP rebuilds its buckets
                 self.train_step(parts, self.config.batch_size, self.config.learning_rate)()
             self.eval_model.eval()
             with torch.no_grad():

@@ -185,7 +185,7 @@ image=$(inspect '{{.Id}}')
 check "tagged with version and commit" [ "$image" = \
     "$("$docker" image inspect --format '{{.Id}}' "deepspeech2-benchmark:$version-$commit")" ]
 for label in "version=$version" "revision=$commit" base.name=stand-in licenses=Apache-2.0; do
-    check "labelled $label" [ "$(inspect "{{index .Config.Labels \"org.opencontainers.image.${label%%=*}\"}}")" = "${label#*=}" ]
+    check "labeled $label" [ "$(inspect "{{index .Config.Labels \"org.opencontainers.image.${label%%=*}\"}}")" = "${label#*=}" ]
 done
 check "what is sent to the builder is small" grep -q 'context.* [0-9.]*kB' "$work/build.out"
 check "the default user is not root" [ "$(docker run --rm "$image" id -u)" -ne 0 ]

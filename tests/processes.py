@@ -62,7 +62,7 @@ class Popen(subprocess.Popen[Any]):
         return status
 
     def _ended(self, timeout: float | None) -> int | None:
-        """The exit status; None if it has none in so many seconds."""
+        """The exit status; None if it has none within this many seconds."""
         if self.returncode is None and select.select([self._status], [], [], timeout)[0]:
             self.returncode = os.waitstatus_to_exitcode(int(os.read(self._status, 20)))
             os.close(self._status)

@@ -78,7 +78,7 @@ def violations(path: Path, source: str) -> list[str]:
         elif module.startswith("pytorch.") and not ours and top not in {*PACKAGES, *sys.stdlib_module_names}:
             found.append(f"{module} imports {imported}: not one of a timed run's packages")
         elif module.startswith("pytorch.") and top == "pytorch" and layer_of(imported) >= layer_of(module):
-            found.append(f"{module} imports {imported}, which is no lower layer")
+            found.append(f"{module} imports {imported}, which is not in a lower layer")
         elif module.startswith("tools.") and imported in COMMANDS_OF_TOOLS:
             found.append(f"{module} imports {imported}: a command of its own")
     return found

@@ -183,9 +183,9 @@ def test_claim_and_job_obey_the_schemas_of_kubernetes() -> None:
 
 def test_the_schemas_of_kubernetes_refuse_a_field_that_does_not_exist() -> None:
     job: dict[str, Any] = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "deepspeech2-node-0"}, **JOB}
-    misspelt = {**job, "spec": {**job["spec"], "backofLimit": 0}}
+    misspelled = {**job, "spec": {**job["spec"], "backofLimit": 0}}
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(misspelt, kubernetes_validate.latest_version(), strict=True)
+        kubernetes_validate.validate(misspelled, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_the_job_set_obeys_kubeflows_model_of_it() -> None:

@@ -44,7 +44,7 @@ def test_quickstart_synthesizes_verifies_trains_and_says_where_everything_is(che
     assert find_corpus("synthetic").reference_digest in run.stdout  # made anew, it is the same to the last sample
     log = checkout / "results" / "synthetic" / "mlperf_ds2.log"
     assert str(log) in run.stdout
-    assert "no benchmark result" in run.stdout
+    assert "its time is not a benchmark result" in run.stdout
     result = next(line for line in run.stdout.splitlines() if line.startswith("RESULT,DEEPSPEECH2,"))
     assert log.read_text().splitlines()[-1] == result
     assert values(log.read_text(), "eval_samples") == [240]
@@ -130,7 +130,7 @@ def test_an_environment_that_was_left_without_pip_is_made_again(tmp_path: Path) 
     run = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert "No module named pip" not in run.stderr
     assert "none-such" in run.stderr
-    assert "Run the command again to go on." in run.stderr
+    assert "Run the command again to continue." in run.stderr
 
 
 def test_every_command_in_the_readme_is_there() -> None:

@@ -66,7 +66,7 @@ class Options:
     config: str = "librispeech"
     """named configuration"""
     hidden_size: int | None = None
-    """instead of the configuration's"""
+    """units per direction of a GRU layer; None: the configuration's"""
     batch_size: int | None = None
     """utterances of the batch; None: 8, or the configuration's with --estimate"""
     shortest_seconds: float = 2.0
@@ -80,11 +80,11 @@ class Options:
     estimate: bool = False
     """take some real steps, and say how long training would take; needs no data set for LibriSpeech"""
     dataset_dir: Path | None = None
-    """with --estimate: a prepared data set, whose utterances are taken instead of made-up ones"""
+    """with --estimate: a prepared data set, whose utterances are used instead of noise"""
     epochs: int | None = None
-    """with --estimate: epochs to the target; None: what is known of the configuration"""
+    """with --estimate: epochs to the target; None: the number known for the configuration"""
     gradient_accumulation_steps: int | None = None
-    """with --estimate: microbatches that the batch is computed in; None: the configuration's"""
+    """with --estimate: microbatches into which the batch is split; None: the configuration's"""
     json: bool = False
     """print one JSON object instead of a table"""
 
@@ -263,7 +263,7 @@ def table(row: dict[str, Any]) -> str:
 
 
 def training_flops(model: DeepSpeech2, frames: int) -> tuple[float, float]:
-    """Return the floating-point operations of a forward pass and of a training step on so many valid output frames.
+    """Return the floating-point operations of a forward pass and of a training step on this many valid output frames.
 
     A multiplication with its addition counts as two. Each matrix is applied once a frame, and each convolution's kernel
     once a frame and output frequency. Batch norms, spectrogram, CTC and optimizer are left out.
@@ -294,7 +294,7 @@ def benchmark(options: Options, arguments: list[str], launch_id: str | None = No
     if options.config not in CONFIGS:
         raise RunError(f"--config {options.config}: unknown; one of {', '.join(CONFIGS)}")
     if options.repetitions < 1:
-        raise RunError(f"--repetitions is {options.repetitions}; it must be any positive integer")
+        raise RunError(f"--repetitions is {options.repetitions}; it must be a positive integer")
     if not 0 < options.shortest_seconds <= options.longest_seconds < 1000:
         seconds = f"{options.shortest_seconds} to {options.longest_seconds}"
         raise RunError(f"--shortest-seconds to --longest-seconds is {seconds}; it must be in (0, 1000), shortest first")
@@ -303,7 +303,7 @@ def benchmark(options: Options, arguments: list[str], launch_id: str | None = No
         if getattr(options, name) is not None:
             raise RunError(f"--{name.replace('_', '-')} goes with --estimate")
     if options.epochs is not None and options.epochs < 1:
-        raise RunError(f"--epochs is {options.epochs}; it must be any positive integer")
+        raise RunError(f"--epochs is {options.epochs}; it must be a positive integer")
     names = "device", "hidden_size", "batch_size", "gradient_accumulation_steps"
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     config = replace(CONFIGS[options.config], **({} if options.estimate else {"batch_size": 8}) | given)

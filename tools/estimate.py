@@ -149,7 +149,7 @@ def time_epochs(trainer: Trainer, loader: TrainingLoader, epochs: Sequence[int])
     starts = np.linspace(0, len(loader) - steps, rounds).astype(int).tolist()
     with progress_bar("training steps", len(epochs) * rounds * steps, shown=loader.world.is_main) as bar:
         stretches: list[list[list[float]]] = []
-        for epoch in epochs:  # in the run's order: memory that one batch leaves serves the next, of like length
+        for epoch in epochs:  # in the run's order: memory that one batch leaves serves the next, of similar length
             stretches.append([])
             for start in starts:
                 stretches[-1].append(time_steps(trainer, loader, epoch, start, start + steps, math.inf))
@@ -159,7 +159,7 @@ def time_epochs(trainer: Trainer, loader: TrainingLoader, epochs: Sequence[int])
 
 
 def extrapolate(timed: np.ndarray, steps: int, samples: int) -> tuple[float, float]:
-    """Return the seconds of an epoch of so many steps and samples, and two standard errors.
+    """Return the seconds of an epoch of this many steps and samples, and two standard errors.
 
     Least squares over `timed`, rows of steps, samples and seconds, tell what a step and what a sample takes.
     """

@@ -16,9 +16,9 @@ Exit status: 0, or 1 if something went wrong. With torchrun each utterance is re
 the first one reports. The evaluation is the timed run's own (pytorch/evaluation.py), in its precision.
 
 The intervals are those of the bootstrap (M. Bisani and H. Ney, "Bootstrap estimates for confidence intervals in ASR
-performance evaluation", ICASSP 2004): utterances, or whole speakers, are drawn with replacement 10,000 times from a
-generator of a fixed seed, and between the 2.5th and the 97.5th percentile of the drawn sets' rates lies the interval.
-Utterances of one speaker succeed and fail together, so the interval over speakers is the one that speaks about others.
+performance evaluation", ICASSP 2004): utterances, or whole speakers, are drawn with replacement 10,000 times with a
+fixed seed, and the interval runs from the 2.5th to the 97.5th percentile of the rates of the drawn sets. Utterances of
+one speaker succeed and fail together, so for other speakers the interval over speakers is the one that counts.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class Options:
     output: Path | None = None
     """folder for the figures and all pairs of reference and hypothesis"""
     overwrite: bool = False
-    """replace such files in the folder"""
+    """replace files that are already there"""
     batch_size: int = 16
-    """utterances recognized together; changes no figure but by rounding"""
+    """utterances recognized together; affects figures only by rounding"""
     device: Device = "auto"
     """where to compute; auto: the GPU if there is one"""
     precision: Literal["fp32", "bf16"] | None = None

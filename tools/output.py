@@ -34,7 +34,7 @@ def prepare_outputs(files: Collection[Path], overwrite: bool) -> None:
 def write_output(path: Path, text: str) -> None:
     """Write the file that a command line names, and make its folder: whole or not at all, and where a link points to.
 
-    What is no regular file, such as a pipe or /dev/null, is written to and stays what it is.
+    Anything but a regular file, such as a pipe or /dev/null, is written to in place.
 
     Raises:
         RunError: the file there is the log of a run, or it cannot be written.

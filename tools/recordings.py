@@ -23,7 +23,7 @@ from data.files import DataError
 from data.packed import SAMPLE_RATE
 from tools.recognizer import Word
 
-SHORTEST_S, LONGEST_S = 3.0, 12.0  # between two cuts; an utterance of LibriSpeech has 12 s on average
+SHORTEST_S, LONGEST_S = 3.0, 12.0  # between two cuts; a LibriSpeech utterance lasts 12 s on average
 CONTEXT_S = 0.5  # that a segment holds before and after its cuts
 PAUSE_S = 0.3  # a cut is made in the middle of the quietest stretch of this length
 _ENERGY_SAMPLES = SAMPLE_RATE // 100
@@ -55,7 +55,7 @@ def read_file(path: Path) -> Iterator[np.ndarray]:
     """Yield blocks of int16 samples at 16 kHz mono of an audio file.
 
     Raises:
-        DataError: it is no audio, or damaged, which may turn out after some blocks. The message names the file.
+        DataError: it is not audio, or is damaged, which may turn out after some blocks. The message names the file.
     """
     try:
         yield from read_blocks(path)

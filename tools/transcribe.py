@@ -6,17 +6,17 @@
     arecord -t raw -f S16_LE -r 16000 | python -m tools.transcribe CHECKPOINT - --raw-rate 16000 --batch-size 1
 
 Files may have any format that libsndfile or, where they are installed, sox and ffmpeg read, any rate, any number of
-channels (they are mixed) and any length; of folders, all files below with the name of audio or video are taken. `-` is
+channels (they are mixed) and any length; from folders, all files with an audio or video suffix are taken. `-` is
 standard input: a file, or with --raw-rate headerless little-endian 16-bit mono audio, transcribed as it arrives.
 
-Formats: text (a line for each segment between two pauses; behind the file's name and a tab if there are several), json
-(an object a line for each segment, with the times in seconds and the confidences of its words; one without words where
+Formats: text (a line per segment between two pauses, after the file's name and a tab if there are several files), json
+(one object per line and segment, with the times in seconds and the confidences of its words; one without words if
 nothing was heard), srt and vtt (captions).
 Times come from the most probable CTC path; a confidence is the geometric mean of the network's probabilities over a
-word's frames (recognizer.py): it orders words, it is no probability of being right.
+word's frames (recognizer.py): it ranks words, but is not a probability of being right.
 
-Exit status: 0; 1 if something went wrong: a file that cannot be read, or not to its end, is named, what was heard of it
-is written, and the others are still done; 2 the command line was not understood; 130 interrupted.
+Exit status: 0; 1 if something went wrong: a file that cannot be read to its end is named, what was recognized of it is
+written, and the others are still transcribed; 2 the command line was not understood; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Options:
     files: tyro.conf.Positional[tuple[str, ...]]
     """audio files, folders of them, or - for standard input"""
     format: Format = "text"
-    """of the transcripts"""
+    """format of the transcripts"""
     output_dir: Path | None = None
     """folder for one transcript a recording, of the recording's name; without one they go to standard output"""
     overwrite: bool = False
@@ -74,7 +74,7 @@ class Options:
     raw_rate: int | None = None
     """standard input is headerless little-endian 16-bit mono audio of this rate in Hz"""
     batch_size: int = 8
-    """segments recognized together; 1 shows each as soon as it was heard"""
+    """segments recognized together; 1 shows each as soon as it is recognized"""
     device: Device = "auto"
     """where to compute; auto: the GPU if there is one"""
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()

@@ -42,7 +42,7 @@ def main() -> None:
         chunks.clear()
         library.espeak_SetParameter(RATE, line["rate"], 0)
         library.espeak_SetParameter(PITCH, line["pitch"], 0)
-        # In lower case, or some words would be spelt out as abbreviations.
+        # In lower case, or some words would be spelled out as abbreviations.
         text = line["text"].lower().encode() + b"\0"
         library.espeak_Synth(text, len(text), 0, BY_CHARACTER, 0, UTF8, None, None)
         library.espeak_Synchronize()

@@ -4,11 +4,11 @@
 # Lines to change have an arrow. Before the first job: download_dataset.sh, verify_dataset.sh. Variables, all optional:
 #     DATASET_DIR   the packed data set, where it is not in the repository
 #     RESULTS_DIR   for logs and checkpoints, instead of results/; a job's are in its folder slurm-<job number>
-#     MAX_RESTARTS  how often torchrun starts processes again that have failed (see docs/runs.md)
+#     MAX_RESTARTS  how many times torchrun restarts failed processes (see docs/runs.md)
 # The log is there too: mlperf_ds2_node<n>.log of the one node, not always 0, whose process torchrun made the first; those
 # of the others are empty. Slurm sends SIGTERM before the time limit and, where it is set up with
 # PreemptParameters=send_user_signal, before it preempts the job. Training then finishes its step, saves and exits with
-# status 75: this script queues the job again, which goes on from the checkpoint. So it does after a node has failed.
+# status 75: this script queues the job again, which continues from the checkpoint. So it does after a node has failed.
 #
 # ---> number of nodes, GPUs and cores of each, and time limit; then partition and account:
 #SBATCH --nodes=2
@@ -30,7 +30,7 @@ set -eu
 preempted=75
 
 # Slurm runs a copy of this script, so its own path says nothing.
-root="${SLURM_SUBMIT_DIR:?sbatch sets it: this is no script to be run by itself}"
+root="${SLURM_SUBMIT_DIR:?sbatch sets it: submit this script, do not run it}"
 if [ ! -f "$root/pytorch/run_and_time.sh" ]; then
     echo "error: $root is not the repository: submit the job from there" >&2
     exit 2
@@ -69,7 +69,7 @@ srun --kill-on-bad-exit=0 --wait=600 --open-mode=append \
     --output="$output/mlperf_ds2_node%n.log" --error="$output/progress_node%n.log" \
     sh -c 'NODE_RANK="$SLURM_NODEID" exec sh "$0/pytorch/run_and_time.sh" "$@"' "$root" "$@" || status=$?
 if [ "$status" -eq "$preempted" ]; then
-    echo "Preempted: the job is queued again and will go on from its checkpoint in $output." >&2
+    echo "Preempted: the job is requeued and will continue from its checkpoint in $output." >&2
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

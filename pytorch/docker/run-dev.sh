@@ -45,7 +45,7 @@ if [ -n "${RESULTS_DIR:-}" ]; then
     set -- --mount "type=bind,source=$results,target=/deepspeech2/results" "$@"
 fi
 if [ -n "${DATASET_DIR:-}" ]; then
-    [ -d "$DATASET_DIR" ] || fail "DATASET_DIR=$DATASET_DIR is no directory: a packed data set is made by download_dataset.sh"
+    [ -d "$DATASET_DIR" ] || fail "DATASET_DIR=$DATASET_DIR is not a folder; download_dataset.sh makes packed data sets"
     dataset=$(CDPATH='' cd -- "$DATASET_DIR" && pwd)
     no_comma "$dataset"
     name=$(basename -- "$dataset")

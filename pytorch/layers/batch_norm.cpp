@@ -1,12 +1,12 @@
-// Batch norm of rows [N, C] and the clipping behind it, on a CPU, in as few passes over the rows as there can be: two
+// Batch norm of rows [N, C] and the clipping after it, on a CPU, in as few passes over the rows as there can be: two
 // forward (moments; output) and two backward (sums; gradient). batch_norm.py has the mathematics and the names.
 //
 // Rows are float32 or bfloat16, arithmetic on them is float32; what is added up over threads, mean and variance are
 // double. With few channels a row is shorter than a vector, so several rows are one block, and the channels' values are
 // repeated along it.
 //
-// Each thread has a run of neighboring rows, and their sums are added in the order of the threads: results repeat to the
-// bit for one number of threads.
+// Each thread has a run of neighboring rows, and their sums are added in the order of the threads: for a
+// given number of threads, results are bitwise reproducible.
 
 #include <omp.h>
 

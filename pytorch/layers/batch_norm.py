@@ -1,4 +1,4 @@
-"""Batch norm over the rows of all processes of a run (Ioffe and Szegedy, arXiv 1502.03167), and the clipping behind it.
+"""Batch norm over the rows of all processes of a run (Ioffe and Szegedy, arXiv 1502.03167), and the clipping after it.
 
     norm = BatchNorm(32, (0.0, 20.0))
     outputs_NC = norm(rows_NC)

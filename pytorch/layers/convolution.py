@@ -128,8 +128,8 @@ def _band(weight: Tensor, count: int, stride: int) -> Tensor:
 class _FourierConvolution(torch.autograd.Function):
     """Several input channels, stride 1 along time: products of Fourier transforms of overlapping tiles.
 
-    As many neighboring frequencies as the stride become one row j of so many times the channels. Then the stride is 1,
-    a kernel of 21 frequencies has 11 rows q, and, without the padding,
+    As many neighboring frequencies as the stride become one row j with that many times the channels. Then the stride
+    is 1, a kernel of 21 frequencies has 11 rows q, and, without the padding,
 
         output[t, j] = sum over k, q of weight[k, q] @ input[t + k, j + q]
 

@@ -11,7 +11,7 @@
 // rows x 3 vectors of sums stays in registers while one panel is read from front to back.
 //
 // Threads: each direction has a team of threads. A member owns some panels, and so some hidden units, for the whole
-// call; the team meets at a barrier once a step. Sums are always added in the same order: results repeat to the bit.
+// call; the team meets at a barrier once a step. Sums always have the same order: results are bitwise reproducible.
 
 #include <omp.h>
 #ifdef __AVX512BF16__

@@ -83,7 +83,7 @@ class GRU(nn.GRU):
 
 @contextmanager
 def _weights_apart() -> Iterator[None]:
-    """Say nothing where weights lie apart: bfloat16 copies do, and cuDNN packs them, which is small beside the rest."""
+    """Silence a warning: bfloat16 copies of weights are not contiguous, and cuDNN packs them, which costs little."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         yield

@@ -1,7 +1,7 @@
-"""What runs as C++ on a CPU: the recurrent layers' loop (gru.cpp) and batch norm (batch_norm.cpp).
+"""The C++ code for CPUs: the recurrent layers' loop (gru.cpp) and batch norm (batch_norm.cpp).
 
-Compiled at first use into one library, which is kept for each CPU and version of the source; status() says what there
-is. The C++ takes raw pointers and sizes only, so it needs no headers of torch and compiles in seconds.
+It is compiled at first use into one library, cached per CPU and version of the source; status() says what is in use.
+The C++ takes only raw pointers and sizes, so it needs no torch headers and compiles in seconds.
 """
 
 from __future__ import annotations

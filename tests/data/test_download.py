@@ -119,12 +119,18 @@ def test_a_subset_without_its_files_is_prepared_again(options: Options, dataset:
         (["--corpus", "synthetic", "--mirror", "m"], "the synthetic corpus is made on this machine"),
         (["--corpus", "synthetic", "--manifest", "m"], "--corpus manifest and --manifest FILE go together"),
         (["--corpus", "manifest"], "--corpus manifest and --manifest FILE go together"),
-        (["--corpus", "manifest", "--manifest", "none.tsv"], "the manifest none.tsv is missing, or is no regular file"),
-        (["--corpus", "manifest", "--manifest", "/dev/stdin"], "the manifest /dev/stdin is missing, or is no regular"),
+        (
+            ["--corpus", "manifest", "--manifest", "none.tsv"],
+            "the manifest none.tsv is missing, or is not a regular file",
+        ),
+        (
+            ["--corpus", "manifest", "--manifest", "/dev/stdin"],
+            "the manifest /dev/stdin is missing, or is not a regular",
+        ),
         (["--corpus", "manifest", "--manifest="], "--manifest has an empty value"),
         (
             ["--subsets", "", "--mirror=", "--dataset-dir", "~/d"],
-            "--dataset-dir is ~/d: your shell leaves this ~ as it",
+            "--dataset-dir is ~/d: your shell did not expand the ~",
         ),
     ],
 )
@@ -318,7 +324,7 @@ def test_a_download_killed_twenty_times_ends_bit_identical(tmp_path: Path) -> No
 @pytest.mark.parametrize("line", ["hello world", "d41d8cd98f00b204e9800998ecf8427e", "z" * 32 + "  a.tar.gz"])
 def test_a_checksums_file_of_another_format_is_an_error(tmp_path: Path, line: str) -> None:
     (tmp_path / "md5sum.txt").write_text(f"{line}\n")
-    with pytest.raises(DataError, match="not a line of md5sum"):
+    with pytest.raises(DataError, match="not an md5sum line"):
         read_checksums(tmp_path / "md5sum.txt")
 
 

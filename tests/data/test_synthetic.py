@@ -19,7 +19,7 @@ def sentences(subset: str) -> list[str]:
     return [line.text for speaker in build_speakers()[subset] for line in speaker.lines]
 
 
-def test_the_plan_has_the_counts_of_the_catalogue() -> None:
+def test_the_plan_has_the_counts_of_the_catalog() -> None:
     for subset in find_corpus("synthetic").subsets:
         assert len(sentences(subset.name)) == subset.utterances
         assert len(build_speakers()[subset.name]) == subset.speakers

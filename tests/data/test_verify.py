@@ -146,7 +146,7 @@ def test_the_quick_check_finds_a_file_of_another_length(dataset: PackedDataset, 
 @settings(deadline=None)
 @given(st.data())
 def test_damage_anywhere_is_found(tones: Path, data: st.DataObject) -> None:
-    dataset = replace(open_dataset(tones), corpus="librispeech")  # one of the catalogue, though not that one
+    dataset = replace(open_dataset(tones), corpus="librispeech")  # in the catalog, though not that one
     known = validate(dataset)
     file = tones / data.draw(st.sampled_from(content_files(dataset.subsets)))
     content = file.read_bytes()

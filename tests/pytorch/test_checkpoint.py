@@ -72,5 +72,5 @@ def test_a_checkpoint_of_the_version_before_can_be_used_but_not_resumed(
     path = save(tmp_path)
     monkeypatch.undo()
     content = checkpoint.load(path)
-    with pytest.raises(RunError, match="format 3 can be used, but not be resumed"):
+    with pytest.raises(RunError, match="format 3 can be used, but not resumed"):
         checkpoint.check_resumable(path, content, CONFIG, "digest")

@@ -46,7 +46,7 @@ def in_processes(processes: int) -> dict[str, str]:
 def start(
     processes: int, dataset: Path, output: Path, *arguments: Any, forked: bool = True, **environment: str
 ) -> subprocess.Popen[str]:
-    """The run in so many processes of one thread, in a process group of its own."""
+    """The run in this many processes of one thread, in a process group of its own."""
     command = [sys.executable, "-m", "pytorch.launch", *SMALL, "--dataset-dir", dataset, "--output-dir", output]
     pipe = subprocess.PIPE
     everything = in_processes(processes) | environment
@@ -231,7 +231,7 @@ def test_a_number_that_goes_wrong_in_one_process_makes_all_skip_the_step(uneven:
 
 
 def _wait_for(run: subprocess.Popen[str], key: str, count: int) -> None:
-    """Read the run's log until an event has come so many times."""
+    """Read the run's log until an event has come this many times."""
     assert run.stdout is not None
     while count:
         line = run.stdout.readline()
@@ -382,7 +382,7 @@ def test_a_checkpoint_whose_content_was_changed_is_refused(uneven: Path, tmp_pat
     content = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
     content["model"]["classifier.weight"][0, 0] += 1
     torch.save(content, tmp_path / "changed.pt")
-    with pytest.raises(RunError, match="does not have the digest"):
+    with pytest.raises(RunError, match="does not match its digest"):
         checkpoint.load(tmp_path / "changed.pt")
 
 

@@ -39,7 +39,7 @@ def test_evaluation_is_balanced_over_processes_and_no_batch_is_larger_than_in_tr
         return trainer.logits(trainer.model, batch)
 
     for rank in range(3):
-        with pytest.raises(RunError, match="are not the 31 there are"):  # what the others found is missing
+        with pytest.raises(RunError, match="instead of each of the 31 once"):  # what the others found is missing
             evaluate(forward, utterances, World(rank, 3), max_batch_samples=capacity)
     assert sorted(index for share in shares for index in share) == list(range(31))
     samples = [int(utterances.num_samples[share].sum()) for share in shares]

@@ -43,7 +43,7 @@ def test_reference_configuration_has_the_stated_topology_and_parameter_count() -
 
 def test_parameter_count_follows_from_that_of_the_2018_reference() -> None:
     wider_input = (1312 - 672) * 3 * 800 * 2  # 'same' padding keeps 41 frequencies, not 21, for the first GRU layer
-    conv_biases = 2 * 32  # taken out again by the batch norm behind them
+    conv_biases = 2 * 32  # taken out again by the batch norm after them
     assert 38_115_968 + wider_input - conv_biases == 41_187_904
 
 

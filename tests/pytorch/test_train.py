@@ -385,7 +385,10 @@ def test_hyperparameters_of_the_optimizer_may_change_on_resuming_but_not_its_kin
     for option, value in (("--hidden-size", "12"), ("--conv-channels", "3"), ("--optimizer", "sgd")):
         assert run_here(tones, tmp_path, *options, option, value) == 1
         said = capsys.readouterr().err
-        assert f"would not fit: {option.removeprefix('--')} " in said and f"To go on as it began: {option} " in said
+        assert (
+            f"would not fit: {option.removeprefix('--')} " in said
+            and f"To continue with its options: {option} " in said
+        )
     run_here(tones, tmp_path, *options, "--weight-decay", "0.5", "--beta1", "0.7")
     saved = checkpoint.load(tmp_path / checkpoint.LAST)["optimizers"]
     groups = [group for each in saved for group in each["param_groups"]]
@@ -455,7 +458,7 @@ def test_a_variable_that_cannot_be_is_an_error_of_one_line(
     [
         (["--output-dir", ""], "--output-dir has an empty value"),
         (["--dataset-dir="], "--dataset-dir has an empty value"),
-        (["--output-dir=~/runs"], "--output-dir is ~/runs: your shell leaves this ~ as it is; write $HOME"),
+        (["--output-dir=~/runs"], "--output-dir is ~/runs: your shell did not expand the ~; write $HOME"),
     ],
 )
 def test_a_path_that_nobody_means_is_refused(

@@ -58,7 +58,7 @@ class Forged:
         events[left][stamp], events[right][stamp] = events[right][stamp], events[left][stamp]
 
     def shift(self, start: str, seconds: float, number: int = 0) -> None:
-        """Move an event and all behind it in time."""
+        """Move an event and all after it in time."""
         for event in self.events[self.positions(start)[number] :]:
             event["time_ms"] += int(1000 * seconds)
 

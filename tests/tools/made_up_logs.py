@@ -23,7 +23,7 @@ SAID = [
 
 
 def add(log: Forged, after: str, key: str, value: Any, number: int = 0, seconds: float = 0.0, **metadata: Any) -> None:
-    """Put an event behind one of a log's events, and move what follows by so many seconds."""
+    """Put an event after one of a log's events, and move what follows by this many seconds."""
     position = log.positions(after)[number]
     before = log.events[position]
     for event in log.events[position + 1 :]:
@@ -47,7 +47,7 @@ def made_up_log(
     synthetic: bool = False,
     others: float = 0.01,
 ) -> Forged:
-    """A run of about so many steps in each epoch: 20 s of training, 10 s of evaluation, 0.5 s for a checkpoint."""
+    """A run of about this many steps in each epoch: 20 s of training, 10 s of evaluation, 0.5 s for a checkpoint."""
     wers = [(15 if reached else 30) + 60 * (1 - epoch / epochs) for epoch in range(1, epochs + 1)]
     log = made_up(
         dataclasses.replace(CONFIGS["librispeech"], seed=seed, batch_size=-(-TRAINING // steps), precision="bf16"),

@@ -98,14 +98,17 @@ MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
         "hidden_size has the wrong",
     ),
     "hyperparameter removed": (lambda log: log.edit("configuration", weight_decay=None), "it lacks weight_decay"),
-    "hyperparameter that does not exist": (lambda log: log.edit("configuration", luck=1), "it has the unknown luck"),
+    "hyperparameter that does not exist": (
+        lambda log: log.edit("configuration", luck=1),
+        "it has unknown fields: luck",
+    ),
     "learning rate off the schedule": (
         lambda log: log.edit("train_loss", number=3, learning_rate=0.5),
         "learning rate 0.5 in step 4; the schedule says",
     ),
     "steps left out": (lambda log: log.remove("train_loss", 5), "steps must count from 1 without gaps"),
     "last step left out": (lambda log: log.remove("train_loss", -1), "its step is not the last one, "),
-    "loss that is no number": (lambda log: log.edit("train_loss", float("nan"), number=4), "is no finite number"),
+    "loss that is not a number": (lambda log: log.edit("train_loss", float("nan"), number=4), "is not a finite number"),
     "clock set back": (lambda log: log.shift("epoch_stop", -9.0), "the clock was set back by 9.0 s"),
     "run_stop dated back": (
         lambda log: log.events[log.positions("run_stop")[0]].update(time_ms=0),
@@ -127,9 +130,9 @@ MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
         lambda log: log.swap("run_start", "train_samples"),
         "the data were read before the clock started",
     ),
-    "initialization behind the start": (
+    "initialization after the start": (
         lambda log: log.swap("init_stop", "run_start"),
-        "run_start: not behind init_stop",
+        "run_start: not after init_stop",
     ),
     "initialization for hours": (
         lambda log: log.shift("init_stop", 5 * 3600),
@@ -148,7 +151,7 @@ MUTATIONS: dict[str, tuple[Callable[[Forged], object], str]] = {
     "machine removed": (lambda log: log.remove("environment"), "'environment' but found 0"),
     "another benchmark": (lambda log: log.edit("submission_benchmark", "rnnt"), "the benchmark is not deepspeech2"),
     "no division": (lambda log: log.edit("submission_division", "ajar"), "must be closed or open"),
-    "no digest": (lambda log: log.edit("dataset", "unknown"), "the digest is no SHA-256"),
+    "no digest": (lambda log: log.edit("dataset", "unknown"), "the digest is not a SHA-256"),
     "training utterances hidden": (
         lambda log: log.edit("train_samples_left_out", 9),
         "not as many utterances as are named",
@@ -166,8 +169,8 @@ BROKEN: dict[str, tuple[Callable[[str], bytes], str]] = {
     "bytes": (lambda text: bytes(range(256)) * 9, "it is not text"),
     "bytes in the middle": (lambda text: text.encode()[:999] + b"\xff\xfe\x00" + text.encode()[999:], "it is not text"),
     "cut in a line": (cut, "damaged event"),
-    "a line that is no JSON": (lambda text: b":::MLLOG {broken}\n" + text.encode(), ":1: damaged event"),
-    "a line that is no object": (lambda text: b":::MLLOG [1]\n" + text.encode(), ":1: damaged event"),
+    "a line that is not JSON": (lambda text: b":::MLLOG {broken}\n" + text.encode(), ":1: damaged event"),
+    "a line that is not an object": (lambda text: b":::MLLOG [1]\n" + text.encode(), ":1: damaged event"),
     "a line without a time": (lambda text: text.replace('"time_ms"', '"time"', 1).encode(), ":1: damaged event"),
     "a time that is text": (
         lambda text: text.replace('"time_ms": 1', '"time_ms": "1', 1).encode(),

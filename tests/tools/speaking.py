@@ -1,4 +1,4 @@
-"""A language of tones, one pitch a word, and a model that has learnt it: for tests that need right transcripts."""
+"""A language of tones, one pitch a word, and a model that has learned it: for tests that need right transcripts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.processes import run_module_for_text
 RATE = 16000
 TRAINING = ["--config", "synthetic", "--hidden-size", "40", "--conv-channels", "4", "--batch-size", "8"]
 TRAINING += ["--learning-rate", "3e-3", "--warmup-steps", "20", "--lr-decay-epochs", "20", "--max-epochs", "40"]
-TRAINING += ["--ema-decay", "0.98"]  # lags, so that training goes on for long after the first good epoch
+TRAINING += ["--ema-decay", "0.98"]  # lags, so that training continues for long after the first good epoch
 TRAINING += ["--frequency-masks", "0", "--time-masks", "0", "--tempo-min", "1", "--tempo-max", "1"]
 TRAINING += ["--target-wer", "0.5"]
 

@@ -163,9 +163,9 @@ def test_an_unknown_model_is_an_error_that_lists_those_there_are(tmp_path: Path)
 )
 def test_what_is_no_arpa_file_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "lm").write_bytes(content)
-    with pytest.raises(RunError, match="lm is no ARPA file"):
+    with pytest.raises(RunError, match="lm is not an ARPA file"):
         read_words(tmp_path / "lm")
-    with pytest.raises(RunError, match="there is no such language model"):
+    with pytest.raises(RunError, match="language model not found"):
         read_words(tmp_path / "absent")
 
 

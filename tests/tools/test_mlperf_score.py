@@ -32,7 +32,7 @@ def small(seed: int = 1, **changes: object) -> Config:
 
 
 def log_of(config: Config, *, epochs: int = 2, seconds_of_epoch: float = 100.0, reached: bool = True) -> Forged:
-    """A run that takes so many epochs, with 10 s of evaluation in each."""
+    """A run that takes this many epochs, with 10 s of evaluation in each."""
     wers = [90.0 - number for number in range(epochs - 1)] + [20.0 if reached else 50.0]
     return made_up(
         config,
@@ -50,7 +50,7 @@ def write(folder: Path, logs: list[Forged]) -> list[Path]:
 
 
 def series(folder: Path, epochs: list[int], batch_size: int = 10, missed: int = 0) -> list[Path]:
-    """Runs with seeds from 1 that take so many epochs; the last ones of them miss the target."""
+    """Runs with seeds from 1 that take this many epochs; the last ones of them miss the target."""
     logs = []
     for number, count in enumerate(epochs):
         config = small(number + 1, batch_size=batch_size)
@@ -78,7 +78,7 @@ def test_the_score_is_the_mean_time_without_the_fastest_and_the_slowest(
     assert "epochs to target of 4 runs, mean +- standard deviation: 2.0 +- 0.0 (2.0 to 2.0)" in output
     assert "Score: 180.0 s" in output
     assert "the rules ask for 10 runs; these are 4" in output
-    assert "no LibriSpeech result: the corpus is tones" in output
+    assert "not a LibriSpeech result: the corpus is tones" in output
 
 
 def test_one_run_that_misses_the_target_counts_as_the_slowest_and_two_leave_no_score(
@@ -95,7 +95,7 @@ def test_one_run_that_misses_the_target_counts_as_the_slowest_and_two_leave_no_s
 
 def test_runs_with_one_seed_or_one_run_under_two_seeds_are_refused(tmp_path: Path) -> None:
     paths = series(tmp_path, [2, 2, 2])
-    with pytest.raises(RunError, match=r"result_0.txt: seed 1 is that of .*result_0.txt too"):
+    with pytest.raises(RunError, match=r"result_0.txt: seed 1 is also that of .*result_0.txt"):
         score([*paths, paths[0]])
     forged = Forged.of(paths[0])
     forged.edit("seed", 9)

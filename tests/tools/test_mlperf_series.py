@@ -1,4 +1,4 @@
-"""A series of runs: what it leaves in a submission, and how it goes on; with runs that are made up, but for three."""
+"""A series of runs: what it leaves in a submission, and how it continues; all but three runs are made up."""
 
 import dataclasses
 import fcntl
@@ -95,7 +95,7 @@ def test_a_series_that_is_told_to_end_tells_its_run_waits_for_it_and_keeps_its_l
     _, errors = process.communicate(timeout=120)
     assert process.returncode == status
     assert said in errors
-    assert "failed_0_1.txt. The same command goes on." in errors
+    assert "failed_0_1.txt. The same command continues the series." in errors
     assert "Traceback" not in errors
     assert list(stamps(partial.parent)) == ["failed_0_1.txt"]
     assert RunLog.read(partial.parent / "failed_0_1.txt").status == "aborted"  # the run came to its own end
@@ -177,7 +177,7 @@ def test_a_series_is_scored_and_one_that_is_started_again_keeps_what_is_there(
 ) -> None:
     assert made.run("--runs", "2") == 0
     output = capsys.readouterr().out
-    assert "No score: it drops the fastest and the slowest run, so it needs 3 runs." in output
+    assert "No score: the fastest and the slowest run are dropped, so 3 runs are needed." in output
     assert f"page of 2 runs: {made.folder / 'checkpoints' / 'report.html'}" in output
     before = stamps(made.tree.folder)
     made.tree.partial(2).write_text("of a series that was killed")
@@ -278,7 +278,7 @@ def test_a_run_whose_log_is_refused_is_set_aside_and_the_series_goes_on(
     assert sorted(stamps(made.tree.folder)) == ["failed_0_1.txt", "result_1.txt"]
     error = capsys.readouterr().err
     assert said in error
-    assert "seed 1: failed, and the same command does it again; its log is" in error
+    assert "seed 1: failed; the same command repeats it; its log is" in error
 
 
 def test_a_run_that_is_refused_for_what_was_so_before_its_clock_ends_the_series(
@@ -321,11 +321,11 @@ def test_a_run_that_cannot_start_ends_the_series_and_its_log_is_kept(
     ("arguments", "said"),
     [
         (["--runs", "0"], "--runs is 0; it must be a positive integer"),
-        (["--runs", "2", "--", "--resume"], "a resumed run is no result"),
+        (["--runs", "2", "--", "--resume"], "a resumed run is not a result"),
         (["--runs=2", "--system", "../box"], "--system is '../box'"),
         (["--runs=2", "--series", ".."], "--series is '..'"),
         (["--runs=2", "--tree", ""], "--tree has an empty value"),
-        (["--runs=2", "--tree=~/tree"], "--tree is ~/tree: your shell leaves this ~ as it is"),
+        (["--runs=2", "--tree=~/tree"], "--tree is ~/tree: your shell did not expand the ~"),
         (["--runs", "2", "--", "--batch-size", "0"], "--batch-size is 0; it must be any integer in [1, 2^31)"),
         (["--runs", "2", "--", "--seed", str(2**63 - 1)], f"--seed is {2**63}; it must be"),
         (["--runs", "2", "--", "--dataset-dir", "nowhere"], "no data set in nowhere"),

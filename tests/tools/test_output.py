@@ -29,7 +29,7 @@ from tests.tools.conftest import Trained
 def test_no_command_writes_where_nobody_means(module: str, arguments: list[str], path: str, tmp_path: Path) -> None:
     run = run_module(module, *arguments, path, folder=tmp_path)
     assert run.returncode == 1 and not list(tmp_path.iterdir())
-    wrong = "has an empty value" if path == "" else "is ~/out: your shell leaves this ~ as it is; write $HOME"
+    wrong = "has an empty value" if path == "" else "is ~/out: your shell did not expand the ~; write $HOME"
     assert run.stderr.decode() == f"error: {arguments[-1]} {wrong}\n"
 
 
@@ -52,7 +52,7 @@ def test_what_may_not_be_read_is_said_so(trained: Trained, tmp_path: Path) -> No
         (["model.pt", "talks/talk.wav"], "model.pt: not a checkpoint of this project, or damaged ("),
         (
             [trained.checkpoint, "talks/talk.wav", "--lm", "lm.arpa", "--alpha", "1"],
-            "lm.arpa is no ARPA file, or damaged (",
+            "lm.arpa is not an ARPA file, or is damaged (",
         ),
     ]
     for words, name in asked:

@@ -165,10 +165,10 @@ def test_runs_of_the_same_seed_are_told_apart_by_their_files(tmp_path: Path) -> 
         ({"dirty": True}, "Files differed from the commit"),
         ({"cleared": False}, "the page cache was not cleared (audio.npy is still cached)"),
         ({"others": 0.5}, "Other programs took 50% of the CPU time, the hypervisor 2%"),
-        ({"synthetic": True}, "No LibriSpeech result: the speech is synthetic"),
-        ({"official": False}, "No LibriSpeech result: the archives were not the official ones"),
-        ({"config": {"target_wer": 50.0}}, "No LibriSpeech result: the target is 50.0, not 23.0"),
-        ({"config": {"hidden_size": 400}}, "No LibriSpeech result: hidden_size is 400, not 800"),
+        ({"synthetic": True}, "Not a LibriSpeech result: the speech is synthetic"),
+        ({"official": False}, "Not a LibriSpeech result: the archives were not the official ones"),
+        ({"config": {"target_wer": 50.0}}, "Not a LibriSpeech result: the target is 50.0, not 23.0"),
+        ({"config": {"hidden_size": 400}}, "Not a LibriSpeech result: hidden_size is 400, not 800"),
     ],
 )
 def test_the_page_warns_of_what_is_no_plain_result(made: dict, warning: str, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_many_runs_are_warned_of_in_one_line(tmp_path: Path) -> None:
 def cut(
     log: Forged, last: str, *, saved: bool = False, status: str | None = "aborted", exception: str | None = None
 ) -> Forged:
-    """End a run behind the last event of a kind, perhaps with a checkpoint."""
+    """End a run after the last event of a kind, perhaps with a checkpoint."""
     del log.events[log.positions(last)[-1] + 1 :]
     if saved:
         add(log, last, "checkpoint", 0.5, number=-1, step_num=120)

@@ -1,4 +1,4 @@
-"""Transcription, by the command that a user types, of a language that a model has learnt, and of everything else."""
+"""Transcription, by the command that a user types, of a language that a model has learned, and of everything else."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def estimate(options: Estimate) -> None:
     """Write the ARPA file, whole or not at all.
 
     Raises:
-        RunError: the order is no order, the file exists or cannot be written, or there are no training transcripts.
+        RunError: the order is not valid, the file exists or cannot be written, or there are no training transcripts.
         DataError: the data set is absent or damaged.
     """
     if not 2 <= options.order <= 6:
@@ -160,7 +160,7 @@ def download(options: Download) -> None:
     target = options.output_dir / archive.file
     if target.exists():
         if (md5 := file_digest(target, "md5")) != archive.md5:
-            raise RunError(f"{target} has MD5 {md5}, not {archive.md5}: remove it, to download it anew")
+            raise RunError(f"{target} has MD5 {md5}, not {archive.md5}: remove it to download it again")
     else:
         options.output_dir.mkdir(parents=True, exist_ok=True)
         with (

@@ -53,7 +53,7 @@ class Decoding:
         """Return what decodes an emission.
 
         Raises:
-            RunError: a weight is no number, or the language model cannot be read.
+            RunError: a weight is not a number, or the language model cannot be read.
         """
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
             if not math.isfinite(value):
@@ -98,7 +98,7 @@ class LanguageModel:
             word: word.upper() for word in read_words(path) if word not in MARKERS and set(word.upper()) <= _CHARACTERS
         }
         if not spelled:
-            raise RunError(f"{path}: not one of its words is spelled with A to Z and apostrophe alone")
+            raise RunError(f"{path}: none of its words is spelled with only A to Z and apostrophe")
         indices = dictionary.Dictionary()
         for word in (*spelled, "<unk>"):
             indices.add_entry(word)
@@ -150,7 +150,7 @@ def read_words(path: Path) -> list[str]:
     """Return the words of an ARPA file, in its order.
 
     Raises:
-        RunError: there is no such file, or it is no ARPA file.
+        RunError: there is no such file, or it is not an ARPA file.
     """
     words: list[str] = []
     try:
@@ -158,15 +158,15 @@ def read_words(path: Path) -> list[str]:
             compressed = probe.read(2) == b"\x1f\x8b"
         with (gzip.open if compressed else open)(path, "rt", encoding="utf-8") as lines:  # type: ignore[operator]
             if not any(line.strip() == "\\1-grams:" for line in lines):
-                raise RunError(f"{path} is no ARPA file (it has no line \\1-grams:); KenLM's binary files do not serve")
+                raise RunError(f"{path} is not an ARPA file (no line \\1-grams:); KenLM binaries do not work")
             for line in lines:
                 if re.match(r"\\.*[-a-z]", line):  # the next section
                     break
                 if fields := line.split():
                     words.append(fields[1])
     except FileNotFoundError:
-        raise RunError(f"{path}: there is no such language model") from None
+        raise RunError(f"{path}: language model not found") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error, IndexError) as error:
         why = getattr(error, "strerror", None) or type(error).__name__
-        raise RunError(f"{path} is no ARPA file, or damaged ({why})") from error
+        raise RunError(f"{path} is not an ARPA file, or is damaged ({why})") from error
     return words

@@ -32,7 +32,7 @@ Logs = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="
 
 
 def check_logs(logs: Logs, division: Literal["closed", "open"] | None = None) -> bool:
-    """Check whether logs keep the rules of a division. Exit status 1 if one does not; each reason is a line.
+    """Check whether logs follow the rules of a division. Exit status 1 if one does not, with one line per reason.
 
     Open: anything measured, if the log is complete and consistent. Closed: also the reference recipe on LibriSpeech.
 
@@ -55,7 +55,7 @@ def _passes(path: Path, division: str | None) -> bool:
     if found:
         return False
     rules, last = division or log.value("submission_division"), log.epochs[-1]
-    print(f"{path}: keeps our {rules} rules: WER {last.wer:.2f} in {log.seconds:.1f} s, epoch {last.number}")
+    print(f"{path}: passes our {rules} rules: WER {last.wer:.2f} in {log.seconds:.1f} s, epoch {last.number}")
     for note in notes(log):
         print(f"{path}: note: {note}")
     return True
@@ -115,7 +115,7 @@ def compare_logs(a: Log, b: Log) -> bool:
 def _some(logs: tuple[Path, ...]) -> list[Path]:
     """Return the command line's logs; RunError if it has none."""
     if not logs:
-        raise RunError("no log is named; --help shows how to")
+        raise RunError("no log is given; see --help")
     return list(logs)
 
 

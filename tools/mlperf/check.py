@@ -24,7 +24,7 @@ from tools.mlperf.runlog import RunLog
 RULESET = "3.1.0"  # of the package: how lines are read. The rules themselves are in RULES.
 RULES = Path(__file__).parent / "rules"
 DIVISIONS = {constants.OPEN: ["open"], constants.CLOSED: ["open", "closed"]}
-NO_RESULT = "no result: "  # how the rule begins that a valid log breaks of a run that missed its target
+NO_RESULT = "no result: "  # prefix of the one rule that a valid log breaks if its run missed the target
 MISSED_TARGET = "the target was not reached"
 LIBRISPEECH = CORPORA["librispeech"]
 REFERENCE = CONFIGS["librispeech"]
@@ -54,7 +54,7 @@ def check(path: Path, division: str | None = None) -> tuple[RunLog, list[Violati
         The log, and what is wrong with it: an empty list for a result.
 
     Raises:
-        RunError: the file is no log, or a line of it is damaged.
+        RunError: the file is not a log, or a line of it is damaged.
     """
     log = RunLog.read(path)
     division = division or str(log.value(constants.SUBMISSION_DIVISION))
@@ -77,7 +77,7 @@ def load_valid(paths: list[Path]) -> list[RunLog]:
             raise RunError(str(wrong[0]))
         for other in logs:
             if log.seed == other.seed:
-                raise RunError(f"{path}: seed {log.seed} is that of {other.path} too; each run has its own")
+                raise RunError(f"{path}: seed {log.seed} is also that of {other.path}; each run needs its own")
             if [step.loss for step in log.steps] == [step.loss for step in other.steps]:
                 raise RunError(f"{path}: its losses are those of {other.path}: one run under two seeds")
         logs.append(log)
@@ -85,9 +85,9 @@ def load_valid(paths: list[Path]) -> list[RunLog]:
 
 
 def notes(log: RunLog) -> list[str]:
-    """Return what a reader must know beside the figures of a log that keeps the open rules."""
+    """Return what a reader must know besides the figures of a log that follows the open rules."""
     why = ineligibility(log)
-    found = [f"no LibriSpeech result: {why}"] if why else []
+    found = [f"not a LibriSpeech result: {why}"] if why else []
     dataset = log.dataset
     corpus = CORPORA.get(dataset.corpus) if dataset is not None else None
     if dataset is not None and corpus is not None and corpus.reference_digest not in ("", dataset.digest):
@@ -101,7 +101,7 @@ def notes(log: RunLog) -> list[str]:
 
 
 def ineligibility(log: RunLog) -> str:
-    """Return why a log that keeps the open rules is no time to train of this benchmark; empty if it is one."""
+    """Return why a log that follows the open rules is not a result of this benchmark; empty if it is one."""
     dataset, config = log.dataset, log.configuration
     if dataset is None or dataset.corpus != LIBRISPEECH.name:
         return f"the corpus is {'not known' if dataset is None else dataset.corpus or 'not known'}"

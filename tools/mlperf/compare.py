@@ -75,6 +75,6 @@ def _epochs(left: RunLog, right: RunLog) -> list[str]:
 
 def _outcome(log: RunLog) -> str:
     if log.reached:
-        resumed = ", resumed: no uninterrupted result" if log.resumed else ""
+        resumed = ", resumed: not an uninterrupted result" if log.resumed else ""
         return f"target WER {log.target_wer} reached in {log.seconds:.1f} s, {log.epochs_to_target} epochs{resumed}"
     return f"target WER {log.target_wer} not reached" if log.status else "not finished"

@@ -24,7 +24,7 @@ def read_configuration(plain: dict[str, Any]) -> Config:
     if missing := [name for name in ("config", "precision", *HYPERPARAMETERS) if name not in plain]:
         raise RunError(f"it lacks {', '.join(missing)}")
     if unknown := [name for name in plain if name not in Config.__dataclass_fields__]:
-        raise RunError(f"it has the unknown {', '.join(unknown)}")
+        raise RunError(f"it has unknown fields: {', '.join(unknown)}")
     for name, value in plain.items():
         if not _is_a(value, kinds[name]):
             raise RunError(f"{name} has the wrong type or an unknown value: {value!r}")

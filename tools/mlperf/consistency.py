@@ -1,6 +1,6 @@
-"""What must agree between the lines of a log, and no single line shows: mistakes that are made in good faith.
+"""Checks across the lines of a log, for mistakes that are made in good faith and that no single line shows.
 
-A clock that was set, a log that was cut off or put together of two runs, counts that do not make the rates.
+A clock that was set, a log that was cut off or pieced together from two runs, counts that do not match the rates.
 """
 
 from __future__ import annotations

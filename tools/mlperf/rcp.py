@@ -46,7 +46,7 @@ def make_points(paths: list[Path]) -> dict[str, dict[str, Any]]:
     for of_what in ("corpus", "target"):
         found = {_subject(runs[0])[of_what] for runs in series}
         if len(found) > 1:
-            raise RunError(f"points of one file are of one {of_what}; these are of {', '.join(map(str, found))}")
+            raise RunError(f"points in one file must share a {of_what}; these have {', '.join(map(str, found))}")
     return {f"{BENCHMARK}_ref_{runs[0].batch_size}": _point(runs) for runs in series}
 
 

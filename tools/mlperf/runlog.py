@@ -67,7 +67,7 @@ def with_current_names(saved: dict[str, Any]) -> dict[str, Any]:
     renamed = {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
     if renamed.pop("recipe", "modern") == "reference":  # which is a configuration of its own now
         renamed["config"] = f"{renamed['config']}-2018"
-    if not renamed.get("noise_probability"):  # white noise is no option any more, and was in no configuration
+    if not renamed.get("noise_probability"):  # white noise is no longer an option, and no configuration used it
         renamed = {name: value for name, value in renamed.items() if not name.startswith("noise_")}
     return renamed
 

@@ -101,10 +101,10 @@ def report(found: Score) -> str:
 
 
 def verdict(found: Score) -> list[str]:
-    """Return the score itself or why there is none, and what a reader must know beside it."""
+    """Return the score or why there is none, and what a reader must know besides."""
     runs = found.runs
     if len(runs) < MIN_RUNS:
-        lines = [f"No score: it drops the fastest and the slowest run, so it needs {MIN_RUNS} runs."]
+        lines = [f"No score: the fastest and the slowest run are dropped, so {MIN_RUNS} runs are needed."]
     elif found.seconds is None:
         lines = [f"No score: {len(found.missed)} runs did not reach the target; at most {MAX_MISSED} may."]
     else:

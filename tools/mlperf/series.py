@@ -3,7 +3,7 @@
     python -m tools.mlperf series --runs 10
     python -m tools.mlperf series --runs 5 --system my-laptop --series an4-batch-12 -- --config an4 --batch-size 12
 
-Runs that are there already are kept, so the same command goes on after an interruption, and more runs can be added.
+Runs that are there already are kept, so the same command continues after an interruption, and more runs can be added.
 A run that missed its target is a result too, and counts in the score. One that broke off, or whose log is refused, is
 kept under another name and done again. What can be known to be wrong is said before the first run.
 """
@@ -54,7 +54,7 @@ def run_series(
 
     Args:
         runs: how many; the rules ask for 10
-        options: behind --, those of a single run, such as --config an4 --seed 1 (sh pytorch/run_and_time.sh --help)
+        options: after --, those of a single run, such as --config an4 --seed 1 (sh pytorch/run_and_time.sh --help)
         system: name of this machine in the tree; None: made of its processor or accelerators
         series: name of the series; None: deepspeech2 for librispeech and librispeech-2018, else the configuration's
         tree: folder in which systems/ and results/ are
@@ -68,7 +68,7 @@ def run_series(
             raise RunError(f"{option} is {name!r}; it must be of letters, digits, '-', '_' and '.'")
     config = parse_config(options, program="python -m tools.mlperf series --runs N --", description="")
     if config.resume:
-        raise RunError("--resume: a resumed run is no result; the runs that are there already are kept")
+        raise RunError("--resume: a resumed run is not a result; runs that are already there are kept anyway")
     dataclasses.replace(config, seed=config.seed + runs - 1)  # RunError where the last one is too large
     description, expected = inspect_environment(config)
     default = BENCHMARK if config.config in ("librispeech", "librispeech-2018") else config.config
@@ -153,7 +153,7 @@ def _run(folder: SubmissionDir, number: int, arguments: list[str], lock: int) ->
 
     Raises:
         RunError: it failed before its clock started, or its log is refused for what was so then: so would be the next.
-        Preempted, KeyboardInterrupt: it was told to end, and has.
+        Preempted, KeyboardInterrupt: it was told to stop, and did.
     """
     if folder.partial(number).exists():  # of a series that was killed
         folder.set_aside(number)
@@ -171,7 +171,7 @@ def _run(folder: SubmissionDir, number: int, arguments: list[str], lock: int) ->
         if not started and not told:
             raise RunError(f"the run failed before it started, with exit status {status}; its log is {path}")
     if told:
-        _tell(f"The run was told to end; its log is {path}. The same command goes on.")
+        _tell(f"The run was interrupted; its log is {path}. The same command continues the series.")
         raise KeyboardInterrupt if status == INTERRUPTED or signal.SIGINT in signals else Preempted
     return path
 
@@ -228,7 +228,7 @@ def _accept(folder: SubmissionDir, number: int) -> Path:
 def describe_outcome(path: Path) -> str:
     """Return how the run of a log ended."""
     if not path.name.startswith("result_"):
-        return "failed, and the same command does it again"
+        return "failed; the same command repeats it"
     log = RunLog.read(path)
     return f"target reached in {log.seconds:.1f} s, epoch {log.epochs_to_target}" if log.reached else "target missed"
 
@@ -252,5 +252,5 @@ def _write_page(results: list[Path], page: Path) -> None:
 
 
 def _tell(message: str) -> None:
-    with suppress(OSError):  # a terminal that is gone is no reason to end a series
+    with suppress(OSError):  # a closed terminal does not end a series
         print(message, file=sys.stderr, flush=True)

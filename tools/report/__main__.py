@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def report() -> None:
         if not options.logs:
-            raise RunError("no log is named: python -m tools.report LOG... -o report.html")
+            raise RunError("no log is given: python -m tools.report LOG... -o report.html")
         write_output(options.output, render(read_series(options.logs)))
         print(f"Report: {options.output}")
 

@@ -17,12 +17,12 @@ EPOCH, STEP, TIME = "epoch", "step", "time (s)"
 WER, LOSS, RATE, NORM = "WER (%)", "loss", "learning rate", "gradient norm"
 SPEED, WAIT = "utterances/s", "waiting for data (%)"
 ERRORS = "Corpus word error rate on the validation set after each epoch; the dashed line is the target."
-STEPS = "Means of the steps around; single steps are faint."
+STEPS = "Means over neighboring steps; single steps are faint."
 CHARTS = (  # id, title, whether of epochs or steps, x, y, note
     ("wer-time", "Word error rate by time", EPOCH, TIME, WER, ERRORS),
     ("wer-epoch", "Word error rate by epoch", EPOCH, EPOCH, WER, ERRORS),
     ("throughput", "Throughput", EPOCH, EPOCH, SPEED, "Training only, without evaluation."),
-    ("wait", "Waiting for data", EPOCH, EPOCH, WAIT, "Time that steps waited for their batches, of that of training."),
+    ("wait", "Waiting for data", EPOCH, EPOCH, WAIT, "Share of the training time that steps waited for their batches."),
     ("loss", "Training loss", STEP, STEP, LOSS, STEPS),
     ("rate", "Learning rate", STEP, STEP, RATE, STEPS),
     ("norm", "Gradient norm", STEP, STEP, NORM, f"Before clipping; logarithmic. {STEPS}"),

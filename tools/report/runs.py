@@ -68,7 +68,7 @@ class Run:
         if last.key == "skipped_step" and log.exception in (None, RunError.__name__):
             return "diverged: loss or gradient was not finite"
         if log.exception == Preempted.__name__ or (log.exception is None and last.key == "checkpoint"):
-            return "interrupted: told to end, and saved"
+            return "interrupted by a signal, and saved"
         if log.exception is not None:
             return "stopped by Ctrl-C" if log.exception == "KeyboardInterrupt" else f"crashed: {log.exception}"
         if last.key == constants.EVAL_STOP and epoch is not None:
@@ -95,7 +95,7 @@ def read_series(paths: Sequence[Path]) -> list[Series]:
     A seed that a series has already begins another one, such as that of a run after a change to the code.
 
     Raises:
-        RunError: a file is no log, is damaged, or is named twice.
+        RunError: a file is not a log, is damaged, or is named twice.
     """
     for path, times in Counter(path.resolve() for path in paths).items():
         if times > 1:

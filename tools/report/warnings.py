@@ -19,9 +19,9 @@ def warnings(series: Sequence[Series]) -> Said:
     found = _each_once(series, _warnings)
     runs = [run for each in series for run in each.runs]
     if len({run.log.dataset.digest for run in runs if run.log.dataset is not None}) > 1:
-        found.append(("", "The runs are of different data sets: their times and error rates do not compare."))
+        found.append(("", "The runs use different data sets: their times and error rates are not comparable."))
     if len({run.log.target_wer for run in runs}) > 1:
-        found.append(("", "The runs have different targets: their times do not compare."))
+        found.append(("", "The runs have different targets: their times are not comparable."))
     return found
 
 
@@ -31,32 +31,32 @@ def missing_events(series: Sequence[Series]) -> Said:
 
 
 def _warnings(of: Series, run: Run) -> list[str]:
-    """The gravest first."""
+    """Return the warnings, most serious first."""
     log = run.log
     found = []
     if run.refusals:
         why = f": {run.refusals[0]}" if len(of.runs) == 1 else ""  # of many runs one line for all
         found.append(f"The checker (python -m tools.mlperf check) refuses the log{why}.")
     if clock_problem(log) is not None:
-        found.append("The machine's clock was set during the run: no time is shown but that of the RESULT line.")
+        found.append("The machine's clock was set during the run: only the time of the RESULT line is shown.")
     if not log.reached:
         target = "" if log.target_wer is None else f" of {log.target_wer:g}"
         found.append(f"The target WER{target} was not reached: {run.outcome}.")
     why = ineligibility(log)
     if log.dataset is not None and why not in ("", MISSED_TARGET):
-        found.append(f"No LibriSpeech result: {why}.")
+        found.append(f"Not a LibriSpeech result: {why}.")
     if log.resumed:
         after = f"The run was resumed after {log.seconds_before:.0f} s"
-        found.append(f"{after}: no uninterrupted result. Charts and parts show what followed.")
+        found.append(f"{after}: not an uninterrupted result. Charts and times show only what followed.")
     if log.dirty:
-        found.append("Files differed from the commit: it alone may not give this run again.")
+        found.append("Files differed from the commit, which alone may not reproduce this run.")
     if log.cache_cleared is False:
         because = f" ({reason})" if (reason := log.metadata("cache_clear").get("reason")) else ""
         found.append(f"The data set may have been in memory already: the page cache was not cleared{because}.")
     others, stolen = log.value("cpu_taken") or 0.0, log.metadata("cpu_taken").get("stolen", 0.0)
     if others + stolen > MOST_SHARED:
         took = f"Other programs took {others:.0%} of the CPU time, the hypervisor {stolen:.0%}"
-        found.append(f"{took}: the run's time is no benchmark.")
+        found.append(f"{took}: the run's time is not a valid benchmark result.")
     if skipped := sum(1 for _ in log.all("skipped_step")):
         found.append(f"{skipped} steps were skipped because their loss or gradient was not finite.")
     if of.no_score:
