@@ -289,10 +289,13 @@ def dataset_digest(path: Path, subsets: Iterable[str]) -> str:
             # The GNU format, unlike ustar, has room for members of 8 GiB and more.
             header = entry.tobuf(tarfile.GNU_FORMAT)
             digest.update(header)
-            with (path / name).open("rb") as stream:
-                while chunk := stream.read(CHUNK_BYTES):
-                    digest.update(chunk)
-                    bar.update(len(chunk))
+            try:
+                with (path / name).open("rb") as stream:
+                    while chunk := stream.read(CHUNK_BYTES):
+                        digest.update(chunk)
+                        bar.update(len(chunk))
+            except OSError as error:
+                raise DatasetError(f"{path / name} cannot be read: {error.strerror}") from error
             padding = -entry.size % tarfile.BLOCKSIZE
             digest.update(bytes(padding))
             total += len(header) + entry.size + padding

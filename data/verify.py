@@ -92,12 +92,14 @@ def validate(dataset: PackedDataset, *, quick: bool = False) -> list[str]:
         return problems + [f"{dataset.path / name} is missing" for name in missing]
     readable = []
     for name, summary in dataset.summary.items():
-        problems += _check_files(dataset.path / name, summary)
         try:
+            problems += _check_files(dataset.path / name, summary)
             problems += _check_index(read_index(dataset.path / name / INDEX_FILE), summary)
             readable.append(summary)
         except DataError as error:
             problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{dataset.path / name} cannot be read: {error.strerror}")
     if quick:
         return problems
     digest = dataset_digest(dataset.path, dataset.subsets)

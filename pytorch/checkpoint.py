@@ -154,15 +154,19 @@ def archive_previous_run(folder: Path, others: Sequence[str] = ()) -> Path | Non
     """
     files = (LAST, PREVIOUS, BEST, *others)
     found = [name for name in files if (folder / name).exists()]
-    if PREVIOUS not in found and BEST not in found:
+    partial = folder / (PREVIOUS_RUN + ".partial")  # exists if an earlier start was interrupted while it moved files
+    if PREVIOUS not in found and BEST not in found and not partial.exists():
         return None
     archive = folder / PREVIOUS_RUN
     try:
-        archive.mkdir(exist_ok=True)
-        for name in files:
-            (archive / name).unlink(missing_ok=True)
+        partial.mkdir(exist_ok=True)
         for name in found:
-            atomic_replace(folder / name, archive / name)
+            atomic_replace(folder / name, partial / name)
+        if archive.exists():
+            for name in files:
+                (archive / name).unlink(missing_ok=True)
+            archive.rmdir()  # an error if it holds anything else
+        partial.rename(archive)
     except OSError as error:
         raise RunError(f"{archive}: cannot move the earlier run's files there: {error.strerror}") from error
     return archive

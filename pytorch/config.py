@@ -58,7 +58,6 @@ POSITIVE = Constraint("any number in (0, 1e30]", lambda value: 0 < value <= 1e30
 NON_NEGATIVE = Constraint("any number in [0, 1e30]", lambda value: 0 <= value <= 1e30)
 DURATION = Constraint("any number in (0, 1e6]", lambda value: 0 < value <= 1e6)
 FRACTION = Constraint("any number in [0, 1)", lambda value: 0 <= value < 1)
-PROBABILITY = Constraint("any number in [0, 1]", lambda value: 0 <= value <= 1)
 TEMPO = Constraint("any number in [0.5, 2], minimum <= maximum", lambda value: 0.5 <= value <= 2)
 DECIBELS = Constraint("any number in [-60, 60], minimum <= maximum", lambda value: -60 <= value <= 60)
 FREQUENCY_MASK = Constraint("any integer in [0, 161]", lambda value: 0 <= value <= 161)

@@ -124,6 +124,7 @@ def copy_from_cpu_ahead(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device while it computes, and wait for the copy; see `use_in_current_stream`."""
     if not has_copy_engine(device):
         return tensor.to(device)
+    set_device(device)  # each thread has its own; leaving the stream would else set up the first GPU in every process
     with _copy_stream(device) as stream:
         copy = tensor.pin_memory().to(device, non_blocking=True)
     stream.synchronize()

@@ -28,9 +28,9 @@ Anything = TypeVar("Anything")
 
 _store: dist.Store | None = None  # where ranks leave a note when they have lost contact
 _sums: Any = None  # of `all_reduce_sum`, so that small messages do not queue behind gradients
-_deadline = math.inf  # time.monotonic() by which what the ranks do together must have ended; a signal to stop sets it
+_stop_time = math.inf  # time.monotonic() when this process was told to stop
 _timeout_seconds = math.inf
-STOP_SECONDS = 30.0  # after a signal to stop, for a step to end: torchrun sends one when it has lost a rank
+STOP_SECONDS = 30.0  # for a step to end after a signal to stop, which torchrun sends when it has lost a rank
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def wait_for(event: torch.Event) -> None:
     while not event.query():
         time.sleep(0.0005)
         now = time.monotonic()
-        if now > min(_deadline, started + _timeout_seconds):
+        if now > min(started + _timeout_seconds, max(started, _stop_time) + STOP_SECONDS):
             raise dist.DistError("the device did not end the step")
         if now > looked + 1:
             looked = now
@@ -149,8 +149,8 @@ def wait_for(event: torch.Event) -> None:
 
 def expect_end_soon() -> None:
     """Note that this process was told to stop."""
-    global _deadline
-    _deadline = time.monotonic() + STOP_SECONDS
+    global _stop_time
+    _stop_time = time.monotonic()
 
 
 class StopSignal:

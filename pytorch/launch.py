@@ -117,7 +117,11 @@ def _run_rank(status_file: str, launch_id: str, module: str, *arguments: str) ->
     status: int = import_module(module).main(list(arguments), None if launch_id == "-" else launch_id)
     if status == RANK_FAILED:
         return status
-    Path(status_file).write_text(str(status))
+    try:
+        Path(status_file).write_text(str(status))
+    except OSError as error:
+        print(f"error: {status_file}: {error.strerror}", file=sys.stderr)
+        return status
     return 0
 
 

@@ -240,7 +240,7 @@ def _tempo_limits(num_samples_B: np.ndarray, transcripts: Sequence[str]) -> np.n
     needed_B = np.array([min_ctc_frames(transcript) for transcript in transcripts])
     # From needed <= output_frames(floor((frames - 1) / tempo) + 1): tempo <= (frames - 1) / (stride (needed - 1)).
     # The last factor keeps rounding on the safe side.
-    return (frames_B - 1) / np.maximum(TIME_STRIDE * (needed_B - 1), 1) * (1 - 1e-9)
+    return np.maximum(frames_B - 1, 1) / np.maximum(TIME_STRIDE * (needed_B - 1), 1) * (1 - 1e-9)
 
 
 def prefetch(batches: Sequence[np.ndarray], make: Callable[[np.ndarray], Batch]) -> Generator[Batch, None, None]:

@@ -72,7 +72,8 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any], steps: int) -> None:
         """Restore `state_dict()` after `steps` steps: weights and moments, but not the hyperparameters."""
         self.model.load_state_dict(state["trained_model"])
-        self.eval_model.load_state_dict(state["model"])
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(state["model"])
         self.ema_steps = steps
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})

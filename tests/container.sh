@@ -274,7 +274,8 @@ done
 
 step "stopped from outside"
 unset DATASET_DIR RESULTS_DIR
-setpriv --reuid "$caller" --regid "$caller" --clear-groups sh "$clone/pytorch/docker/run-dev.sh" sleep 300 </dev/null &
+setpriv --reuid "$caller" --regid "$caller" --clear-groups sh "$clone/pytorch/docker/run-dev.sh" \
+    sh -c 'trap "exit 75" TERM; while :; do sleep 1; done' </dev/null &
 script=$!
 waited=0
 until [ -n "$("$docker" ps --quiet)" ] || [ "$waited" -ge 30 ]; do
@@ -283,7 +284,9 @@ until [ -n "$("$docker" ps --quiet)" ] || [ "$waited" -ge 30 ]; do
 done
 check "a container runs" [ -n "$("$docker" ps --quiet)" ]
 kill "$script"
-wait "$script" || true
+status=0
+wait "$script" || status=$?
+check "the command was told, and its status is the script's" [ "$status" -eq 75 ]
 check "it ends with the script" [ -z "$("$docker" ps --quiet)" ]
 
 step "a base image whose Python is a virtual environment, and which wants TF32"

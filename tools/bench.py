@@ -299,9 +299,12 @@ def benchmark(options: Options, arguments: list[str], launch_id: str | None = No
         seconds = f"{options.shortest_seconds} to {options.longest_seconds}"
         raise RunError(f"--shortest-seconds to --longest-seconds is {seconds}; it must be in (0, 1000), shortest first")
     only_estimate = "dataset_dir", "epochs", "gradient_accumulation_steps"
-    for name in () if options.estimate else only_estimate:
-        if getattr(options, name) is not None:
-            raise RunError(f"--{name.replace('_', '-')} goes with --estimate")
+    never_estimate = "shortest_seconds", "longest_seconds", "repetitions"
+    for name in never_estimate if options.estimate else only_estimate:
+        if getattr(options, name) != getattr(Options, name):
+            raise RunError(
+                f"--{name.replace('_', '-')} {'does not go' if options.estimate else 'goes'} with --estimate"
+            )
     if options.epochs is not None and options.epochs < 1:
         raise RunError(f"--epochs is {options.epochs}; it must be a positive integer")
     names = "device", "hidden_size", "batch_size", "gradient_accumulation_steps"

@@ -176,8 +176,11 @@ def _standard_input(options: Options, copy: Path) -> Recording:
         if rate is not None:
             yield from segments(read_raw(sys.stdin.buffer, name, rate))
             return
-        with copy.open("wb") as stream:
-            shutil.copyfileobj(sys.stdin.buffer, stream)
+        try:
+            with copy.open("wb") as stream:
+                shutil.copyfileobj(sys.stdin.buffer, stream)
+        except OSError as error:
+            raise DataError(f"{name} cannot be copied to {copy.parent} (TMPDIR): {error.strerror}") from error
         try:
             yield from segments(read_file(copy))
         except DataError as error:

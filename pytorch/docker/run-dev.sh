@@ -26,8 +26,10 @@ podman=$("$engine" --version 2>/dev/null | grep -i '^podman' || true)
 rootless=$(printf "%s\n" "$facts" | grep -E '^ *rootless(: true)?$' || true)
 
 # From here on, "$@" grows to the front.
+grace=180 # seconds that a command has to save its work when it is told to stop
 if [ $# -eq 0 ]; then
     set -- bash
+    grace=0 # bash would not heed it
 fi
 set -- "$id" "$@"
 
@@ -109,11 +111,11 @@ if [ -t 0 ] && [ -t 1 ]; then
     exec "$engine" run --tty "$@"
 fi
 
-# Without a terminal, the first process in a container ignores signals: whoever stops this script would leave the run
-# going. So the container is stopped by its name.
+# Without a terminal, signals to this script do not reach the container: whoever stops it would leave the run going. So
+# the container is stopped by its name, by SIGTERM, and after a while by SIGKILL.
 name="deepspeech2-$$"
 exec 3<&0
 "$engine" run --name "$name" --sig-proxy=false "$@" <&3 3<&- &
 client=$!
-trap '"$engine" kill "$name" >/dev/null 2>&1; wait "$client" || true; exit 130' INT TERM HUP
+trap '"$engine" stop -t "$grace" "$name" >/dev/null 2>&1; wait "$client" && exit 0 || exit $?' INT TERM HUP
 wait "$client"

@@ -18,7 +18,7 @@ from data.packed import (
     open_dataset,
     write_dataset,
 )
-from data.verify import validate
+from data.verify import Options, validate, verify
 from tests.data.made_up import command
 
 
@@ -208,3 +208,13 @@ def test_dataset_json_is_covered_by_the_checksum_it_holds(dataset: PackedDataset
     run = command("verify_dataset.sh", "--dataset-dir", dataset.path)
     assert run.returncode == 1
     assert f"is {dataset.digest}, dataset.json has {'0' * 64}" in run.stdout
+
+
+def test_a_file_that_cannot_be_read_is_named(dataset: PackedDataset, capsys: pytest.CaptureFixture[str]) -> None:
+    audio = dataset.path / "dev-clean" / AUDIO_FILE
+    audio.unlink()
+    audio.symlink_to("/proc/self/mem")  # reading its first byte is an error, as that of a bad sector is
+    assert not verify(Options(dataset.path))
+    assert f"{audio} cannot be read: Input/output error" in capsys.readouterr().out
+    assert not verify(Options(dataset.path, quick=True))
+    assert f"{audio.parent} cannot be read: Input/output error" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def one_of_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.Store]:
     """This process as rank 0 of two; the other one is played by the test."""
     store = dist.HashStore()
     monkeypatch.setattr(distributed, "_store", store)
-    monkeypatch.setattr(distributed, "_deadline", float("inf"))
+    monkeypatch.setattr(distributed, "_stop_time", float("inf"))
     monkeypatch.setattr(distributed, "_timeout_seconds", 60.0)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
@@ -117,6 +117,15 @@ def test_a_step_on_accelerators_is_waited_for(one_of_two_ranks: dist.Store) -> N
     started = time.monotonic()
     distributed.wait_for(event(0.2))
     assert time.monotonic() - started > 0.2
+
+
+def test_each_step_under_way_has_its_own_time_after_a_signal_to_stop(
+    one_of_two_ranks: dist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "STOP_SECONDS", 1.0)
+    distributed.expect_end_soon()
+    for _ in range(3):  # longer together than one of them may take
+        distributed.wait_for(event(0.5))
 
 
 @pytest.mark.parametrize("how", ["a rank failed", "told to stop", "took too long"])

@@ -13,6 +13,7 @@ from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from pytorch.ctc import LABELS, encode
 from pytorch.distributed import World
+from pytorch.features import LogSpectrogram
 from pytorch.loader import (
     Batch,
     TrainingLoader,
@@ -126,6 +127,14 @@ def test_augmentation_never_makes_an_utterance_too_short_for_its_transcript(utte
     for tempo, samples, transcript in zip(drawn.tempo, utterances.num_samples, tight.transcripts, strict=True):
         new_frames = int((samples // 160) / tempo) + 1
         assert (new_frames - 1) // 2 + 1 >= len(transcript)
+
+
+def test_an_utterance_of_one_frame_can_be_augmented(utterances: Utterances) -> None:
+    subset = utterances.subsets[0]
+    short = dataclasses.replace(subset, offsets=np.zeros(21, int), num_samples=np.full(21, 100), transcripts=["A"] * 21)
+    batch = make_batch(Utterances([short]), np.arange(3), augment=(CONFIG, 1))
+    _, frames_B = LogSpectrogram()(batch.waveforms_BS, batch.num_samples_B, batch.augmentation)
+    assert frames_B.tolist() == [1, 1, 1]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40).map(sorted), st.integers(1, 200))

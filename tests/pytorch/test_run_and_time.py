@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pytorch import launch
 from tests.conftest import ROOT
 from tests.processes import Popen
 from tools.mlperf.runlog import RunLog
@@ -146,3 +148,11 @@ def test_a_log_that_cannot_be_written_is_an_error_before_the_clock_starts(tones:
     assert run.returncode == 1
     assert f"error: {tmp_path / 'last_run.log'} cannot be written: Is a directory" in run.stderr
     assert "run_start" not in run.stdout
+
+
+def test_an_exit_status_that_cannot_be_left_for_the_launcher_is_that_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "made_up", SimpleNamespace(main=lambda arguments, launch_id: 1))
+    assert launch._run_rank("/dev/full", "-", "made_up") == 1
+    assert capsys.readouterr().err == "error: /dev/full: No space left on device\n"

@@ -361,6 +361,32 @@ def test_files_of_an_earlier_run_are_moved_aside_unless_they_hold_no_training(
     assert checkpoint.archive_previous_run(tmp_path) is None
 
 
+def test_a_start_that_is_interrupted_while_it_moves_files_aside_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)
+    archive, move = tmp_path / checkpoint.PREVIOUS_RUN, checkpoint.atomic_replace
+    moved: list[Path] = []
+
+    def interrupted(partial: Path, final: Path) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(final)
+        move(partial, final)
+
+    archive.mkdir()
+    for name in names:
+        (archive / name).write_text("the run before")
+        (tmp_path / name).write_text("the earlier run")
+    monkeypatch.setattr(checkpoint, "atomic_replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.archive_previous_run(tmp_path)
+    monkeypatch.setattr(checkpoint, "atomic_replace", move)
+    assert checkpoint.archive_previous_run(tmp_path) == archive
+    assert {path.name: path.read_text() for path in archive.iterdir()} == dict.fromkeys(names, "the earlier run")
+    assert [path.name for path in tmp_path.iterdir()] == [archive.name]
+
+
 def test_processes_that_torchrun_starts_again_go_on_from_checkpoints_of_their_own_launch_only(
     tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -492,7 +518,7 @@ def test_resuming_a_run_that_has_reached_its_target_says_so_and_changes_nothing(
     assert run_here(tones, tmp_path, "--target-wer", "1000") == 0
     log = (tmp_path / "last_run.log").read_text()
     assert run_here(tones, tmp_path, "--target-wer", "1000", "--resume") == 0
-    assert "s already" in capsys.readouterr().err
+    assert "was already reached, in" in capsys.readouterr().err
     assert (tmp_path / "last_run.log").read_text() == log
     assert run_here(tones, tmp_path, "--resume-with-changes") == 1
-    assert "add --resume" in capsys.readouterr().err
+    assert "has no effect without --resume; add it" in capsys.readouterr().err

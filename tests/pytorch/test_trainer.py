@@ -68,3 +68,16 @@ def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
     assert all(0 < value < math.inf for value in seconds.values())
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_a_run_resumed_without_its_ema_keeps_the_weights_in_training() -> None:
+    config = small_config(ema_decay=0.9)
+    before, batch = Trainer(config, CPU), batch_of(config, 2, 0.3, 0.5, CPU)
+    for _ in range(2):
+        before.train_step([batch], 2, 1e-3)
+    state = before.state_dict()
+    after = Trainer(small_config(ema_decay=0.0), CPU)
+    after.load_state_dict(state, 2)
+    name = next(iter(state["model"]))
+    assert not torch.equal(state["model"][name], state["trained_model"][name])
+    assert all(torch.equal(value, state["trained_model"][name]) for name, value in after.model.state_dict().items())

@@ -70,8 +70,7 @@ def made_up_log(
             errors = log.events[log.positions("validation_errors")[3 * number + place]]["metadata"]
             errors["word_errors"] += more
             errors["wer"] = 100 * errors["word_errors"] / errors["words"]
-        if number < epochs - 1:
-            add(log, "eval_stop", "checkpoint", 0.5, number, 0.5, step_num=steps * (number + 1))
+        add(log, "epoch_stop", "checkpoint", 0.5, number, 0.5, step_num=steps * (number + 1))
     for number, (reference, hypothesis) in reversed(list(enumerate(said))):
         wer = count_errors([reference], [hypothesis]).wer
         words: dict[str, Any] = {"reference": reference, "hypothesis": hypothesis, "wer": wer}

@@ -191,6 +191,7 @@ def test_epochs_to_the_target_are_those_of_the_committed_runs() -> None:
         (["--estimate", "--epochs", "0"], "--epochs is 0"),
         (["--estimate", "--batch-size", "0"], "--batch-size is 0"),
         (["--epochs", "3"], "--epochs goes with --estimate"),
+        (["--estimate", "--longest-seconds", "30"], "--longest-seconds does not go with --estimate"),
         ([*TINY, "--config", "librispeech", "--batch-size", "200000"], "does not fit into memory; use a smaller"),
     ],
 )

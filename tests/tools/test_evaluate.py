@@ -1,7 +1,9 @@
 """Evaluation of a trained model, by the command that a user types."""
 
+import dataclasses
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.packed import open_dataset
 from pytorch.evaluation import Hypothesis
 from pytorch.metrics import count_errors
 from tests.conftest import ROOT
@@ -19,6 +22,7 @@ from tests.processes import Popen, run_module_for_text
 from tests.pytorch.test_train import small_run
 from tests.tools.conftest import Trained
 from tools.evaluate import Spoken, bootstrap_intervals, count_edits, score, table, trn_ids
+from tools.recognizer import select_subsets
 
 FP32 = ["--precision", "fp32"]  # in which rounding changes no transcript of these
 AS_DECODED = jiwer.Compose([jiwer.ReduceToListOfListOfChars()])  # jiwer would strip spaces
@@ -259,3 +263,13 @@ def test_help_shows_options_with_their_defaults() -> None:
     for option in ("--dataset-dir", "--split", "--output", "--lm", "--alpha", "--beta", "--beam"):
         assert option in run.stdout
     assert "default: validation" in run.stdout
+
+
+def test_a_subset_is_found_by_its_name_if_the_split_of_that_name_is_empty(tones: Path, tmp_path: Path) -> None:
+    """AN4's test set is its validation set."""
+    dataset = open_dataset(tones)
+    shutil.copytree(tones / "tones-validation", tmp_path / "test")
+    summary = {"test": dataclasses.replace(dataset.summary["tones-validation"], name="test")}
+    splits = {"train": [], "validation": ["test"], "test": []}
+    an4 = dataclasses.replace(dataset, path=tmp_path, summary=summary, splits=splits)
+    assert [subset.name for subset in select_subsets(an4, "test")] == ["test"]

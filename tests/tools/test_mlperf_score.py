@@ -81,6 +81,14 @@ def test_the_score_is_the_mean_time_without_the_fastest_and_the_slowest(
     assert "not a LibriSpeech result: the corpus is tones" in output
 
 
+def test_a_score_of_a_machine_that_others_used_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = [log_of(small(seed), epochs=2) for seed in (1, 2, 3)]
+    add(logs[1], "run_stop", "cpu_taken", 0.5, stolen=0.02, involuntary_context_switches=7)
+    assert main(["score", *texts(write(tmp_path, logs))]) == 0
+    said = "other programs took 50% of the CPU time, the hypervisor 2%: the run's time is not a valid benchmark result"
+    assert said in capsys.readouterr().out
+
+
 def test_one_run_that_misses_the_target_counts_as_the_slowest_and_two_leave_no_score(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -353,6 +361,21 @@ def test_epochs_of_a_resumed_run_are_those_of_the_same_number_and_its_time_is_no
     assert re.search(r"^ +1 +90\.00 +110\.0 +- +-$", output, re.MULTILINE)
     assert re.search(r"^ +2 +89\.00 +220\.0 +89\.00 ", output, re.MULTILINE)
     assert "compared with A" not in output
+
+
+def test_of_a_run_whose_ranks_were_restarted_the_outcome_of_the_last_start_is_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, again = log_of(small(), epochs=2), log_of(small(), epochs=2)
+    del log.events[log.positions("epoch_stop")[0] :]
+    add(log, log.events[-1]["key"], "run_stop", None, number=-1, status="aborted")
+    add(again, "git_commit", "resumed", True, elapsed_seconds=60.0)
+    log.events += again.events
+    log.result = None
+    a, b = write(tmp_path, [log_of(small(), epochs=2), log])
+    assert main(["compare", str(a), str(b)]) == 0
+    output = capsys.readouterr().out
+    assert "B: target WER 23.0 reached in 280.0 s, 2 epochs, resumed: not an uninterrupted result" in output
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,17 @@ def made(tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     yield runs
 
 
+def test_runs_of_a_series_leave_the_configurations_own_output_folder_alone(
+    made: MadeUpRuns, capsys: pytest.CaptureFixture[str]
+) -> None:
+    series.SCRIPT.write_text(f'echo "$@" >"{made.folder}/options"\n' + series.SCRIPT.read_text())
+    options = ["--config", "synthetic", "--device", "cpu", "--dataset-dir", str(made.dataset)]
+    assert main(["series", "--tree", str(made.tree.root), "--system", "box", "--runs", "1", "--", *options]) == 0
+    folder = CONFIGS["synthetic"].output_dir / "series"
+    assert f"--output-dir {folder} " in (made.folder / "options").read_text()
+    assert f"page of 1 runs: {folder / 'report.html'}" in capsys.readouterr().out
+
+
 def started(made: MadeUpRuns) -> list[str]:
     return sorted(path.stem for path in made.folder.glob("*.started"))
 

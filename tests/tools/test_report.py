@@ -59,7 +59,7 @@ def test_the_page_shows_what_is_in_the_log(tmp_path: Path) -> None:
     html = written(tmp_path, made_up_log().write(tmp_path / "run.log"))
     assert headline(html) == [
         "15.00 % word error rate, target 23",
-        "91.0 s to the target",
+        "91.5 s to the target",
         "3 epochs",
         "1 x real time in training",
     ]
@@ -72,7 +72,7 @@ def test_the_page_shows_what_is_in_the_log(tmp_path: Path) -> None:
     assert list(by_epoch) == ["WER (%)", *(f"WER (%) {name}" for name in SUBSETS)]
     assert [number for number, _ in by_epoch["WER (%)"]] == [1, 2, 3]
     assert [wer for _, wer in by_epoch["WER (%)"]] == pytest.approx([55, 35, 15], abs=0.01)
-    assert lines(html, "wer-time")["WER (%)"][0][0] == 30  # trained in 20 s, evaluated in 10 s
+    assert lines(html, "wer-time")["WER (%)"][0][0] == 30.5  # trained in 20 s, saved, evaluated in 10 s
     assert figures(html)["charts"][0]["targets"] == [23]
 
 
@@ -268,7 +268,7 @@ def test_a_clock_that_was_set_is_said_and_the_time_is_that_of_the_result_line(ho
     html = written(tmp_path, log.write(tmp_path / "run.log"))
     assert "refuses the log: " in html
     assert "clock was set during the run" in html
-    assert headline(html)[1] == "91.0 s to the target"
+    assert headline(html)[1] == "92.0 s to the target"
     assert "wer-time" not in [chart["id"] for chart in figures(html)["charts"]]
     assert "Where the time went" not in html
     assert not re.search("[>-]3[56][0-9][0-9]", html.partition("<script")[0])
@@ -276,29 +276,29 @@ def test_a_clock_that_was_set_is_said_and_the_time_is_that_of_the_result_line(ho
 
 def test_a_resumed_runs_time_adds_up(tmp_path: Path) -> None:
     run = run_of(made_up_log(resumed=100.0), tmp_path)
-    assert run.seconds_to_target == 100 + 3 * 30 + 2 * 0.5
-    assert lines(written(tmp_path, tmp_path / "run.log"), "wer-time")["WER (%)"][0][0] == 100 + 30
+    assert run.seconds_to_target == 100 + 3 * 30 + 3 * 0.5
+    assert lines(written(tmp_path, tmp_path / "run.log"), "wer-time")["WER (%)"][0][0] == 100 + 30.5
 
 
 def test_the_parts_of_a_runs_time_add_up_to_all_of_it(tmp_path: Path) -> None:
     run = run_of(made_up_log(), tmp_path)
     spent = parts([run])
     # The last save is off the clock.
-    assert list(spent.values()) == pytest.approx([60, 3 * 20, 3 * 10, 2 * 0.5, 0])
+    assert list(spent.values()) == pytest.approx([60, 3 * 20, 3 * 10, 3 * 0.5, 0])
     assert sum(spent.values()) - 60 == pytest.approx(run.log.seconds)
 
 
 def test_checkpoints_within_an_epoch_are_no_training(tmp_path: Path) -> None:
     log = made_up_log(epochs=1)
     add(log, "train_loss", "checkpoint", 0.25, number=20, step_num=20)
-    assert list(parts([run_of(log, tmp_path)]).values()) == pytest.approx([60, 20 - 0.25, 10, 0.25, 0])
+    assert list(parts([run_of(log, tmp_path)]).values()) == pytest.approx([60, 20 - 0.25, 10, 0.5 + 0.25, 0])
 
 
 def test_of_a_run_whose_processes_were_started_again_the_last_start_is_shown(tmp_path: Path) -> None:
     log, again = made_up_log(reached=False), made_up_log(resumed=50.0)
     alone = run_of(again, tmp_path)
     log.events += again.events
-    assert run_of(log, tmp_path).seconds_to_target == alone.seconds_to_target == 50 + 91
+    assert run_of(log, tmp_path).seconds_to_target == alone.seconds_to_target == 50 + 91.5
 
 
 def test_a_log_without_some_of_the_events_is_shown_as_far_as_it_goes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import Levenshtein
 import numpy as np
@@ -22,7 +24,7 @@ from tests.processes import run_module
 from tests.tools.conftest import Trained
 from tests.tools.speaking import RATE, random_words, speak
 from tools.recordings import read_file
-from tools.transcribe import main
+from tools.transcribe import Options, _standard_input, main
 
 LONG = random_words(150, 5)
 
@@ -95,6 +97,13 @@ def test_standard_input_is_a_file_or_raw_audio(sentence: tuple[Path, str], train
     assert odd.stdout.decode() == f"{expected}\n"
     assert odd.returncode == 1
     assert b"standard input ends in the middle of a 16-bit sample" in odd.stderr
+
+
+def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(bytes(100_000))))
+    recording = _standard_input(Options(Path("model.pt"), ("-",)), Path("/dev/full"))
+    with pytest.raises(DataError, match=r"^standard input cannot be copied to /dev \(TMPDIR\): No space left"):
+        list(recording.segments())
 
 
 def test_a_bad_file_among_many_is_named_and_the_others_are_done(

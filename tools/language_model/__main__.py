@@ -28,7 +28,7 @@ import tyro
 
 from data.corpora import REPOSITORY, Archive, openslr_mirrors
 from data.fetch import fetch
-from data.files import DOWNLOADS, atomic_replace, file_digest, locked, progress_bar, work_folder
+from data.files import DOWNLOADS, DataError, atomic_replace, file_digest, locked, progress_bar, work_folder
 from data.packed import open_dataset
 from pytorch.cli import RunError, exit_status
 from tools.output import output_file, prepare_outputs
@@ -151,7 +151,7 @@ def download(options: Download) -> None:
 
     Raises:
         RunError: there is no model of this name, or another file has its place.
-        DataError: no mirror delivered it whole.
+        DataError: no mirror delivered it whole, or it cannot be written.
     """
     if options.name not in LIBRISPEECH_MODELS:
         raise RunError(f"--name {options.name}: unknown language model; one of {', '.join(LIBRISPEECH_MODELS)}")
@@ -169,7 +169,10 @@ def download(options: Download) -> None:
             progress_bar(archive.file, None, unit="B") as bar,
         ):
             downloaded = work / DOWNLOADS / archive.file
-            md5, sha256 = fetch(archive, mirrors, downloaded, bar.update)
+            try:
+                md5, sha256 = fetch(archive, mirrors, downloaded, bar.update)
+            except OSError as error:
+                raise DataError(f"cannot write {downloaded}: {error.strerror}") from error
             print(f"{archive.file}: MD5 {md5}, SHA-256 {sha256}", file=sys.stderr)
             atomic_replace(downloaded, target)
     print(f"{target} is complete", file=sys.stderr)

@@ -18,6 +18,7 @@ from mlperf_logging.mllog import constants
 from data.corpora import CORPORA
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS
+from pytorch.machine import MOST_SHARED
 from tools.mlperf.consistency import inconsistencies
 from tools.mlperf.runlog import RunLog
 
@@ -97,7 +98,18 @@ def notes(log: RunLog) -> list[str]:
     if log.cache_cleared is False:
         reason = log.metadata(constants.CACHE_CLEAR).get("reason")
         found.append("the data set may have been in memory: it was not dropped" + (f" ({reason})" if reason else ""))
+    if taken := cpu_taken(log):
+        found.append(taken)
     return found
+
+
+def cpu_taken(log: RunLog) -> str:
+    """Return why a log's time is worthless if too much of the CPU time went elsewhere, else an empty string."""
+    others, stolen = log.value("cpu_taken") or 0.0, log.metadata("cpu_taken").get("stolen", 0.0)
+    if others + stolen <= MOST_SHARED:
+        return ""
+    took = f"other programs took {others:.0%} of the CPU time, the hypervisor {stolen:.0%}"
+    return f"{took}: the run's time is not a valid benchmark result"
 
 
 def ineligibility(log: RunLog) -> str:

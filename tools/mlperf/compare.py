@@ -15,6 +15,7 @@ def compare(left: RunLog, right: RunLog) -> tuple[bool, str]:
     Return whether all steps that both have done have equal losses, and the comparison as text.
     """
     same, losses = _losses(left, right)
+    left, right = left.last_start(), right.last_start()  # which have the outcomes
     lines = [f"A: {left.path}", f"B: {right.path}", *losses, *_surroundings(left, right), *_epochs(left, right)]
     lines += [f"{name}: {_outcome(log)}" for name, log in (("A", left), ("B", right))]
     resumed = left.resumed or right.resumed  # then there is no time of the whole run
@@ -76,5 +77,6 @@ def _epochs(left: RunLog, right: RunLog) -> list[str]:
 def _outcome(log: RunLog) -> str:
     if log.reached:
         resumed = ", resumed: not an uninterrupted result" if log.resumed else ""
-        return f"target WER {log.target_wer} reached in {log.seconds:.1f} s, {log.epochs_to_target} epochs{resumed}"
+        took = f"{(log.seconds or 0) + log.seconds_before:.1f} s, {log.epochs_to_target} epochs"
+        return f"target WER {log.target_wer} reached in {took}{resumed}"
     return f"target WER {log.target_wer} not reached" if log.status else "not finished"

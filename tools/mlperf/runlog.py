@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "a text": lambda value: type(value) is str,
     "an integer": lambda value: type(value) is int and abs(value) < 2**63,
     "a positive integer": lambda value: type(value) is int and 0 < value < 2**63,
+    "a finite number": lambda value: type(value) in (int, float) and abs(value) < 2**63,
     "a number": lambda value: type(value) is float or (type(value) is int and abs(value) < 2**63),
 }
 # What is computed with has these types, as an event's value and as metadata. Versions differ in which of it they log.
@@ -44,14 +45,15 @@ _TYPES = {
     **dict.fromkeys(("train_samples", "eval_samples", "train_samples_left_out"), "an integer"),
     **dict.fromkeys(("word_errors", "character_errors"), "an integer"),
     **dict.fromkeys(("words", "characters", "utterances"), "a positive integer"),
-    **dict.fromkeys(("train_loss", "eval_accuracy", "checkpoint", "learning_rate", "gradient_norm"), "a number"),
+    "checkpoint": "a finite number",
+    **dict.fromkeys(("train_loss", "eval_accuracy", "learning_rate", "gradient_norm"), "a number"),
     **dict.fromkeys(("loss", "wer", "cer", "mean_utterance_wer", "sum_of_utterance_wers"), "a number"),
     **dict.fromkeys(("target_wer", "elapsed_seconds", "seconds", "data_wait_fraction"), "a number"),
     **dict.fromkeys(("utterances_per_second", "audio_seconds_per_second", "cpu_taken", "stolen"), "a number"),
 }
 
 
-_FORMER_NAMES = {  # in logs and checkpoints of earlier versions
+_FORMER_NAMES = {  # in logs of earlier versions
     "averaging_decay": "ema_decay",
     "augmentation_start_epoch": "augment_from_epoch",
     "final_learning_rate_fraction": "min_lr_ratio",
@@ -63,7 +65,7 @@ _FORMER_NAMES = {  # in logs and checkpoints of earlier versions
 
 
 def with_current_names(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return `Config.to_dict()` of a log or checkpoint, perhaps an earlier version's, under today's names."""
+    """Return `Config.to_dict()` of a log, perhaps an earlier version's, under today's names."""
     renamed = {_FORMER_NAMES.get(name, name): value for name, value in saved.items()}
     if renamed.pop("recipe", "modern") == "reference":  # which is a configuration of its own now
         renamed["config"] = f"{renamed['config']}-2018"
@@ -198,6 +200,11 @@ class RunLog:
         if len(results) > 1:
             raise RunError(f"{path}:{results[1].line}: a second RESULT line; the first is line {results[0].line}")
         return cls(path, events, results[0] if results else None)
+
+    def last_start(self) -> RunLog:
+        """Return the log from its last start on, if ranks were lost and all were restarted from a checkpoint."""
+        starts = [position for position, event in enumerate(self.events) if event.key == constants.INIT_START]
+        return replace(self, events=self.events[starts[-1] :]) if len(starts) > 1 else self
 
     def all(self, key: str) -> list[Event]:
         """Return every event of a key, in order."""

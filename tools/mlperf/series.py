@@ -28,7 +28,7 @@ from mlperf_logging.mllog import constants
 from data.files import INTERRUPTED
 from data.packed import PackedDataset, open_dataset
 from pytorch.cli import PREEMPTED, Preempted, RunError
-from pytorch.config import ROOT, Config, parse_config
+from pytorch.config import CONFIGS, ROOT, Config, parse_config
 from pytorch.machine import clear_cache, describe_machine, git_revision
 from pytorch.mllog import BENCHMARK, REPORT, submission_division, submission_platform
 from tools.mlperf.check import LIBRISPEECH, check, load_valid, published_utterances
@@ -70,6 +70,9 @@ def run_series(
     if config.resume:
         raise RunError("--resume: a resumed run is not a result; runs that are already there are kept anyway")
     dataclasses.replace(config, seed=config.seed + runs - 1)  # RunError where the last one is too large
+    if config.output_dir == CONFIGS[config.config].output_dir:  # runs here leave alone a model that was trained there
+        config = dataclasses.replace(config, output_dir=config.output_dir / "series")
+        options = (*options, "--output-dir", str(config.output_dir))
     description, expected = inspect_environment(config)
     default = BENCHMARK if config.config in ("librispeech", "librispeech-2018") else config.config
     folder = SubmissionDir(tree, system or system_name(description), series or default)

@@ -103,7 +103,7 @@ def read_series(paths: Sequence[Path]) -> list[Series]:
     groups: list[list[Run]] = []
     for path in paths:
         log, violations = check(path)
-        run = Run("", _last_start(log), [each.reason for each in violations if not each.missed_target])
+        run = Run("", log.last_start(), [each.reason for each in violations if not each.missed_target])
         for group in groups:
             seeds = [other.log.seed for other in group]
             if log.seed not in seeds and not differences([group[0].log, run.log]):
@@ -129,12 +129,6 @@ def _score(paths: list[Path]) -> tuple[float | None, str]:
     except RunError as error:
         return None, f"No score: {error}."
     return found.seconds, verdict(found)[0] if found.seconds is None else ""
-
-
-def _last_start(log: RunLog) -> RunLog:
-    """Without what was before the last start, where processes were lost and all started again from a checkpoint."""
-    starts = [position for position, event in enumerate(log.events) if event.key == constants.INIT_START]
-    return replace(log, events=log.events[starts[-1] :]) if len(starts) > 1 else log
 
 
 def _labels(logs: Sequence[RunLog]) -> list[str]:

@@ -114,11 +114,15 @@ def _parts(log: RunLog) -> dict[str, float]:
     end = log.clock(log.events[-1]) if log.seconds is None else log.seconds  # a log may be cut off
     saves = [(log.clock(event), float(event.value)) for event in log.all("checkpoint")]
     saved = sum(seconds for at, seconds in saves if 0 <= at <= end)  # the first and the last may be off the clock
+
+    def without_saves(start: float, stop: float) -> float:
+        return stop - start - sum(seconds for at, seconds in saves if start < at <= stop)
+
     train = evaluate = 0.0
     for epoch in log.epochs:
         trained = end if epoch.trained is None else epoch.trained
-        train += trained - epoch.started - sum(seconds for at, seconds in saves if epoch.started < at <= trained)
-        evaluate += (end if epoch.evaluated is None else epoch.evaluated) - trained
+        train += without_saves(epoch.started, trained)
+        evaluate += without_saves(trained, end if epoch.evaluated is None else epoch.evaluated)
     other = max(0.0, end - train - evaluate - saved)
     return {INIT: log.init_seconds or 0.0, TRAINING: train, EVALUATION: evaluate, CHECKPOINTS: saved, OTHER: other}
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pytorch.machine import MOST_SHARED
-from tools.mlperf.check import MISSED_TARGET, ineligibility
+from tools.mlperf.check import MISSED_TARGET, cpu_taken, ineligibility
 from tools.mlperf.consistency import clock_problem
 from tools.mlperf.score import RUNS
 from tools.report.runs import Run, Series
@@ -53,10 +52,8 @@ def _warnings(of: Series, run: Run) -> list[str]:
     if log.cache_cleared is False:
         because = f" ({reason})" if (reason := log.metadata("cache_clear").get("reason")) else ""
         found.append(f"The data set may have been in memory already: the page cache was not cleared{because}.")
-    others, stolen = log.value("cpu_taken") or 0.0, log.metadata("cpu_taken").get("stolen", 0.0)
-    if others + stolen > MOST_SHARED:
-        took = f"Other programs took {others:.0%} of the CPU time, the hypervisor {stolen:.0%}"
-        found.append(f"{took}: the run's time is not a valid benchmark result.")
+    if taken := cpu_taken(log):
+        found.append(f"{taken[0].upper()}{taken[1:]}.")
     if skipped := sum(1 for _ in log.all("skipped_step")):
         found.append(f"{skipped} steps were skipped because their loss or gradient was not finite.")
     if of.no_score:
