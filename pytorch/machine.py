@@ -80,7 +80,7 @@ def cpuinfo() -> dict[str, list[str]]:
 
 
 def cpu_seconds() -> dict[str, float]:
-    """Return the time, since the machine's start, of the CPUs that this process may use, and this process' own.
+    """Return the time, since the machine's start, of the CPUs that this process may use, and this process's own.
 
     Returns:
         "all", "busy", and "stolen" by the hypervisor for other machines; "own", and the "switches" of this process to

@@ -166,7 +166,7 @@ class Trainer:
         A CPU that has bfloat16 arithmetic is not always faster with it. All ranks must do this at the same time.
         """
         count = min(6, self.config.max_microbatch_size(self.world.size))
-        batch = made_up_batch(self.config, torch.full((count,), 3 * SAMPLE_RATE), self.device)
+        batch = random_batch(self.config, torch.full((count,), 3 * SAMPLE_RATE), self.device)
         seconds: dict[Precision, float] = {"fp32": math.inf, "bf16": math.inf}
         with self._model_restored():
             begun, rounds = time.monotonic(), 0
@@ -201,7 +201,7 @@ class Trainer:
                 f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
             ),
         ):
-            batch = made_up_batch(self.config, torch.full((count,), num_samples), self.device)
+            batch = random_batch(self.config, torch.full((count,), num_samples), self.device)
             parts = [batch] * self.config.gradient_accumulation_steps
             for _ in range(min(2, self.world.size)):  # before the second step DDP rebuilds its buckets
                 self.train_step(parts, self.config.batch_size, self.config.learning_rate)()
@@ -221,7 +221,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.config, self.model)
 
 
-def made_up_batch(config: Config, num_samples_B: Tensor, device: torch.device) -> Batch:
+def random_batch(config: Config, num_samples_B: Tensor, device: torch.device) -> Batch:
     """Return noise of these lengths, augmented as the configuration says but for tempo, with random transcripts."""
     generator = np.random.default_rng(0)
     count, longest = len(num_samples_B), int(num_samples_B.max())

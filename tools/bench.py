@@ -44,7 +44,7 @@ from pytorch.layers.convolution import Convolution
 from pytorch.layers.gru import GRU, implementation
 from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
-from pytorch.trainer import Trainer, made_up_batch
+from pytorch.trainer import Trainer, random_batch
 from tools.estimate import estimate, processes_here
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
@@ -122,8 +122,8 @@ def use_stock_layers(model: DeepSpeech2) -> None:
 
 
 def batch_of(config: Config, count: int, shortest: float, longest: float, device: torch.device) -> Batch:
-    """Return a made-up batch of utterances of evenly spread durations (s)."""
-    return made_up_batch(config, (torch.linspace(shortest, longest, count) * SAMPLE_RATE).long(), device)
+    """Return a random batch of utterances of evenly spread durations (s)."""
+    return random_batch(config, (torch.linspace(shortest, longest, count) * SAMPLE_RATE).long(), device)
 
 
 class Workload:

@@ -81,7 +81,7 @@ def published_utterances(names: Sequence[str]) -> Utterances:
 
 
 def open_utterances(config: Config, dataset_dir: Path | None, world: World) -> tuple[Utterances, Utterances, str]:
-    """Return training and validation utterances, made up or of a data set, and where from."""
+    """Return training and validation utterances, random or from a data set, and their source."""
     corpus = next(corpus for corpus in CORPORA.values() if corpus.folder == config.dataset_dir.name)
     splits = [[each.name for each in corpus.subsets if each.split == split] for split in ("train", "validation")]
     if dataset_dir is None and DURATIONS.keys() >= {*splits[0], *splits[1]}:
