@@ -257,7 +257,7 @@ def read_index(file: Path) -> Iterator[UtteranceRow]:
                 try:
                     name, speaker, offset, samples, transcript, digest = row
                     numbers = int(offset), int(samples)
-                    if max(map(abs, numbers)) >= 1 << 62:
+                    if max(map(abs, numbers)) >= 1 << 62:  # their sum must fit into 64 bits
                         raise ValueError(f"{max(numbers, key=abs)} is not a number of samples")
                     yield UtteranceRow(name, speaker, *numbers, transcript, digest)
                 except ValueError as error:

@@ -91,10 +91,9 @@ class Preparation:
         partial.mkdir()
         summary = _pack(utterances, partial, name, archive, self.jobs)
         check_place(self.dataset, [name])
-        summaries = {**self.dataset.summary, name: summary}
-        prepared = [subset.name for subset in self.corpus.subsets if subset.name in summaries]
-        summaries = {name: summaries[name] for name in prepared}
-        self.dataset = replace(self.dataset, digest="", splits=self.corpus.splits(prepared), summary=summaries)
+        known = {**self.dataset.summary, name: summary}
+        summaries = {each.name: known[each.name] for each in self.corpus.subsets if each.name in known}
+        self.dataset = replace(self.dataset, digest="", splits=self.corpus.splits(list(known)), summary=summaries)
         # Entered before it has its name: a kill in between leaves nothing there that is not known to be ours.
         write_dataset(self.dataset, self.work)
         if final.is_dir():  # check_place has seen that only these two files can be in it

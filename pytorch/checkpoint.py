@@ -62,9 +62,9 @@ class TrainState:
         """Mean loss of the epoch so far; not a number before the first one."""
         return self.sum_of_losses_in_epoch / self.losses_in_epoch if self.losses_in_epoch else math.nan
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Count the steps of another epoch."""
-        self.epoch, self.step_in_epoch, self.losses_in_epoch, self.sum_of_losses_in_epoch = epoch, 0, 0, 0.0
+    def begin_next_epoch(self) -> None:
+        """Count the steps of the next epoch."""
+        self.epoch, self.step_in_epoch, self.losses_in_epoch, self.sum_of_losses_in_epoch = self.epoch + 1, 0, 0, 0.0
 
 
 def save(

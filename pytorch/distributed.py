@@ -31,6 +31,7 @@ _sums: Any = None  # of `all_reduce_sum`, so that small messages do not queue be
 _stop_time = math.inf  # time.monotonic() when this process was told to stop
 _timeout_seconds = math.inf
 STOP_SECONDS = 30.0  # for a step to end after a signal to stop, which torchrun sends when it has lost a rank
+REPORT_SECONDS = 5.0  # for the other ranks to note a failure, too
 
 
 @dataclass(frozen=True)
@@ -147,12 +148,6 @@ def wait_for(event: torch.Event) -> None:
                 raise dist.DistError("another rank has failed")
 
 
-def expect_end_soon() -> None:
-    """Note that this process was told to stop."""
-    global _stop_time
-    _stop_time = time.monotonic()
-
-
 class StopSignal:
     """Remembers that this process was told to stop. The step under way is finished and saved."""
 
@@ -163,8 +158,8 @@ class StopSignal:
 
     def request(self, *_: object) -> None:
         """Handle a signal."""
-        self.requested = True
-        expect_end_soon()
+        global _stop_time
+        self.requested, _stop_time = True, time.monotonic()
 
 
 @contextmanager
@@ -184,11 +179,11 @@ def report_lost_ranks() -> Iterator[None]:
         raise RankFailure(text) from error
 
 
-def _unresponsive_ranks(patience: float = 5.0) -> list[int]:
+def _unresponsive_ranks() -> list[int]:
     if _store is None:
         raise RuntimeError("no store")
     _note_failure()
-    time.sleep(patience)
+    time.sleep(REPORT_SECONDS)
     failed = _failed_ranks()
     return [rank for rank in range(dist.get_world_size()) if rank not in failed]
 

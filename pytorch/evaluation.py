@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -116,23 +117,21 @@ def evaluate(
 
     def count(batch: Batch, transcripts: Callable[[], list[str]]) -> None:
         for index, reference, transcript in zip(batch.indices.tolist(), batch.transcripts, transcripts(), strict=True):
-            errors = count_errors([reference], [transcript])
+            errors = count_errors(reference, transcript)
             found[index] = Hypothesis(utterances.id(index), utterances.subset(index), reference, transcript, errors)
 
-    decoding: tuple[Batch, Callable[[], list[str]]] | None = None
+    decoding: deque[tuple[Batch, Callable[[], list[str]]]] = deque()
     stopped = False
     with progress_bar("evaluation", len(batches), shown=world.is_main) as bar:
         for batch in prefetch(batches, partial(make_batch, utterances, device=device)):
-            stopped = stop_requested()
-            if stopped:
+            if stopped := stop_requested():
                 break
-            started = batch, decoder(*forward(batch))
-            if decoding is not None:
-                count(*decoding)  # while the device works on the next batch
-            decoding = started
+            decoding.append((batch, decoder(*forward(batch))))
+            if len(decoding) > 1:
+                count(*decoding.popleft())  # while the device works on the newer batch
             bar.update()
-    if decoding is not None:
-        count(*decoding)
+    for each in decoding:
+        count(*each)
     gathered = world.all_gather_object((stopped, list(found.items())))
     if any(stopped for stopped, _ in gathered):
         return None

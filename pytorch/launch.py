@@ -44,7 +44,7 @@ RANK = "--rank-of-launch"  # first argument of the processes that torchrun start
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == [RANK]:
         return _run_rank(*arguments[1:])
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _launch(arguments: list[str]) -> int:
-    """Train in this process, or in several; returns the exit status."""
+    """Train in this process, or in several; return the exit status."""
     given = variables()
     processes = processes_here(train.parse(arguments), given["NNODES"])
     if processes == given["NNODES"] == 1 and not given["MAX_RESTARTS"]:
@@ -69,7 +69,7 @@ def variables() -> dict[str, int]:
 
 
 def start(module: str, arguments: list[str], processes: int, given: dict[str, int]) -> int:
-    """Run a module's `main(arguments, launch_id)` in several processes here; returns the exit status.
+    """Run a module's `main(arguments, launch_id)` in several processes here; return the exit status.
 
     `given` are the `variables()`. Preempted if the ranks were told to stop.
     """
@@ -154,7 +154,7 @@ def _number(name: str) -> int:
 
 
 def _torchrun(arguments: list[str], endpoint: str) -> tuple[str, int]:
-    """Run torchrun; returns what went wrong, if anything did, and the exit status where no rank has told its own."""
+    """Run torchrun; return what went wrong, if anything did, and the exit status where no rank has told its own."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -208,13 +208,13 @@ def make_batch(
         device: where the waveforms and targets go; the copy is done when this returns.
         augment: configuration and epoch to draw augmentation for; None for evaluation.
     """
-    num_samples_B = utterances.num_samples[indices]
-    longest = int(num_samples_B.max())
-    samples = max(longest, (padded_frames(longest // HOP_LENGTH + 1, device) - 1) * HOP_LENGTH)
+    num_samples_B = torch.from_numpy(utterances.num_samples[indices])
+    frames = padded_frames(int(frame_counts(num_samples_B).max()), device)
+    samples = max(int(num_samples_B.max()), (frames - 1) * HOP_LENGTH)
     waveforms_BS = torch.empty(len(indices), samples, dtype=torch.int16, pin_memory=has_copy_engine(device))
     # NumPy, since a torch operation on this much in the reader's thread would start a second pool of OpenMP threads;
     # with more threads than cores, the pools' threads sleep at every barrier instead of spinning.
-    for waveform, count, index in zip(waveforms_BS.numpy(), num_samples_B, indices, strict=True):
+    for waveform, count, index in zip(waveforms_BS.numpy(), num_samples_B.tolist(), indices, strict=True):
         waveform[:count], waveform[count:] = utterances.waveform(index), 0
     transcripts = [utterances.transcript(index) for index in indices]
     encoded = [encode(transcript) for transcript in transcripts]
@@ -223,20 +223,21 @@ def make_batch(
         config, epoch = augment
         seeds = np.stack([np.full(len(indices), config.seed), np.full(len(indices), epoch), indices], axis=1)
         augmentation = draw_augmentation(config, seeds, _tempo_limits(num_samples_B, transcripts))
+    targets = torch.tensor([label for labels in encoded for label in labels], dtype=torch.int64)
     return Batch(
-        indices,
-        copy_from_cpu_ahead(waveforms_BS, device),
-        torch.from_numpy(num_samples_B),
-        copy_from_cpu_ahead(torch.tensor([label for labels in encoded for label in labels], dtype=torch.int64), device),
-        torch.tensor([len(labels) for labels in encoded], dtype=torch.int64),
-        transcripts,
-        augmentation,
+        indices=indices,
+        waveforms_BS=copy_from_cpu_ahead(waveforms_BS, device),
+        num_samples_B=num_samples_B,
+        targets=copy_from_cpu_ahead(targets, device),
+        target_lengths_B=torch.tensor([len(labels) for labels in encoded], dtype=torch.int64),
+        transcripts=transcripts,
+        augmentation=augmentation,
     )
 
 
-def _tempo_limits(num_samples_B: np.ndarray, transcripts: Sequence[str]) -> np.ndarray:
+def _tempo_limits(num_samples_B: Tensor, transcripts: Sequence[str]) -> np.ndarray:
     """Return the fastest tempo at which CTC still has the frames that each transcript needs."""
-    frames_B = frame_counts(torch.from_numpy(num_samples_B)).numpy()
+    frames_B = frame_counts(num_samples_B).numpy()
     needed_B = np.array([min_ctc_frames(transcript) for transcript in transcripts])
     # From needed <= output_frames(floor((frames - 1) / tempo) + 1): tempo <= (frames - 1) / (stride (needed - 1)).
     # The last factor keeps rounding on the safe side.

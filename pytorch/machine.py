@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data.files import available_cores
 from data.packed import PackedDataset, content_files
 from pytorch.config import ROOT
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch  # slow to import: not for those who only read logs
 
 CONTAINER_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # cgroup v2, v1
-MOST_SHARED = 0.05  # of the CPU time that others may take from a run whose time is to count
+MAX_CPU_TAKEN = 0.05  # part of the CPU time that others may take from a run whose time is to count
 
 
 def told_by_torchrun(name: str, default: int) -> int:
@@ -41,7 +42,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     packages = "torch", "numpy", "mlperf-logging"
     found: dict[str, Any] = {
         "processor": next(iter(cpuinfo().get("model name", [])), platform.processor() or platform.machine()),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(memory_bytes() / 2**30, 1),
         "operating_system": platform.platform(),

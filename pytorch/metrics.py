@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import Levenshtein
@@ -45,18 +44,15 @@ class ErrorCounts:
         return 100 * self.sum_of_utterance_wers / self.utterances
 
 
-def count_errors(references: Iterable[str], hypotheses: Iterable[str]) -> ErrorCounts:
-    """Count the errors of hypotheses against references, pair by pair.
+def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
+    """Count the errors of one utterance.
 
     Raises:
-        ValueError: the numbers differ, or a reference has no word (its rate has no meaning).
+        ValueError: the reference has no word (its rate has no meaning).
     """
-    counts = []
-    for reference, hypothesis in zip(references, hypotheses, strict=True):
-        words = reference.split()
-        if not words:
-            raise ValueError("a reference transcript is empty")
-        errors = Levenshtein.distance(words, hypothesis.split())
-        characters = Levenshtein.distance(reference, hypothesis)
-        counts.append(ErrorCounts(1, errors, len(words), characters, len(reference), errors / len(words)))
-    return sum(counts, ErrorCounts())
+    words = reference.split()
+    if not words:
+        raise ValueError("a reference transcript is empty")
+    errors = Levenshtein.distance(words, hypothesis.split())
+    characters = Levenshtein.distance(reference, hypothesis)
+    return ErrorCounts(1, errors, len(words), characters, len(reference), errors / len(words))

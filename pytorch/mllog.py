@@ -20,14 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
 from data.packed import PackedDataset
 from pytorch.cli import RunError
 from pytorch.config import EVENTS, ROOT, Config
-from pytorch.machine import describe_machine, git_revision, told_by_torchrun
+from pytorch.machine import git_revision, told_by_torchrun
 
 BENCHMARK = "deepspeech2"
 DIVISIONS = (constants.CLOSED, constants.OPEN)
@@ -155,9 +154,9 @@ def require_sinks(log: MLLogger) -> None:
 
 
 def log_submission(
-    log: MLLogger, config: Config, dataset: PackedDataset, device: torch.device, world_size: int
+    log: MLLogger, config: Config, dataset: PackedDataset, machine: dict[str, Any], world_size: int
 ) -> None:
-    """Log who runs what on what, and every hyperparameter, before the clock starts.
+    """Log who runs what on which machine (`describe_machine`), and every hyperparameter, before the clock starts.
 
     Raises:
         RunError: SUBMISSION_DIVISION or SUBMISSION_STATUS is set to what the rules do not know.
@@ -166,7 +165,6 @@ def log_submission(
     log.event(constants.SUBMISSION_ORG, os.environ.get("SUBMISSION_ORG") or "reference")
     log.event(constants.SUBMISSION_DIVISION, submission_division())
     log.event(constants.SUBMISSION_STATUS, submission_status())
-    machine = describe_machine(device)
     log.event(constants.SUBMISSION_PLATFORM, submission_platform(machine, world_size))
     for name, event in EVENTS.items():
         log.event(event, getattr(config, name))

@@ -54,7 +54,7 @@ class DeepSpeech2(nn.Module):
         hidden_size: H, units of each direction of each GRU layer.
     """
 
-    def __init__(self, conv_channels: int = 32, hidden_size: int = 800) -> None:
+    def __init__(self, conv_channels: int, hidden_size: int) -> None:
         super().__init__()
         self.conv1 = Convolution(1, conv_channels, kernel=(41, 11), stride=(2, TIME_STRIDE))
         self.norm1 = BatchNorm(conv_channels, HARDTANH)

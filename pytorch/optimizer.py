@@ -24,7 +24,7 @@ GATES = 3
 COEFFICIENTS, MOMENTUM = (3.4445, -4.7750, 2.0315), 0.95  # Jordan's
 # Liu et al. (2025, arXiv 2502.16982) have 0.2, about what a weight moves by under AdamW. Jordan has 5 iterations, which
 # raise smaller singular values, too, and cost more. docs/recipes.md says what was tried.
-ROOT_MEAN_SQUARE, ITERATIONS = 0.6, 3
+UPDATE_RMS, ITERATIONS = 0.6, 3
 
 
 def make_optimizers(config: Config, model: DeepSpeech2) -> list[torch.optim.Optimizer]:
@@ -98,9 +98,10 @@ class Muon(torch.optim.Optimizer):
         gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         moved = torch.stack(buffers).lerp_(gradients, 1 - MOMENTUM)
-        directions = gradients.lerp_(moved, MOMENTUM).unflatten(1, (GATES, -1)).flatten(0, 1)
+        nesterov = gradients.lerp_(moved, MOMENTUM)
+        directions = nesterov.unflatten(1, (GATES, -1)).flatten(0, 1)  # each gate is a matrix of its own
         steps = newton_schulz(directions.to(self.compute_dtype)).to(moved.dtype).reshape(moved.shape)
-        steps *= lr * ROOT_MEAN_SQUARE * max(directions.shape[1:]) ** 0.5
+        steps *= lr * UPDATE_RMS * max(directions.shape[1:]) ** 0.5
         finite = torch.as_tensor(getattr(self, "found_inf", 0.0)) == 0
         for weight, buffer, momentum, step in zip(weights, buffers, moved, steps, strict=True):
             torch.where(finite, momentum, buffer, out=buffer)

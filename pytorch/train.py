@@ -61,11 +61,13 @@ class TrainingRun:
     state: TrainState
     stop: StopSignal
     clock: Clock
-    last_save_time: float = 0.0  # time.monotonic() when the newest checkpoint was written
+    last_save_time: float  # time.monotonic() when the newest checkpoint was written
 
 
 def train(config: Config, launch_id: str | None = None) -> bool:
-    """Train until the target, or until the configuration's limits. Returns whether the target was reached.
+    """Train until the target, or until the configuration's limits. Return whether the target was reached.
+
+    `launch_id` names the launch that this process is a rank of, see `World`.
 
     Raises:
         RunError: the run cannot start or go on.
@@ -73,9 +75,9 @@ def train(config: Config, launch_id: str | None = None) -> bool:
         Preempted: the process was told to stop.
         RuntimeError: another rank was lost.
     """
-    with ExitStack() as resources:
+    with ExitStack() as resources:  # the lock of the output folder
         run = setup(config, launch_id, resources)
-        state, world, user = run.state, run.world, machine.user_name()
+        state, world = run.state, run.world
         if state.wer is not None and config.target_reached(state.wer):
             world.print_once(
                 f"Target WER of {config.target_wer:g} was already reached, in {state.elapsed_seconds:.0f} s."
@@ -101,13 +103,13 @@ def train(config: Config, launch_id: str | None = None) -> bool:
             save(run)  # with the last WER
             mark_if_best(run)
         finally:  # a full disk does not cost the result
-            print_result(run, reached, seconds, user, started_at)
+            print_result(run, reached, seconds, started_at)
         world.barrier()  # no rank leaves while another still needs it
         return reached
 
 
 def train_to_target(run: TrainingRun) -> Evaluation:
-    """Train and evaluate, on the clock, until the target or a limit is reached. Returns the last evaluation."""
+    """Train and evaluate, on the clock, until the target or a limit is reached. Return the last evaluation."""
     config, state = run.config, run.state
     loader, validation = open_data(run)
     while True:
@@ -115,7 +117,7 @@ def train_to_target(run: TrainingRun) -> Evaluation:
         save(run)  # first, so that an evaluation may be interrupted at any time
         evaluation = evaluate_epoch(run, validation, stats)
         if state.step_in_epoch == len(loader):
-            state.begin_epoch(state.epoch + 1)
+            state.begin_next_epoch()
         out_of_steps = config.max_steps is not None and state.step >= config.max_steps
         if config.target_reached(evaluation.total.wer) or out_of_steps or state.epoch > config.max_epochs:
             return evaluation
@@ -169,7 +171,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
     trainer.model.train()
     first, last = state.step_in_epoch, len(loader)
     if config.max_steps is not None:
-        last = max(first, min(last, first + config.max_steps - state.step))  # none where a lower limit was resumed with
+        last = min(last, first + max(0, config.max_steps - state.step))  # 0 where a lower limit was resumed with
     with progress_bar(f"epoch {state.epoch}", len(loader), initial=first, shown=world.is_main) as bar:
         for indices, microbatches in loader.epoch(state.epoch, first, last):
             lr = learning_rate(config, state.step, len(loader))
@@ -213,7 +215,7 @@ def max_pending_steps(device: torch.device) -> int:
 def log_finished_steps(
     run: TrainingRun, loader: TrainingLoader, pending: deque[PendingStep], keep: int
 ) -> tuple[bool, bool]:
-    """Wait for and log all pending steps but the newest `keep`. Returns whether any rank wants to stop, and to save."""
+    """Wait for and log all pending steps but the newest `keep`. Return whether any rank wants to stop, and to save."""
     stop = save_now = False
     while len(pending) > keep:
         step, lr, indices, result = pending.popleft()
@@ -314,7 +316,7 @@ def log_cpu_taken(run: TrainingRun, before: dict[str, float]) -> None:
     switches = sum(each["switches"] for each in ranks)
     metadata = {"stolen": stolen, "involuntary_context_switches": switches}
     run.log.event("cpu_taken", others, metadata=metadata)  # as fractions of all
-    if others + stolen > machine.MOST_SHARED:
+    if others + stolen > machine.MAX_CPU_TAKEN:
         took = f"Other programs took {others:.0%} of this machine's CPU time, and its hypervisor {stolen:.0%}"
         run.world.print_once(f"{took}: the run's time is not a valid benchmark result.")
 
@@ -325,7 +327,7 @@ def raise_preempted(run: TrainingRun) -> NoReturn:
     raise Preempted
 
 
-def print_result(run: TrainingRun, reached: bool, seconds: float, user: str, started_at: datetime) -> None:
+def print_result(run: TrainingRun, reached: bool, seconds: float, started_at: datetime) -> None:
     """Say how the run ended; a success has a last line of the log that MLPerf's scripts expect."""
     config, state = run.config, run.state
     if not reached:
@@ -335,7 +337,7 @@ def print_result(run: TrainingRun, reached: bool, seconds: float, user: str, sta
     own = f" A LibriSpeech result needs {BENCHMARK_WER:g}." if config.target_wer > BENCHMARK_WER else ""
     run.world.print_once(f"Target WER of {config.target_wer:g} reached in {seconds:.0f} s{resumed}.{own}")
     kind, when = "RESUMED" if state.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
-    run.log.logger.info(f"{kind},DEEPSPEECH2,{config.seed},{seconds:.0f},{user},{when}")
+    run.log.logger.info(f"{kind},DEEPSPEECH2,{config.seed},{seconds:.0f},{machine.user_name()},{when}")
 
 
 def setup(config: Config, launch_id: str | None, resources: ExitStack) -> TrainingRun:
@@ -364,7 +366,7 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
     if config.precision == "auto":
         trainer.use_precision(measured_precision(trainer, log, resumed_from))
         config = trainer.config
-    mllog.log_submission(log, config, dataset, device, world.size)
+    mllog.log_submission(log, config, dataset, machine.describe_machine(device), world.size)
     log.event("gru_implementation", gru.implementation(device, config.precision, config.hidden_size))
     trainer.warm_up(max_train_samples(dataset))
 
@@ -386,16 +388,6 @@ def setup(config: Config, launch_id: str | None, resources: ExitStack) -> Traini
     log.end(constants.INIT_STOP)
     mllog.require_sinks(log)
     return run
-
-
-def measured_precision(trainer: Trainer, log: MLLogger, resumed_from: dict[str, Any] | None) -> Precision:
-    """Return the precision of the run that is resumed, or the faster one on the first rank, and log both times."""
-    if resumed_from is not None:
-        return resumed_from["config"]["precision"]
-    seconds = trainer.world.broadcast_object(trainer.time_precisions(), source=0)
-    precision = faster_precision(seconds)
-    log.event("auto_precision", precision, metadata={f"{name}_seconds": value for name, value in seconds.items()})
-    return precision
 
 
 def require_agreement(world: World, config: Config, dataset: PackedDataset) -> None:
@@ -440,6 +432,16 @@ def lock_output_dir(world: World, config: Config, resources: ExitStack) -> None:
         raise RunError(failure)
 
 
+def measured_precision(trainer: Trainer, log: MLLogger, resumed_from: dict[str, Any] | None) -> Precision:
+    """Return the precision of the run that is resumed, or the faster one on the first rank, and log both times."""
+    if resumed_from is not None:
+        return resumed_from["config"]["precision"]
+    seconds = trainer.world.broadcast_object(trainer.time_precisions(), source=0)
+    precision = faster_precision(seconds)
+    log.event("auto_precision", precision, metadata={f"{name}_seconds": value for name, value in seconds.items()})
+    return precision
+
+
 def require_steps_left(run: TrainingRun) -> None:
     """Raise RunError where the run that is resumed has reached its limits."""
     config, state = run.config, run.state
@@ -481,7 +483,7 @@ def parse(arguments: list[str]) -> Config:
 
 
 def main(arguments: list[str] | None = None, launch_id: str | None = None) -> int:
-    """Run a command line; returns the exit status."""
+    """Run a command line; return the exit status."""
 
     def work() -> bool:
         config = parse(sys.argv[1:] if arguments is None else arguments)

@@ -174,7 +174,7 @@ class Trainer:
             while self.world.broadcast_object(rounds < 3 or time.monotonic() - begun < 2, source=0):
                 rounds += 1
                 for precision in seconds:
-                    self.use_precision(precision)
+                    self.config = replace(self.config, precision=precision)
                     started = time.perf_counter()
                     self.loss(batch).backward()
                     seconds[precision] = min(seconds[precision], time.perf_counter() - started)
@@ -212,8 +212,9 @@ class Trainer:
     @contextmanager
     def _model_restored(self) -> Iterator[None]:
         """Leave everything as it was before the first step."""
-        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        config, before = self.config, {name: value.clone() for name, value in self.model.state_dict().items()}
         yield
+        self.config = config
         self.model.zero_grad(set_to_none=True)
         for model in (self.model, self.eval_model):
             model.load_state_dict(before)
@@ -232,11 +233,11 @@ def random_batch(config: Config, num_samples_B: Tensor, device: torch.device) ->
     own_tempo = replace(config, tempo_min=1.0, tempo_max=1.0)
     augmentation = draw_augmentation(own_tempo, np.arange(count)[:, None], np.full(count, math.inf))
     return Batch(
-        np.arange(count),
-        copy_from_cpu_ahead(waveforms_BS, device),
-        num_samples_B,
-        copy_from_cpu_ahead(targets, device),
-        lengths_B,
-        [""] * count,
-        augmentation,
+        indices=np.arange(count),
+        waveforms_BS=copy_from_cpu_ahead(waveforms_BS, device),
+        num_samples_B=num_samples_B,
+        targets=copy_from_cpu_ahead(targets, device),
+        target_lengths_B=lengths_B,
+        transcripts=[""] * count,
+        augmentation=augmentation,
     )

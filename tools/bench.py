@@ -216,7 +216,6 @@ def measure(config: Config, options: Options, device: torch.device) -> dict[str,
     auto = select_precision("auto", device)
     if auto == "auto":
         auto = faster_precision(ours["fp32"].trainer.time_precisions())  # as a run does
-        ours["fp32"].trainer.use_precision("fp32")
     stock = Workload(config, batch, device, "fp32", stock=True)
     variants = {"stock_packed_step": stock.step, "stock_packed_forward": stock.forward}
     for precision, workload in ours.items():

@@ -83,9 +83,10 @@ def published_utterances(names: Sequence[str]) -> Utterances:
 def open_utterances(config: Config, dataset_dir: Path | None, world: World) -> tuple[Utterances, Utterances, str]:
     """Return training and validation utterances, random or from a data set, and their source."""
     corpus = next(corpus for corpus in CORPORA.values() if corpus.folder == config.dataset_dir.name)
-    splits = [[each.name for each in corpus.subsets if each.split == split] for split in ("train", "validation")]
-    if dataset_dir is None and DURATIONS.keys() >= {*splits[0], *splits[1]}:
-        return *map(published_utterances, splits), "published durations (tools/estimate.py)"  # type: ignore[return-value]
+    splits = corpus.splits([each.name for each in corpus.subsets])
+    train, validation = splits["train"], splits["validation"]
+    if dataset_dir is None and DURATIONS.keys() >= {*train, *validation}:
+        return published_utterances(train), published_utterances(validation), "published durations (tools/estimate.py)"
     config = replace(config, dataset_dir=dataset_dir or config.dataset_dir)
     dataset = open_dataset(config.dataset_dir)
     require_batches(world, config, dataset)

@@ -152,14 +152,12 @@ def write_files(
         for speaker, found in everything:
             pair = {"subset": found.subset, "id": found.id, "speaker": speaker}
             stream.write(json.dumps(pair | {"reference": found.reference, "hypothesis": found.hypothesis}) + "\n")
-    for name, spoken in by_subset.items():
+    for subset, spoken in by_subset.items():
         ids = trn_ids(spoken)
-        for side, texts in (
-            ("ref", [found.reference for _, found in spoken]),
-            ("hyp", [found.hypothesis for _, found in spoken]),
-        ):
-            with output_file(folder / f"{name}.{side}.trn") as stream:
-                stream.writelines(f"{text} ({name})\n" for text, name in zip(texts, ids, strict=True))
+        for side, field in ("ref", "reference"), ("hyp", "hypothesis"):
+            texts = [getattr(found, field) for _, found in spoken]
+            with output_file(folder / f"{subset}.{side}.trn") as stream:
+                stream.writelines(f"{text} ({id})\n" for text, id in zip(texts, ids, strict=True))
     with output_file(folder / "summary.json") as stream:
         stream.write(json.dumps(summary, indent=2) + "\n")
 

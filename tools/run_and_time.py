@@ -13,20 +13,20 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from pytorch import launch
+from pytorch import launch, train
 from pytorch.cli import exit_status
 from pytorch.config import parse_config
 from pytorch.mllog import LOG, REPORT
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status, which is that of the timed run."""
+    """Run a command line; return the exit status, which is that of the timed run."""
     given = sys.argv[1:] if arguments is None else arguments
     return exit_status(lambda: _run(given))
 
 
 def _run(arguments: list[str]) -> int:
-    config = parse_config(arguments, program="sh run_and_time.sh", description=launch.train.__doc__ or "")
+    config = parse_config(arguments, program="sh run_and_time.sh", description=train.__doc__ or "")
     log = config.output_dir / LOG
     before = _written_at(log)
     status = launch.main(arguments)

@@ -43,10 +43,10 @@ from pytorch.layers import kernels
 
 
 class GRU(nn.GRU):
-    """One GRU layer over packed sequences; its directions are summed."""
+    """One bidirectional GRU layer over packed sequences; its directions are summed."""
 
-    def __init__(self, input_size: int, hidden_size: int, bidirectional: bool = True) -> None:
-        super().__init__(input_size, hidden_size, bidirectional=bidirectional)
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, hidden_size, bidirectional=True)
 
     def forward(self, sequence: PackedSequence) -> PackedSequence:  # type: ignore[override]
         """Map rows of [N, input_size] to [N, hidden_size]; on a CPU in float32 (or float64), autocast or not."""
@@ -76,8 +76,8 @@ class GRU(nn.GRU):
         if torch.is_autocast_enabled(device.type) and has_bf16_kernel(device):
             data, weights = data.bfloat16(), [weight.bfloat16() for weight in weights]
         with torch.autocast(device.type, enabled=False), _weights_apart():
-            state_DBH = data.new_zeros(1 + self.bidirectional, int(sequence.batch_sizes[0]), self.hidden_size)
-            options = True, 1, 0.0, self.training, self.bidirectional  # bias, layers, dropout
+            state_DBH = data.new_zeros(2, int(sequence.batch_sizes[0]), self.hidden_size)
+            options = True, 1, 0.0, self.training, True  # bias, layers, dropout, training, bidirectional
             return torch._VF.gru(data, sequence.batch_sizes, state_DBH, list(weights), *options)[0]  # type: ignore[attr-defined]
 
 
@@ -121,7 +121,7 @@ def has_triton_kernel(device: torch.device, hidden_size: int) -> bool:
         from pytorch.layers import gru_triton
     except ImportError:
         return False
-    if not gru_triton.supported(device, 2, hidden_size):
+    if not gru_triton.supported(device, hidden_size):
         return False
     try:
         with torch.inference_mode(False), torch.enable_grad():
@@ -217,7 +217,7 @@ def _operand(x: Tensor, rounded: bool) -> Tensor:
 def _loop_forward(
     gates_DNG: Tensor, weights_hh: Sequence[Tensor], biases_n: Sequence[Tensor], batch_sizes: Tensor
 ) -> tuple[Tensor, ...]:
-    """Run the recurrence. gates_DNG: the products with x before, r, z, n after. Returns h, h', q [D, N, H]."""
+    """Run the recurrence. gates_DNG: the products with x before, r, z, n after. Return h, h', q [D, N, H]."""
     hidden, sizes = weights_hh[0].shape[1], batch_sizes.tolist()
     states_DNH = gates_DNG.new_empty(*gates_DNG.shape[:2], hidden)
     previous_DNH, q_DNH = torch.zeros_like(states_DNH), torch.empty_like(states_DNH)

@@ -34,7 +34,7 @@ PATIENCE = tl.constexpr(1 << 22)  # looks at a counter, some seconds in all: a p
 
 @triton.jit
 def _wait(counter, target, looks):
-    """Wait until a counter has come to `target`; returns how often it was looked at."""
+    """Wait until a counter has come to `target`; return how often it was looked at."""
     while (tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target) & (looks < PATIENCE):
         looks += 1
     tl.debug_barrier()
@@ -230,13 +230,13 @@ def _backward(
     tl.store(carry + own, d_h, mask=owned)
 
 
-def supported(device: torch.device, directions: int, hidden: int) -> bool:
+def supported(device: torch.device, hidden: int) -> bool:
     """Return whether the kernels run there: on Hopper, if a program's weights fit, and all programs of an utterance."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     properties = torch.cuda.get_device_properties(device)
     bytes_needed = 2 * BACKWARD["U"] * (3 * hidden + BACKWARD["K"]) + 2**15  # weights, and tiles that pass through
-    programs = directions * triton.cdiv(hidden, BACKWARD["U"])
+    programs = 2 * triton.cdiv(hidden, BACKWARD["U"])  # of both directions
     fits = bytes_needed < properties.shared_memory_per_multiprocessor and programs <= properties.multi_processor_count
     return properties.major == 9 and fits
 

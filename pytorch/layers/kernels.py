@@ -31,8 +31,6 @@ def autocast_is_bf16(device_type: str) -> bool:
 @functools.cache
 def has_native_bf16() -> bool:
     """Return whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # newer than the oldest torch that pyproject.toml allows
-        return False
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "bf16"))  # of x86-64, of ARM
 

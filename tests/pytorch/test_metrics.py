@@ -11,32 +11,21 @@ WORDS = st.lists(st.sampled_from(["A", "AN", "ANT", "CAN", "IT'S", "THE"]), max_
 @given(st.lists(st.tuples(WORDS.filter(bool), WORDS), min_size=1, max_size=6))
 def test_wer_and_cer_equal_those_of_jiwer(pairs: list[tuple[str, str]]) -> None:
     references, hypotheses = (list(side) for side in zip(*pairs, strict=True))
-    errors = count_errors(references, hypotheses)
+    errors = sum((count_errors(*pair) for pair in pairs), ErrorCounts())
     assert errors.wer == pytest.approx(100 * jiwer.wer(references, hypotheses))
     assert errors.cer == pytest.approx(100 * jiwer.cer(references, hypotheses))
 
 
 def test_corpus_wer_is_over_all_words_and_not_the_mean_over_utterances() -> None:
-    errors = count_errors(["A B C D E F G H", "A"], ["A B C D E F G H", "X"])
+    errors = count_errors("A B C D E F G H", "A B C D E F G H") + count_errors("A", "X")
     assert errors.wer == pytest.approx(100 / 9)
     assert errors.mean_utterance_wer == pytest.approx(50)
 
 
 def test_insertions_can_push_the_wer_above_one_hundred() -> None:
-    assert count_errors(["A"], ["B C D"]).wer == pytest.approx(300)
-
-
-def test_error_counts_of_parts_add_up_to_those_of_the_whole() -> None:
-    references, hypotheses = ["A B", "C", "D E F"], ["A", "C", "X E F G"]
-    parts = sum((count_errors([r], [h]) for r, h in zip(references, hypotheses, strict=True)), ErrorCounts())
-    assert parts == count_errors(references, hypotheses)
+    assert count_errors("A", "B C D").wer == pytest.approx(300)
 
 
 def test_an_empty_reference_is_refused_rather_than_left_out() -> None:
     with pytest.raises(ValueError, match="reference transcript is empty"):
-        count_errors(["  "], ["A"])
-
-
-def test_references_and_hypotheses_must_pair_up() -> None:
-    with pytest.raises(ValueError):
-        count_errors(["A", "B"], ["A"])
+        count_errors("  ", "A")

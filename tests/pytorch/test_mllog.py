@@ -171,7 +171,7 @@ def test_a_submission_that_the_rules_do_not_know_is_refused(
 ) -> None:
     monkeypatch.setenv(variable, "ajar")
     with pytest.raises(RunError, match=f"{variable} is 'ajar'; it must be one of"):
-        mllog.log_submission(a_logger(), CONFIGS["synthetic"], open_dataset(tones), CPU, 1)
+        mllog.log_submission(a_logger(), CONFIGS["synthetic"], open_dataset(tones), {}, 1)
 
 
 # --- sinks

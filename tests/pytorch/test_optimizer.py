@@ -10,7 +10,7 @@ from pytorch.optimizer import (
     COEFFICIENTS,
     ITERATIONS,
     MOMENTUM,
-    ROOT_MEAN_SQUARE,
+    UPDATE_RMS,
     Muon,
     learning_rate,
     make_optimizers,
@@ -54,7 +54,7 @@ def test_each_gate_moves_as_under_torch_s_muon(shape: tuple[int, int]) -> None:
     (weight,) = parameters(shape)
     separate = [nn.Parameter(gate.detach().clone()) for gate in weight.chunk(3)]
     muon = Muon([weight], LEARNING_RATE, WEIGHT_DECAY)
-    faster = ROOT_MEAN_SQUARE / 0.2  # the latter is what match_rms_adamw stands for
+    faster = UPDATE_RMS / 0.2  # the latter is what match_rms_adamw stands for
     theirs = torch.optim.Muon(
         separate,
         LEARNING_RATE * faster,

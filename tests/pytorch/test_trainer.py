@@ -66,6 +66,7 @@ def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
     seconds = trainer.time_precisions()
     assert set(seconds) == {"fp32", "bf16"}
     assert all(0 < value < math.inf for value in seconds.values())
+    assert trainer.config.precision == "fp32"
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
 

@@ -72,7 +72,7 @@ def made_up_log(
             errors["wer"] = 100 * errors["word_errors"] / errors["words"]
         add(log, "epoch_stop", "checkpoint", 0.5, number, 0.5, step_num=steps * (number + 1))
     for number, (reference, hypothesis) in reversed(list(enumerate(said))):
-        wer = count_errors([reference], [hypothesis]).wer
+        wer = count_errors(reference, hypothesis).wer
         words: dict[str, Any] = {"reference": reference, "hypothesis": hypothesis, "wer": wer}
         add(log, "run_stop", "transcript", f"84-{number:04d}", subset=[*SUBSETS][number % 2], **words)
     if log.result is not None:

@@ -140,7 +140,7 @@ def test_transcription_files_hold_every_pair_under_ids_that_begin_with_the_speak
 
 
 def hypothesis(id: str, text: str = "A B C D") -> Hypothesis:
-    return Hypothesis(id, "s", "A B C D", text, count_errors(["A B C D"], [text]))
+    return Hypothesis(id, "s", "A B C D", text, count_errors("A B C D", text))
 
 
 def test_ids_for_sclite_are_unique_and_have_neither_blanks_nor_parentheses() -> None:

@@ -158,7 +158,8 @@ def test_a_cache_that_could_not_be_cleared_is_noted_in_the_open_division_and_ref
         assert main(["check", str(log.write(tmp_path / f"{division}.log"))]) == status
     said, refused = capsys.readouterr().out.splitlines()[-2:]
     assert said.endswith(
-        "note: the data set may have been in memory: it was not dropped (3 pages of train/audio.npy are still cached)"
+        "note: the data set may have been in memory already: the page cache was not cleared "
+        "(3 pages of train/audio.npy are still cached)"
     )
     assert refused.endswith("cache_clear: the cache was not cleared")
 

@@ -149,7 +149,7 @@ def test_runs_of_several_commits_are_scored_with_a_note(tmp_path: Path, capsys: 
     assert main(["score", *texts(write(tmp_path, logs))]) == 0
     output = capsys.readouterr().out
     assert f"Note: the runs are of several commits: {'0' * 40}, {'1' * 40}." in output
-    assert "Note: the data set may have been in memory: it was not dropped (not permitted) (1 of 3 runs)." in output
+    assert "the page cache was not cleared (not permitted) (1 of 3 runs)." in output
 
 
 def test_a_run_that_broke_off_in_its_second_epoch_has_missed_the_target(

@@ -413,7 +413,7 @@ def test_a_tree_of_librispeech_runs_passes_mlcommons_package_checker(tmp_path: P
     """It skips the results, whose benchmark it does not know; it wants one machine's file for each of their folders."""
     folder = SubmissionDir(tmp_path, "box", "deepspeech2")
     with folder.locked():
-        folder.describe(describe_system(CPU, 1))
+        folder.describe(describe_system(describe_machine(CPU), 1))
     for number in range(10):
         made_up(reference(seed=number), division="closed").write(folder.result(number))
     check = [sys.executable, "-m", "mlperf_logging.package_checker", str(tmp_path), "training", RULESET]
@@ -439,14 +439,14 @@ def test_two_series_on_one_machine_are_refused(tmp_path: Path) -> None:
 def test_the_description_of_another_machine_or_submission_is_not_taken_for_this_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, here = SubmissionDir(tmp_path, "box", "an4"), describe_system(CPU, 1)
+    folder, here = SubmissionDir(tmp_path, "box", "an4"), describe_system(describe_machine(CPU), 1)
     folder.describe(here)
     folder.describe({**here, "cooling": "air"})  # what the one there says of the rest is its owner's business
     with pytest.raises(RunError, match="is of another machine or submission"):
         folder.describe({**here, "host_processor_model_name": "Abacus"})
     monkeypatch.setenv("SUBMISSION_ORG", "ACME")
     with pytest.raises(RunError, match="submitter is 'reference' there, 'ACME' here"):
-        folder.describe(describe_system(CPU, 1))
+        folder.describe(describe_system(describe_machine(CPU), 1))
     folder.description.write_text("[]")
     with pytest.raises(RunError, match="no description of a machine"):
         folder.describe(here)

@@ -94,7 +94,7 @@ def tune(options: Options) -> None:
             for alpha, beta in pairs:
                 decode = BeamSearch(language_model, alpha, beta, options.beam)
                 errors = [
-                    count_errors([reference], [decode(emission_TV)]).word_errors
+                    count_errors(reference, decode(emission_TV)).word_errors
                     for reference, emission_TV in zip(references, emissions, strict=True)
                 ]
                 errors_by_pair[alpha, beta] = np.array(errors)

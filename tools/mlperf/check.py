@@ -18,7 +18,7 @@ from mlperf_logging.mllog import constants
 from data.corpora import CORPORA
 from pytorch.cli import RunError
 from pytorch.config import CONFIGS
-from pytorch.machine import MOST_SHARED
+from pytorch.machine import MAX_CPU_TAKEN
 from tools.mlperf.consistency import inconsistencies
 from tools.mlperf.runlog import RunLog
 
@@ -94,10 +94,11 @@ def notes(log: RunLog) -> list[str]:
     if dataset is not None and corpus is not None and corpus.reference_digest not in ("", dataset.digest):
         found.append(f"the data set is not that of {corpus.name}'s reference checksum: its digest is {dataset.digest}")
     if log.dirty:
-        found.append("files differed from the commit")
+        found.append("files differed from the commit, which alone may not reproduce this run")
     if log.cache_cleared is False:
         reason = log.metadata(constants.CACHE_CLEAR).get("reason")
-        found.append("the data set may have been in memory: it was not dropped" + (f" ({reason})" if reason else ""))
+        because = f" ({reason})" if reason else ""
+        found.append(f"the data set may have been in memory already: the page cache was not cleared{because}")
     if taken := cpu_taken(log):
         found.append(taken)
     return found
@@ -106,7 +107,7 @@ def notes(log: RunLog) -> list[str]:
 def cpu_taken(log: RunLog) -> str:
     """Return why a log's time is worthless if too much of the CPU time went elsewhere, else an empty string."""
     others, stolen = log.value("cpu_taken") or 0.0, log.metadata("cpu_taken").get("stolen", 0.0)
-    if others + stolen <= MOST_SHARED:
+    if others + stolen <= MAX_CPU_TAKEN:
         return ""
     took = f"other programs took {others:.0%} of the CPU time, the hypervisor {stolen:.0%}"
     return f"{took}: the run's time is not a valid benchmark result"

@@ -62,7 +62,7 @@ def _surroundings(left: RunLog, right: RunLog) -> list[str]:
 
 
 def _epochs(left: RunLog, right: RunLog) -> list[str]:
-    def of(epoch: Epoch | None) -> str:
+    def cells(epoch: Epoch | None) -> str:
         if epoch is None or epoch.wer is None:
             return f"{'-':>8}  {'-':>8}"
         return f"{epoch.wer:8.2f}  {epoch.evaluated or math.nan:8.1f}"
@@ -70,7 +70,7 @@ def _epochs(left: RunLog, right: RunLog) -> list[str]:
     a, b = ({epoch.number: epoch for epoch in log.epochs} for log in (left, right))
     lines = [f"{'epoch':>5}  {'WER A':>8}  {'s A':>8}  {'WER B':>8}  {'s B':>8}"]
     for number in sorted({*a, *b}):
-        lines.append(f"{number:>5}  {of(a.get(number))}  {of(b.get(number))}")
+        lines.append(f"{number:>5}  {cells(a.get(number))}  {cells(b.get(number))}")
     return lines
 
 

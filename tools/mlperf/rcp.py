@@ -43,10 +43,10 @@ def make_points(paths: list[Path]) -> dict[str, dict[str, Any]]:
     for run in (run for runs in series for run in runs):
         if not run.reached:
             raise RunError(f"{run.path}: the run did not reach its target; every seed of a reference must")
-    for of_what in ("corpus", "target"):
-        found = {_subject(runs[0])[of_what] for runs in series}
+    for name in ("corpus", "target"):
+        found = {_subject(runs[0])[name] for runs in series}
         if len(found) > 1:
-            raise RunError(f"points in one file must share a {of_what}; these have {', '.join(map(str, found))}")
+            raise RunError(f"points in one file must share a {name}; these have {', '.join(map(str, found))}")
     return {f"{BENCHMARK}_ref_{runs[0].batch_size}": _point(runs) for runs in series}
 
 

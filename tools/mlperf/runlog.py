@@ -98,7 +98,6 @@ class Step:
     """An optimizer step; loss, learning rate and gradient norm are None where it was skipped as not finite."""
 
     number: int
-    seconds: float  # on the clock when it was logged
     loss: float | None
     learning_rate: float | None
     gradient_norm: float | None
@@ -166,10 +165,9 @@ class RunLog:
         self.cache_cleared: bool | None = self.value(constants.CACHE_CLEAR)  # else the event's metadata says why not
 
         # --- what came out
-        self.status: str | None = self.metadata(constants.RUN_STOP).get("status")  # None: not over, or cut off
-        self.exception: str | None = self.metadata(constants.RUN_STOP).get(
-            "exception"
-        )  # what ended it, not in old logs
+        stop = self.metadata(constants.RUN_STOP)
+        self.status: str | None = stop.get("status")  # None: not over, or cut off
+        self.exception: str | None = stop.get("exception")  # what ended it; not in old logs
         self.reached = self.status == constants.SUCCESS  # the target, as the run says
         self.resumed = bool(self.all("resumed"))  # from a checkpoint: never an uninterrupted result
         self.seconds_before = float(self.metadata("resumed").get("elapsed_seconds", 0))  # on the clock, if resumed
@@ -254,9 +252,9 @@ class RunLog:
         for event in self.events:
             if event.key == "train_loss":
                 rate, norm = event.metadata.get("learning_rate"), event.metadata.get("gradient_norm")
-                found.append(Step(event.metadata.get("step_num", 0), self.clock(event), event.value, rate, norm))
+                found.append(Step(event.metadata.get("step_num", 0), event.value, rate, norm))
             elif event.key == "skipped_step":
-                found.append(Step(event.value, self.clock(event), None, None, None))
+                found.append(Step(event.value, None, None, None))
         return found
 
     @cached_property

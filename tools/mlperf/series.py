@@ -109,7 +109,7 @@ def inspect_environment(config: Config) -> tuple[dict[str, str], dict[str, Any]]
 
     device, ranks = select_device(config.device), processes_here(config)
     machine = describe_machine(device)
-    return describe_system(device, ranks), {
+    return describe_system(machine, ranks), {
         **{name: value for name, value in config.to_dict().items() if name not in FREE and value != "auto"},
         "data set": dataset.digest,
         constants.SUBMISSION_DIVISION: division,

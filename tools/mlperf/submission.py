@@ -15,20 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mlperf_logging.mllog import constants
 from mlperf_logging.system_desc_checker import system_desc_checker
 
 from data.files import locked
 from pytorch.cli import RunError
-from pytorch.machine import cpuinfo, describe_machine
+from pytorch.machine import cpuinfo
 from pytorch.mllog import submission_division, submission_status
 from tools.mlperf.check import RULESET
 from tools.output import write_output
-
-if TYPE_CHECKING:
-    import torch  # slow to import
 
 NOT_KNOWN = "not known"
 NONE = "none"
@@ -114,19 +111,19 @@ class SubmissionDir:
             raise RunError(f"{path}: refused by MLCommons' system_desc_checker; remove it to have it made again")
 
 
-def describe_system(device: torch.device, ranks: int) -> dict[str, str]:
+def describe_system(machine: dict[str, Any], ranks: int) -> dict[str, str]:
     """Return every field that the package's system_desc_checker requires, but for the name, as text.
 
     What the machine does not say of itself is "not known", and waits for its owner to edit it.
 
     Args:
-        device: what runs compute on.
+        machine: `describe_machine` of what runs compute on.
         ranks: processes of a run, each of which uses one accelerator if there are any.
 
     Raises:
         RunError: SUBMISSION_DIVISION or SUBMISSION_STATUS is set to what the rules do not know.
     """
-    machine, processor = describe_machine(device), cpuinfo()
+    processor = cpuinfo()
     sockets = len(set(processor.get("physical id", [])))
     cores, megahertz, caches = (processor.get(name) for name in ("cpu cores", "cpu MHz", "cache size"))
     frequency = f"{max(map(float, megahertz)):.0f} MHz when this was written" if megahertz else NOT_KNOWN

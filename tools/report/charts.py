@@ -105,22 +105,22 @@ def charts(series: Sequence[Series]) -> list[Chart]:
     errors = errors if len(series) == 1 else [WER]  # subsets of several series would be too many lines
     targets = sorted({run.log.target_wer for run in runs if run.log.target_wer is not None})
     found = []
-    for id, title, of, x, y, note in CHARTS:
+    for id, title, kind, x, y, note in CHARTS:
         lines = []
         for name in errors if y == WER else [y]:
-            lines += _lines(rows[of], of, x, name, divisor if x == TIME else 1)
+            lines += _lines(rows[kind], kind, x, name, divisor if x == TIME else 1)
         across = f"time on the clock ({unit})" if x == TIME else x
         if lines:
             found.append(Chart(id, title, across, y, note, lines, targets if y == WER else [], y == NORM))
     return found
 
 
-def _lines(series: Sequence[Sequence[list[Row]]], of: str, x: str, y: str, divisor: int) -> list[Line]:
+def _lines(series: Sequence[Sequence[list[Row]]], kind: str, x: str, y: str, divisor: int) -> list[Line]:
     """Return a line for each series, the median of its runs, and behind it a faint one for each run.
 
     Args:
         series: rows by series and run.
-        of: EPOCH or STEP, of which rows are; steps are many, so that lines are means of them.
+        kind: EPOCH or STEP, of which rows are; steps are many, so that lines are means of them.
         x: name of the figure along which lines run, which is divided by `divisor`.
         y: name of the figure to show.
         divisor: see x.
@@ -130,16 +130,16 @@ def _lines(series: Sequence[Sequence[list[Row]]], of: str, x: str, y: str, divis
     for place, runs in enumerate(series):
         curves = []
         for rows in runs:
-            known = [(row[of], row[x], row[y]) for row in rows if None not in (row[x], row.get(y))]
+            known = [(row[kind], row[x], row[y]) for row in rows if None not in (row[x], row.get(y))]
             curve = {number: (across / divisor, up) for number, across, up in known if math.isfinite(up)}
             curves += [curve] if curve else []
         if not curves:
             continue
         points = median_curve(curves)
-        lines.append(Line(place, y, _rounded(means(points) if of == STEP else points), faint=False))
+        lines.append(Line(place, y, _rounded(means(points) if kind == STEP else points), faint=False))
         for curve in curves:
             points = list(curve.values())
-            if of == STEP:
+            if kind == STEP:
                 points = means(points) if len(curves) > 1 else downsample(points, limit)
             lines.append(Line(place, y, _rounded(points), faint=True))
     return lines

@@ -71,7 +71,8 @@ def run_table(series: Sequence[Series]) -> Table:
 def _results(runs: Sequence[Run]) -> list[str]:
     result = f"{sum(run.log.reached for run in runs)} of {len(runs)} reached"
     if len(runs) == 1:
-        result = runs[0].outcome + ", resumed" * runs[0].log.resumed + ", refused" * bool(runs[0].refusals)
+        (run,) = runs
+        result = run.outcome + (", resumed" if run.log.resumed else "") + (", refused" if run.refusals else "")
     shares = [
         100 * spent[EVALUATION] / (sum(spent.values()) - spent[INIT])
         for run in runs
@@ -136,7 +137,7 @@ def facts(series: Sequence[Series]) -> dict[str, list[str]]:
     found = {}
     for name in dict.fromkeys(name for runs in known for of_run in runs for name in of_run):
         values = [list(dict.fromkeys(of_run.get(name, "") for of_run in runs)) for runs in known]
-        found[name] = [", ".join(of) if len(of) <= MOST_VALUES else f"{len(of)} values" for of in values]
+        found[name] = [", ".join(each) if len(each) <= MOST_VALUES else f"{len(each)} values" for each in values]
     return found
 
 
@@ -150,7 +151,7 @@ def _known(log: RunLog) -> dict[str, str]:
         "recurrent layers": log.value("gru_implementation"),
         "processes": log.value("number_of_ranks"),
         "container image": log.value("container_image"),
-        "commit": log.commit and log.commit[:12] + " with uncommitted changes" * bool(log.dirty),
+        "commit": log.commit and log.commit[:12] + (" with uncommitted changes" if log.dirty else ""),
     }
     return {name.replace("_", " "): _shown(value) for name, value in known.items() if value is not None}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tools.mlperf.check import MISSED_TARGET, cpu_taken, ineligibility
+from tools.mlperf.check import MISSED_TARGET, notes
 from tools.mlperf.consistency import clock_problem
 from tools.mlperf.score import RUNS
 from tools.report.runs import Run, Series
@@ -29,43 +29,34 @@ def missing_events(series: Sequence[Series]) -> Said:
     return _each_once(series, _missing)
 
 
-def _warnings(of: Series, run: Run) -> list[str]:
+def _warnings(series: Series, run: Run) -> list[str]:
     """Return the warnings, most serious first."""
     log = run.log
     found = []
     if run.refusals:
-        why = f": {run.refusals[0]}" if len(of.runs) == 1 else ""  # of many runs one line for all
+        why = f": {run.refusals[0]}" if len(series.runs) == 1 else ""  # of many runs one line for all
         found.append(f"The checker (python -m tools.mlperf check) refuses the log{why}.")
     if clock_problem(log) is not None:
         found.append("The machine's clock was set during the run: only the time of the RESULT line is shown.")
     if not log.reached:
         target = "" if log.target_wer is None else f" of {log.target_wer:g}"
         found.append(f"The target WER{target} was not reached: {run.outcome}.")
-    why = ineligibility(log)
-    if log.dataset is not None and why not in ("", MISSED_TARGET):
-        found.append(f"Not a LibriSpeech result: {why}.")
     if log.resumed:
         after = f"The run was resumed after {log.seconds_before:.0f} s"
         found.append(f"{after}: not an uninterrupted result. Charts and times show only what followed.")
-    if log.dirty:
-        found.append("Files differed from the commit, which alone may not reproduce this run.")
-    if log.cache_cleared is False:
-        because = f" ({reason})" if (reason := log.metadata("cache_clear").get("reason")) else ""
-        found.append(f"The data set may have been in memory already: the page cache was not cleared{because}.")
-    if taken := cpu_taken(log):
-        found.append(f"{taken[0].upper()}{taken[1:]}.")
+    found += [f"{note[0].upper()}{note[1:]}." for note in notes(log) if not note.endswith(MISSED_TARGET)]
     if skipped := sum(1 for _ in log.all("skipped_step")):
         found.append(f"{skipped} steps were skipped because their loss or gradient was not finite.")
-    if of.no_score:
-        found.append(of.no_score)
-    if of.score is not None and len(of.runs) != RUNS:
-        found.append(f"The rules ask for {RUNS} runs for a score; this one is of {len(of.runs)}.")
-    if len(commits := dict.fromkeys(str(each.log.commit)[:12] for each in of.runs)) > 1:
+    if series.no_score:
+        found.append(series.no_score)
+    if series.score is not None and len(series.runs) != RUNS:
+        found.append(f"The rules ask for {RUNS} runs for a score; this one is of {len(series.runs)}.")
+    if len(commits := dict.fromkeys(str(each.log.commit)[:12] for each in series.runs)) > 1:
         found.append(f"The runs are of several commits: {', '.join(commits)}.")
     return found
 
 
-def _missing(of: Series, run: Run) -> list[str]:
+def _missing(series: Series, run: Run) -> list[str]:
     log = run.log
     present = {
         "configuration": log.configuration,
@@ -88,7 +79,7 @@ def _each_once(series: Sequence[Series], texts: Callable[[Series, Run], list[str
             for text in texts(each, run):
                 labels.setdefault(text, []).append(run.label)
     total = sum(len(each.runs) for each in series)
-    return [(_whom(of, total), text) for text, of in labels.items()]
+    return [(_whom(runs, total), text) for text, runs in labels.items()]
 
 
 def _whom(labels: list[str], total: int) -> str:

@@ -42,10 +42,10 @@ def run(layer: nn.GRU, sequence: PackedSequence) -> tuple[Tensor, ...]:
     return outputs_NH.detach(), *torch.autograd.grad(outputs_NH, [data, *layer.parameters()], d_outputs_NH)
 
 
-def assert_like_stock(lengths: list[int], hidden_size: int, bidirectional: bool = True) -> None:
+def assert_like_stock(lengths: list[int], hidden_size: int) -> None:
     torch.manual_seed(0)
-    layer = GRU(INPUTS, hidden_size, bidirectional)
-    stock = nn.GRU(INPUTS, hidden_size, bidirectional=bidirectional).double()
+    layer = GRU(INPUTS, hidden_size)
+    stock = nn.GRU(INPUTS, hidden_size, bidirectional=True).double()
     stock.load_state_dict(layer.state_dict())
     actual, expected = run(layer, pack(lengths)), run(stock, pack(lengths, torch.float64))
     assert len(actual) == len(expected) == 2 + len(list(stock.parameters()))
@@ -54,12 +54,9 @@ def assert_like_stock(lengths: list[int], hidden_size: int, bidirectional: bool 
         assert (a.double() - e).abs().max() <= 2e-6 * max(1.0, e.abs().max().item())
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("hidden_size", [1, 5, 8, 17, 24, 50, 96])
-def test_outputs_and_gradients_are_those_of_stock_gru_for_any_hidden_size(
-    hidden_size: int, bidirectional: bool, cpu_path: str
-) -> None:
-    assert_like_stock([23, 20, 20, 17, 11, 10, 4, 3, 1], hidden_size, bidirectional)
+def test_outputs_and_gradients_are_those_of_stock_gru_for_any_hidden_size(hidden_size: int, cpu_path: str) -> None:
+    assert_like_stock([23, 20, 20, 17, 11, 10, 4, 3, 1], hidden_size)
 
 
 @pytest.mark.parametrize(
@@ -69,19 +66,18 @@ def test_outputs_and_gradients_are_those_of_stock_gru_for_any_lengths(lengths: l
     assert_like_stock(lengths, 24)
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.integers(1, 60), st.booleans())
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.integers(1, 60))
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_outputs_and_gradients_are_those_of_stock_gru_for_random_shapes(
-    cpu_path: str, lengths: list[int], hidden_size: int, bidirectional: bool
+    cpu_path: str, lengths: list[int], hidden_size: int
 ) -> None:
-    assert_like_stock(lengths, hidden_size, bidirectional)
+    assert_like_stock(lengths, hidden_size)
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
-def test_the_number_of_threads_does_not_matter(bidirectional: bool, cpu_path: str) -> None:
+def test_the_number_of_threads_does_not_matter(cpu_path: str) -> None:
     for count in (1, 2, 3, 5, 8):
         torch.set_num_threads(count)
-        assert_like_stock([9, 8, 8, 5, 2], 50, bidirectional)
+        assert_like_stock([9, 8, 8, 5, 2], 50)
 
 
 def test_gradients_in_float64_are_those_of_finite_differences() -> None:
@@ -143,12 +139,11 @@ def test_large_inputs_saturate_the_gates(cpu_path: str) -> None:
     assert outputs.abs().max() <= 2 and all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("hidden_size", [5, 17, 50, 96])
-def test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size: int, bidirectional: bool, cpu_path: str) -> None:
+def test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size: int, cpu_path: str) -> None:
     torch.manual_seed(0)
-    layer = GRU(INPUTS, hidden_size, bidirectional)
-    stock = nn.GRU(INPUTS, hidden_size, bidirectional=bidirectional).double()
+    layer = GRU(INPUTS, hidden_size)
+    stock = nn.GRU(INPUTS, hidden_size, bidirectional=True).double()
     stock.load_state_dict(layer.state_dict())
     lengths = [23, 20, 20, 17, 11, 10, 4, 3, 1]
     expected = run(stock, pack(lengths, torch.float64))

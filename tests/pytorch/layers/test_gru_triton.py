@@ -88,7 +88,7 @@ def test_where_the_backward_kernel_does_not_run_cudnn_computes_the_layer(monkeyp
         def backward(ctx: Any, *d_outputs: Tensor) -> Any:
             raise RuntimeError("out of resource: shared memory")
 
-    monkeypatch.setattr(gru_triton, "supported", lambda device, directions, hidden_size: True)
+    monkeypatch.setattr(gru_triton, "supported", lambda device, hidden_size: True)
     monkeypatch.setattr(gru_triton, "Layer", Broken)
     with torch.inference_mode(), pytest.warns(UserWarning, match="failed: out of resource: shared memory"):
         assert not gru.has_triton_kernel.__wrapped__(torch.device("cpu"), 8)

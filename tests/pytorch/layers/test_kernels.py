@@ -57,7 +57,7 @@ def test_an_older_cpu_is_told(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatc
 def test_bf16_is_native_where_torch_says_so_of_either_architecture(
     capabilities: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert kernels.has_native_bf16.__wrapped__() is expected
 
 
