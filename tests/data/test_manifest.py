@@ -164,7 +164,8 @@ def test_every_format_becomes_16_bit_16_khz_mono_of_the_length_measured(
     assert waveform.shape == (num_samples(file),) and abs(len(waveform) - 8000) <= 1
     middle = waveform[400:7600].astype(float)
     assert np.abs(np.fft.rfft(middle)).argmax() * 16000 / len(middle) == pytest.approx(500, abs=5)
-    assert middle.std() == pytest.approx(8000 / np.sqrt(2), rel=0.25)
+    # The MP3 encoder takes a fifth of this tone, now and then a quarter: it does not repeat itself. Half is an error.
+    assert middle.std() == pytest.approx(8000 / np.sqrt(2), rel=0.4)
     if (subtype, rate, channels) == ("PCM_16", 16000, 1):
         np.testing.assert_array_equal(waveform, tone(16000)[:, 0])
 
