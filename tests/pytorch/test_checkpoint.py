@@ -1,4 +1,4 @@
-"""Checkpoints: what is refused, and that damage is always found out."""
+"""Checkpoints: what is refused, that damage is always found out, and that an earlier run's are kept."""
 
 import dataclasses
 import random
@@ -74,3 +74,29 @@ def test_a_checkpoint_of_the_version_before_can_be_used_but_not_resumed(
     content = checkpoint.load(path)
     with pytest.raises(RunError, match="format 3 can be used, but not resumed"):
         checkpoint.check_resumable(path, content, CONFIG, "digest")
+
+
+def test_a_start_that_is_interrupted_while_it_moves_files_aside_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)
+    archive, move = tmp_path / checkpoint.PREVIOUS_RUN, checkpoint.atomic_replace
+    moved: list[Path] = []
+
+    def interrupted(partial: Path, final: Path) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(final)
+        move(partial, final)
+
+    archive.mkdir()
+    for name in names:
+        (archive / name).write_text("the run before")
+        (tmp_path / name).write_text("the earlier run")
+    monkeypatch.setattr(checkpoint, "atomic_replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.archive_previous_run(tmp_path)
+    monkeypatch.setattr(checkpoint, "atomic_replace", move)
+    assert checkpoint.archive_previous_run(tmp_path) == archive
+    assert {path.name: path.read_text() for path in archive.iterdir()} == dict.fromkeys(names, "the earlier run")
+    assert [path.name for path in tmp_path.iterdir()] == [archive.name]

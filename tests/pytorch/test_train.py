@@ -361,32 +361,6 @@ def test_files_of_an_earlier_run_are_moved_aside_unless_they_hold_no_training(
     assert checkpoint.archive_previous_run(tmp_path) is None
 
 
-def test_a_start_that_is_interrupted_while_it_moves_files_aside_loses_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)
-    archive, move = tmp_path / checkpoint.PREVIOUS_RUN, checkpoint.atomic_replace
-    moved: list[Path] = []
-
-    def interrupted(partial: Path, final: Path) -> None:
-        if moved:
-            raise KeyboardInterrupt
-        moved.append(final)
-        move(partial, final)
-
-    archive.mkdir()
-    for name in names:
-        (archive / name).write_text("the run before")
-        (tmp_path / name).write_text("the earlier run")
-    monkeypatch.setattr(checkpoint, "atomic_replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.archive_previous_run(tmp_path)
-    monkeypatch.setattr(checkpoint, "atomic_replace", move)
-    assert checkpoint.archive_previous_run(tmp_path) == archive
-    assert {path.name: path.read_text() for path in archive.iterdir()} == dict.fromkeys(names, "the earlier run")
-    assert [path.name for path in tmp_path.iterdir()] == [archive.name]
-
-
 def test_processes_that_torchrun_starts_again_go_on_from_checkpoints_of_their_own_launch_only(
     tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
