@@ -24,7 +24,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from data.files import DataError
+from data.cli import DataError
 from data.packed import SAMPLE_RATE
 
 LONGEST_S = 3600  # an utterance is decoded in memory; no acoustic model is trained on longer ones either

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.files import DataError
+from data.cli import DataError
 from data.packed import SPLITS
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -23,9 +23,10 @@ from typing import Annotated
 
 import tyro
 
+from data.cli import DataError, available_cores, exit_status
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
 from data.fetch import ArchiveSource, VerifiedArchive, check_space, read_checksums
-from data.files import UNFINISHED, DataError, available_cores, exit_status, file_digest, locked, work_folder
+from data.files import UNFINISHED, file_digest, locked, work_folder
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
 from data.prepare import Preparation, check_place
 from data.readers import read_manifest

@@ -27,8 +27,9 @@ import urllib3
 from urllib3.exceptions import HTTPError, LocationValueError, ResponseError, SSLError
 from urllib3.util import Retry, make_headers, parse_url
 
+from data.cli import DataError, Progress, progress_bar
 from data.corpora import Archive, Corpus
-from data.files import CHUNK_BYTES, DOWNLOADS, DataError, Progress, atomic_replace, progress_bar
+from data.files import CHUNK_BYTES, DOWNLOADS, atomic_replace
 
 PARALLEL_DOWNLOADS = 3
 TIMEOUT_S = urllib3.Timeout(connect=20, read=30)

@@ -1,4 +1,4 @@
-"""Shared by all commands: errors, files that are whole or absent, locks, digests, processes, progress bars.
+"""Files and folders that are whole or absent: atomic writes, work folders, locks, digests.
 
 Nothing here knows what an archive or a data set is. What a command has not finished lies in a work_folder, and
 everything in that is this program's; outside of it, nothing is removed or replaced that the program did not make.
@@ -6,109 +6,20 @@ everything in that is this program's; outside of it, nothing is removed or repla
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import hashlib
 import os
 import secrets
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO, cast
 
-from tqdm import tqdm
+from data.cli import DataError
 
 CHUNK_BYTES = 1 << 20  # read or written at once
-Progress = Callable[[int], object]  # is told how many bytes more have been read or written
 UNFINISHED, DOWNLOADS, MARK = "unfinished", "downloads", "made-by-this-program.txt"
-SHOWN_PROBLEMS = 20
-MAY_BE_EMPTY = ("--subsets", "--mirror", "--md5")
-INTERRUPTED = 130  # what a shell says of a program that SIGINT has ended
-READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
-
-
-class DataError(Exception):
-    """An error that a user can do something about: its message is printed, without a traceback."""
-
-
-class _StandardError:
-    """Standard error, which may be lost without an end to the work: its terminal is closed, its disk is full."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> None:
-        """Write and flush."""
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # takes what is still to be written
-
-
-def require_values(arguments: Sequence[str]) -> None:
-    """Raise DataError where an option's value would be a folder that nobody means: '' for ., or a literal ~."""
-    for option, value in pairwise(word for argument in arguments for word in argument.split("=", 1)):
-        if option.startswith("-") and value == "" and option not in MAY_BE_EMPTY:
-            raise DataError(f"{option} has an empty value")
-        if option.startswith("-") and value.startswith("~"):
-            raise DataError(f"{option} is {value}: your shell did not expand the ~; write $HOME")
-
-
-def exit_status(
-    work: Callable[[], object], arguments: Sequence[str] | None = (), *, interrupted: str = "Interrupted."
-) -> int:
-    """Do a command's work and return its exit status. What was raised is printed as one line.
-
-    `arguments` are those to check before (require_values); None for the process's.
-
-    The status is what the work returned if that is an integer; else 0, 1 if it returned False or raised DataError or
-    an OSError of a file, INTERRUPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller, as by 2>&-
-            setattr(sys, name, Path(os.devnull).open("r+"))  # noqa: SIM115
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a package may set it while its modules are imported
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    with redirect_stderr(cast(TextIO, _StandardError(sys.stderr))):
-        try:
-            require_values(sys.argv[1:] if arguments is None else arguments)
-            result = work()
-            sys.stdout.flush()
-            return result if type(result) is int else int(result is False)
-        except DataError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print(interrupted, file=sys.stderr)
-            return INTERRUPTED
-        except OSError as error:
-            if error.filename is not None:  # a path of the user's: no right to look, a name too long, not a folder
-                print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-                return 1
-            if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
-                raise  # not of standard output
-            reader_gone = isinstance(error, BrokenPipeError)
-            if not reader_gone:
-                print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
-            for descriptor in (1, 2):  # else Python would fail again when it ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            return READER_GONE if reader_gone else 1
-
-
-def first_of(problems: Sequence[str]) -> str:
-    """Return the first problems, a line each, and how many more there are."""
-    more = f"\n... and {len(problems) - SHOWN_PROBLEMS} more" if len(problems) > SHOWN_PROBLEMS else ""
-    return "\n".join(problems[:SHOWN_PROBLEMS]) + more
 
 
 def atomic_write(file: Path, text: str, scratch: Path | None = None) -> None:
@@ -202,25 +113,3 @@ def locked(folder: Path, holder: str, *, shared: bool = False) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """On Linux, have this process killed when the one that started it ends: an orphan would work on unseen.
-
-    `parent` is the process id of that one, where it is known: it may have ended before this call.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if parent is not None and os.getppid() != parent:
-            os._exit(1)
-
-
-def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def progress_bar(title: str, total: float | None, unit: str = "batch", *, initial: int = 0, shown: bool = True) -> tqdm:
-    """Return a progress bar on standard error, silent where that is no terminal; a total tells the time left."""
-    scaled, disabled = unit != "batch", None if shown else True
-    return tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=scaled, leave=False, disable=disabled)

@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from data.files import CHUNK_BYTES, DataError, atomic_write, file_digest, progress_bar
+from data.cli import DataError, progress_bar
+from data.files import CHUNK_BYTES, atomic_write, file_digest
 
 FORMAT_VERSION = 1
 SAMPLE_RATE = 16000

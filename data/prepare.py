@@ -24,9 +24,10 @@ from typing import Self
 
 import numpy as np
 
+from data.cli import DataError, die_with_parent, first_of, progress_bar
 from data.corpora import Corpus, CorpusSubset
 from data.fetch import VerifiedArchive
-from data.files import DataError, atomic_replace, die_with_parent, first_of, not_ours, progress_bar
+from data.files import atomic_replace, not_ours
 from data.packed import (
     AUDIO_FILE,
     AUDIO_HEADER_BYTES,

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from data.audio import decode_audio, num_samples, read_flac_header
+from data.cli import DataError, first_of
 from data.corpora import CorpusSubset
-from data.files import DataError, first_of
 from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
 
 OTHER_AUDIO = {".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aiff", ".raw", ".pcm", ".sph"}

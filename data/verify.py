@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from data.cli import DataError, exit_status, first_of, progress_bar
 from data.corpora import CORPORA, Corpus, find_corpus
-from data.files import DataError, exit_status, file_digest, first_of, locked, progress_bar
+from data.files import file_digest, locked
 from data.packed import (
     AUDIO_FILE,
     AUDIO_HEADER_BYTES,

@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 from data.files import atomic_replace
-from pytorch.cli import RunError
 from pytorch.config import Config, fields_of
 from pytorch.ctc import LABELS
 from pytorch.distributed import World
+from pytorch.errors import RunError
 
 FORMAT_VERSION = 4
 READABLE_VERSIONS = (3, 4)  # version 3 has one optimizer; its model can be used, but its run cannot be resumed

@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from mlperf_logging.mllog import constants
 
-from data.files import require_values
-from pytorch.cli import RunError
+from data.cli import require_values
+from pytorch.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARK_WER = 23.0  # the target of a LibriSpeech result

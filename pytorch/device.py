@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pytorch import distributed
-from pytorch.cli import RunError
 from pytorch.config import Precision
+from pytorch.errors import RunError
 from pytorch.layers import kernels
 
 NO_MEMORY = (

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.files import die_with_parent
-from pytorch.cli import RankFailure
+from data.cli import die_with_parent
+from pytorch.errors import RankFailure
 
 Anything = TypeVar("Anything")
 

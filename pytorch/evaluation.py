@@ -15,11 +15,11 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 from torch import Tensor
 
-from data.files import progress_bar
-from pytorch.cli import RunError
+from data.cli import progress_bar
 from pytorch.ctc import collapse
 from pytorch.device import copy_to_cpu_async
 from pytorch.distributed import World
+from pytorch.errors import RunError
 from pytorch.loader import CPU, Batch, Utterances, batch_by_padded_size, make_batch, prefetch, split_balanced
 from pytorch.metrics import ErrorCounts, count_errors
 

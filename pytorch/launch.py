@@ -26,10 +26,10 @@ from pathlib import Path
 
 import torch
 
-from data.files import INTERRUPTED
+from data.cli import INTERRUPTED, exit_status
 from pytorch import train
-from pytorch.cli import PREEMPTED, RANK_FAILED, Preempted, RunError, exit_status
 from pytorch.config import Config
+from pytorch.errors import PREEMPTED, RANK_FAILED, Preempted, RunError
 
 SIGNALS = "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"  # that torchrun passes on; its own choice lacks SIGUSR1
 GRACE_SECONDS = 180  # that ranks have to save before torchrun kills them; the files in cluster/ grant as much

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from data.packed import Subset
-from pytorch.cli import RunError
 from pytorch.config import Config
 from pytorch.ctc import encode, min_ctc_frames
 from pytorch.device import copy_from_cpu_ahead, has_copy_engine, use_in_current_stream
 from pytorch.distributed import World
+from pytorch.errors import RunError
 from pytorch.features import HOP_LENGTH, Augmentation, draw_augmentation, frame_counts, padded_frames
 from pytorch.model import TIME_STRIDE, output_frames
 

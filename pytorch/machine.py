@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.files import available_cores
+from data.cli import available_cores
 from data.packed import PackedDataset, content_files
 from pytorch.config import ROOT
 

@@ -24,8 +24,8 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 
 from data.packed import PackedDataset
-from pytorch.cli import RunError
 from pytorch.config import EVENTS, ROOT, Config
+from pytorch.errors import RunError
 from pytorch.machine import git_revision, told_by_torchrun
 
 BENCHMARK = "deepspeech2"

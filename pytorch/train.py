@@ -31,14 +31,15 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
 from torch import Tensor
 
-from data.files import DataError, locked, progress_bar
+from data.cli import DataError, exit_status, progress_bar
+from data.files import locked
 from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, machine, mllog
 from pytorch.checkpoint import TrainState
-from pytorch.cli import Preempted, RunError, exit_status
 from pytorch.config import BENCHMARK_WER, Config, Precision, fields_of, parse_config
 from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
 from pytorch.distributed import StopSignal, World, report_lost_ranks, shutdown
+from pytorch.errors import Preempted, RunError
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.features import SAMPLE_RATE
 from pytorch.layers import gru

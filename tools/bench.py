@@ -33,11 +33,12 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from data.cli import exit_status
 from pytorch import launch
-from pytorch.cli import RunError, exit_status
 from pytorch.config import CONFIGS, Config, Device, Precision
 from pytorch.device import faster_precision, select_device, select_precision
 from pytorch.distributed import World, report_lost_ranks, shutdown
+from pytorch.errors import RunError
 from pytorch.features import SAMPLE_RATE, frame_counts
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.layers.convolution import Convolution

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.cli import progress_bar
 from data.corpora import CORPORA
-from data.files import progress_bar
 from data.packed import Subset, open_dataset
 from pytorch import launch
-from pytorch.cli import RunError
 from pytorch.config import Config
 from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
 from pytorch.distributed import World
+from pytorch.errors import RunError
 from pytorch.evaluation import evaluate
 from pytorch.features import SAMPLE_RATE
 from pytorch.loader import TrainingLoader, Utterances

@@ -37,17 +37,18 @@ import Levenshtein
 import numpy as np
 import tyro
 
+from data.cli import exit_status
 from data.packed import open_dataset
-from pytorch.cli import RunError, exit_status
 from pytorch.config import Device
 from pytorch.distributed import World, report_lost_ranks, shutdown
+from pytorch.errors import RunError
 from pytorch.evaluation import Hypothesis, greedy_decoder
 from pytorch.features import SAMPLE_RATE
 from pytorch.loader import Utterances
 from pytorch.machine import told_by_torchrun
 from pytorch.metrics import ErrorCounts
 from tools.language_model.beam_search import Decoding, decode_each
-from tools.output import output_file, prepare_outputs
+from tools.output_files import output_file, prepare_outputs
 from tools.recognizer import Recognizer, greedy, select_subsets, speed
 
 BOOTSTRAP_SETS = 10_000

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from torchaudio.functional import forced_align
 
-from data.files import DataError
+from data.cli import DataError
 from data.packed import PackedDataset, Subset
 from pytorch import checkpoint
-from pytorch.cli import RunError
 from pytorch.config import Precision
 from pytorch.ctc import BLANK, collapse, encode
 from pytorch.device import copy_to_cpu_async, explain_oom, has_bf16, select_device, select_precision, set_device
 from pytorch.distributed import World
+from pytorch.errors import RunError
 from pytorch.evaluation import Decoder, Evaluation, evaluate, greedy_decoder
 from pytorch.features import HOP_LENGTH, SAMPLE_RATE, LogSpectrogram
 from pytorch.layers import kernels

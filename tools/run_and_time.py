@@ -13,8 +13,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from data.cli import exit_status
 from pytorch import launch, train
-from pytorch.cli import exit_status
 from pytorch.config import parse_config
 from pytorch.mllog import LOG, REPORT
 

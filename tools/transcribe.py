@@ -36,13 +36,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from data.files import DataError, progress_bar
-from pytorch.cli import RunError, exit_status
+from data.cli import DataError, exit_status, progress_bar
 from pytorch.config import Device
+from pytorch.errors import RunError
 from tools.language_model.beam_search import Decode, Decoding
-from tools.output import output_file, prepare_outputs
+from tools.output_files import output_file, prepare_outputs
 from tools.recognizer import Recognizer, Word, align, speed
-from tools.recordings import Segment, file_seconds, join, read_file, read_raw, segments
+from tools.segments import Segment, file_seconds, join, read_file, read_raw, segments
 
 Format = Literal["text", "json", "srt", "vtt"]
 

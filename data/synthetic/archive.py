@@ -33,7 +33,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from data.files import DataError, progress_bar
+from data.cli import DataError, progress_bar
 from data.packed import SAMPLE_RATE
 from data.synthetic.sentences import make_sentences
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from data.cli import DataError
 from data.corpora import CORPORA, find_corpus
 from data.download import Options, download
 from data.fetch import read_checksums
-from data.files import MARK, DataError
+from data.files import MARK
 from data.packed import PackedDataset, open_dataset, read_dataset
 from tests.data.made_up import (
     REPOSITORY,

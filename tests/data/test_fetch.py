@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data import fetch as fetching
+from data.cli import DataError, Progress
 from data.corpora import Archive
 from data.fetch import content_length
-from data.files import DataError, Progress
 from tests.data.made_up import files_below
 from tests.data.misbehaving import Answer, Server, serving
 

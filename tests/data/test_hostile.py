@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.cli import DataError
 from data.download import Options, download
-from data.files import DataError
 from data.packed import open_dataset
 from data.prepare import unpack
 from tests.data.made_up import command, files_below, flac, librispeech_files, sound, write_mirror

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from data.cli import DataError
 from data.download import Options, download
-from data.files import MARK, DataError, locked
+from data.files import MARK, locked
 from data.packed import DatasetError, PackedDataset, open_dataset
 from data.verify import validate
 from tests.data.made_up import REPOSITORY, command, files_below, librispeech_files, write_mirror

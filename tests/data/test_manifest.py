@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.audio import decode_audio, num_samples
+from data.cli import DataError
 from data.download import Options, download
-from data.files import DataError
 from data.packed import TRANSCRIPT_CHARACTERS, open_dataset
 from data.readers import decode, read_manifest
 from data.verify import validate

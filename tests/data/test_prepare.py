@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files import DataError
+from data.cli import DataError
 from data.prepare import unpack
 from tests.data.made_up import files_below, librispeech_files, write_mirror
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.cli import DataError
 from data.corpora import find_corpus
-from data.files import DataError
 from data.packed import TRANSCRIPT_CHARACTERS
 from data.readers import Utterance, check_transcript, decode, read_utterances
 from tests.data.made_up import an4_files, flac, librispeech_files, sound

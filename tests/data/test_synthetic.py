@@ -8,8 +8,8 @@ import espeakng_loader
 import numpy as np
 import pytest
 
+from data.cli import DataError
 from data.corpora import find_corpus
-from data.files import DataError
 from data.synthetic.archive import build_speakers, synthesize
 
 TRAIN, VALIDATION, TEST = "synthetic-train", "synthetic-validation", "synthetic-test"

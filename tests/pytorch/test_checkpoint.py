@@ -11,9 +11,9 @@ from torch import nn
 
 from pytorch import checkpoint
 from pytorch.checkpoint import TrainState
-from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from pytorch.ctc import LABELS
+from pytorch.errors import RunError
 
 CONFIG = CONFIGS["synthetic"]
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from pytorch.cli import RunError
 from pytorch.config import CONFIGS, Config, parse_config
+from pytorch.errors import RunError
 from tools.hyperparameters import hyperparameter_table
 from tools.mlperf.runlog import with_current_names
 

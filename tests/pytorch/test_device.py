@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from pytorch import distributed, launch
-from pytorch.cli import RankFailure, RunError
 from pytorch.config import CONFIGS, parse_config
 from pytorch.device import select_device
+from pytorch.errors import RankFailure, RunError
 from pytorch.features import padded_frames
 from pytorch.layers import kernels
 from pytorch.trainer import Trainer

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from pytorch import checkpoint
-from pytorch.cli import PREEMPTED, RunError
 from pytorch.distributed import World
+from pytorch.errors import PREEMPTED, RunError
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.loader import Utterances, split_balanced
 from tests.conftest import write_packed_dataset

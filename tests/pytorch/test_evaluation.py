@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from data.packed import open_dataset
-from pytorch.cli import RunError
 from pytorch.distributed import World
+from pytorch.errors import RunError
 from pytorch.evaluation import evaluate
 from pytorch.loader import Batch, Utterances
 from pytorch.trainer import Trainer

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.packed import open_dataset
-from pytorch.cli import RunError
 from pytorch.config import CONFIGS
 from pytorch.ctc import LABELS, encode
 from pytorch.distributed import World
+from pytorch.errors import RunError
 from pytorch.features import LogSpectrogram
 from pytorch.loader import (
     Batch,

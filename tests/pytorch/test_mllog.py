@@ -15,8 +15,8 @@ from mlperf_logging.mllog.mllog import MLLogger
 from data.packed import open_dataset
 from pytorch import machine as this_machine
 from pytorch import mllog
-from pytorch.cli import RunError
 from pytorch.config import CONFIGS
+from pytorch.errors import RunError
 from tests.conftest import write_packed_dataset
 from tools.mlperf.runlog import RunLog
 

@@ -13,8 +13,8 @@ import torch
 
 from data.files import locked
 from pytorch import checkpoint, launch, machine, train
-from pytorch.cli import PREEMPTED, RunError
 from pytorch.distributed import World
+from pytorch.errors import PREEMPTED, RunError
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.layers import kernels
 from tests.conftest import ROOT, write_packed_dataset

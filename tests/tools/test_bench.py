@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pytorch.cli import RunError
 from pytorch.config import CONFIGS
+from pytorch.errors import RunError
 from pytorch.layers import kernels
 from pytorch.model import DeepSpeech2
 from tests.processes import run_module_for_text

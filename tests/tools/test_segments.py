@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.tools.speaking import RATE
 from tools.recognizer import Word
-from tools.recordings import CONTEXT_S, LONGEST_S, SHORTEST_S, Segment, join, segments
+from tools.segments import CONTEXT_S, LONGEST_S, SHORTEST_S, Segment, join, segments
 from tools.transcribe import as_caption, captions
 
 

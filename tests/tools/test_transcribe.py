@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from data.files import DataError
+from data.cli import DataError
 from tests.conftest import ROOT, SPEECH
 from tests.processes import run_module
 from tests.tools.conftest import Trained
 from tests.tools.speaking import RATE, random_words, speak
-from tools.recordings import read_file
+from tools.segments import read_file
 from tools.transcribe import Options, _standard_input, main
 
 LONG = random_words(150, 5)

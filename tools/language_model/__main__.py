@@ -26,12 +26,13 @@ from typing import Annotated
 
 import tyro
 
+from data.cli import DataError, exit_status, progress_bar
 from data.corpora import REPOSITORY, Archive, openslr_mirrors
 from data.fetch import fetch
-from data.files import DOWNLOADS, DataError, atomic_replace, file_digest, locked, progress_bar, work_folder
+from data.files import DOWNLOADS, atomic_replace, file_digest, locked, work_folder
 from data.packed import open_dataset
-from pytorch.cli import RunError, exit_status
-from tools.output import output_file, prepare_outputs
+from pytorch.errors import RunError
+from tools.output_files import output_file, prepare_outputs
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
 # Of openslr.org/11: n-grams of the books that LibriSpeech's readers did not read, gzipped ARPA files. None was ever

@@ -23,8 +23,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from pytorch.cli import RunError
 from pytorch.ctc import BLANK, LABELS, encode
+from pytorch.errors import RunError
 from pytorch.evaluation import Decoder
 from tools.recognizer import copy_emissions, greedy
 

@@ -23,10 +23,10 @@ import numpy as np
 import tyro
 from torch import Tensor
 
-from data.files import progress_bar
+from data.cli import exit_status, progress_bar
 from data.packed import open_dataset
-from pytorch.cli import RunError, exit_status
 from pytorch.config import Device
+from pytorch.errors import RunError
 from pytorch.loader import Utterances
 from pytorch.metrics import count_errors
 from tools.language_model.beam_search import BeamSearch, LanguageModel, decode_each

@@ -20,12 +20,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from pytorch.cli import RunError, exit_status
+from data.cli import exit_status
+from pytorch.errors import RunError
 from tools.mlperf import compare, rcp, score
 from tools.mlperf.check import check, notes
 from tools.mlperf.runlog import RunLog
 from tools.mlperf.series import run_series
-from tools.output import write_output
+from tools.output_files import write_output
 
 Log = tyro.conf.Positional[Path]
 Logs = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="LOG...")]

@@ -16,8 +16,8 @@ from mlperf_logging.compliance_checker.mlp_parser import parse_file
 from mlperf_logging.mllog import constants
 
 from data.corpora import CORPORA
-from pytorch.cli import RunError
 from pytorch.config import CONFIGS
+from pytorch.errors import RunError
 from pytorch.machine import MAX_CPU_TAKEN
 from tools.mlperf.consistency import inconsistencies
 from tools.mlperf.runlog import RunLog

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pytorch.cli import RunError
+from pytorch.errors import RunError
 from tools.mlperf.runlog import Epoch, RunLog
 from tools.mlperf.score import differences
 

@@ -8,8 +8,8 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from pytorch.cli import RunError
 from pytorch.config import CONFIGS, EVENTS, HYPERPARAMETERS, Config
+from pytorch.errors import RunError
 from tools.mlperf.runlog import CALLER, with_current_names
 
 

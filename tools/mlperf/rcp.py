@@ -18,8 +18,8 @@ from typing import Any
 
 from mlperf_logging.rcp_checker import rcp_checker
 
-from pytorch.cli import RunError
 from pytorch.config import HYPERPARAMETERS
+from pytorch.errors import RunError
 from pytorch.mllog import BENCHMARK
 from tools.mlperf.check import RULESET, load_valid
 from tools.mlperf.runlog import RunLog

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from mlperf_logging.mllog import constants
 
-from pytorch.cli import RunError
+from pytorch.errors import RunError
 from pytorch.metrics import ErrorCounts
 
 TOKEN = ":::MLLOG "

@@ -12,8 +12,8 @@ from typing import Any
 
 from mlperf_logging.mllog import constants
 
-from pytorch.cli import RunError
 from pytorch.config import fields_of
+from pytorch.errors import RunError
 from tools.mlperf.check import load_valid, notes
 from tools.mlperf.runlog import RunLog
 

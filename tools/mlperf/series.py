@@ -25,10 +25,10 @@ from typing import Annotated, Any
 import tyro
 from mlperf_logging.mllog import constants
 
-from data.files import INTERRUPTED
+from data.cli import INTERRUPTED
 from data.packed import PackedDataset, open_dataset
-from pytorch.cli import PREEMPTED, Preempted, RunError
 from pytorch.config import CONFIGS, ROOT, Config, parse_config
+from pytorch.errors import PREEMPTED, Preempted, RunError
 from pytorch.machine import clear_cache, describe_machine, git_revision
 from pytorch.mllog import BENCHMARK, REPORT, submission_division, submission_platform
 from tools.mlperf.check import LIBRISPEECH, check, load_valid, published_utterances

@@ -21,11 +21,11 @@ from mlperf_logging.mllog import constants
 from mlperf_logging.system_desc_checker import system_desc_checker
 
 from data.files import locked
-from pytorch.cli import RunError
+from pytorch.errors import RunError
 from pytorch.machine import cpuinfo
 from pytorch.mllog import submission_division, submission_status
 from tools.mlperf.check import RULESET
-from tools.output import write_output
+from tools.output_files import write_output
 
 NOT_KNOWN = "not known"
 NONE = "none"

@@ -17,8 +17,9 @@ from typing import Annotated
 
 import tyro
 
-from pytorch.cli import RunError, exit_status
-from tools.output import write_output
+from data.cli import exit_status
+from pytorch.errors import RunError
+from tools.output_files import write_output
 from tools.report.render import render
 from tools.report.runs import read_series
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlperf_logging.mllog import constants
 
-from pytorch.cli import Preempted, RunError
+from pytorch.errors import Preempted, RunError
 from tools.mlperf.check import check
 from tools.mlperf.consistency import clock_problem
 from tools.mlperf.runlog import RunLog

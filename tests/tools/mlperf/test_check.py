@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from pytorch.cli import RunError
 from pytorch.config import CONFIGS, HYPERPARAMETERS, Config
+from pytorch.errors import RunError
 from tests.conftest import ROOT
 from tests.tools.conftest import Trained
-from tests.tools.forged import Forged, made_up, reference
-from tests.tools.mutations import BROKEN, MUTATIONS
+from tests.tools.mlperf.forged import Forged, made_up, reference
+from tests.tools.mlperf.mutations import BROKEN, MUTATIONS
 from tools.mlperf.__main__ import main
 from tools.mlperf.check import RULES, check
 from tools.mlperf.configuration import configuration_problem

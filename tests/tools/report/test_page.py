@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.tools.made_up_logs import made_up_log
+from tests.tools.mlperf.made_up_logs import made_up_log
 from tools.report.render import render
 from tools.report.runs import read_series
 

@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 
 from data.audio import BLOCK_SAMPLES, SNDFILE_FAILURES, Mixer, read_blocks
-from data.files import DataError
+from data.cli import DataError
 from data.packed import SAMPLE_RATE
 from tools.recognizer import Word
 

@@ -16,17 +16,17 @@ import pytest
 import torch
 from mlperf_logging.system_desc_checker import system_desc_checker
 
-from data.files import DataError
+from data.cli import DataError
 from data.packed import open_dataset
 from pytorch import mllog
-from pytorch.cli import RunError
 from pytorch.config import CONFIGS
+from pytorch.errors import RunError
 from pytorch.machine import describe_machine
 from tests.conftest import ROOT
 from tests.processes import Popen, run_module_for_text
 from tests.pytorch.test_train import ENVIRONMENT, SMALL
-from tests.tools.forged import Forged, made_up, reference
-from tests.tools.made_up_logs import add
+from tests.tools.mlperf.forged import Forged, made_up, reference
+from tests.tools.mlperf.made_up_logs import add
 from tools.mlperf import series
 from tools.mlperf.__main__ import main
 from tools.mlperf.check import RULESET

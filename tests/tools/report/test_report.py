@@ -1,4 +1,4 @@
-"""The report, as text; test_report_in_a_browser.py looks at it as a person does."""
+"""The report, as text; report/test_page.py looks at it as a person does."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from pytorch.cli import RunError
+from pytorch.errors import RunError
 from tests.conftest import ROOT
-from tests.tools.forged import Forged
-from tests.tools.made_up_logs import SAID, SUBSETS, add, made_up_log
-from tests.tools.test_mlperf_score import series
-from tools.output import write_output
+from tests.tools.mlperf.forged import Forged
+from tests.tools.mlperf.made_up_logs import SAID, SUBSETS, add, made_up_log
+from tests.tools.mlperf.test_score import series
+from tools.output_files import write_output
 from tools.report import render
 from tools.report.__main__ import main
 from tools.report.charts import POINTS, charts, downsample, means, median_curve

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data.files import atomic_replace, atomic_write
-from pytorch.cli import RunError
+from pytorch.errors import RunError
 
 
 def prepare_outputs(files: Collection[Path], overwrite: bool) -> None:

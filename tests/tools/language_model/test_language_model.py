@@ -21,8 +21,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytorch.cli import RunError
 from pytorch.ctc import BLANK, LABELS, encode
+from pytorch.errors import RunError
 from tests.conftest import ROOT
 from tests.processes import run_module_for_text
 from tests.tools.conftest import Trained

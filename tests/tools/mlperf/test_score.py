@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from mlperf_logging.rcp_checker import rcp_checker
 
-from pytorch.cli import RunError
 from pytorch.config import CONFIGS, Config
+from pytorch.errors import RunError
 from tests.conftest import ROOT
-from tests.tools.forged import Forged, made_up
-from tests.tools.made_up_logs import add
-from tests.tools.test_mlperf_check import COMMITTED
+from tests.tools.mlperf.forged import Forged, made_up
+from tests.tools.mlperf.made_up_logs import add
+from tests.tools.mlperf.test_check import COMMITTED
 from tools.mlperf.__main__ import main
 from tools.mlperf.rcp import EPOCHS, describe, make_points, read_points
 from tools.mlperf.runlog import RunLog

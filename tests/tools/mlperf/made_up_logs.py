@@ -7,7 +7,7 @@ from typing import Any
 
 from pytorch.config import CONFIGS
 from pytorch.metrics import count_errors
-from tests.tools.forged import Forged, made_up
+from tests.tools.mlperf.forged import Forged, made_up
 
 TRAINING = 281241  # utterances of LibriSpeech
 SUBSETS = {"dev-clean": 2703, "dev-other": 2864}

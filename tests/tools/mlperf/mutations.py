@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.tools.forged import Forged
+from tests.tools.mlperf.forged import Forged
 
 
 def fewer_errors_in_all(log: Forged) -> None:
