@@ -82,7 +82,8 @@ def exit_status(
                 print(f"error: {error}", file=sys.stderr)
             return error.exit_status
         except KeyboardInterrupt:
-            print(interrupted, file=sys.stderr)
+            if interrupted:
+                print(interrupted, file=sys.stderr)
             return INTERRUPTED
         except OSError as error:
             if error.filename is not None:  # a path of the user's: no right to look, a name too long, not a folder

@@ -8,7 +8,7 @@ whole; one that was damaged there is found out, and the one before it is used. A
     checkpoint_previous.pt  the one before it
     checkpoint_best.pt      of the evaluation with the lowest WER
 
-Those of an earlier run in the same folder are kept in `previous_run/`.
+Nothing of an earlier run in the folder is deleted: a new run moves its files into `previous_run`, `previous_run-2`, ...
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import torch
 from data.files import atomic_replace
 from pytorch.config import Config, fields_of
 from pytorch.ctc import LABELS
-from pytorch.distributed import World
+from pytorch.distributed import World, run_id, torchrun_env
 from pytorch.errors import RunError
 
 FORMAT_VERSION = 4
@@ -62,26 +63,17 @@ class TrainState:
         """Mean loss of the epoch so far; not a number before the first one."""
         return self.sum_of_losses_in_epoch / self.losses_in_epoch if self.losses_in_epoch else math.nan
 
-    def begin_next_epoch(self) -> None:
-        """Count the steps of the next epoch."""
-        self.epoch, self.step_in_epoch, self.losses_in_epoch, self.sum_of_losses_in_epoch = self.epoch + 1, 0, 0, 0.0
+    def begin_epoch(self, epoch: int) -> None:
+        """Count the steps of an epoch from its beginning."""
+        self.epoch, self.step_in_epoch, self.losses_in_epoch, self.sum_of_losses_in_epoch = epoch, 0, 0, 0.0
 
 
-def save(
-    folder: Path,
-    config: Config,
-    dataset_digest: str,
-    state: TrainState,
-    tensors: dict[str, Any],
-    launch_id: str | None,
-) -> None:
+def save(config: Config, dataset_digest: str, state: TrainState, tensors: dict[str, Any]) -> None:
     """Write the newest checkpoint; the one that was the newest becomes the one before.
 
     Args:
-        folder: the run's output folder.
         config, dataset_digest, state: of the run.
         tensors: `Trainer.state_dict()`.
-        launch_id: see `World`.
 
     Raises:
         RunError: it cannot be written, such as on a full disk. What was there before is untouched.
@@ -91,11 +83,12 @@ def save(
         "labels": LABELS,
         "config": config.to_dict(),
         "dataset_digest": dataset_digest,
-        "launch": launch_id,
+        "launch": run_id(),
         "progress": dataclasses.asdict(state),
         **tensors,
     }
     content["digest"] = _digest(content)
+    folder = config.output_dir
     path = folder / LAST
     partial = path.with_name(path.name + ".partial")
     try:
@@ -137,39 +130,40 @@ def _link_or_copy(path: Path, second: Path) -> None:
     partial.rename(second)
 
 
-def archive_previous_run(folder: Path, others: Sequence[str] = ()) -> Path | None:
-    """Move the checkpoints of an earlier run into a folder of their own, in place of those there.
+def put_away(folder: Path, others: Sequence[str], *, keep_checkpoints: bool = False) -> Path | None:
+    """Move an earlier run's files into a folder of their own; nothing that was put away before is touched.
 
-    Nothing is moved if that run has not come further than its first checkpoint, which holds no training.
+    Nothing is moved if that run had not begun: it left no more than its first checkpoint, which holds no training.
 
     Args:
         folder: the output folder.
-        others: files that belong to that run and move along.
+        others: names of files that belong to that run, beside its checkpoints.
+        keep_checkpoints: whether the checkpoints stay, since the run is continued.
 
     Returns:
-        Where they are now; None if none was moved.
+        Where the files are now; None if none was moved.
 
     Raises:
-        RunError: they cannot be moved.
+        RunError: they cannot be moved; then none is.
     """
-    files = (LAST, PREVIOUS, BEST, *others)
-    found = [name for name in files if (folder / name).exists()]
-    partial = folder / (PREVIOUS_RUN + ".partial")  # exists if an earlier start was interrupted while it moved files
-    if PREVIOUS not in found and BEST not in found and not partial.exists():
+    # LAST goes first: a start that is killed in between leaves files that still tell the next one of a run.
+    names = [*others] if keep_checkpoints else [LAST, PREVIOUS, BEST, *others]
+    files = [name for name in names if (folder / name).exists()]
+    if not set(files) - {LAST}:
         return None
-    archive = folder / PREVIOUS_RUN
+    folders = (PREVIOUS_RUN if number == 1 else f"{PREVIOUS_RUN}-{number}" for number in count(1))
+    away = next(folder / name for name in folders if not os.path.lexists(folder / name))
+    moved: list[str] = []
     try:
-        partial.mkdir(exist_ok=True)
-        for name in found:
-            atomic_replace(folder / name, partial / name)
-        if archive.exists():
-            for name in files:
-                (archive / name).unlink(missing_ok=True)
-            archive.rmdir()  # an error if it holds anything else
-        partial.rename(archive)
+        away.mkdir()
+        for name in files:
+            (folder / name).rename(away / name)
+            moved.append(name)
+        return away
     except OSError as error:
-        raise RunError(f"{archive}: cannot move the earlier run's files there: {error.strerror}") from error
-    return archive
+        for name in moved:
+            (away / name).rename(folder / name)
+        raise RunError(f"{away}: cannot move the earlier run's files there: {error.strerror}") from error
 
 
 def _digest(content: Any) -> str:
@@ -219,30 +213,31 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def find_resumable(config: Config, dataset_digest: str, world: World) -> dict[str, Any] | None:
-    """Return the checkpoint to resume from, if that was asked for or torchrun has started this launch's ranks again.
+    """Return the checkpoint to resume from, if that was asked for or torchrun has restarted this run's ranks.
 
-    Machines may have different checkpoints, or none: the newest that any of them has is used, one of this launch before
-    any other.
+    Nodes may have different checkpoints, or none: the newest that any of them has is used, one of this run before any
+    other.
 
     Raises:
         RunError: there is none though --resume asks for one, or it is of another configuration or data set.
     """
     path, content, failure = config.output_dir / LAST, None, None
-    if world.local_rank == 0 and (config.resume or world.launch_id):
+    restarted = torchrun_env("TORCHELASTIC_RESTART_COUNT", 0) > 0 or torchrun_env("GROUP_WORLD_SIZE", 1) > 1  # perhaps
+    if world.local_rank == 0 and (config.resume or restarted):
         try:
             path, content = load_newest(config.output_dir)
         except RunError as error:
             failure = error
-    of_this_launch = content is not None and content["launch"] == world.launch_id
-    if not (of_this_launch or config.resume):
+    of_this_run = content is not None and run_id() is not None and content["launch"] == run_id()
+    if not (of_this_run or config.resume):
         content = None
-    candidates = world.all_gather_object((of_this_launch, content["progress"]["step"] if content is not None else -1))
+    candidates = world.all_gather_object((of_this_run, content["progress"]["step"] if content is not None else -1))
     newest = candidates.index(max(candidates))
     if candidates[newest][1] < 0:
         if config.resume:
             raise failure or RunError(f"{path}: checkpoint not found")
         return None  # the ranks start for the first time, or one was lost before the first checkpoint
-    content = world.broadcast_object(content, newest)
+    content = world.broadcast_object(content, src=newest)
     assert content is not None
     check_resumable(path, content, config, dataset_digest)
     world.print_once(f"Resuming from {path}: step {content['progress']['step']}.")
@@ -272,12 +267,17 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
         RunError: names each difference.
     """
     if content["format_version"] != FORMAT_VERSION:
-        raise RunError(f"{path}: checkpoint format {content['format_version']} can be used, but not resumed")
+        raise RunError(
+            f"{path}: checkpoint format {content['format_version']} (this version writes {FORMAT_VERSION}) can be "
+            "evaluated or transcribed with, not resumed"
+        )
     saved, current = content["config"], config.to_dict()
     if current["precision"] == "auto":  # stays what it was chosen to be
         current["precision"] = saved["precision"]
     different = [name for name in fields_of("training", "model") if saved.get(name) != current[name]]
-    differences = [f"{name.replace('_', '-')} {saved.get(name)} there, {current[name]} now" for name in different]
+    differences = [
+        f"{name.replace('_', '-')}: checkpoint {saved.get(name)}, command line {current[name]}" for name in different
+    ]
     again = "".join(f" --{name.replace('_', '-')} {saved.get(name)}" for name in different)
     if set(fields_of("model")).intersection(different):
         raise RunError(
@@ -285,7 +285,7 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
             f"would not fit: {'; '.join(differences)}. To continue with its options:{again}"
         )
     if content["dataset_digest"] != dataset_digest:
-        differences.append(f"data set {content['dataset_digest'][:12]} there, {dataset_digest[:12]} now")
+        differences.append(f"data set: checkpoint {content['dataset_digest'][:12]}, command line {dataset_digest[:12]}")
     if not differences:
         return
     if config.resume_with_changes:

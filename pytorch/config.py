@@ -195,17 +195,13 @@ class Config:
                     f"--{high.replace('_', '-')} {getattr(self, high)}"
                 )
 
-    def target_reached(self, wer: float) -> bool:
-        """Return whether a corpus WER in percent ends the run in success."""
-        return wer <= self.target_wer
-
-    def microbatches(self, world_size: int) -> int:
+    def num_microbatches(self, world_size: int) -> int:
         """Return into how many microbatches a global batch is divided, on all ranks."""
         return world_size * self.gradient_accumulation_steps
 
     def max_microbatch_size(self, world_size: int) -> int:
         """Return the utterances of the largest microbatch."""
-        return math.ceil(self.batch_size / self.microbatches(world_size))
+        return math.ceil(self.batch_size / self.num_microbatches(world_size))
 
     def to_dict(self) -> dict[str, str | int | float | bool | None]:
         """Return the fields as plain values, for logs and checkpoints; paths in the repository are relative to it."""

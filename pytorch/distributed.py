@@ -1,7 +1,7 @@
 """The ranks of a run, which torchrun starts (torch.distributed): one for each GPU, or a few on CPUs.
 
-Without torchrun a run is one rank, and but for `StopSignal` everything here does nothing. torchrun tells each process
-in the environment which rank it is; `gloo` carries messages between CPUs, `nccl` those between GPUs.
+Without torchrun, world_size is 1 and the collectives here are no-ops. torchrun sets each process's rank in its
+environment; `gloo` carries messages between CPUs, `nccl` those between GPUs.
 """
 
 from __future__ import annotations
@@ -21,17 +21,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.cli import die_with_parent
 from pytorch.errors import RankFailure
 
 Anything = TypeVar("Anything")
 
 _store: dist.Store | None = None  # where ranks leave a note when they have lost contact
 _sums: Any = None  # of `all_reduce_sum`, so that small messages do not queue behind gradients
-_stop_time = math.inf  # time.monotonic() when this process was told to stop
+_stop_time = math.inf  # time.monotonic() when this process received a signal to stop
 _timeout_seconds = math.inf
 STOP_SECONDS = 30.0  # for a step to end after a signal to stop, which torchrun sends when it has lost a rank
 REPORT_SECONDS = 5.0  # for the other ranks to note a failure, too
+
+
+def torchrun_env(name: str, default: int) -> int:
+    """Return a variable of torchrun's; without torchrun the default, as other launchers have the same names."""
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
+
+
+def run_id() -> str | None:
+    """Return torchrun's id of the run, which is the same after it restarts ranks; None if the run has no id."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name  # torchrun's default
 
 
 @dataclass(frozen=True)
@@ -40,25 +50,22 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # on this machine
-    launch_id: str | None = None  # names a launch, also when torchrun starts its processes again; None: no torchrun
+    local_rank: int = 0  # on this node
 
     @classmethod
-    def init(cls, device_type: str, timeout_seconds: float, launch_id: str | None = None) -> World:
-        """Connect to the other ranks, if torchrun has started this process.
+    def init(cls, device_type: str, timeout_seconds: float) -> World:
+        """Connect to the other ranks, if torchrun has started several.
 
         Args:
             device_type: torch's name of the kind of device.
             timeout_seconds: how long to wait for another rank before it counts as lost.
-            launch_id: the launch's, on the machine that knows it.
 
         Raises:
             RankFailure: the others did not connect.
         """
         global _store, _sums, _timeout_seconds
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            return cls(launch_id=launch_id)
-        die_with_parent()  # torchrun, so that no orphan outlives a restart
+        if torchrun_env("WORLD_SIZE", 1) == 1:
+            return cls()
         timeout = timedelta(seconds=timeout_seconds)
         backend = "gloo"
         if device_type != "cpu":
@@ -70,10 +77,7 @@ class World:
             _sums = dist.new_group(timeout=timeout)
         except RuntimeError as error:
             raise RankFailure(f"the ranks of this run could not connect: {_first_line(error)}") from error
-        world = cls(rank, size, int(os.environ["LOCAL_RANK"]))
-        # torchrun's count of restarts tells less: those after a machine has joined again are not in it.
-        known = [name for name in world.all_gather_object(launch_id) if name]
-        return cls(rank, size, world.local_rank, known[0] if known else None)
+        return cls(rank, size, int(os.environ["LOCAL_RANK"]))
 
     @property
     def is_main(self) -> bool:
@@ -85,21 +89,21 @@ class World:
         if self.is_main:
             print(text, file=sys.stderr, flush=True)
 
-    def all_gather_object(self, thing: Anything) -> list[Anything]:
+    def all_gather_object(self, obj: Anything) -> list[Anything]:
         """Gather one object from every rank, on every rank."""
         if self.size == 1:
-            return [thing]
-        gathered: list[Anything] = [thing] * self.size
-        dist.all_gather_object(gathered, thing)
-        return gathered
+            return [obj]
+        objects: list[Anything] = [obj] * self.size
+        dist.all_gather_object(objects, obj)
+        return objects
 
-    def broadcast_object(self, thing: Anything, source: int) -> Anything:
-        """Return the object of rank `source` on every rank."""
+    def broadcast_object(self, obj: Anything, src: int) -> Anything:
+        """Return rank `src`'s object on every rank."""
         if self.size == 1:
-            return thing
-        box = [thing]
-        dist.broadcast_object_list(box, src=source)
-        return box[0]
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src=src)
+        return objects[0]
 
     def barrier(self) -> None:
         """Wait until every rank gets here."""
@@ -127,8 +131,8 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 def wait_for(event: torch.Event) -> None:
     """Wait for an event on this rank's accelerator.
 
-    A message between GPUs that never comes raises nothing here: it would be waited for until NCCL's watchdog aborts
-    the process, and no signal to stop would be heeded.
+    If another rank is lost, synchronize() blocks until NCCL's watchdog aborts the process, and SIGTERM would not be
+    handled; so poll.
 
     Raises:
         DistError: it did not come in time, or another rank has failed.
@@ -149,7 +153,7 @@ def wait_for(event: torch.Event) -> None:
 
 
 class StopSignal:
-    """Remembers that this process was told to stop. The step under way is finished and saved."""
+    """Handles SIGTERM and SIGUSR1 by setting `requested`: the step under way is finished and saved."""
 
     def __init__(self) -> None:
         self.requested = False

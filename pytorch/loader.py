@@ -95,7 +95,7 @@ class TrainingLoader:
     """This rank's microbatches of the training utterances, epoch by epoch.
 
     Args:
-        utterances: all of them; those that are too short for CTC are left out, see `left_out`.
+        utterances: all of them; those that are too short for CTC are left out, see `excluded`.
         config: batch size, accumulation, seed and augmentation.
         world: the ranks, which share every batch.
         device: where batches go.
@@ -107,13 +107,13 @@ class TrainingLoader:
     def __init__(self, utterances: Utterances, config: Config, world: World, device: torch.device = CPU) -> None:
         self.utterances, self.config, self.world, self.device = utterances, config, world, device
         feasible = utterances.ctc_feasible()
-        self.included, self.left_out = np.flatnonzero(feasible), np.flatnonzero(~feasible)
+        self.included, self.excluded = np.flatnonzero(feasible), np.flatnonzero(~feasible)
         self.data_wait_seconds = 0.0  # time spent waiting for batches in the current epoch
         if not len(self.included):
             raise RunError(f"all {len(utterances)} training utterances are too short for their transcripts")
         batches = split_evenly(self.included, config.batch_size)
         self._steps, smallest = len(batches), min(map(len, batches))
-        parts = config.microbatches(world.size)
+        parts = config.num_microbatches(world.size)
         if smallest < parts:
             raise RunError(
                 f"{len(self.included)} training utterances in batches of at most {config.batch_size} leave one of "
@@ -128,7 +128,7 @@ class TrainingLoader:
         """Yield, for steps [start, stop) of an epoch, the global batch's utterances and this rank's microbatches."""
         config, world = self.config, self.world
         steps = epoch_batches(self.utterances, self.included, config.batch_size, config.seed, epoch)[start:stop]
-        parts = config.microbatches(world.size)
+        parts = config.num_microbatches(world.size)
         mine = [  # rank r has microbatches r, r + world.size, ...
             microbatch
             for indices in steps

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import getpass
-import mmap
 import os
 import platform
 import re
-import resource
 import shutil
 import subprocess
-import time
+from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -28,11 +25,6 @@ if TYPE_CHECKING:
 
 CONTAINER_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # cgroup v2, v1
 MAX_CPU_TAKEN = 0.05  # part of the CPU time that others may take from a run whose time is to count
-
-
-def told_by_torchrun(name: str, default: int) -> int:
-    """Return a variable of torchrun's; without torchrun the default, as other launchers have the same names."""
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -80,12 +72,12 @@ def cpuinfo() -> dict[str, list[str]]:
     return found
 
 
-def cpu_seconds() -> dict[str, float]:
-    """Return the time, since the machine's start, of the CPUs that this process may use, and this process's own.
+def cpu_seconds(processes: Iterable[int]) -> dict[str, float]:
+    """Return the time, since the machine's start, of the CPUs that this process may use, and that of some processes.
 
     Returns:
-        "all", "busy", and "stolen" by the hypervisor for other machines; "own", and the "switches" of this process to
-        others before its time was up. Empty where /proc/stat does not have them.
+        "all", "busy", and "stolen" by the hypervisor for other machines; "own" of the processes, and their
+        "switches": involuntary context switches. Empty where /proc/stat does not have them.
     """
     try:
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
@@ -93,18 +85,20 @@ def cpu_seconds() -> dict[str, float]:
         return {}
     names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     of_cpus = [[int(value) for value in values[:8]] for name, *values in lines if name in names]
-    if not of_cpus:  # in some containers /proc/stat counts them anew
+    if not of_cpus:  # some containers renumber the CPUs in /proc/stat
         return {}
-    ticks = np.sum(of_cpus, 0)
-    user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = (ticks / os.sysconf("SC_CLK_TCK")).tolist()
+    ticks = os.sysconf("SC_CLK_TCK")
+    user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = (np.sum(of_cpus, 0) / ticks).tolist()
     busy = user + nice + system + interrupts + soft_interrupts
-    return {
-        "all": busy + idle + waiting + stolen,
-        "busy": busy,
-        "stolen": stolen,
-        "own": sum(os.times()[:4]),
-        "switches": resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
-    }
+    own = switches = 0
+    for process in processes:
+        with suppress(OSError, StopIteration):  # it has just ended
+            folder = Path("/proc", str(process))
+            own += sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:15]))  # with its children
+            status = (folder / "status").read_text().splitlines()
+            switches += next(int(line.split()[1]) for line in status if line.startswith("nonvoluntary_ctxt_switches"))
+    all_seconds = busy + idle + waiting + stolen
+    return {"all": all_seconds, "busy": busy, "stolen": stolen, "own": own / ticks, "switches": switches}
 
 
 def git_revision() -> tuple[str, bool | None]:
@@ -138,56 +132,14 @@ def user_name() -> str:
 
 
 def clear_cache(dataset: PackedDataset) -> str:
-    """Evict a data set from the operating system's page cache.
-
-    Returns:
-        Why that was not possible, for the first file of which some of it is still there; empty if nothing is.
-    """
-    if not hasattr(os, "posix_fadvise") or not hasattr(ctypes.CDLL(None), "mincore"):
+    """Evict a data set from the operating system's page cache. Return why that was not possible, or an empty text."""
+    if not hasattr(os, "posix_fadvise"):
         return "this operating system offers no way to do so"
     for name in content_files(dataset.subsets):
-        dataset_file = dataset.path / name
         try:
-            if dataset_file.stat().st_uid != os.geteuid() and not os.access(dataset_file, os.W_OK):
-                return f"{name} is another user's: Linux shows what is cached only to users who may write to the file"
-            if left := _evict(dataset_file):
-                return f"{left} pages of {name} are still cached: another process may be using it"
+            with (dataset.path / name).open("rb") as file:
+                os.fsync(file.fileno())  # what is not yet on the disk is not dropped
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             return f"{name}: {error.strerror}"
     return ""
-
-
-def _evict(path: Path) -> int:
-    """Evict a file from the page cache; return how many of its pages are still there.
-
-    A page that is just being read or written goes a moment later.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        for _ in range(10):
-            os.fsync(descriptor)  # what is not yet on the disk is not dropped
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            if not (left := _cached_pages(descriptor)):
-                break
-            time.sleep(0.1)
-        return left
-    finally:
-        os.close(descriptor)
-
-
-def _cached_pages(descriptor: int) -> int:
-    """Return how many pages of a file are in memory, without reading it, which would bring them there."""
-    size = os.fstat(descriptor).st_size
-    if not size:
-        return 0
-    with mmap.mmap(descriptor, size, prot=mmap.PROT_READ) as mapped:
-        start = np.frombuffer(mapped, np.uint8)
-        cached = np.zeros(-(-size // mmap.PAGESIZE), np.uint8)
-        library = ctypes.CDLL(None, use_errno=True)
-        failed = library.mincore(
-            ctypes.c_void_p(start.ctypes.data), ctypes.c_size_t(size), ctypes.c_void_p(cached.ctypes.data)
-        )
-        del start  # else the mapping could not be closed
-        if failed:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(np.count_nonzero(cached & 1))

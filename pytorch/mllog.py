@@ -1,24 +1,26 @@
-"""The run's log: MLPerf events through `mlperf-logging`, one `:::MLLOG` line each, to all of its sinks.
+"""The run's log, MLPerf events through `mlperf-logging`, one `:::MLLOG` line each; and the benchmark's clock.
 
-The sinks are standard output, the file last_run.log in the output folder, and TensorBoard if a folder is asked for:
+The log goes to standard output, which run_and_time.py copies to last_run.log, and to TensorBoard if a folder is asked
+for:
 
-    python -m pytorch.train --config an4 --tensorboard runs/an4
+    sh pytorch/run_and_time.sh --config an4 --tensorboard runs/an4
     tensorboard --logdir runs                                       # needs the extra `tensorboard`
 
-A sink that fails before the clock starts is an error. One that fails later, such as on a full disk, is named once on
-standard error: the other sinks continue, and so does the run.
+A destination that fails before the clock starts is an error. One that fails later is named once on standard error.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
-from abc import abstractmethod
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
@@ -26,7 +28,7 @@ from mlperf_logging.mllog.mllog import MLLogger
 from data.packed import PackedDataset
 from pytorch.config import EVENTS, ROOT, Config
 from pytorch.errors import RunError
-from pytorch.machine import git_revision, told_by_torchrun
+from pytorch.machine import git_revision
 
 BENCHMARK = "deepspeech2"
 DIVISIONS = (constants.CLOSED, constants.OPEN)
@@ -34,8 +36,29 @@ STATUSES = (constants.ONPREM, constants.CLOUD, "preview", constants.RESEARCH)
 LOG, REPORT = "last_run.log", "report.html"  # in the output folder
 
 
-class Sink(logging.Handler):
-    """Where lines of the log go."""
+class Clock:
+    """The benchmark's clock: elapsed seconds, with those before the run was resumed."""
+
+    def __init__(self) -> None:
+        self._before, self._started = 0.0, math.nan
+
+    def start(self, before: float) -> int:
+        """Start from `before` seconds. Return that instant as a log has it: milliseconds since 1970."""
+        self._before, self._started = before, time.monotonic()
+        return round(time.time() * 1000)
+
+    def stop(self) -> int:
+        """Stop. Return that instant as a log has it: milliseconds since 1970."""
+        self._before, self._started = self.seconds(), math.nan
+        return round(time.time() * 1000)
+
+    def seconds(self) -> float:
+        """Return the elapsed seconds."""
+        return self._before + (0.0 if math.isnan(self._started) else time.monotonic() - self._started)
+
+
+class Sink(logging.Handler, ABC):
+    """A logging handler for one destination of the MLPerf log. One that fails is named once; the run continues."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -52,40 +75,42 @@ class Sink(logging.Handler):
             self.write(record.getMessage())
         except OSError as error:
             self.error = f"{self.name} cannot be written: {error.strerror or error}"
-            print(f"warning: {self.error}; the log continues elsewhere", file=sys.stderr)
+            print(f"warning: {self.error}", file=sys.stderr)
 
 
 class StandardOutput(Sink):
-    """Standard output."""
+    """Standard output, or another stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__("standard output")
+        self._stream = stream or sys.stdout
 
     def write(self, line: str) -> None:
         try:
-            print(line, flush=True)
+            print(line, file=self._stream, flush=True)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # takes what is still to be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # takes what is still to be written
             raise
 
 
 class LogFile(Sink):
-    """A file, written from the clock's start on: a run that cannot start leaves the log of the run before."""
+    """A file, appended to from the clock's start on: a run that cannot start leaves the log of the run before."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
-        self.path, self.append = path, False
+        self.path, self.started = path, False
         self._held: list[str] = []
         self._file: IO[str] | None = None
 
     def write(self, line: str) -> None:
         if self._file is None:
             self._held.append(line)
-            if f'"{constants.INIT_STOP}"' in line and self.path.exists():
+            if f'"{constants.INIT_START}"' in line and self.path.exists():
                 self.path.open("a").close()  # fails while that is an error
             if f'"{constants.RUN_START}"' not in line:
                 return
-            self._file = self.path.open("a" if self.append else "w", encoding="utf-8")
+            self.started = True
+            self._file = self.path.open("a", encoding="utf-8", errors="surrogateescape")
             line = "\n".join(self._held)
         self._file.write(line + "\n")
         self._file.flush()
@@ -136,21 +161,17 @@ class TensorBoard(Sink):
             self._writer.add_scalar(f"{group}/{name}", value, self._step)
 
 
-def make_logger(path: Path) -> tuple[MLLogger, LogFile]:
-    """Return a logger to standard output and to a file, silent on all ranks but the first; and the file's sink."""
+def make_logger(*sinks: Sink) -> MLLogger:
+    """Return a logger to these sinks."""
     logger = logging.Logger("mlperf", logging.INFO)
-    file = LogFile(path)
-    if told_by_torchrun("RANK", 0) == 0:
-        logger.addHandler(StandardOutput())
-        logger.addHandler(file)
-    return MLLogger(logger, root_dir=str(ROOT)), file
+    for sink in sinks:
+        logger.addHandler(sink)
+    return MLLogger(logger, root_dir=str(ROOT))
 
 
-def require_sinks(log: MLLogger) -> None:
-    """Raise RunError if something that was logged could not be written."""
-    for sink in log.logger.handlers:
-        if isinstance(sink, Sink) and sink.error:
-            raise RunError(sink.error)
+def failures(log: MLLogger) -> list[str]:
+    """Return which sinks could not be written, and why."""
+    return [sink.error for sink in log.logger.handlers if isinstance(sink, Sink) and sink.error]
 
 
 def log_submission(
@@ -208,16 +229,12 @@ def _choice(variable: str, default: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def log_cache_clear(log: MLLogger, machines: Sequence[str]) -> None:
-    """Log whether the data set is out of memory on all machines, and where not, why.
+def log_cache_clear(log: MLLogger, reasons: Sequence[str]) -> None:
+    """Log whether the data set was evicted from the page cache on every node, and if not, why.
 
     Args:
         log: where to.
-        machines: what `clear_cache` has returned on each.
+        reasons: of every rank, why its node's cache may still hold the data set; empty if it does not.
     """
-    reasons = [
-        reason if len(machines) == 1 else f"machine {number}: {reason}"
-        for number, reason in enumerate(machines)
-        if reason
-    ]
-    log.event(constants.CACHE_CLEAR, not reasons, metadata={"reason": "; ".join(reasons)} if reasons else {})
+    why = "; ".join(dict.fromkeys(filter(None, reasons)))
+    log.event(constants.CACHE_CLEAR, not why, metadata={"reason": why} if why else {})

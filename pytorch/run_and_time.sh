@@ -3,7 +3,7 @@
 # Standard output is the MLPerf log; its last line is RESULT,DEEPSPEECH2,<seed>,<seconds>,<user>,<start time>.
 # The log, last_run.log, and a page that shows the run, report.html, are in the output folder.
 # Exit status 0 only if the target was reached. Environment variables say how many processes on how many machines
-# (default: one for each GPU, or one); see launch.py. Several runs and their score: python -m tools.mlperf series --help
+# (default: one for each GPU, or one); see run_and_time.py. Several runs and their score: python -m tools.mlperf series --help
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/environment.sh"
@@ -11,4 +11,4 @@ use_environment run
 # The GNU C library returns large blocks to the system when they are freed; on a CPU each step then waits for the same
 # memory to be mapped again, a page at a time.
 export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
-exec "$python" -m tools.run_and_time "$@"
+exec "$python" -m pytorch.run_and_time "$@"

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import copy
-import math
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pytorch.config import Config, Precision
-from pytorch.ctc import LABELS, ctc_loss
-from pytorch.device import copy_from_cpu_ahead, copy_to_cpu_async, explain_oom, widest_float
+from pytorch.ctc import ctc_loss
+from pytorch.device import copy_to_cpu_async, widest_float
 from pytorch.distributed import World, all_reduce_sum
-from pytorch.features import SAMPLE_RATE, LogSpectrogram, draw_augmentation
+from pytorch.features import LogSpectrogram
 from pytorch.layers import kernels
 from pytorch.loader import Batch
 from pytorch.model import DeepSpeech2
 from pytorch.optimizer import make_optimizers
-
-LABELS_PER_SECOND = 15  # of random transcripts, as in read English
 
 
 class Trainer:
@@ -78,16 +73,20 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
 
-    def logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return a model's logits [T, B, V] and output frames [B] (CPU) of a batch, augmented if the batch says so."""
-        features = self.spectrogram(batch.waveforms_BS, batch.num_samples_B, batch.augmentation)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return model(*features)
-
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the loss on a batch: mean over its utterances."""
-        logits_TBV, frames_B = self.logits(self.ddp_model, batch)
+    def loss(self, batch: Batch, precision: Precision | None = None) -> Tensor:
+        """Return the loss on a batch: mean over its utterances. `precision` is the configuration's by default."""
+        logits_TBV, frames_B = self._logits(self.ddp_model, batch, precision)
         return ctc_loss(logits_TBV, frames_B, batch.targets, batch.target_lengths_B)
+
+    def evaluate_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the evaluated model's logits [T, B, V] and output frames [B] (CPU) of a batch."""
+        return self._logits(self.eval_model, batch)
+
+    def _logits(self, model: nn.Module, batch: Batch, precision: Precision | None = None) -> tuple[Tensor, Tensor]:
+        features = self.spectrogram(batch.waveforms_BS, batch.num_samples_B, batch.augmentation)
+        bf16 = (precision or self.config.precision) == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            return model(*features)
 
     def train_step(
         self, microbatches: Sequence[Batch], global_batch_size: int, lr: float, flags: Sequence[bool] = ()
@@ -159,85 +158,3 @@ class Trainer:
         """Compute in fp32 or bf16 from now on; the optimizers are reset."""
         self.config = replace(self.config, precision=precision)
         self.optimizers = make_optimizers(self.config, self.model)
-
-    def time_precisions(self) -> dict[Precision, float]:
-        """Return the seconds that loss and gradient of a small batch take in either precision, measured in turn.
-
-        A CPU that has bfloat16 arithmetic is not always faster with it. All ranks must do this at the same time.
-        """
-        count = min(6, self.config.max_microbatch_size(self.world.size))
-        batch = random_batch(self.config, torch.full((count,), 3 * SAMPLE_RATE), self.device)
-        seconds: dict[Precision, float] = {"fp32": math.inf, "bf16": math.inf}
-        with self._model_restored():
-            begun, rounds = time.monotonic(), 0
-            # The first round selects kernels, and others may be disturbed, so the least of some rounds counts.
-            while self.world.broadcast_object(rounds < 3 or time.monotonic() - begun < 2, source=0):
-                rounds += 1
-                for precision in seconds:
-                    self.config = replace(self.config, precision=precision)
-                    started = time.perf_counter()
-                    self.loss(batch).backward()
-                    seconds[precision] = min(seconds[precision], time.perf_counter() - started)
-        return seconds
-
-    def warm_up(self, max_samples: int) -> None:
-        """Train and evaluate a random batch as large as the largest one, then restore everything.
-
-        Selects kernels, opens connections and proves that the largest batch fits, before the clock starts.
-
-        Args:
-            max_samples: of the longest training utterance.
-
-        Raises:
-            RunError: the largest batch does not fit into memory.
-        """
-        count = self.config.max_microbatch_size(self.world.size)
-        num_samples = int(max_samples / min(1.0, self.config.tempo_min))
-        with (
-            self._model_restored(),
-            explain_oom(
-                f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
-                f"use a smaller --batch-size than {self.config.batch_size}, or compute it in "
-                f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
-            ),
-        ):
-            batch = random_batch(self.config, torch.full((count,), num_samples), self.device)
-            parts = [batch] * self.config.gradient_accumulation_steps
-            for _ in range(min(2, self.world.size)):  # before the second step DDP rebuilds its buckets
-                self.train_step(parts, self.config.batch_size, self.config.learning_rate)()
-            self.eval_model.eval()
-            with torch.no_grad():
-                copy_to_cpu_async(self.logits(self.eval_model, replace(batch, augmentation=None))[0].argmax(2))()
-
-    @contextmanager
-    def _model_restored(self) -> Iterator[None]:
-        """Leave everything as it was before the first step."""
-        config, before = self.config, {name: value.clone() for name, value in self.model.state_dict().items()}
-        yield
-        self.config = config
-        self.model.zero_grad(set_to_none=True)
-        for model in (self.model, self.eval_model):
-            model.load_state_dict(before)
-        self.ema_steps = 0
-        self.optimizers = make_optimizers(self.config, self.model)
-
-
-def random_batch(config: Config, num_samples_B: Tensor, device: torch.device) -> Batch:
-    """Return noise of these lengths, augmented as the configuration says but for tempo, with random transcripts."""
-    generator = np.random.default_rng(0)
-    count, longest = len(num_samples_B), int(num_samples_B.max())
-    waveforms_BS = torch.randint(-1000, 1000, (count, longest), dtype=torch.int16)  # first: the largest may not fit
-    waveforms_BS[torch.arange(longest) >= num_samples_B[:, None]] = 0
-    lengths_B = (num_samples_B * LABELS_PER_SECOND // SAMPLE_RATE).clamp(min=1)
-    targets = torch.from_numpy(generator.integers(1, len(LABELS), int(lengths_B.sum())))
-    own_tempo = replace(config, tempo_min=1.0, tempo_max=1.0)
-    augmentation = draw_augmentation(own_tempo, np.arange(count)[:, None], np.full(count, math.inf))
-    return Batch(
-        indices=np.arange(count),
-        waveforms_BS=copy_from_cpu_ahead(waveforms_BS, device),
-        num_samples_B=num_samples_B,
-        targets=copy_from_cpu_ahead(targets, device),
-        target_lengths_B=lengths_B,
-        transcripts=[""] * count,
-        augmentation=augmentation,
-    )

@@ -47,6 +47,7 @@ from pytorch.distributed import World
 from pytorch.evaluation import evaluate
 from pytorch.loader import TrainingLoader, Utterances
 from pytorch.trainer import Trainer
+from pytorch.warmup import warm_up
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/include"
@@ -364,8 +365,8 @@ def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> No
         return trainer.train_step(batches * accumulation, config.batch_size * accumulation, 1e-3, (False, True))
 
     def evaluation() -> None:
-        forward = partial(trainer.logits, trainer.eval_model.eval())
-        evaluate(forward, utterances, world, max_batch_samples=UTTERANCES * int(samples[-1]), **FOR_GPU)
+        trainer.eval_model.eval()
+        evaluate(trainer.evaluate_logits, utterances, world, max_batch_samples=UTTERANCES * int(samples[-1]), **FOR_GPU)
 
     if case == "faults":
         step()
@@ -373,7 +374,7 @@ def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> No
             with trainer.model.register_forward_hook(partial(plant, fault)):
                 measure(name, step)
         return
-    measure("warm-up", lambda: trainer.warm_up(int(samples[-1])))
+    measure("warm-up", lambda: warm_up(trainer, int(samples[-1])))
     measure("accumulating step", lambda: step(accumulation=2)())
     measure("step", step)
     if world.size == 1:

@@ -2,7 +2,7 @@
 
 Importing takes most of the time and of the processor that a short command needs: 4 s for each process that trains. The
 forked process has its own environment, folder, files, arguments and exit status, so that a test sees what a user would;
-so have the ranks that torchrun starts in it.
+so have the ranks and the report that it starts.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -95,30 +96,29 @@ def run_module_for_text(module: str, *arguments: object, **options: Any) -> subp
     return subprocess.CompletedProcess(run.args, run.returncode, run.stdout.decode(), run.stderr.decode())
 
 
-class _Rank(subprocess.Popen[Any]):
-    """What torchrun starts, forked from torchrun."""
+class _Forked(subprocess.Popen[Any]):
+    """As subprocess.Popen, in such a process: another command of the project is forked from it, too."""
 
     def _execute_child(self, args: Any, *options: Any) -> None:  # type: ignore[override]
+        if args[:2] != [sys.executable, "-m"]:
+            super()._execute_child(args, *options)  # type: ignore[misc]
+            return
         sys.stdout.flush()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # torchrun's handlers are not its
         self.pid = os.fork()
         if self.pid == 0:
-            os.setsid()
-            _run(args[args.index("-m") :], options[5])
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            for number, file in enumerate((options[9], options[12], options[14])):
+                if file != -1:
+                    os.dup2(file, number)
+            _run(args[1:], options[5] or dict(os.environ))
         self._child_created = True
 
 
 def _serve() -> None:
-    for module in (
-        "pytorch.launch",
-        "torch.distributed.run",
-        "torch._dynamo",
-        "torch.onnx",
-    ):  # most of them imported late
+    modules = ["pytorch.train", "torch.distributed.run", "torch._dynamo", "torch.onnx"]  # most of them imported late
+    for module in [*modules, "pytorch.run_and_time", "tools.report.__main__"]:
         importlib.import_module(module)
-    handler = importlib.import_module("torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler")
-    handler.Popen = _Rank  # type: ignore[attr-defined]
+    subprocess.Popen = _Forked  # type: ignore[misc]
+    multiprocessing.set_start_method("fork")  # of ranks
     gc.freeze()  # so that no collection touches, and copies, what all processes share
     tests = socket.socket(fileno=0)
     while True:
@@ -168,17 +168,19 @@ def _run(command: list[str], environment: Mapping[str, str]) -> NoReturn:
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)) and number != signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as pytorch/__init__.py does until a command begins
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ.clear()
     os.environ.update(environment)
     if "OMP_NUM_THREADS" in environment:  # which was read when PyTorch was imported
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     encoding = environment.get("PYTHONIOENCODING")
-    sys.stdin, sys.stdout = os.fdopen(0, encoding=encoding), os.fdopen(1, "w", encoding=encoding)
-    sys.stderr = os.fdopen(2, "w", buffering=1, encoding=encoding, errors="backslashreplace")
+    sys.stdin = os.fdopen(0, encoding=encoding, closefd=False)
+    sys.stdout = os.fdopen(1, "w", encoding=encoding, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, encoding=encoding, errors="backslashreplace", closefd=False)
     _, module, *sys.argv[1:] = command
-    sys.modules.pop(module, None)
+    for name in (module, f"{module}.__main__"):
+        sys.modules.pop(name, None)
     status: Any = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -20,9 +20,10 @@ LAYERS = [
     ["model", "checkpoint", "mllog"],
     ["loader", "optimizer"],
     ["trainer"],
-    ["evaluation"],
+    ["evaluation", "warmup"],
+    ["setup"],
     ["train"],
-    ["launch"],
+    ["run_and_time"],
 ]
 DATA_FOR_PYTORCH = {"data.packed", "data.files", "data.cli"}
 PACKAGES = {  # third parties of a timed run; README.md says what each is for

@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -34,10 +35,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from data.cli import exit_status
-from pytorch import launch
 from pytorch.config import CONFIGS, Config, Device, Precision
 from pytorch.device import faster_precision, select_device, select_precision
-from pytorch.distributed import World, report_lost_ranks, shutdown
+from pytorch.distributed import World, report_lost_ranks, shutdown, torchrun_env
 from pytorch.errors import RunError
 from pytorch.features import SAMPLE_RATE, frame_counts
 from pytorch.layers.batch_norm import BatchNorm
@@ -45,7 +45,8 @@ from pytorch.layers.convolution import Convolution
 from pytorch.layers.gru import GRU, implementation
 from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
-from pytorch.trainer import Trainer, random_batch
+from pytorch.trainer import Trainer
+from pytorch.warmup import random_batch, time_precisions
 from tools.estimate import estimate, processes_here
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
@@ -216,7 +217,7 @@ def measure(config: Config, options: Options, device: torch.device) -> dict[str,
     ours = {precision: Workload(config, batch, device, precision) for precision in PRECISIONS}
     auto = select_precision("auto", device)
     if auto == "auto":
-        auto = faster_precision(ours["fp32"].trainer.time_precisions())  # as a run does
+        auto = faster_precision(time_precisions(ours["fp32"].trainer))  # as a run does
     stock = Workload(config, batch, device, "fp32", stock=True)
     variants = {"stock_packed_step": stock.step, "stock_packed_forward": stock.forward}
     for precision, workload in ours.items():
@@ -275,16 +276,16 @@ def training_flops(model: DeepSpeech2, frames: int) -> tuple[float, float]:
     return forward, 3 * forward - 2.0 * frames * conv1  # the features need no gradient
 
 
-def main(arguments: list[str] | None = None, launch_id: str | None = None) -> int:
-    """Run a command line, as one of several ranks if their launch has an id; return the exit status."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = tyro.cli(Options, args=arguments, prog="python -m tools.bench", description=__doc__)
-    status = exit_status(lambda: benchmark(options, arguments, launch_id))
+    status = exit_status(lambda: benchmark(options, arguments))
     shutdown()
     return status
 
 
-def benchmark(options: Options, arguments: list[str], launch_id: str | None = None) -> int:
+def benchmark(options: Options, arguments: list[str]) -> int:
     """Measure and print; return the exit status. The arguments are for ranks to be started.
 
     Raises:
@@ -311,10 +312,12 @@ def benchmark(options: Options, arguments: list[str], launch_id: str | None = No
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     config = replace(CONFIGS[options.config], **({} if options.estimate else {"batch_size": 8}) | given)
     device = select_device(options.device)
-    if options.estimate and launch_id is None and (processes := processes_here(config, options.dataset_dir)) > 1:
-        return launch.start("tools.bench", arguments, processes, launch.variables())
+    ranks = torchrun_env("WORLD_SIZE", 1)
+    if options.estimate and ranks == 1 and (processes := processes_here(config, options.dataset_dir)) > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        return subprocess.run([*torchrun, "-m", "tools.bench", *arguments]).returncode
     with report_lost_ranks():
-        world = World.init(device.type, config.dist_timeout_seconds, launch_id)
+        world = World.init(device.type, config.dist_timeout_seconds)
         device = select_device(options.device, world.local_rank)
         if options.estimate:
             row = estimate(config, device, options.dataset_dir, options.epochs, world)

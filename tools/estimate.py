@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch
 from data.cli import progress_bar
 from data.corpora import CORPORA
 from data.packed import Subset, open_dataset
-from pytorch import launch
+from pytorch import run_and_time
 from pytorch.config import Config
 from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
 from pytorch.distributed import World
@@ -35,8 +34,10 @@ from pytorch.evaluation import evaluate
 from pytorch.features import SAMPLE_RATE
 from pytorch.loader import TrainingLoader, Utterances
 from pytorch.machine import describe_machine, memory_bytes
-from pytorch.train import max_pending_steps, require_batches
+from pytorch.setup import check_batches
+from pytorch.train import max_pending_steps
 from pytorch.trainer import Trainer
+from pytorch.warmup import time_precisions, warm_up
 
 # Seconds at these percentiles, from k2-fsa/icefall, egs/librispeech/ASR/local/display_manifest_statistics.py. Those of
 # the training subsets are of speech at 0.9, 1 and 1.1 times its speed together. Drawn by linear interpolation, each
@@ -89,7 +90,7 @@ def open_utterances(config: Config, dataset_dir: Path | None, world: World) -> t
         return published_utterances(train), published_utterances(validation), "published durations (tools/estimate.py)"
     config = replace(config, dataset_dir=dataset_dir or config.dataset_dir)
     dataset = open_dataset(config.dataset_dir)
-    require_batches(world, config, dataset)
+    check_batches(world, config, dataset)
     return Utterances(dataset.split("train")), Utterances(dataset.split("validation")), str(config.dataset_dir)
 
 
@@ -99,9 +100,9 @@ def processes_here(config: Config, dataset_dir: Path | None) -> int:
     Raises:
         DataError: they could not start; each of them would say so.
     """
-    if (machines := launch.variables()["NNODES"]) > 1:
+    if (machines := run_and_time.variables()["NNODES"]) > 1:
         raise RunError(f"NNODES is {machines}; the time on one machine can be estimated: unset it")
-    processes = launch.processes_here(config)
+    processes = run_and_time.nproc_per_node(config)
     if processes > 1:
         world, device = World(size=processes), select_device(config.device, processes - 1)
         TrainingLoader(open_utterances(config, dataset_dir, world)[0], config, world, device)
@@ -135,11 +136,11 @@ def time_steps(
         if len(pending) > max_pending_steps(trainer.device):
             pending.popleft()()
         steps, samples = steps + 1, samples + int(loader.utterances.num_samples[indices].sum())
-        if limit < math.inf and world.broadcast_object(time.perf_counter() - started > limit, source=0):
+        if limit < math.inf and world.broadcast_object(time.perf_counter() - started > limit, src=0):
             break
     while pending:
         pending.popleft()()
-    return world.broadcast_object([steps, samples, time.perf_counter() - started], source=0)
+    return world.broadcast_object([steps, samples, time.perf_counter() - started], src=0)
 
 
 def time_epochs(trainer: Trainer, loader: TrainingLoader, epochs: Sequence[int]) -> list[tuple[float, float]]:
@@ -174,7 +175,8 @@ def time_evaluation(trainer: Trainer, validation: Utterances, max_batch_samples:
     """Return the seconds that an evaluation takes, from every stride-th utterance."""
     fields = "offsets", "num_samples", "ids", "speakers", "transcripts"
     part = [replace(each, **{name: getattr(each, name)[::stride] for name in fields}) for each in validation.subsets]
-    utterances, forward = Utterances(part), partial(trainer.logits, trainer.eval_model.eval())
+    utterances, forward = Utterances(part), trainer.evaluate_logits
+    trainer.eval_model.eval()
     started = time.perf_counter()
     evaluate(forward, utterances, trainer.world, max_batch_samples=max_batch_samples, device=trainer.device)
     return (time.perf_counter() - started) * validation.num_samples.sum() / utterances.num_samples.sum()
@@ -205,9 +207,9 @@ def estimate(
     with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
         trainer = Trainer(replace(config, precision=select_precision(config.precision, device)), device, world)
     if trainer.config.precision == "auto":
-        trainer.use_precision(faster_precision(world.broadcast_object(trainer.time_precisions(), source=0)))
+        trainer.use_precision(faster_precision(world.broadcast_object(time_precisions(trainer), src=0)))
     longest = int(train.num_samples.max())
-    trainer.warm_up(longest)
+    warm_up(trainer, longest)
 
     epochs, epochs_source = (epochs, "given") if epochs else EPOCHS.get(config.config, (config.max_epochs, UNKNOWN))
     firsts = sorted(epoch for epoch in {1, 2, config.augment_from_epoch} if epoch <= epochs)

@@ -40,12 +40,11 @@ import tyro
 from data.cli import exit_status
 from data.packed import open_dataset
 from pytorch.config import Device
-from pytorch.distributed import World, report_lost_ranks, shutdown
+from pytorch.distributed import World, report_lost_ranks, shutdown, torchrun_env
 from pytorch.errors import RunError
 from pytorch.evaluation import Hypothesis, greedy_decoder
 from pytorch.features import SAMPLE_RATE
 from pytorch.loader import Utterances
-from pytorch.machine import told_by_torchrun
 from pytorch.metrics import ErrorCounts
 from tools.language_model.beam_search import Decoding, decode_each
 from tools.output_files import output_file, prepare_outputs
@@ -109,7 +108,7 @@ def evaluate(options: Options) -> None:
         ]
         prepare_outputs([options.output / file for file in files], options.overwrite)
     decode = options.decoding.make()
-    local_rank = told_by_torchrun("LOCAL_RANK", 0)
+    local_rank = torchrun_env("LOCAL_RANK", 0)
     recognizer = Recognizer.load(options.checkpoint, options.device, options.precision, local_rank)
     world = World.init(recognizer.device.type, _TIMEOUT_S)
     try:

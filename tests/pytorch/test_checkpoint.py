@@ -1,6 +1,7 @@
 """Checkpoints: what is refused, that damage is always found out, and that an earlier run's are kept."""
 
 import dataclasses
+import errno
 import random
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def save(folder: Path) -> Path:
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
     tensors = {"model": model.state_dict(), "optimizers": [optimizer.state_dict()]}
-    checkpoint.save(folder, CONFIG, "digest", TrainState(), tensors, launch_id=None)
+    checkpoint.save(dataclasses.replace(CONFIG, output_dir=folder), "digest", TrainState(), tensors)
     return folder / checkpoint.LAST
 
 
@@ -72,31 +73,51 @@ def test_a_checkpoint_of_the_version_before_can_be_used_but_not_resumed(
     path = save(tmp_path)
     monkeypatch.undo()
     content = checkpoint.load(path)
-    with pytest.raises(RunError, match="format 3 can be used, but not resumed"):
+    with pytest.raises(RunError, match=r"format 3 .* not resumed"):
         checkpoint.check_resumable(path, content, CONFIG, "digest")
 
 
-def test_a_start_that_is_interrupted_while_it_moves_files_aside_loses_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moves", [1, 2, 3])
+def test_a_start_that_is_killed_while_it_puts_files_away_loses_none(
+    moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST)
-    archive, move = tmp_path / checkpoint.PREVIOUS_RUN, checkpoint.atomic_replace
-    moved: list[Path] = []
-
-    def interrupted(partial: Path, final: Path) -> None:
-        if moved:
-            raise KeyboardInterrupt
-        moved.append(final)
-        move(partial, final)
-
-    archive.mkdir()
+    names = [checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST, "last_run.log"]
     for name in names:
-        (archive / name).write_text("the run before")
-        (tmp_path / name).write_text("the earlier run")
-    monkeypatch.setattr(checkpoint, "atomic_replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.archive_previous_run(tmp_path)
-    monkeypatch.setattr(checkpoint, "atomic_replace", move)
-    assert checkpoint.archive_previous_run(tmp_path) == archive
-    assert {path.name: path.read_text() for path in archive.iterdir()} == dict.fromkeys(names, "the earlier run")
-    assert [path.name for path in tmp_path.iterdir()] == [archive.name]
+        (tmp_path / name).write_text(name)
+    moved: list[Path] = []
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if len(moved) == moves:
+            raise KeyboardInterrupt
+        moved.append(path)
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", killed)
+        checkpoint.put_away(tmp_path, ["last_run.log"])
+    assert checkpoint.put_away(tmp_path, ["last_run.log"]) == tmp_path / f"{checkpoint.PREVIOUS_RUN}-2"
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != tmp_path]
+    assert sorted(path.read_text() for path in kept) == sorted(names)
+
+
+def test_files_that_cannot_be_put_away_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [checkpoint.LAST, checkpoint.BEST, "last_run.log"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if path == tmp_path / "last_run.log":
+            raise OSError(errno.EACCES, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(RunError, match="Permission denied"):
+        checkpoint.put_away(tmp_path, ["last_run.log"])
+    assert all((tmp_path / name).read_text() == name for name in names)
+
+
+def test_a_run_that_left_only_its_first_checkpoint_holds_no_training(tmp_path: Path) -> None:
+    (tmp_path / checkpoint.LAST).write_text("")
+    assert checkpoint.put_away(tmp_path, ["last_run.log"]) is None

@@ -1,10 +1,9 @@
-"""Which device and how many processes; what is done on accelerators, tried without one."""
+"""Which device; what is done on accelerators, tried without one."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,24 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pytorch import distributed, launch
-from pytorch.config import CONFIGS, parse_config
+from pytorch import distributed
 from pytorch.device import select_device
 from pytorch.errors import RankFailure, RunError
 from pytorch.features import padded_frames
-from pytorch.layers import kernels
-from pytorch.trainer import Trainer
-from tests.pytorch.test_train import events, run_here, values
-
-
-@pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """As many accelerators of a kind as the test asks for."""
-    kind, count = request.param
-    accelerator = None if kind is None else torch.device(kind)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: accelerator)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
-    monkeypatch.delenv("NPROC_PER_NODE", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -59,32 +44,6 @@ def test_auto_is_whatever_accelerator_there_is(gpus: None, name: str, number: in
 def test_a_device_that_is_not_there_is_refused(gpus: None, name: str, number: int, message: str) -> None:
     with pytest.raises(RunError, match=message):
         select_device(name, number)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "options", "machines", "processes", "said"),
-    [
-        ((None, 0), ["--config", "synthetic"], 1, 1, ""),
-        (("cuda", 8), ["--config", "librispeech"], 1, 8, ""),
-        (("cuda", 8), ["--config", "librispeech"], 32, 4, "4 of 8 GPUs: --batch-size 128"),
-        (("cuda", 8), ["--config", "librispeech", "--gradient-accumulation-steps", "32"], 1, 4, "4 of 8 GPUs"),
-        (("cuda", 8), ["--config", "synthetic", "--batch-size", "6"], 1, 6, "6 of 8 GPUs: --batch-size 6"),
-        (("cuda", 8), ["--config", "synthetic", "--device", "cpu"], 1, 1, ""),
-    ],
-    indirect=["gpus"],
-)
-def test_no_more_processes_than_a_batch_has_utterances(
-    gpus: None, options: list[str], machines: int, processes: int, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = parse_config(options, program="test", description="")
-    assert launch.processes_here(config, machines) == processes
-    errors = capsys.readouterr().err
-    assert said in errors and bool(said) == bool(errors)
-
-
-def test_the_processes_that_are_asked_for_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NPROC_PER_NODE", "3")
-    assert launch.processes_here(CONFIGS["synthetic"]) == 3
 
 
 def test_lengths_are_rounded_up_on_accelerators_alone() -> None:
@@ -151,21 +110,3 @@ def test_a_rank_that_fails_by_itself_tells_the_others(one_of_two_ranks: dist.Sto
     with pytest.raises(RunError), distributed.report_lost_ranks():
         raise RunError("the disk is full")
     assert one_of_two_ranks.check(["failed/0/0"])
-
-
-@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(1.0, 0.97, "bf16"), (1.0, 2.0, "fp32"), (1.0, 0.99, "fp32")])
-def test_auto_is_the_precision_that_was_measured_to_be_faster_and_stays_so_when_resumed(
-    fp32: float, bf16: float, chosen: str, tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def precision(*options: str) -> tuple[str, list[Any]]:
-        run_here(tones, tmp_path, "--precision", "auto", "--target-wer", "0", *options)
-        log = (tmp_path / "last_run.log").read_text()
-        metadata = {event["key"]: event["metadata"] for event in events(log)}
-        return metadata["configuration"]["precision"], values(log, "auto_precision")
-
-    monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)
-    monkeypatch.setattr(Trainer, "time_precisions", lambda _: {"fp32": fp32, "bf16": bf16})
-    assert precision("--max-steps", "1") == (chosen, [chosen])
-    monkeypatch.setattr(Trainer, "time_precisions", lambda _: {"fp32": bf16, "bf16": fp32})
-    assert precision("--max-steps", "2", "--resume") == (chosen, [])
-    assert precision("--max-steps", "1", "--precision", "fp32") == ("fp32", [])

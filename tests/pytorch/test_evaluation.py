@@ -36,7 +36,7 @@ def test_evaluation_is_balanced_over_processes_and_no_batch_is_larger_than_in_tr
 
     def forward(batch: Batch) -> tuple[Tensor, Tensor]:
         assert batch.waveforms_BS.numel() <= capacity
-        return trainer.logits(trainer.model, batch)
+        return trainer.evaluate_logits(batch)
 
     for rank in range(3):
         with pytest.raises(RunError, match="instead of each of the 31 once"):  # what the others found is missing

@@ -1,26 +1,19 @@
-"""What a log says of the run's surroundings: cache, commit, platform; and where it goes."""
+"""The log: what it says of a submission, where it goes, and the clock."""
 
+import json
 import logging
-import mmap
-import os
 import resource
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-import torch
 from mlperf_logging.mllog.mllog import MLLogger
 
 from data.packed import open_dataset
-from pytorch import machine as this_machine
 from pytorch import mllog
 from pytorch.config import CONFIGS
 from pytorch.errors import RunError
-from tests.conftest import write_packed_dataset
-from tools.mlperf.runlog import RunLog
-
-CPU = torch.device("cpu")
 
 
 class Printed(logging.Handler):
@@ -41,116 +34,19 @@ def a_logger(*handlers: logging.Handler) -> MLLogger:
     return MLLogger(logger)
 
 
-# --- cache
-
-
-def pages_in_memory(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return this_machine._cached_pages(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def in_memory_only(folder: Path) -> bool:
-    """Whether the folder is on a file system that has no disk, of which nothing can be dropped."""
-    probe = folder / "probe"
-    probe.write_bytes(bytes(mmap.PAGESIZE))
-    return this_machine._evict(probe) > 0
-
-
-def test_a_data_set_is_dropped_from_memory_to_the_last_page(tmp_path: Path) -> None:
-    if in_memory_only(tmp_path):
-        pytest.skip("temporary files are in memory")
-    dataset = write_packed_dataset(tmp_path / "tones", {"train": 21, "validation": 7})
-    files = [path for path in dataset.rglob("*") if path.suffix in (".npy", ".csv")]
-    assert len(files) == 4
-    for path in files:
-        path.read_bytes()
-        assert pages_in_memory(path) > 0
-    assert this_machine.clear_cache(open_dataset(dataset)) == ""
-    assert [pages_in_memory(path) for path in files] == [0] * 4
-
-
-def test_one_page_that_another_process_uses_is_enough_to_say_that_the_cache_is_not_cleared(tmp_path: Path) -> None:
-    dataset = write_packed_dataset(tmp_path / "tones", {"train": 21})
-    audio = dataset / "tones-train" / "audio.npy"
-    with audio.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-        assert mapped[len(mapped) // 2] is not None  # not the first page
-        reason = this_machine.clear_cache(open_dataset(dataset))
-    assert "pages of tones-train/audio.npy are still cached: another process may be using it" in reason
-
-
-def test_a_data_set_of_another_user_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = open_dataset(write_packed_dataset(tmp_path / "tones", {"train": 21}))
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert "audio.npy is another user's" in this_machine.clear_cache(dataset)
-
-
-def test_cpus_that_are_counted_anew_have_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {12345})
-    assert this_machine.cpu_seconds() == {}
-
-
-def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    dataset = open_dataset(write_packed_dataset(tmp_path / "tones", {"train": 21}))
-    (dataset.path / "tones-train" / "utterances.csv").unlink()
-    assert this_machine.clear_cache(dataset) == "tones-train/utterances.csv: No such file or directory"
-
-
 @pytest.mark.parametrize(
-    ("machines", "value", "metadata"),
+    ("nodes", "value", "metadata"),
     [
-        ([""], True, {}),
         (["", ""], True, {}),
-        (["not permitted"], False, {"reason": "not permitted"}),
-        (["", "not permitted"], False, {"reason": "machine 1: not permitted"}),
+        (["", "not permitted", "not permitted"], False, {"reason": "not permitted"}),
     ],
 )
-def test_the_log_says_whether_all_machines_have_cleared_their_cache(
-    machines: list[str], value: bool, metadata: dict, tmp_path: Path
-) -> None:
+def test_the_log_says_whether_all_nodes_have_cleared_their_cache(nodes: list[str], value: bool, metadata: dict) -> None:
     printed = Printed()
-    mllog.log_cache_clear(a_logger(printed), machines)
-    (tmp_path / "run.log").write_text("\n".join(printed.lines))
-    (event,) = RunLog.read(tmp_path / "run.log").events
-    assert (event.key, event.value, event.metadata) == ("cache_clear", value, metadata)
-
-
-# --- commit
-
-
-def git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), "-c", "user.name=me", "-c", "user.email=me@localhost", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def test_the_commit_is_that_of_the_repository_and_it_is_known_whether_files_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("DEEPSPEECH2_COMMIT", raising=False)
-    monkeypatch.setattr(this_machine, "ROOT", tmp_path)
-    assert this_machine.git_revision() == ("unknown", None)
-    git(tmp_path, "init", "--quiet")
-    assert this_machine.git_revision() == ("unknown", None)  # there is no commit yet
-    (tmp_path / "file").write_text("")
-    git(tmp_path, "add", "file")
-    git(tmp_path, "commit", "--quiet", "--message", "first")
-    commit = git(tmp_path, "rev-parse", "HEAD")
-    assert this_machine.git_revision() == (commit, False)
-    (tmp_path / "file").write_text("changed")
-    assert this_machine.git_revision() == (commit, True)
-    monkeypatch.setenv("DEEPSPEECH2_COMMIT", "f" * 40 + "-dirty")
-    assert this_machine.git_revision() == ("f" * 40, True)
-    monkeypatch.setenv("DEEPSPEECH2_COMMIT", "f" * 40)
-    assert this_machine.git_revision() == ("f" * 40, False)
-
-
-def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DEEPSPEECH2_COMMIT", raising=False)
-    monkeypatch.setenv("PATH", "")
-    assert this_machine.git_revision() == ("unknown", None)
+    mllog.log_cache_clear(a_logger(printed), nodes)
+    event = json.loads(printed.lines[0].removeprefix(":::MLLOG "))
+    assert (event["key"], event["value"]) == ("cache_clear", value)
+    assert metadata.items() <= event["metadata"].items()
 
 
 # --- submission
@@ -177,14 +73,11 @@ def test_a_submission_that_the_rules_do_not_know_is_refused(
 # --- sinks
 
 
-def test_the_file_replaces_the_log_before_it_when_the_clock_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_is_appended_to_when_the_clock_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "last_run.log"
-    path.write_text("of the run before\n")
-    log, _ = mllog.make_logger(path)
+    log = mllog.make_logger(mllog.LogFile(path), mllog.StandardOutput())
     log.start("init_start")
-    assert path.read_text() == "of the run before\n"
+    assert not path.exists()
     log.start("run_start")
     log.end("run_stop")
     log.logger.info("RESULT,DEEPSPEECH2,1,2,me,now")
@@ -193,36 +86,26 @@ def test_the_file_replaces_the_log_before_it_when_the_clock_starts(
     assert (len(lines), lines[-1]) == (4, "RESULT,DEEPSPEECH2,1,2,me,now")
 
 
-def test_a_run_that_torchrun_has_started_again_continues_its_file(tmp_path: Path) -> None:
-    for append in (False, True):
-        log, file = mllog.make_logger(tmp_path / "last_run.log")
-        file.append = append
-        log.start("run_start")
-    assert (tmp_path / "last_run.log").read_text().count("run_start") == 2
-
-
-def test_ranks_other_than_the_first_are_silent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
-    log, _ = mllog.make_logger(tmp_path / "last_run.log")
-    log.start("run_start")
-    assert capsys.readouterr().out == ""
-    assert not (tmp_path / "last_run.log").exists()
-
-
 def test_a_sink_that_fails_is_named_once_and_does_not_stop_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log, _ = mllog.make_logger(tmp_path / "no such folder" / "last_run.log")
+    log = mllog.make_logger(mllog.LogFile(tmp_path / "no such folder" / "last_run.log"), mllog.StandardOutput())
     for _ in range(3):
         log.start("run_start")
     output, errors = capsys.readouterr()
     assert output.count("run_start") == 3
     assert errors.count("last_run.log cannot be written: No such file or directory") == 1
-    with pytest.raises(RunError, match="cannot be written"):
-        mllog.require_sinks(log)
+    assert len(mllog.failures(log)) == 1
+
+
+def test_the_clock_and_the_log_have_one_instant() -> None:
+    """However long it takes to write the line of it."""
+    clock = mllog.Clock()
+    started = clock.start(before=5.0)
+    time.sleep(0.05)
+    stopped = clock.stop()
+    time.sleep(0.05)
+    assert clock.seconds() - 5.0 == pytest.approx((stopped - started) / 1000, abs=0.002)
 
 
 # --- TensorBoard
@@ -283,12 +166,3 @@ def test_a_full_disk_is_said_once_and_does_not_end_the_run(tmp_path: Path, capsy
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert capsys.readouterr().err.count("cannot be written: File too large") == 1
-
-
-def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    all_of_it = this_machine.memory_bytes()
-    for name, text in (("limit", "1000000"), ("none", "max")):
-        (tmp_path / name).write_text(text + "\n")
-    for name, expected in (("limit", 1000000), ("none", all_of_it), ("absent", all_of_it)):
-        monkeypatch.setattr(this_machine, "CONTAINER_LIMITS", [tmp_path / name])
-        assert this_machine.memory_bytes() == expected

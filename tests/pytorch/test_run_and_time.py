@@ -1,17 +1,21 @@
-"""What run_and_time.sh adds to the timed run: its log and its report in the output folder."""
+"""The parent of a run: its log and its report in the output folder, signals, exit statuses."""
 
+import fcntl
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pytorch import launch
+from pytorch import machine
+from pytorch import run_and_time as run_and_time_module
+from pytorch.config import CONFIGS, parse_config
+from pytorch.errors import RunError
 from tests.conftest import ROOT
 from tests.processes import Popen
 from tools.mlperf.runlog import RunLog
@@ -19,7 +23,7 @@ from tools.mlperf.runlog import RunLog
 SMALL = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
 SMALL += ["--precision", "fp32"]  # auto would measure
 BY_SCRIPT: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh"]
-FORKED: list[str | Path] = [sys.executable, "-m", "tools.run_and_time"]  # what the script starts, without its imports
+FORKED: list[str | Path] = [sys.executable, "-m", "pytorch.run_and_time"]  # what the script starts, without its imports
 
 
 def start(command: list[str | Path], *options: object, **given: Any) -> subprocess.Popen[str]:
@@ -66,7 +70,7 @@ def test_a_run_that_cannot_start_leaves_the_log_of_the_run_before_it(tmp_path: P
     assert (tmp_path / "results" / "last_run.log").read_text() == "of the run before"
 
 
-def test_of_several_processes_the_first_ones_log_is_reported(tones: Path, tmp_path: Path) -> None:
+def test_of_several_ranks_the_first_ones_log_is_reported(tones: Path, tmp_path: Path) -> None:
     options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "2", "--target-wer", "1000"]
     variables: dict[str, Any] = {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29517"}
     run = run_and_time(*options, "--output-dir", tmp_path, folder=ROOT, **variables)
@@ -109,6 +113,8 @@ def test_ctrl_c_ends_a_run_at_any_moment_without_a_traceback(
     for seconds in moments:
         run = start(command, *options, stdout=subprocess.DEVNULL, start_new_session=True, env=variables)
         time.sleep(seconds)
+        while not Path("/proc", str(run.pid)).exists() or os.getpgid(run.pid) != run.pid:
+            time.sleep(0.01)  # on a busy machine, it has no session yet
         os.killpg(run.pid, signal.SIGINT)
         errors = run.communicate(timeout=300)[1]
         assert run.returncode in (-signal.SIGINT, 130), errors
@@ -122,7 +128,7 @@ def test_a_second_sigterm_does_not_change_the_status_of_a_run_that_was_told_to_s
     for wait in (0.05, 0.15):
         run = start(BY_SCRIPT, *options, stdout=subprocess.DEVNULL)  # forked, it would end too fast
         assert run.stderr is not None
-        for awaited in ("epoch", "Told to stop"):
+        for awaited in ("epoch", "Received SIGTERM"):
             while not run.stderr.readline().startswith(awaited):
                 assert run.poll() is None
             run.send_signal(signal.SIGTERM)
@@ -150,9 +156,144 @@ def test_a_log_that_cannot_be_written_is_an_error_before_the_clock_starts(tones:
     assert "run_start" not in run.stdout
 
 
-def test_an_exit_status_that_cannot_be_left_for_the_launcher_is_that_of_the_process(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("environment", "shown"), [({"USER": "Doe, José"}, "Doe__Jos_"), ({"HOME": "", "USER": "x"}, "x")]
+)
+def test_the_result_line_has_a_user_without_commas_and_in_ascii(
+    environment: dict[str, str], shown: str, tones: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "made_up", SimpleNamespace(main=lambda arguments, launch_id: 1))
-    assert launch._run_rank("/dev/full", "-", "made_up") == 1
-    assert capsys.readouterr().err == "error: /dev/full: No space left on device\n"
+    variables: dict[str, Any] = {"LOGNAME": "", "LNAME": "", "USERNAME": "", "PYTHONIOENCODING": "ascii", **environment}
+    options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "1", "--target-wer", "1000"]
+    run = run_and_time(*options, "--output-dir", tmp_path, folder=ROOT, **variables)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1].split(",")[4] == shown
+
+
+def test_standard_output_that_is_full_is_refused_before_the_clock_starts(tones: Path, tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        run = start(BY_SCRIPT, *SMALL, "--dataset-dir", tones, "--output-dir", tmp_path, stdout=full)
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 1
+    assert "standard output cannot be written: No space left on device" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "last_run.log").exists()
+
+
+def test_a_reader_of_the_log_that_leaves_costs_neither_the_run_nor_its_log(tones: Path, tmp_path: Path) -> None:
+    options = ["--dataset-dir", tones, "--output-dir", tmp_path, "--max-epochs", "2", "--target-wer", "1000"]
+    run = start(FORKED, *SMALL, *options)
+    assert run.stdout is not None and run.stderr is not None
+    while "run_start" not in run.stdout.readline():
+        pass
+    run.stdout.close()
+    errors = run.stderr.read()
+    assert run.wait() == 0, errors
+    assert errors.count("standard output cannot be written: Broken pipe") == 1
+    assert "Traceback" not in errors and "Exception ignored" not in errors
+    assert RunLog.read(tmp_path / "last_run.log").result is not None
+
+
+def test_lines_that_a_pipe_cannot_take_at_once_are_not_lost(tones: Path, tmp_path: Path) -> None:
+    """Some parents give their children a pipe that does not block, and read it late."""
+    options = ["--dataset-dir", tones, "--output-dir", tmp_path, "--max-epochs", "12", "--target-wer", "0"]
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    run = start(FORKED, *SMALL, *options, stdout=writing)
+    os.close(writing)
+    time.sleep(1)  # in which the pipe is full, even on a slow machine that has not started to train
+    with os.fdopen(reading) as pipe:
+        output = pipe.read()
+    assert run.wait() == 1
+    assert output == (tmp_path / "last_run.log").read_text()
+    assert len(output.splitlines()) > 72
+
+
+@pytest.mark.parametrize(("others", "warned"), [(0.0, False), (0.5, True)])
+def test_a_run_that_shares_its_cpus_says_so(
+    others: float, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun = {"all": 100.0, "busy": 50.0, "stolen": 10.0, "own": 5.0, "switches": 3}
+    ended = {"all": 200.0, "busy": 50.0 + 40.0 + 100 * others, "stolen": 11.0, "own": 45.0, "switches": 7}
+    readings = iter([begun, ended])
+    monkeypatch.setattr(machine, "cpu_seconds", lambda _: next(readings))
+    with run_and_time_module.LogCopy(tmp_path / "last_run.log").from_ranks():
+        os.write(1, b':::MLLOG {"key": "run_start"}\n:::MLLOG {"key": "run_stop"}\nRESULT,')  # killed in a line
+    output, errors = capfd.readouterr()
+    *_, event, result = output.splitlines()
+    assert result == "RESULT,"
+    assert (tmp_path / "last_run.log").read_text() == output
+    content = json.loads(event.removeprefix(":::MLLOG "))
+    assert (content["key"], content["value"]) == ("cpu_taken", pytest.approx(others))
+    assert content["metadata"]["stolen"] == pytest.approx(0.01)
+    assert content["metadata"]["involuntary_context_switches"] == 4
+    assert ("Other programs took 50%" in errors) == warned
+
+
+@pytest.mark.parametrize(
+    ("gpus", "options", "nodes", "processes", "said"),
+    [
+        ((None, 0), ["--config", "synthetic"], 1, 1, ""),
+        (("cuda", 8), ["--config", "librispeech"], 1, 8, ""),
+        (("cuda", 8), ["--config", "librispeech"], 32, 4, "4 of 8 GPUs: --batch-size 128"),
+        (("cuda", 8), ["--config", "librispeech", "--gradient-accumulation-steps", "32"], 1, 4, "4 of 8 GPUs"),
+        (("cuda", 8), ["--config", "synthetic", "--batch-size", "6"], 1, 6, "6 of 8 GPUs: --batch-size 6"),
+        (("cuda", 8), ["--config", "synthetic", "--device", "cpu"], 1, 1, ""),
+    ],
+    indirect=["gpus"],
+)
+def test_no_more_ranks_than_a_batch_has_utterances(
+    gpus: None, options: list[str], nodes: int, processes: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = parse_config(options, program="test", description="")
+    assert run_and_time_module.nproc_per_node(config, nodes) == processes
+    errors = capsys.readouterr().err
+    assert said in errors and bool(said) == bool(errors)
+
+
+def test_the_ranks_that_are_asked_for_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPROC_PER_NODE", "3")
+    assert run_and_time_module.nproc_per_node(CONFIGS["synthetic"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("MASTER_PORT", "0", "'0'; it must be a number from 1 to 65535"),
+        ("MASTER_PORT", "70000", "'70000'; it must be a number from 1 to 65535"),
+        ("NPROC_PER_NODE", "9" * 20, f"'{'9' * 20}'; it must be a number from 0 to 1024"),
+        ("NNODES", "0", "'0'; it must be a number from 1 to 65536"),
+        ("NODE_RANK", "1", "1; with NNODES=1 it must be less than that"),
+        ("MAX_RESTARTS", "-1", "'-1'; it must be a number from 0 to 65535"),
+    ],
+)
+def test_a_variable_that_cannot_be_is_an_error_of_one_line(
+    name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert run_and_time_module.main([]) == 1
+    assert capsys.readouterr().err == f"error: {name} is {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--output-dir", ""], "--output-dir has an empty value"),
+        (["--dataset-dir="], "--dataset-dir has an empty value"),
+        (["--output-dir=~/runs"], "--output-dir is ~/runs: your shell did not expand the ~; write $HOME"),
+    ],
+)
+def test_a_path_that_nobody_means_is_refused(
+    options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_and_time_module.main(options) == 1
+    assert capsys.readouterr().err == f"error: {expected}\n"
+
+
+def test_several_nodes_need_a_name_of_the_run_to_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.setenv("MAX_RESTARTS", "1")
+    with pytest.raises(RunError, match="RUN_ID"):
+        run_and_time_module.variables()
+    monkeypatch.setenv("RUN_ID", "job-17")
+    assert run_and_time_module.variables()["NNODES"] == 2

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import pytest
 import torch
 
 from data.files import locked
-from pytorch import checkpoint, launch, machine, train
-from pytorch.distributed import World
+from pytorch import checkpoint, train
 from pytorch.errors import PREEMPTED, RunError
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.layers import kernels
@@ -26,12 +24,12 @@ SMALL = ["--config", "synthetic", "--hidden-size", "16", "--conv-channels", "2",
 SMALL += ["--precision", "fp32"]  # auto would measure, and so small a model is about as fast in either
 
 
-def run_and_time(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    return run_module_for_text("pytorch.launch", *arguments, folder=folder, environment=ENVIRONMENT)
+def run_forked(*arguments: object, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return run_module_for_text("pytorch.run_and_time", *arguments, folder=folder, environment=ENVIRONMENT)
 
 
 def small_run(dataset: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run_and_time(*SMALL, "--dataset-dir", dataset, "--output-dir", output, *arguments)
+    return run_forked(*SMALL, "--dataset-dir", dataset, "--output-dir", output, *arguments)
 
 
 def run_here(dataset: Path, output: Path, *arguments: str) -> int:
@@ -93,39 +91,6 @@ def test_progress_goes_to_standard_error_with_the_wer_of_each_subset(
     run, _ = reached
     assert "epoch   1" in run.stderr
     assert "tones-validation" in run.stderr
-
-
-@pytest.mark.parametrize(("others", "said"), [(0.0, False), (0.5, True)])
-def test_a_run_that_shares_its_cpus_says_so(
-    others: float,
-    said: bool,
-    tones: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    begun = {"all": 100.0, "busy": 50.0, "stolen": 10.0, "own": 5.0, "switches": 3}
-    ended = {"all": 200.0, "busy": 50.0 + 40.0 + 100 * others, "stolen": 11.0, "own": 45.0, "switches": 7}
-    readings = iter([begun, ended])
-    monkeypatch.setattr(machine, "cpu_seconds", lambda: next(readings))
-    assert run_here(tones, tmp_path, "--max-steps", "1") == 1
-    output = capsys.readouterr()
-    (event,) = (event for event in events(output.out) if event["key"] == "cpu_taken")
-    assert event["value"] == pytest.approx(others)
-    assert event["metadata"]["stolen"] == pytest.approx(0.01)
-    assert event["metadata"]["involuntary_context_switches"] == 4
-    assert ("Other programs took 50% of this machine's CPU time, and its hypervisor 1%" in output.err) == said
-
-
-def test_the_cpu_time_of_others_is_told_from_that_of_this_process() -> None:
-    before, begun, used = machine.cpu_seconds(), time.monotonic(), time.process_time()
-    while time.process_time() < used + 0.3:
-        pass
-    spent = {name: value - before[name] for name, value in machine.cpu_seconds().items()}
-    elapsed = time.monotonic() - begun
-    assert 0.2 < spent["own"] < 1.2 * elapsed + 0.05
-    assert spent["own"] < spent["busy"] + 0.1
-    assert spent["all"] == pytest.approx(elapsed * len(os.sched_getaffinity(0)), rel=0.5)
 
 
 def test_losses_that_are_read_late_are_the_same(
@@ -241,7 +206,7 @@ def test_resuming_another_configuration_is_refused_with_the_difference(tones: Pa
     small_run(tones, tmp_path, "--max-steps", "1")
     run = small_run(tones, tmp_path, "--resume", "--learning-rate", "0.5")
     assert run.returncode == 1
-    assert "learning-rate 0.0015 there, 0.5 now" in run.stderr
+    assert "learning-rate: checkpoint 0.0015, command line 0.5" in run.stderr
     other = write_packed_dataset(tmp_path / "other", {"train": 5, "validation": 2}, seed=9)
     assert "data set" in small_run(other, tmp_path, "--resume").stderr
 
@@ -259,7 +224,7 @@ def test_an_output_folder_that_cannot_be_made_is_an_error_before_training(tones:
     (tmp_path / "file").write_text("in the way")
     run = small_run(tones, tmp_path / "file", "--max-steps", "1")
     assert run.returncode == 1
-    assert "--output-dir" in run.stderr
+    assert f"{tmp_path / 'file'}: File exists" in run.stderr
     assert "epoch" not in run.stderr
     assert "Traceback" not in run.stderr
 
@@ -297,7 +262,7 @@ def test_a_disk_that_is_full_at_the_end_does_not_cost_the_result(
 
 
 def test_a_missing_data_set_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:
-    run = run_and_time("--dataset-dir", "nowhere", folder=tmp_path)
+    run = run_forked("--dataset-dir", "nowhere", folder=tmp_path)
     assert run.returncode == 1
     assert "download_dataset.sh" in run.stderr
     assert "Traceback" not in run.stderr
@@ -320,11 +285,11 @@ def test_diverging_runs_stop_with_an_error_that_names_utterances(tones: Path, tm
     assert "not finite" in run.stderr
     assert "train-0" in run.stderr
     assert values(run.stdout, "skipped_step")
-    assert "Traceback" not in run.stderr
+    assert "Traceback" not in run.stderr, run.stderr
 
 
 def test_help_names_configurations_and_defaults() -> None:
-    run = run_and_time("--config", "an4", "--help")
+    run = run_forked("--config", "an4", "--help")
     assert run.returncode == 0
     assert "librispeech-100" in run.stdout
     assert "--hidden-size INT" in run.stdout
@@ -347,32 +312,58 @@ def test_a_batch_that_does_not_fit_into_memory_is_an_error_with_advice_before_tr
     assert not values(output, "run_start")
 
 
-def test_files_of_an_earlier_run_are_moved_aside_unless_they_hold_no_training(
-    tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for seed in ("1", "2", "3"):
-        run_here(tones, tmp_path, "--max-steps", "1", "--target-wer", "0", "--seed", seed)
-        assert ("The earlier run in this folder is now in" in capsys.readouterr().err) == (seed != "1")
-    archive = tmp_path / checkpoint.PREVIOUS_RUN
-    assert checkpoint.load(archive / checkpoint.LAST)["config"]["seed"] == 2
-    assert RunLog.read(archive / "last_run.log").seed == 2
-    for name in (checkpoint.PREVIOUS, checkpoint.BEST):
-        (tmp_path / name).unlink()
-    assert checkpoint.archive_previous_run(tmp_path) is None
+def test_no_start_deletes_anything_of_the_runs_before_it(tones: Path, tmp_path: Path) -> None:
+    """Each is put away whole, whatever else lies there; a run that left only its first checkpoint holds no training."""
+    (tmp_path / "previous_run").mkdir()
+    (tmp_path / "previous_run" / "note.txt").write_text("of the user's")
+    (tmp_path / "previous_run-3").write_text("a file of that name")
+    for seed in range(1, 4):
+        run = small_run(tones, tmp_path, "--max-steps", "1", "--target-wer", "1000", "--seed", str(seed))
+        assert run.returncode == 0, run.stderr
+    folders = {1: tmp_path / "previous_run-2", 2: tmp_path / "previous_run-4", 3: tmp_path}
+    for seed, folder in folders.items():
+        assert RunLog.read(folder / "last_run.log").result is not None
+        assert RunLog.read(folder / "last_run.log").seed == seed
+        for name in (checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST):
+            assert checkpoint.load(folder / name)["config"]["seed"] == seed
+        assert (folder / "report.html").exists()
+    assert (tmp_path / "previous_run" / "note.txt").read_text() == "of the user's"
+
+    again = small_run(tones, tmp_path, "--max-steps", "2", "--target-wer", "0", "--seed", "3", "--resume")
+    assert values(again.stdout, "resumed") == [True], again.stderr
+    assert RunLog.read(tmp_path / "previous_run-5" / "last_run.log").result is not None
+    assert [path.name for path in (tmp_path / "previous_run-5").iterdir()] != []
 
 
-def test_processes_that_torchrun_starts_again_go_on_from_checkpoints_of_their_own_launch_only(
+def test_ranks_that_torchrun_restarts_continue_from_checkpoints_of_their_own_run_only(
     tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps: list[list[int]] = []
-    for name in ("first", "first", "second"):
-        options = ["--max-steps", str(len(steps) + 2), "--target-wer", "0"]
-        train.main([*SMALL, "--dataset-dir", str(tones), "--output-dir", str(tmp_path), *options], launch_id=name)
+    for number, name in enumerate(("first", "first", "second")):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        for variable, value in {"TORCHELASTIC_RESTART_COUNT": number, "GROUP_WORLD_SIZE": 1, "WORLD_SIZE": 1}.items():
+            monkeypatch.setenv(variable, str(value))
+        for variable in ("RANK", "LOCAL_RANK"):
+            monkeypatch.setenv(variable, "0")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+        run_here(tones, tmp_path, "--max-steps", str(len(steps) + 2), "--target-wer", "0")
         logged = [event for event in events(capsys.readouterr().out) if event["key"] == "train_loss"]
         steps.append([event["metadata"]["step_num"] for event in logged])
-        if len(steps) == 2:  # the launch's log goes on, too
-            assert len(values((tmp_path / "last_run.log").read_text(), "train_loss")) == 3
     assert steps == [[1, 2], [3], [1, 2, 3, 4]]
+
+
+def test_a_run_resumed_with_other_batches_trains_its_epoch_from_the_beginning(tones: Path, tmp_path: Path) -> None:
+    """Its place in the epoch was counted in steps of the other batch size."""
+    first = small_run(tones, tmp_path, "--target-wer", "0", "--max-steps", "5", "--max-epochs", "3")  # of 6 an epoch
+    assert first.returncode == 1
+    options = ["--batch-size", "12", "--target-wer", "0", "--max-epochs", "3", "--resume", "--resume-with-changes"]
+    run = small_run(tones, tmp_path, *options)
+    assert run.returncode == 1
+    assert values(run.stdout, "epoch_start") is not None
+    epochs = [event["metadata"]["epoch_num"] for event in events(run.stdout) if event["key"] == "epoch_stop"]
+    assert epochs == [1, 2, 3]
+    assert len(values(run.stdout, "train_loss")) == 3 * 2
+    assert "Epoch 1 starts from its beginning" in run.stderr
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -386,7 +377,7 @@ def test_hyperparameters_of_the_optimizer_may_change_on_resuming_but_not_its_kin
         assert run_here(tones, tmp_path, *options, option, value) == 1
         said = capsys.readouterr().err
         assert (
-            f"would not fit: {option.removeprefix('--')} " in said
+            f"would not fit: {option.removeprefix('--')}: " in said
             and f"To continue with its options: {option} " in said
         )
     run_here(tones, tmp_path, *options, "--weight-decay", "0.5", "--beta1", "0.7")
@@ -416,56 +407,9 @@ def test_a_run_told_to_stop_in_an_evaluation_ends_at_once_and_resumed_evaluates_
     first = log()
     assert [key for key, _ in first] == ["train_loss"] * 6
     assert run_here(tones, tmp_path / "parts", *options, "--resume") == 1
-    assert RunLog.read(tmp_path / "parts" / "last_run.log").resumed
     assert first + log() == whole
     left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "parts"))
     assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
-
-
-def test_ranks_of_different_configurations_refuse_to_train_together(
-    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def all_gather_object(_: World, mine: Any) -> list[Any]:
-        return [mine, {**mine, "seed": 9, "resume": True}, {**mine, "data_set": "another"}]
-
-    monkeypatch.setattr(World, "all_gather_object", all_gather_object)
-    assert run_here(tones, tmp_path) == 1
-    errors = capsys.readouterr().err
-    assert "resume True on rank 1, False on rank 0; seed 9 on rank 1, 1 on rank 0; data-set another on rank 2" in errors
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("MASTER_PORT", "0", "'0'; it must be a number from 1 to 65535"),
-        ("MASTER_PORT", "70000", "'70000'; it must be a number from 1 to 65535"),
-        ("NPROC_PER_NODE", "9" * 20, f"'{'9' * 20}'; it must be a number from 0 to 1024"),
-        ("NNODES", "0", "'0'; it must be a number from 1 to 65536"),
-        ("NODE_RANK", "1", "1; with NNODES=1 it must be less than that"),
-        ("MAX_RESTARTS", "-1", "'-1'; it must be a number from 0 to 65535"),
-    ],
-)
-def test_a_variable_that_cannot_be_is_an_error_of_one_line(
-    name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv(name, value)
-    assert launch.main([]) == 1
-    assert capsys.readouterr().err == f"error: {name} is {expected}\n"
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (["--output-dir", ""], "--output-dir has an empty value"),
-        (["--dataset-dir="], "--dataset-dir has an empty value"),
-        (["--output-dir=~/runs"], "--output-dir is ~/runs: your shell did not expand the ~; write $HOME"),
-    ],
-)
-def test_a_path_that_nobody_means_is_refused(
-    options: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert launch.main(options) == 1
-    assert capsys.readouterr().err == f"error: {expected}\n"
 
 
 def test_two_runs_in_one_output_folder_do_not_disturb_each_other(
@@ -478,21 +422,23 @@ def test_two_runs_in_one_output_folder_do_not_disturb_each_other(
 
 
 def test_another_launchers_variables_do_not_cost_a_single_process_its_log(
-    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": "x"}.items():
         monkeypatch.setenv(name, value)
     assert run_here(tones, tmp_path, "--target-wer", "1000") == 0
-    assert "RESULT,DEEPSPEECH2," in (tmp_path / "last_run.log").read_text()
+    assert "RESULT,DEEPSPEECH2," in capsys.readouterr().out
 
 
 def test_resuming_a_run_that_has_reached_its_target_says_so_and_changes_nothing(
     tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_here(tones, tmp_path, "--target-wer", "1000") == 0
+    assert small_run(tones, tmp_path, "--target-wer", "1000").returncode == 0
     log = (tmp_path / "last_run.log").read_text()
-    assert run_here(tones, tmp_path, "--target-wer", "1000", "--resume") == 0
-    assert "was already reached, in" in capsys.readouterr().err
+    again = small_run(tones, tmp_path, "--target-wer", "1000", "--resume")
+    assert again.returncode == 0
+    assert "was already reached, in" in again.stderr
     assert (tmp_path / "last_run.log").read_text() == log
+    assert not (tmp_path / checkpoint.PREVIOUS_RUN).exists()
     assert run_here(tones, tmp_path, "--resume-with-changes") == 1
     assert "has no effect without --resume; add it" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from pytorch import trainer
 from pytorch.config import CONFIGS, Config
 from pytorch.loader import CPU
 from pytorch.trainer import Trainer
+from pytorch.warmup import time_precisions
 from tools.bench import batch_of
 
 
@@ -63,7 +64,7 @@ def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite
 def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
     trainer = Trainer(small_config(), CPU)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    seconds = trainer.time_precisions()
+    seconds = time_precisions(trainer)
     assert set(seconds) == {"fp32", "bf16"}
     assert all(0 < value < math.inf for value in seconds.values())
     assert trainer.config.precision == "fp32"

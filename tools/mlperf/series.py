@@ -105,9 +105,9 @@ def inspect_environment(config: Config) -> tuple[dict[str, str], dict[str, Any]]
     if refusals := list(_refusals(config, dataset, division)):
         raise RunError(f"no log would be accepted in the {division} division: {'; '.join(refusals)}")
     from pytorch.device import select_device  # slow to import: wrong options are refused before
-    from pytorch.launch import processes_here
+    from pytorch.run_and_time import nproc_per_node
 
-    device, ranks = select_device(config.device), processes_here(config)
+    device, ranks = select_device(config.device), nproc_per_node(config)
     machine = describe_machine(device)
     return describe_system(machine, ranks), {
         **{name: value for name, value in config.to_dict().items() if name not in FREE and value != "auto"},

@@ -75,8 +75,8 @@ def test_a_series_leaves_logs_and_the_machine_where_the_rules_want_them_and_a_pa
     ("number", "to_group", "status", "said"),
     [
         (signal.SIGINT, True, 130, "Interrupted."),  # what Ctrl-C does
-        (signal.SIGTERM, False, 75, "Told to stop: checkpoint saved at step"),
-        (signal.SIGUSR1, False, 75, "Told to stop: checkpoint saved at step"),
+        (signal.SIGTERM, False, 75, "checkpoint saved at step"),
+        (signal.SIGUSR1, False, 75, "checkpoint saved at step"),
     ],
 )
 def test_a_series_that_is_told_to_end_tells_its_run_waits_for_it_and_keeps_its_log(

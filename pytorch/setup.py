@@ -1,0 +1,193 @@
+"""What the rules allow before the clock starts: device, ranks, model, warm-up, checkpoint. No audio is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mlperf_logging.mllog import constants
+from mlperf_logging.mllog.mllog import MLLogger
+
+from data.packed import PackedDataset, open_dataset
+from pytorch import checkpoint, machine, mllog
+from pytorch.checkpoint import TrainState
+from pytorch.config import Config, Precision, fields_of
+from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
+from pytorch.distributed import StopSignal, World, run_id, torchrun_env
+from pytorch.errors import RunError
+from pytorch.layers import gru
+from pytorch.mllog import Clock
+from pytorch.trainer import Trainer
+from pytorch.warmup import time_precisions, warm_up
+
+
+@dataclass
+class TrainingRun:
+    """The objects of a run."""
+
+    config: Config  # its precision is fp32 or bf16
+    world: World
+    dataset: PackedDataset
+    trainer: Trainer
+    log: MLLogger
+    state: TrainState
+    stop: StopSignal
+    clock: Clock
+    last_save_time: float  # time.monotonic() when the newest checkpoint was written
+
+    @property
+    def target_reached(self) -> bool:
+        """Whether the last evaluation's WER is the target or less."""
+        return self.state.wer is not None and self.state.wer <= self.config.target_wer
+
+    def save(self) -> None:
+        """Write a checkpoint on the first rank; RunError if it cannot be written."""
+        started, state = time.monotonic(), self.state
+        state.elapsed_seconds = self.clock.seconds()
+        if self.world.is_main:
+            checkpoint.save(self.config, self.dataset.digest, state, self.trainer.state_dict())
+            self.log.event("checkpoint", time.monotonic() - started, metadata={"step_num": state.step})
+        self.last_save_time = time.monotonic()
+
+    def mark_if_best(self) -> None:
+        """Keep the newest checkpoint as the best one if its WER is the lowest so far."""
+        if self.world.is_main and self.state.wer == self.state.best_wer:
+            checkpoint.mark_best(self.config.output_dir)
+
+
+def setup(config: Config, cache_clear: str) -> TrainingRun:
+    """Set up everything that the rules allow before the clock starts. Of the data set, only dataset.json is read.
+
+    Args:
+        config: of the command line.
+        cache_clear: why this node's page cache may still hold the data set; empty if it does not.
+
+    Raises:
+        RunError: the run cannot start.
+        DataError: there is no data set.
+        RankFailure: the other ranks did not connect.
+    """
+    stop = StopSignal()
+    log = mllog.make_logger(*([mllog.StandardOutput()] if torchrun_env("RANK", 0) == 0 else []))
+    log.start(constants.INIT_START)
+
+    # The kind of device decides how ranks connect. Asking for the last one checks that every local rank has one.
+    device = select_device(config.device, torchrun_env("LOCAL_WORLD_SIZE", 1) - 1)
+    world = World.init(device.type, config.dist_timeout_seconds)
+    device = select_device(config.device, world.local_rank)
+    set_device(device)
+
+    dataset = open_dataset(config.dataset_dir)
+    config = dataclasses.replace(config, precision=select_precision(config.precision, device))
+    check_agreement(world, config, dataset)
+    check_batches(world, config, dataset)
+    mllog.log_cache_clear(log, world.all_gather_object(cache_clear))
+    resumed_from = checkpoint.find_resumable(config, dataset.digest, world)
+
+    torch.manual_seed(config.seed)
+    with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
+        trainer = Trainer(config, device, world)
+    if config.precision == "auto":
+        trainer.use_precision(measured_precision(trainer, log, resumed_from))
+        config = trainer.config
+    mllog.log_submission(log, config, dataset, machine.describe_machine(device), world.size)
+    log.event("gru_implementation", gru.implementation(device, config.precision, config.hidden_size))
+    warm_up(trainer, max_train_samples(dataset))
+
+    run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop, Clock(), time.monotonic())
+    if resumed_from is not None:
+        restore(run, resumed_from)
+    if config.tensorboard is not None and world.is_main:
+        log.logger.addHandler(mllog.TensorBoard(config.tensorboard, run.state.step))
+    restarted = resumed_from is not None and run_id() is not None and resumed_from["launch"] == run_id()
+    if world.is_main and not (restarted or run.target_reached):  # by torchrun: the run and its log continue
+        put_away_earlier_run(run, keep_checkpoints=resumed_from is not None)
+    if resumed_from is None:
+        run.save()  # proves that the disk can be written
+    log.end(constants.INIT_STOP)
+    if failures := mllog.failures(log):  # both must have taken all lines so far: standard output and TensorBoard
+        raise RunError(failures[0])
+    return run
+
+
+def restore(run: TrainingRun, content: dict[str, Any]) -> None:
+    """Continue from a checkpoint's content.
+
+    Raises:
+        RunError: that run has reached its limits.
+    """
+    config = run.config
+    run.state = state = TrainState(**{**content["progress"], "resumed": True})
+    run.trainer.load_state_dict(content, state.step)
+    run.log.event("resumed", True, metadata={k: v for k, v in vars(state).items() if v is not None})
+    if not (config.output_dir / checkpoint.BEST).exists():
+        state.best_wer = None  # the next evaluation's is the best of those that are kept
+    saved = content["config"]["batch_size"], content["config"]["seed"], content["dataset_digest"]
+    if state.step_in_epoch and saved != (config.batch_size, config.seed, run.dataset.digest):
+        run.world.print_once(f"Epoch {state.epoch} starts from its beginning: its batches have changed.")
+        state.begin_epoch(state.epoch)
+    if run.target_reached:
+        return
+    if config.max_steps is not None and state.step >= config.max_steps and not state.step_in_epoch:
+        raise RunError(f"--max-steps {config.max_steps}: already reached; increase it to continue")
+    if state.epoch > config.max_epochs:
+        raise RunError(f"--max-epochs {config.max_epochs}: already reached; increase it to continue")
+
+
+def put_away_earlier_run(run: TrainingRun, keep_checkpoints: bool) -> None:
+    """Move an earlier run's files out of the output folder, or only its log and report if it is continued here."""
+    folder = checkpoint.put_away(run.config.output_dir, (mllog.LOG, mllog.REPORT), keep_checkpoints=keep_checkpoints)
+    if folder is None:
+        return
+    what = "log" if keep_checkpoints else "run"
+    hint = "" if keep_checkpoints else "; to continue one, use --resume"
+    run.world.print_once(f"The earlier {what} in this folder is now in {folder}{hint}.")
+
+
+def check_agreement(world: World, config: Config, dataset: PackedDataset) -> None:
+    """Check that all ranks have the same configuration and data set.
+
+    Raises:
+        RunError: names each difference from rank 0.
+    """
+    own = fields_of("machine")
+    mine = {key: value for key, value in config.to_dict().items() if key not in own} | {"data_set": dataset.digest}
+    first, *others = world.all_gather_object(mine)
+    differences = [
+        f"{key.replace('_', '-')} {other[key]} on rank {rank}, {first[key]} on rank 0"
+        for rank, other in enumerate(others, start=1)
+        for key in first
+        if other[key] != first[key]
+    ]
+    if differences:
+        raise RunError(f"ranks disagree on the configuration: {'; '.join(differences)}")
+
+
+def check_batches(world: World, config: Config, dataset: PackedDataset) -> None:
+    """Raise RunError where a split is missing, or a batch cannot give every rank its microbatches."""
+    for split in ("train", "validation"):
+        if not dataset.splits[split]:
+            raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
+    shards = config.num_microbatches(world.size)
+    if config.batch_size < shards:
+        raise RunError(
+            f"--batch-size {config.batch_size}: cannot be divided into {shards} parts (ranks x accumulation)"
+        )
+
+
+def measured_precision(trainer: Trainer, log: MLLogger, resumed_from: dict[str, Any] | None) -> Precision:
+    """Return the precision of the run that is resumed, or the faster one on the first rank, and log both times."""
+    if resumed_from is not None:
+        return resumed_from["config"]["precision"]
+    seconds = trainer.world.broadcast_object(time_precisions(trainer), src=0)
+    precision = faster_precision(seconds)
+    log.event("auto_precision", precision, metadata={f"{name}_seconds": value for name, value in seconds.items()})
+    return precision
+
+
+def max_train_samples(dataset: PackedDataset) -> int:
+    """Return the samples of the longest training utterance."""
+    return max(dataset.summary[name].max_samples for name in dataset.splits["train"])

@@ -1,0 +1,111 @@
+"""Before the clock: one step and one evaluation of the largest batch, on random data, and the faster precision.
+
+The model, its averages and its optimizers are afterwards as they were.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pytorch.config import Config, Precision
+from pytorch.ctc import LABELS
+from pytorch.device import copy_from_cpu_ahead, copy_to_cpu_async, explain_oom
+from pytorch.features import SAMPLE_RATE, draw_augmentation
+from pytorch.loader import Batch
+from pytorch.trainer import Trainer
+
+LABELS_PER_SECOND = 15  # of random transcripts, as in read English
+
+
+def time_precisions(trainer: Trainer) -> dict[Precision, float]:
+    """Return the seconds that loss and gradient of a small batch take in either precision, measured in turn.
+
+    A CPU that has bfloat16 arithmetic is not always faster with it. All ranks must do this at the same time.
+    """
+    config, world = trainer.config, trainer.world
+    count = min(6, config.max_microbatch_size(world.size))
+    batch = random_batch(config, torch.full((count,), 3 * SAMPLE_RATE), trainer.device)
+    seconds: dict[Precision, float] = {"fp32": math.inf, "bf16": math.inf}
+    with _restored(trainer):
+        begun, rounds = time.monotonic(), 0
+        # The first round selects kernels, and later ones may be slowed by other processes, so the minimum counts.
+        while world.broadcast_object(rounds < 3 or time.monotonic() - begun < 2, src=0):
+            rounds += 1
+            for precision in seconds:
+                started = time.perf_counter()
+                trainer.loss(batch, precision).backward()
+                seconds[precision] = min(seconds[precision], time.perf_counter() - started)
+    return seconds
+
+
+def warm_up(trainer: Trainer, max_samples: int) -> None:
+    """Train and evaluate a random batch as large as the largest one, then restore everything.
+
+    Selects kernels, opens connections and proves that the largest batch fits, before the clock starts.
+
+    Args:
+        trainer: in its precision.
+        max_samples: of the longest training utterance.
+
+    Raises:
+        RunError: the largest batch does not fit into memory.
+    """
+    config, world, device = trainer.config, trainer.world, trainer.device
+    count = config.max_microbatch_size(world.size)
+    num_samples = int(max_samples / min(1.0, config.tempo_min))
+    with (
+        _restored(trainer),
+        explain_oom(
+            f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
+            f"use a smaller --batch-size than {config.batch_size}, or compute it in "
+            f"{2 * config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
+        ),
+    ):
+        batch = random_batch(config, torch.full((count,), num_samples), device)
+        microbatches = [batch] * config.gradient_accumulation_steps
+        for _ in range(2 if world.size > 1 else 1):  # DDP rebuilds its buckets before the second step
+            trainer.train_step(microbatches, config.batch_size, config.learning_rate)()
+        trainer.eval_model.eval()
+        with torch.no_grad():
+            copy_to_cpu_async(trainer.evaluate_logits(replace(batch, augmentation=None))[0].argmax(2))()
+
+
+@contextmanager
+def _restored(trainer: Trainer) -> Iterator[None]:
+    """Leave a trainer as it was before its first step."""
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    yield
+    trainer.model.zero_grad(set_to_none=True)
+    for model in (trainer.model, trainer.eval_model):
+        model.load_state_dict(before)
+    trainer.ema_steps = 0
+    trainer.use_precision(trainer.config.precision)  # makes new optimizers
+
+
+def random_batch(config: Config, num_samples_B: Tensor, device: torch.device) -> Batch:
+    """Return noise of these lengths, augmented as the configuration says but for tempo, with random transcripts."""
+    generator = np.random.default_rng(0)
+    count, longest = len(num_samples_B), int(num_samples_B.max())
+    waveforms_BS = torch.randint(-1000, 1000, (count, longest), dtype=torch.int16)  # first: the largest may not fit
+    waveforms_BS[torch.arange(longest) >= num_samples_B[:, None]] = 0
+    lengths_B = (num_samples_B * LABELS_PER_SECOND // SAMPLE_RATE).clamp(min=1)
+    targets = torch.from_numpy(generator.integers(1, len(LABELS), int(lengths_B.sum())))
+    own_tempo = replace(config, tempo_min=1.0, tempo_max=1.0)
+    augmentation = draw_augmentation(own_tempo, np.arange(count)[:, None], np.full(count, math.inf))
+    return Batch(
+        indices=np.arange(count),
+        waveforms_BS=copy_from_cpu_ahead(waveforms_BS, device),
+        num_samples_B=num_samples_B,
+        targets=copy_from_cpu_ahead(targets, device),
+        target_lengths_B=lengths_B,
+        transcripts=[""] * count,
+        augmentation=augmentation,
+    )
