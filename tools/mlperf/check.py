@@ -194,8 +194,9 @@ def configuration_problem(plain: dict[str, Any], logged: dict[str, Any]) -> str:
     except (RunError, TypeError) as error:  # a constraint is broken; a field is unknown, or has the wrong type
         return str(error)
     for name in HYPERPARAMETERS:
-        if isinstance(getattr(REFERENCE, name), int) and type(plain[name]) is not int:
-            return f"{name} is {plain[name]!r}, not an integer"
+        kind = type(getattr(REFERENCE, name))
+        if type(plain[name]) not in {float: (int, float), type(None): (int, type(None))}.get(kind, (kind,)):
+            return f"{name} is {plain[name]!r}: it has the wrong type"
     differ = (f"{name} is not that of the event {EVENTS[name]}" for name in logged if plain[name] != logged[name])
     return next(differ, "")
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,6 @@ def test_a_real_log_keeps_the_open_rules_and_says_why_it_is_no_librispeech_resul
     output = capsys.readouterr().out
     assert "passes our open rules: WER" in output
     assert "not a LibriSpeech result: the corpus is manifest" in output
-
-
-@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_committed_result_keeps_the_open_rules(path: Path) -> None:
-    assert reasons(path, "open") == []
 
 
 @pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name)
@@ -109,22 +105,13 @@ def test_the_packages_own_command_applies_the_same_rules(real: Path, forged: For
     assert "the WER is not a number >= 0" in run.stderr
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_log_that_is_wrong_is_refused_with_its_reason(name: str, forged: Forged, tmp_path: Path) -> None:
-    mutate, reason = MUTATIONS[name]
+@pytest.mark.parametrize(("mutate", "reason"), MUTATIONS, ids=[reason for _, reason in MUTATIONS])
+def test_a_log_that_is_wrong_is_refused_with_its_reason(
+    mutate: Callable[[Forged], object], reason: str, forged: Forged, tmp_path: Path
+) -> None:
     mutate(forged)
     found = reasons(forged.write(tmp_path / "forged.log"))
     assert any(reason in each for each in found), found
-
-
-def test_every_check_is_made_of_every_log_that_is_named(
-    real: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    assert main(["check", str(tmp_path / "absent.log"), str(real)]) == 1
-    output = capsys.readouterr().out
-    assert "absent.log: cannot be read: No such file or directory" in output
-    assert "passes our open rules" in output
-    assert main(["check"]) == 1
 
 
 @pytest.mark.parametrize("division", ["open", "closed"])
@@ -136,45 +123,6 @@ def test_a_librispeech_run_that_missed_its_target_is_refused_for_that_reason_alo
     assert violation.missed_target
     assert violation.reason == "no result: the run did not reach its target WER of 23.0"
     assert path.read_text().splitlines()[(violation.line or 0) - 1].count("run_stop")
-
-
-@pytest.mark.parametrize("seconds", [-0.5, 0.5])
-def test_a_clock_that_is_set_by_less_than_a_second_is_no_reason_to_refuse(
-    seconds: float, forged: Forged, tmp_path: Path
-) -> None:
-    forged.shift("epoch_stop", seconds)
-    assert reasons(forged.write(tmp_path / "run.log")) == []
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (-3600.0, ": train_loss: the clock was set back by 3"),
-        (3600.0, " s: the clock was set"),
-    ],
-)
-def test_a_clock_that_was_set_is_said_in_one_line(
-    seconds: float, said: str, forged: Forged, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    forged.shift("train_loss", seconds, number=3)
-    assert main(["check", str(forged.write(tmp_path / "set.log"))]) == 1
-    (line,) = capsys.readouterr().out.splitlines()
-    assert said in line
-
-
-def test_a_cache_that_could_not_be_cleared_is_noted_in_the_open_division_and_refused_in_the_closed_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for division, status in (("open", 0), ("closed", 1)):
-        log = made_up(reference(), division=division)
-        log.edit("cache_clear", False, reason="3 pages of train/audio.npy are still cached")
-        assert main(["check", str(log.write(tmp_path / f"{division}.log"))]) == status
-    said, refused = capsys.readouterr().out.splitlines()[-2:]
-    assert said.endswith(
-        "note: the data set may have been in memory already: the page cache was not cleared "
-        "(3 pages of train/audio.npy are still cached)"
-    )
-    assert refused.endswith("cache_clear: the cache was not cleared")
 
 
 def test_synthetic_speech_that_is_not_the_reference_checksums_is_noted(
@@ -209,25 +157,13 @@ def test_the_reference_recipe_on_all_of_librispeech_keeps_the_closed_rules(
     assert "note" not in capsys.readouterr().out
 
 
-def test_real_logs_break_the_closed_rules(real: Path) -> None:
-    found = reasons(real, "closed")
-    assert "dataset: the corpus is manifest" in found
-    assert "submission_division: the log says that it is not of the closed division" in found
-    assert any(each.startswith("configuration: ") and "optimizer is not sgd" in each for each in found)
-
-
 @pytest.mark.parametrize(
     ("key", "value", "metadata", "reason"),
     [
-        ("dataset", ..., {"official_archives": False}, "the archives were not the official ones"),
         ("dataset", ..., {"corpus": "librispeech-100"}, "the corpus is librispeech-100"),
-        ("dataset", ..., {"synthetic": True}, "the speech is synthetic"),
-        ("eval_samples", 2703, {}, "not the 5,567 utterances of dev-clean and dev-other"),
         ("train_samples", 28539, {}, "not the 281,241 utterances"),
         ("git_commit", ..., {"uncommitted_changes": True}, "files differed from the commit"),
         ("cache_clear", False, {"reason": "not permitted"}, "the cache was not cleared"),
-        ("configuration", ..., {"target_wer": 23.5}, "target_wer is not 23.0"),
-        ("configuration", ..., {"hidden_size": 400}, "hidden_size is not 800"),
         ("submission_division", "open", {}, "it is not of the closed division"),
         ("init_stop", ..., {}, "initialization took more than 30 minutes"),
     ],
@@ -277,21 +213,15 @@ def test_the_closed_rules_fix_every_hyperparameter_that_the_reference_does_not_l
 def test_a_configuration_is_legal_in_a_log_exactly_where_it_is_on_the_command_line() -> None:
     plain = json.loads(json.dumps(CONFIGS["an4"].to_dict()))
     assert configuration_problem({**plain, "file": "train.py", "lineno": 3}, {}) == ""
-    for field in dataclasses.fields(Config):
-        constraint = field.metadata["constraint"]
-        values: list[Any] = [-1, 0, 1, 0.5, 1e31, 3, None, True, "adamw", "x", [1], {}]
+    for name in HYPERPARAMETERS:
+        constraint = Config.__dataclass_fields__[name].metadata["constraint"]
+        values: list[Any] = [-1, 0, 1, 0.5, 1e31, None, True, "x", [1]]
         for value in values:
             try:
-                legal = constraint is None or bool(constraint.check(value))
+                legal = constraint.check(value) or (name == "max_steps" and value is None)
             except TypeError:
-                legal = False
-            if not legal and not (value is None and field.name == "max_steps"):
-                assert configuration_problem({**plain, field.name: value}, {}), (field.name, value)
-
-
-def test_a_log_with_the_waiting_statistics_of_earlier_versions_is_read(forged: Forged, tmp_path: Path) -> None:
-    forged.edit("epoch_stop", rank_wait_fractions=[0.25, 0.0], communication_fraction=0.0)
-    assert reasons(forged.write(tmp_path / "run.log")) == []
+                legal = name == "max_steps" and value is None
+            assert legal or configuration_problem({**plain, name: value}, {}), (name, value)
 
 
 def test_the_page_of_requirements_names_only_tests_that_exist() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from pytorch.errors import RunError
 from tests.conftest import ROOT
 from tests.tools.mlperf.forged import Forged
 from tests.tools.mlperf.made_up_logs import add, made_up_log
@@ -135,8 +134,3 @@ def test_the_last_start_of_a_run_whose_ranks_were_restarted_is_a_log_of_its_own(
     log.events += again.events
     last = read(log, tmp_path).last_start()
     assert (last.resumed, last.seconds_before, len(last.epochs)) == (True, 60.0, 2)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"absent\.log"):
-        RunLog.read(tmp_path / "absent.log")

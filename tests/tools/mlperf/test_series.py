@@ -1,7 +1,6 @@
 """A series of runs: what it leaves in a submission, and how it continues; all but a few runs are made up."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -271,25 +270,6 @@ def test_what_would_be_refused_in_the_end_is_refused_before_the_first_run(
     assert made.run(*arguments) == 1
     assert said in capsys.readouterr().err
     assert not (made.folder / "tree").exists()
-
-
-@pytest.mark.parametrize(("division", "state"), [("open", ("unknown", None)), ("closed", ("0" * 40, True))])
-def test_a_commit_that_no_log_may_have_is_refused_before_the_first_run(
-    division: str, state: tuple[str, bool | None], made: MadeUpRuns, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(series, "git_revision", lambda: state)
-    monkeypatch.setenv("SUBMISSION_DIVISION", division)
-    assert made.run("--runs", "2") == 1
-    assert not (made.folder / "tree").exists()
-
-
-def test_two_series_on_one_machine_are_refused(made: MadeUpRuns) -> None:
-    made.results.mkdir(parents=True)
-    other = os.open(made.results.parent, os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
-    assert made.run("--runs", "1") == 1
-    os.close(other)
-    assert made.run("--runs", "1") == 0
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "systems").glob("*.json")), ids=lambda path: path.stem)
