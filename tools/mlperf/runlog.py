@@ -69,7 +69,8 @@ class Event:
         """
         value = self.value if name is None else self.metadata.get(name)
         too_large = isinstance(value, int) and abs(value) >= 2**63
-        if value is None or (isinstance(value, (int, float) if kind is float else kind) and not too_large):
+        kinds = (int, float) if kind is float else kind
+        if value is None or kind is object or (isinstance(value, kinds) and not too_large):
             return value
         wrong = f"{name or self.key} is {value!r:.60}, no {kind.__name__}"
         raise RunError(f"{self.path}:{self.line}: damaged event: {wrong}")

@@ -184,9 +184,9 @@ def test_closed_rules_refuse(
         ({}, {"validation": {"dev-clean": 2703}}, "not the 5,567 utterances of dev-clean and dev-other"),
         ({}, {"validation": {"dev-clean": 2567, "dev-other": 3000}}, "not dev-clean (2,703 utterances) and dev-other"),
         ({}, {"train_samples": 28539}, "not the 281,241 utterances of train-clean-100"),
-        ({"hidden_size": 400}, {}, "hidden_size is not 800: it is another model"),
-        ({"conv_channels": 8}, {}, "conv_channels is not 32: it is another model"),
-        ({"target_wer": 30.0}, {"wers": (40.0, 25.0)}, "the target is not 23.0"),
+        ({"hidden_size": 400}, {}, "hidden_size is 400, not 800: it is another model"),
+        ({"conv_channels": 8}, {}, "conv_channels is 8, not 32: it is another model"),
+        ({"target_wer": 30.0}, {"wers": (40.0, 25.0)}, "the target is 30.0, not 23.0"),
     ],
 )
 def test_a_run_on_librispeech_that_is_easier_is_said_to_be_no_librispeech_result(

@@ -1,17 +1,20 @@
 """Logs read back: of every version that has written some, marked by launchers, cut off, damaged by hand."""
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from pytorch.errors import RunError
 from tests.conftest import ROOT
 from tests.tools.mlperf.forged import Forged
 from tests.tools.mlperf.made_up_logs import add, made_up_log
 from tools.mlperf.__main__ import main
+from tools.mlperf.check import check, notes
+from tools.mlperf.compare import compare
 from tools.mlperf.runlog import RunLog
 
 LAST = -1
@@ -70,31 +73,26 @@ def test_a_broken_file_is_refused_in_one_line_that_names_file_and_line(
     assert output.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "metadata"),
-    [
-        ("global_batch_size", [8], {}),
-        ("eval_accuracy", "low", {}),
-        ("train_loss", "low", {}),
-        ("train_loss", 1.0, {"step_num": [1]}),
-        ("seed", {}, {}),
-        ("seed", 10**40, {}),
-        ("epoch_start", None, {"epoch_num": [1]}),
-        ("configuration", "an4", {"max_epochs": "many"}),
-        ("validation_errors", "all", {"words": "3"}),
-    ],
-)
-@pytest.mark.parametrize("command", ["check", "score", "rcp", "compare"])
-def test_a_value_that_was_edited_by_hand_is_an_error_of_one_line(
-    command: str, key: str, value: Any, metadata: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    logs = [made_up_log(seed=seed, epochs=1, steps=2) for seed in (1, 2, 3)]
-    logs[0].edit(key, value, **metadata)
-    paths = [str(log.write(tmp_path / f"{number}.log")) for number, log in enumerate(logs)]
-    assert main([command, *paths[: 2 if command == "compare" else 3]]) == 1
-    (said,) = ("".join(capsys.readouterr()) + "\n").split(f"{paths[0]}:")[1:]
-    line = logs[0].positions(key)[0] + 1
-    assert said.startswith(f"{line}: damaged event: ")
+def test_a_value_that_was_edited_by_hand_is_an_error_that_names_its_line(tmp_path: Path) -> None:
+    """Every value of every event, one at a time: nothing breaks, or the error names file and line."""
+    log = made_up_log(epochs=1, steps=1)
+    path = tmp_path / "run.log"
+    refused = 0
+    for number, event in enumerate(log.events):
+        for holder, name in [(event, "value"), *((event["metadata"], name) for name in event["metadata"])]:
+            for wrong in ("text", [1], math.nan, 10**40):
+                right, holder[name] = holder[name], wrong
+                log.write(path)
+                holder[name] = right
+                try:
+                    compare(RunLog.read(path), RunLog.read(path))
+                    if wrong == [1] and number % 4 == 0:  # a check takes longer
+                        assert check(path)
+                        notes(RunLog.read(path))
+                except RunError as error:
+                    refused += 1
+                    assert str(error).startswith(f"{path}:{number + 1}: damaged event: "), error
+    assert refused > 100
 
 
 def test_text_that_is_not_unicode_can_be_written_to_a_page(tmp_path: Path) -> None:
