@@ -35,8 +35,8 @@ class _Checker:
 
     def check_file(self, filename: str, _config: str) -> bool:
         found = broken_rules(RunLog.read(Path(filename)), self.rules)
-        for violation in found:
-            logging.error("%s", violation)
+        if found:
+            logging.error("%s%s", found[0], f" (and {len(found) - 1} more reasons)" if len(found) > 1 else "")
         return not found
 
 

@@ -124,7 +124,7 @@ def test_a_run_that_broke_off_in_its_second_epoch_has_missed_the_target(
 
 
 @pytest.mark.skipif(len(COMMITTED) < 3, reason="no series of results is committed")
-def test_the_commands_work_on_committed_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_work_on_committed_results(capsys: pytest.CaptureFixture[str]) -> None:
     folders = sorted({path.parent for path in COMMITTED})
     for folder in folders:
         paths = sorted(folder.glob("result_*.txt"))
@@ -132,6 +132,4 @@ def test_the_commands_work_on_committed_results(tmp_path: Path, capsys: pytest.C
         if len(paths) >= 3:
             assert main(["score", *texts(paths)]) == 0
             assert "Score: " in capsys.readouterr().out
-            assert main(["rcp", *texts(paths), "-o", str(tmp_path / "rcp.json")]) == 0
-            assert main(["rcp", *texts(paths), "--against", str(tmp_path / "rcp.json")]) == 0
         assert main(["compare", str(paths[0]), str(paths[-1])]) == int(len(paths) > 1)
