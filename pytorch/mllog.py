@@ -189,6 +189,16 @@ def log_submission(
     log.event(constants.SUBMISSION_PLATFORM, submission_platform(machine, world_size))
     for name, event in EVENTS.items():
         log.event(event, getattr(config, name))
+    fp32 = "tf32" if machine["accelerators"] else "fp32"  # see select_precision
+    lowest = "bfloat16" if config.precision == "bf16" else fp32
+    no_attention = {"note": "the model has no attention; this is the precision of its matrix products"}
+    log.event("lowest_numerical_precision_in_linear", lowest)  # from here on, what rulesets since 6.1.0 ask for
+    log.event("lowest_numerical_precision_in_attn", lowest, metadata=no_attention)
+    log.event("lowest_numerical_precision_in_comm", "fp32")
+    for kind in ("tensor", "pipeline", "context", "expert"):
+        log.event(f"{kind}_parallelism", 1)
+    log.event("micro_batch_size", config.max_microbatch_size(world_size))
+    log.event("config_filename", "pytorch/config.py")
     log.event("configuration", config.config, metadata=config.to_dict())
     log.event(
         "dataset",

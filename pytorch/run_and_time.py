@@ -134,6 +134,10 @@ def _number(name: str) -> int:
 
 def _launch(config: Config, cache_clear: str, env: dict[str, int]) -> int:
     """Start the ranks of this node and wait for them; return their exit status."""
+    # The GNU C library returns large blocks to the system when they are freed; on a CPU each step then waits for the
+    # same memory to be mapped again, a page at a time.
+    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "100000000000")
     # Gradients and the batch norms' sums have communicators of their own. Two are safe beside each other only if their
     # kernels start in the order of the host's calls, and if they leave multiprocessors to the GRU's kernel.
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")

@@ -8,7 +8,4 @@ set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 . "$root/environment.sh"
 use_environment run
-# The GNU C library returns large blocks to the system when they are freed; on a CPU each step then waits for the same
-# memory to be mapped again, a page at a time.
-export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-100000000000}"
 exec "$python" -m pytorch.run_and_time "$@"

@@ -2,6 +2,7 @@
 
     python -m tools.mlperf series --runs 10                   several runs, into a submission's folders
     python -m tools.mlperf check LOG...                       is each one valid, and a result?
+    python -m tools.mlperf check FOLDER --package             does MLCommons' package checker accept a submission?
     python -m tools.mlperf score LOG...                       the score of several runs
     python -m tools.mlperf rcp LOG... -o FILE                 reference convergence points
     python -m tools.mlperf rcp LOG... --against FILE          do these runs converge as the reference does?
@@ -22,17 +23,18 @@ import tyro
 
 from data.cli import exit_status
 from pytorch.errors import RunError
-from tools.mlperf import compare, rcp, score
-from tools.mlperf.check import check, notes
+from tools.mlperf import check, compare, rcp, score
+from tools.mlperf.package import package_problems
 from tools.mlperf.runlog import RunLog
 from tools.mlperf.series import run_series
 from tools.output_files import write_output
 
 Log = tyro.conf.Positional[Path]
 Logs = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="LOG...")]
+Output = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
 
 
-def check_logs(logs: Logs, division: Literal["closed", "open"] | None = None) -> bool:
+def check_logs(logs: Logs, division: Literal["closed", "open"] | None = None, package: bool = False) -> bool:
     """Check whether logs follow the rules of a division. Exit status 1 if one does not, with one line per reason.
 
     Open: anything measured, if the log is complete and consistent. Closed: also the reference recipe on LibriSpeech.
@@ -40,26 +42,17 @@ def check_logs(logs: Logs, division: Literal["closed", "open"] | None = None) ->
     Args:
         logs: logs of runs
         division: whose rules to apply; None: the division that the log names
+        package: instead, check folders of submissions by the rules of MLCommons' newest round that is installed
     """
-    passed = [_passes(path, division) for path in _some(logs)]  # each of them is looked at
-    return all(passed)
-
-
-def _passes(path: Path, division: str | None) -> bool:
-    try:
-        log, found = check(path, division)
-    except RunError as error:
-        print(error)
-        return False
-    for violation in found:
-        print(violation)
-    if found:
-        return False
-    rules, last = division or log.value("submission_division"), log.epochs[-1]
-    print(f"{path}: passes our {rules} rules: WER {last.wer:.2f} in {log.seconds:.1f} s, epoch {last.number}")
-    for note in notes(log):
-        print(f"{path}: note: {note}")
-    return True
+    passed = True
+    for path in _some(logs):  # each of them is looked at
+        try:
+            lines, accepted = package_problems(path) if package else check.describe(path, division)
+        except RunError as error:
+            lines, accepted = [str(error)], False
+        print(*lines, sep="\n")
+        passed &= accepted
+    return passed
 
 
 def score_logs(logs: Logs) -> bool:
@@ -75,9 +68,7 @@ def score_logs(logs: Logs) -> bool:
     return found.seconds is not None
 
 
-def make_or_apply_rcps(
-    logs: Logs, against: Path | None = None, output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-) -> bool:
+def make_or_apply_rcps(logs: Logs, against: Path | None = None, output: Output = None) -> bool:
     """Make reference convergence points of runs, one for each batch size among them; or check runs against such a file.
 
     Exit status 1 if they converge too fast.
@@ -87,12 +78,11 @@ def make_or_apply_rcps(
         against: check the runs, of one batch size, against this file
         output: file to write, in the form that MLCommons' rcp_checker reads; None: only show them
     """
-    paths = _some(logs)
     if against is not None:
-        passed, verdict = rcp.check_convergence(paths, against)
+        passed, verdict = rcp.check_convergence(_some(logs), against)
         print(verdict)
         return passed
-    points = rcp.make_points(paths)
+    points = rcp.make_points(_some(logs))
     if output is not None:
         write_output(output, json.dumps(points, indent=2) + "\n")
     print(rcp.describe(points))
@@ -116,7 +106,7 @@ def compare_logs(a: Log, b: Log) -> bool:
 def _some(logs: tuple[Path, ...]) -> list[Path]:
     """Return the command line's logs; RunError if it has none."""
     if not logs:
-        raise RunError("no log is given; see --help")
+        raise RunError("no log is named; see --help")
     return list(logs)
 
 
@@ -131,13 +121,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; return the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-
-    def work() -> object:
-        program = "python -m tools.mlperf"
-        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog=program, description=__doc__, args=given)
-
-    return exit_status(work, given)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    run, program = tyro.extras.subcommand_cli_from_dict, "python -m tools.mlperf"
+    return exit_status(lambda: run(COMMANDS, prog=program, description=__doc__, args=arguments), arguments)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Does a log prove what it says? Our rules files, applied by the compliance checker of the package mlperf-logging, and
-then what only several lines together can show (consistency.py).
+"""Does a log prove what it says? Our rules, applied by the compliance checker of the package mlperf-logging, and then
+what no single line shows: a clock that was set, a log pieced together from two runs, counts that do not match rates.
 
-The rules are this project's: the official list of benchmarks has no DeepSpeech2.
+The rules are this project's: the official list of benchmarks has no DeepSpeech2. For MLCommons' own, see package.py.
 """
 
 from __future__ import annotations
 
-import logging
+import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +19,24 @@ from mlperf_logging.compliance_checker.mlp_parser import parse_file
 from mlperf_logging.mllog import constants
 
 from data.corpora import CORPORA
-from pytorch.config import CONFIGS
+from pytorch.config import CONFIGS, EVENTS, HYPERPARAMETERS, Config
 from pytorch.errors import RunError
 from pytorch.machine import MAX_CPU_TAKEN
-from tools.mlperf.consistency import inconsistencies
-from tools.mlperf.runlog import RunLog
+from pytorch.metrics import ErrorCounts
+from pytorch.mllog import BENCHMARK
+from tools.mlperf.runlog import CALLER, RunLog, with_current_names
 
-RULESET = "3.1.0"  # of the package: how lines are read. The rules themselves are in RULES.
+OLDEST = (3, 1, 0)  # MLPerf's last round with a speech benchmark
+_ROUNDS = sorted(tuple(map(int, name.split("."))) for name in mlp_compliance.rule_choices())
+RULESETS = [".".join(map(str, each)) for each in _ROUNDS if each >= OLDEST]  # that the package has
+NEWEST = RULESETS[-1]
 RULES = Path(__file__).parent / "rules"
-DIVISIONS = {constants.OPEN: ["open"], constants.CLOSED: ["open", "closed"]}
+DIVISIONS = {constants.OPEN: ["open"], constants.CLOSED: ["open", "librispeech", "closed"]}
 NO_RESULT = "no result: "  # prefix of the one rule that a valid log breaks if its run missed the target
 MISSED_TARGET = "the target was not reached"
-LIBRISPEECH = CORPORA["librispeech"]
 REFERENCE = CONFIGS["librispeech"]
+SLACK = 1.0  # seconds that two measurements of one time may differ by
+Found = tuple[int | None, str]  # line, reason
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,20 @@ def check(path: Path, division: str | None = None) -> tuple[RunLog, list[Violati
     """
     log = RunLog.read(path)
     division = division or str(log.value(constants.SUBMISSION_DIVISION))
-    found = [each for rules in DIVISIONS.get(division, ["open"]) for each in _broken_rules(log, rules)]
+    found = [each for rules in DIVISIONS.get(division, ["open"]) for each in broken_rules(log, RULES / f"{rules}.yaml")]
     if all(each.missed_target for each in found):  # else types and order are not what the other checks work with
-        found += [Violation(path, line, reason) for line, reason in inconsistencies(log)]
+        found += [Violation(path, line, reason) for line, reason in _inconsistencies(log)]
     return log, found
+
+
+def describe(path: Path, division: str | None = None) -> tuple[list[str], bool]:
+    """Check a log. Return what there is to say, in lines, and whether it is a result. Raises what `check` does."""
+    log, found = check(path, division)
+    if found:
+        return [str(each) for each in found], False
+    rules, last = division or log.value(constants.SUBMISSION_DIVISION), log.epochs[-1]
+    passed = f"{path}: passes our {rules} rules: WER {last.wer:.2f} in {log.seconds:.1f} s, epoch {last.number}"
+    return [passed, *(f"{path}: note: {note}" for note in notes(log))], True
 
 
 def load_valid(paths: list[Path]) -> list[RunLog]:
@@ -89,97 +107,139 @@ def notes(log: RunLog) -> list[str]:
     """Return what a reader must know besides the figures of a log that follows the open rules."""
     why = ineligibility(log)
     found = [f"not a LibriSpeech result: {why}"] if why else []
-    dataset = log.dataset
-    corpus = CORPORA.get(dataset.corpus) if dataset is not None else None
-    if dataset is not None and corpus is not None and corpus.reference_digest not in ("", dataset.digest):
-        found.append(f"the data set is not that of {corpus.name}'s reference checksum: its digest is {dataset.digest}")
+    corpus = CORPORA.get(log.dataset.corpus) if log.dataset is not None else None
+    if log.dataset is not None and corpus is not None and corpus.reference_digest not in ("", log.dataset.digest):
+        digest = f"its digest is {log.dataset.digest}"
+        found.append(f"the data set is not that of {corpus.name}'s reference checksum: {digest}")
     if log.dirty:
         found.append("files differed from the commit, which alone may not reproduce this run")
     if log.cache_cleared is False:
         reason = log.metadata(constants.CACHE_CLEAR).get("reason")
         because = f" ({reason})" if reason else ""
         found.append(f"the data set may have been in memory already: the page cache was not cleared{because}")
-    if taken := cpu_taken(log):
-        found.append(taken)
+    if log.cpu_taken + log.cpu_stolen > MAX_CPU_TAKEN:
+        took = f"other programs took {log.cpu_taken:.0%} of the CPU time, the hypervisor {log.cpu_stolen:.0%}"
+        found.append(f"{took}: the run's time is not a valid benchmark result")
     return found
-
-
-def cpu_taken(log: RunLog) -> str:
-    """Return why a log's time is worthless if too much of the CPU time went elsewhere, else an empty string."""
-    others, stolen = log.value("cpu_taken") or 0.0, log.metadata("cpu_taken").get("stolen", 0.0)
-    if others + stolen <= MAX_CPU_TAKEN:
-        return ""
-    took = f"other programs took {others:.0%} of the CPU time, the hypervisor {stolen:.0%}"
-    return f"{took}: the run's time is not a valid benchmark result"
 
 
 def ineligibility(log: RunLog) -> str:
     """Return why a log that follows the open rules is not a result of this benchmark; empty if it is one."""
-    dataset, config = log.dataset, log.configuration
-    if dataset is None or dataset.corpus != LIBRISPEECH.name:
-        return f"the corpus is {'not known' if dataset is None else dataset.corpus or 'not known'}"
-    if dataset.synthetic:
-        return "the speech is synthetic"
-    if not dataset.official:
-        return "the archives were not the official ones"
-    if log.target_wer != REFERENCE.target_wer:
-        return f"the target is {log.target_wer}, not {REFERENCE.target_wer}"
-    for name in ("hidden_size", "conv_channels"):
-        if config.get(name) != getattr(REFERENCE, name):
-            return f"{name} is {config.get(name)}, not {getattr(REFERENCE, name)}: it is another model"
-    if log.training_utterances != published_utterances("train"):
-        known = "an unknown number of" if log.training_utterances is None else f"{log.training_utterances:,}"
-        return f"the training set has {known} utterances, not all {published_utterances('train'):,}"
-    names = {subset.name for subset in LIBRISPEECH.subsets if subset.split == "validation"}
-    evaluated = log.last_evaluation
-    if evaluated is not None:
-        if set(evaluated.errors) != names | {"all"}:
-            return f"the validation set is not {' and '.join(sorted(names))}"
-        if evaluated.errors["all"].utterances != published_utterances("validation"):
-            return f"the validation set is not all {published_utterances('validation'):,} utterances"
-    return "" if log.reached else MISSED_TARGET
+    broken = [each.reason for each in broken_rules(log, RULES / "librispeech.yaml")]
+    if not broken:
+        return "" if log.reached else MISSED_TARGET
+    return min(broken, key=lambda reason: not reason.startswith("dataset: ")).partition(": ")[2]
 
 
-def published_utterances(split: str) -> int:
-    """Return how many utterances a split of LibriSpeech has."""
-    return sum(subset.utterances or 0 for subset in LIBRISPEECH.subsets if subset.split == split)
+# --- a line: the rules files
 
 
 class _Checker(mlp_compliance.ComplianceChecker):
-    """The package's checker, which keeps each message with its line and with the reason behind the test."""
+    """The package's checker, which knows this benchmark, and keeps each message with its line."""
 
-    def __init__(self, log: RunLog) -> None:
-        super().__init__("training", RULESET, quiet=False, werror=True)
-        self.log = log
-        self.violations: dict[str, list[int | None]] = {}  # the lines of each reason
+    def __init__(self, ruleset: str) -> None:
+        super().__init__("training", ruleset, quiet=False, werror=True)
+        self.violations: dict[str, list[int | None]] = {}  # by reason: which events, counted from 0
         self._failing: tuple[int | None, str] | None = None
 
     def run_check_eval(self, ll: Any, tests: list[str] | str, state: dict[str, Any]) -> None:
         for test in [tests] if isinstance(tests, str) else tests:
-            reason = test.rpartition("  # ")[2].format_map(state["s"])
-            reason = reason if reason.startswith(NO_RESULT) else f"{ll.key}: {reason}"
-            self._failing = self.log.events[ll.lineno].line, reason  # the package counts events, from 0
-            super().run_check_eval(ll, test, state)
-            self._failing = None
+            rule, _, reason = test.partition("  # ")
+            if BENCHMARK in rule or not _names_us(ll):  # else it is MLCommons' list of benchmarks
+                reason = reason.format_map(state["s"]) or f"failed test: {rule.strip()}"
+                self._failing = ll.lineno, reason if reason.startswith(NO_RESULT) else f"{ll.key}: {reason}"
+                super().run_check_eval(ll, test, state)
+                self._failing = None
+
+    def run_check_exec(self, ll: Any, code: str, state: dict[str, Any], action: str) -> None:
+        if not _names_us(ll):  # which would look for MLCommons' rules for this benchmark
+            super().run_check_exec(ll, code, state, action)
 
     def put_message(self, msg: str, key: str | None = None) -> None:
-        line, reason = self._failing or (None, msg.splitlines()[0])
-        self.violations.setdefault(reason, []).append(line)
+        event, reason = self._failing or (None, msg.splitlines()[0])
+        self.violations.setdefault(reason, []).append(event)
 
 
-def _broken_rules(log: RunLog, name: str) -> list[Violation]:
-    """Return what breaks a rules file, each reason once."""
-    lines, errors = parse_file(str(log.path), ruleset=RULESET)
+def _names_us(line: Any) -> bool:
+    return line.key == constants.SUBMISSION_BENCHMARK and line.value["value"] == BENCHMARK
+
+
+def broken_rules(log: RunLog, rules: Path | str, ruleset: str = NEWEST) -> list[Violation]:
+    """Return what breaks a rules file, which is ours or one of the package's, each reason once."""
+    lines, errors = parse_file(str(log.path), ruleset=ruleset)
     if errors:
         return [Violation(log.path, None, f"mlperf-logging cannot read {len(errors)} of its lines")]
-    checker = _Checker(log)
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.WARNING)  # the package reports its progress to the root logger
+    checker = _Checker(ruleset)
+    checker.check_loglines(lines, str(rules))
+    found = []
+    for reason, events in checker.violations.items():
+        more = f" (and in {len(events) - 1} more lines)" if len(events) > 1 else ""
+        line = None if events[0] is None else log.events[events[0]].line
+        found.append(Violation(log.path, line, reason + more))
+    return found
+
+
+def configuration_problem(plain: dict[str, Any], logged: dict[str, Any]) -> str:
+    """Return what is wrong with the metadata of the event `configuration`, or nothing. For the rules files.
+
+    Args:
+        plain: the metadata. Older logs may lack fields that are no hyperparameters.
+        logged: values of the events that log a field once more, by the field's name.
+    """
+    plain = with_current_names({name: value for name, value in plain.items() if name not in CALLER})
+    if missing := [name for name in ("config", "precision", *HYPERPARAMETERS) if name not in plain]:
+        return f"it lacks {', '.join(missing)}"
     try:
-        checker.check_loglines(lines, str(RULES / f"{name}.yaml"))
-    finally:
-        logging.getLogger().setLevel(level)
-    return [
-        Violation(log.path, found[0], reason + (f" (and in {len(found) - 1} more lines)" if len(found) > 1 else ""))
-        for reason, found in checker.violations.items()
-    ]
+        Config(**plain)
+    except (RunError, TypeError) as error:  # a constraint is broken; a field is unknown, or has the wrong type
+        return str(error)
+    for name in HYPERPARAMETERS:
+        kind = type(getattr(REFERENCE, name))
+        if type(plain[name]) not in {float: (int, float), type(None): (int, type(None))}.get(kind, (kind,)):
+            return f"{name} is {plain[name]!r}: it has the wrong type"
+    differ = (f"{name} is not that of the event {EVENTS[name]}" for name in logged if plain[name] != logged[name])
+    return next(differ, "")
+
+
+def reference_problem(plain: dict[str, Any]) -> str:
+    """Return in what a configuration is not the reference recipe on LibriSpeech, or nothing. For the rules files."""
+    reference, plain = CONFIGS["librispeech-2018"].to_dict(), with_current_names(plain)
+    fixed = [field.name for field in dataclasses.fields(Config) if not field.metadata["free_in_closed"]]
+    names = [name for name in fixed if name in HYPERPARAMETERS and plain.get(name) != reference[name]]
+    return ", ".join(f"{name} is not {reference[name]}" for name in names)
+
+
+# --- several lines together, of a log that keeps the open rules
+
+
+def clock_problem(log: RunLog) -> Found | None:
+    """Return how the times of any log contradict each other or its RESULT line, which another clock has measured."""
+    for before, event in pairwise(log.events):
+        if event.time_ms < before.time_ms - 1000 * SLACK:
+            back = (before.time_ms - event.time_ms) / 1000
+            return event.line, f"{event.key}: the clock was set back by {back:.1f} s"
+    if log.result is not None and log.seconds is not None and abs(log.result.seconds - log.seconds) > SLACK:
+        took = f"run_start to run_stop took {log.seconds:.1f} s"
+        return log.result.line, f"RESULT: {log.result.seconds} s, but {took}: the clock was set, or a write was slow"
+    return None
+
+
+def _inconsistencies(log: RunLog) -> Iterator[Found]:
+    if (clock := clock_problem(log)) is not None:
+        yield clock
+    if log.result is None and log.reached:
+        yield None, "the log is cut off: a success ends with a RESULT line"
+    if log.result is not None and not log.reached:
+        yield log.result.line, "RESULT: the run did not reach its target"
+    if log.result is not None and log.result.seed != log.seed:
+        yield log.result.line, f"RESULT: the seed {log.result.seed} is not that of the event, {log.seed}"
+    for epoch, accuracy in zip(log.epochs, log.all(constants.EVAL_ACCURACY), strict=False):
+        total = epoch.errors.get("all", ErrorCounts())
+        parts = sum((counts for subset, counts in epoch.errors.items() if subset != "all"), ErrorCounts())
+        if total.utterances != log.value(constants.EVAL_SAMPLES):
+            yield accuracy.line, f"epoch {epoch.number}: validation_errors counts other utterances than eval_samples"
+        elif not math.isclose(accuracy.value, total.wer):
+            wrong = f"{total.word_errors} errors in {total.words} words are {total.wer:.4f} %"
+            yield accuracy.line, f"epoch {epoch.number}: the WER is {accuracy.value}, but {wrong}"
+        if not all(math.isclose(getattr(parts, field), value) for field, value in vars(total).items()):
+            yield accuracy.line, f"epoch {epoch.number}: the subsets' errors do not add up to those of all"

@@ -6,30 +6,30 @@ significantly fewer epochs than the reference of their batch size do not train t
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import math
 import tempfile
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from mlperf_logging.rcp_checker import rcp_checker
+from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker, check_directory, submission_runs
 
 from pytorch.config import HYPERPARAMETERS
 from pytorch.errors import RunError
 from pytorch.mllog import BENCHMARK
-from tools.mlperf.check import RULESET, load_valid
+from tools.mlperf.check import NEWEST
 from tools.mlperf.runlog import RunLog
-from tools.mlperf.score import MIN_RUNS, RUNS, require_same_setup
+from tools.mlperf.score import RUNS, read_series
 
 RUNS_OF_A_POINT = 2 * RUNS  # that the rules ask for
 EPOCHS = "Epochs to converge"
+_REGISTERED = patch.dict(submission_runs["training"], {BENCHMARK: RUNS})  # the package knows its benchmarks by name
+Points = dict[str, dict[str, Any]]
 
 
-def make_points(paths: list[Path]) -> dict[str, dict[str, Any]]:
+def make_points(paths: list[Path]) -> Points:
     """Return reference convergence points of these runs, one for each batch size among them.
 
     Raises:
@@ -39,28 +39,24 @@ def make_points(paths: list[Path]) -> dict[str, dict[str, Any]]:
     by_batch_size: dict[int, list[Path]] = {}
     for path in paths:
         by_batch_size.setdefault(RunLog.read(path).batch_size or 0, []).append(path)
-    series = [_series(by_batch_size[size], f"batch size {size}: ") for size in sorted(by_batch_size)]
+    series = [read_series(paths) for _, paths in sorted(by_batch_size.items())]
     for run in (run for runs in series for run in runs):
         if not run.reached:
             raise RunError(f"{run.path}: the run did not reach its target; every seed of a reference must")
-    for name in ("corpus", "target"):
-        found = {_subject(runs[0])[name] for runs in series}
-        if len(found) > 1:
-            raise RunError(f"points in one file must share a {name}; these have {', '.join(map(str, found))}")
+    if different := _differences([_subject(runs[0]) for runs in series]):
+        raise RunError(f"points in one file must be of one data set and target; these differ in {different}")
     return {f"{BENCHMARK}_ref_{runs[0].batch_size}": _point(runs) for runs in series}
-
-
-def _series(paths: list[Path], name: str = "") -> list[RunLog]:
-    runs = require_same_setup(load_valid(paths))
-    if len(runs) < MIN_RUNS:
-        raise RunError(f"{name}{len(runs)} logs; the fastest and the slowest are dropped, so {MIN_RUNS} are needed")
-    return runs
 
 
 def _subject(run: RunLog) -> dict[str, Any]:
     """Return what two runs must share for their epochs to be comparable."""
     assert run.dataset is not None  # the rules have seen to that
     return {"corpus": run.dataset.corpus, "dataset": run.dataset.digest, "target": run.target_wer}
+
+
+def _differences(subjects: list[dict[str, Any]]) -> str:
+    values = {name: dict.fromkeys(subject.get(name) for subject in subjects) for name in subjects[0]}
+    return ", ".join(f"{name} ({', '.join(map(str, found))})" for name, found in values.items() if len(found) > 1)
 
 
 def _point(runs: list[RunLog]) -> dict[str, Any]:
@@ -82,12 +78,12 @@ def _point(runs: list[RunLog]) -> dict[str, Any]:
     }
 
 
-def describe(points: dict[str, dict[str, Any]]) -> str:
+def describe(points: Points) -> str:
     """Return the points as text, with what the package's rcp_checker makes of them."""
-    with _register_benchmark(), tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+    with _REGISTERED, tempfile.TemporaryFile("w+", encoding="utf-8") as file:
         json.dump(points, file)
         file.seek(0)
-        records = rcp_checker.RCP_Checker("training", RULESET, BENCHMARK, False, file).rcp_data
+        records = RCP_Checker("training", NEWEST, BENCHMARK, False, file).rcp_data
     lines = [f"{'batch':>6}  {'runs':>4}  {'mean':>6}  {'std':>5}  {'fewest accepted':>15}  epochs to target"]
     for name, record in records.items():
         epochs = points[name][EPOCHS]  # by seed; the package sorts its own
@@ -102,18 +98,15 @@ def describe(points: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def read_points(path: Path) -> dict[str, dict[str, Any]]:
+def read_points(path: Path) -> Points:
     """Read a file of points; RunError where it is none, or says that nobody has made them yet."""
     try:
-        points = json.loads(path.read_text(encoding="utf-8"))
+        points: Points = json.loads(path.read_text(encoding="utf-8"))
         for point in points.values():
             if not point[EPOCHS]:
                 raise RunError(f"{path}: {point['Note']}")
-            if not all(key in point for key in ("Benchmark", "BS", "Hyperparams", "Subject")):
-                raise KeyError("BS, Hyperparams or Subject")
             dict(point["Subject"])
-        if not points:
-            raise KeyError("a point")
+        describe(points)  # as the package reads it
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -127,36 +120,18 @@ def check_convergence(paths: list[Path], reference: Path) -> tuple[bool, str]:
     Raises:
         RunError: a log breaks the open rules, the runs are no series, or the points are of something else.
     """
-    points, runs = read_points(reference), _series(paths)
-    ours = _subject(runs[0])
-    for point in points.values():
-        for name, value in ours.items():
-            if point["Subject"].get(name) != value:
-                raise RunError(f"{reference}: its {name} is {point['Subject'].get(name)}, that of these runs {value}")
-    with tempfile.TemporaryDirectory() as folder, _register_benchmark():
+    points, runs = read_points(reference), read_series(paths)
+    if different := _differences([*(point["Subject"] for point in points.values()), _subject(runs[0])]):
+        raise RunError(f"{reference}: its points are not comparable with these runs; they differ in {different}")
+    with tempfile.TemporaryDirectory() as folder, _REGISTERED, reference.open(encoding="utf-8") as file:
         for number, run in enumerate(runs):  # it checks a folder
             (Path(folder) / f"result_{number}.txt").symlink_to(run.path.resolve())
-        with reference.open(encoding="utf-8") as file:
-            passed, message, factor = rcp_checker.check_directory(
-                folder, "training", RULESET, False, False, rcp_file=file, rcp_pass="pruned_rcps"
-            )
+        passed, message, factor = check_directory(
+            folder, "training", NEWEST, False, False, rcp_file=file, rcp_pass="pruned_rcps"
+        )
     epochs = " ".join(str(run.epochs_to_target or "none") for run in runs)
     verdict = f"{'passed' if passed else 'FAILED'}: {message}; batch size {runs[0].batch_size}"
     verdict += f", epochs to target {epochs}"
     if passed and factor > 1 and math.isfinite(factor):
         verdict += f"\nFaster than the reference, within what chance explains: multiply the score by {factor:.4f}."
     return bool(passed), verdict
-
-
-@contextlib.contextmanager
-def _register_benchmark() -> Iterator[None]:
-    """Add this benchmark to the package's list of those whose number of runs it knows, and keep it quiet."""
-    counts = rcp_checker.submission_runs["training"]
-    counts[BENCHMARK] = RUNS
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-        del counts[BENCHMARK]

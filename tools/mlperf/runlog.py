@@ -1,6 +1,6 @@
 """A run's log, read back with types, for the commands and pages that work on finished runs.
 
-    log = RunLog.read(Path("results/synthetic/mlperf_ds2.log"))
+    log = RunLog.read(Path("results/synthetic/last_run.log"))
     print(log.seed, log.seconds, [epoch.wer for epoch in log.epochs])
 
 `:::MLLOG {json}` is an event; a success ends with RESULT,DEEPSPEECH2,<seed>,<seconds>,<user>,<start time>.
@@ -13,10 +13,8 @@ some event: what is absent is None or empty. Whether a log proves what it says i
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
+from bisect import bisect
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,30 +26,8 @@ from pytorch.metrics import ErrorCounts
 TOKEN = ":::MLLOG "
 RESULT = "RESULT,DEEPSPEECH2,"
 CALLER = ("file", "lineno")  # metadata of every event: the line of code that logged it
-
-
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "a text": lambda value: type(value) is str,
-    "an integer": lambda value: type(value) is int and abs(value) < 2**63,
-    "a positive integer": lambda value: type(value) is int and 0 < value < 2**63,
-    "a finite number": lambda value: type(value) in (int, float) and abs(value) < 2**63,
-    "a number": lambda value: type(value) is float or (type(value) is int and abs(value) < 2**63),
-}
-# What is computed with has these types, as an event's value and as metadata. Versions differ in which of it they log.
-_TYPES = {
-    **dict.fromkeys(("configuration", "dataset", "git_commit", "validation_errors", "transcript"), "a text"),
-    **dict.fromkeys(("corpus", "subset", "reference", "hypothesis", "status", "exception"), "a text"),
-    **dict.fromkeys(("seed", "global_batch_size", "skipped_step", "epoch_num", "step_num", "step"), "an integer"),
-    **dict.fromkeys(("train_samples", "eval_samples", "train_samples_left_out"), "an integer"),
-    **dict.fromkeys(("word_errors", "character_errors"), "an integer"),
-    **dict.fromkeys(("words", "characters", "utterances"), "a positive integer"),
-    "checkpoint": "a finite number",
-    **dict.fromkeys(("train_loss", "eval_accuracy", "learning_rate", "gradient_norm"), "a number"),
-    **dict.fromkeys(("loss", "wer", "cer", "mean_utterance_wer", "sum_of_utterance_wers"), "a number"),
-    **dict.fromkeys(("target_wer", "elapsed_seconds", "seconds", "data_wait_fraction"), "a number"),
-    **dict.fromkeys(("utterances_per_second", "audio_seconds_per_second", "cpu_taken", "stolen"), "a number"),
-}
-
+RATES = "seconds", "utterances_per_second", "audio_seconds_per_second", "data_wait_fraction"
+DAMAGES = ValueError, TypeError, KeyError, OverflowError, RecursionError  # what reading a damaged line may raise
 
 _FORMER_NAMES = {  # in logs of earlier versions
     "averaging_decay": "ema_decay",
@@ -78,11 +54,26 @@ def with_current_names(saved: dict[str, Any]) -> dict[str, Any]:
 class Event:
     """A line of the log. `line` counts from 1 in the file; `metadata` is without the caller's file and line."""
 
+    path: Path
     line: int
-    time_ms: float
+    time_ms: int
     key: str
     value: Any
     metadata: dict[str, Any]
+
+    def typed(self, kind: type, name: str | None = None) -> Any:
+        """Return the value, or a name's metadata, which is a str, int or float; None if absent.
+
+        Raises:
+            RunError: it is something else, or an integer of more than 64 bits. File and line are named.
+        """
+        value = self.value if name is None else self.metadata.get(name)
+        too_large = isinstance(value, int) and abs(value) >= 2**63
+        kinds = (int, float) if kind is float else kind
+        if value is None or kind is object or (isinstance(value, kinds) and not too_large):
+            return value
+        wrong = f"{name or self.key} is {value!r:.60}, no {kind.__name__}"
+        raise RunError(f"{self.path}:{self.line}: damaged event: {wrong}")
 
 
 class Result(NamedTuple):
@@ -154,25 +145,31 @@ class RunLog:
             self._by_key.setdefault(event.key, []).append(event)
 
         # --- what ran
-        self.config_name: str | None = self.value("configuration")  # where the values started from
+        self.config_name: str | None = self.value("configuration", str)  # where the values started from
         self.configuration: dict[str, Any] = with_current_names(self.metadata("configuration"))  # Config.to_dict()
-        self.seed: int | None = self.value(constants.SEED)
-        self.batch_size: int | None = self.value(constants.GLOBAL_BATCH_SIZE)
-        self.target_wer: float | None = self.configuration.get("target_wer")
+        self.seed: int | None = self.value(constants.SEED, int)
+        self.batch_size: int | None = self.value(constants.GLOBAL_BATCH_SIZE, int)
+        self.target_wer: float | None = self.value("configuration", float, "target_wer")
+        self.max_epochs: int | None = self.value("configuration", int, "max_epochs")
         self.environment: dict[str, Any] = self.metadata("environment")  # hardware and software
-        self.commit: str | None = self.value("git_commit")  # "unknown" where git did not know it
+        self.commit: str | None = self.value("git_commit", str)  # "unknown" where git did not know it
         self.dirty: bool | None = self.metadata("git_commit").get("uncommitted_changes")
         self.cache_cleared: bool | None = self.value(constants.CACHE_CLEAR)  # else the event's metadata says why not
 
         # --- what came out
-        stop = self.metadata(constants.RUN_STOP)
-        self.status: str | None = stop.get("status")  # None: not over, or cut off
-        self.exception: str | None = stop.get("exception")  # what ended it; not in old logs
+        self.status: str | None = self.value(constants.RUN_STOP, str, "status")  # None: still running, or truncated
+        self.exception: str | None = self.value(constants.RUN_STOP, str, "exception")  # what ended it; not in old logs
         self.reached = self.status == constants.SUCCESS  # the target, as the run says
         self.resumed = bool(self.all("resumed"))  # from a checkpoint: never an uninterrupted result
-        self.seconds_before = float(self.metadata("resumed").get("elapsed_seconds", 0))  # on the clock, if resumed
+        self.seconds_before = float(self.value("resumed", float, "elapsed_seconds") or 0)  # on the clock, if resumed
         self.seconds = self._between(constants.RUN_START, constants.RUN_STOP)  # the time to target, if it was reached
         self.init_seconds = self._between(constants.INIT_START, constants.INIT_STOP)  # off the clock
+        self.cpu_taken: float = self.value("cpu_taken", float) or 0.0  # fraction that other programs took
+        self.cpu_stolen: float = self.value("cpu_taken", float, "stolen") or 0.0  # and the hypervisor
+        self.steps = [_step(event) for event in self.events if event.key in ("train_loss", "skipped_step")]
+        self._step_lines = [event.line for event in self.events if event.key in ("train_loss", "skipped_step")]
+        self.epochs = self._epochs()  # in the order of their beginning
+        self.transcripts = [_transcript(event) for event in self.all("transcript")]  # from the worst to the best
 
     @classmethod
     def read(cls, path: Path) -> RunLog:
@@ -189,10 +186,15 @@ class RunLog:
             raise RunError(f"{path}: no log: it is not text (byte {error.start})") from error
         events, results = [], []
         for number, line in enumerate(lines, start=1):
-            if TOKEN in line:
-                events.append(_read_event(path, number, line.partition(TOKEN)[2]))
-            elif RESULT in line:
-                results.append(_read_result(path, number, line.partition(RESULT)[2]))
+            try:
+                if TOKEN in line:
+                    events.append(_event(path, number, line.partition(TOKEN)[2]))
+                elif RESULT in line:
+                    seed, seconds, _user, _started = line.partition(RESULT)[2].strip().split(",")
+                    results.append(Result(number, int(seed), int(seconds)))
+            except DAMAGES as error:
+                what = "event" if TOKEN in line else "RESULT line"
+                raise RunError(f"{path}:{number}: damaged {what}: {error!r:.200}") from error
         if not events:
             raise RunError(f"{path}: no log: it has no '{TOKEN.strip()}' line")
         if len(results) > 1:
@@ -212,10 +214,10 @@ class RunLog:
         """Return the first event of a key."""
         return next(iter(self.all(key)), None)
 
-    def value(self, key: str) -> Any:
-        """Return the value of the first event of a key."""
+    def value(self, key: str, kind: type = object, name: str | None = None) -> Any:
+        """Return the value of the first event of a key, or a name's metadata, typed as by `Event.typed`."""
         event = self.first(key)
-        return None if event is None else event.value
+        return None if event is None else event.typed(kind, name)
 
     def metadata(self, key: str) -> dict[str, Any]:
         """Return the metadata of the first event of a key; empty where there is none."""
@@ -227,64 +229,14 @@ class RunLog:
         start = self.first(constants.RUN_START) or self.events[0]
         return (event.time_ms - start.time_ms) / 1000
 
-    def _between(self, first: str, last: str) -> float | None:
-        start, stop = self.first(first), self.first(last)
-        return None if start is None or stop is None else (stop.time_ms - start.time_ms) / 1000
-
     @property
     def dataset(self) -> Dataset | None:
+        """What the run trained on."""
         event = self.first("dataset")
         if event is None:
             return None
         official, synthetic = (event.metadata.get(name) is True for name in ("official_archives", "synthetic"))
-        return Dataset(event.value, event.metadata.get("corpus", ""), official, synthetic)
-
-    @property
-    def training_utterances(self) -> int | None:
-        """Size of the training set, with those utterances that are too short to be trained on; None if not known."""
-        trained, left_out = self.value(constants.TRAIN_SAMPLES), self.value("train_samples_left_out")
-        return None if trained is None or left_out is None else trained + left_out
-
-    @cached_property
-    def steps(self) -> list[Step]:
-        """Optimizer steps in order, skipped ones included."""
-        found = []
-        for event in self.events:
-            if event.key == "train_loss":
-                rate, norm = event.metadata.get("learning_rate"), event.metadata.get("gradient_norm")
-                found.append(Step(event.metadata.get("step_num", 0), event.value, rate, norm))
-            elif event.key == "skipped_step":
-                found.append(Step(event.value, None, None, None))
-        return found
-
-    @cached_property
-    def epochs(self) -> list[Epoch]:
-        """Epochs in the order of their beginning."""
-        by_epoch: dict[int, list[Event]] = {}
-        for event in self.events:
-            if constants.EPOCH_NUM in event.metadata:
-                by_epoch.setdefault(event.metadata[constants.EPOCH_NUM], []).append(event)
-        starts = [(event, event.metadata.get(constants.EPOCH_NUM, 0)) for event in self.all(constants.EPOCH_START)]
-        return [self._epoch(number, start, by_epoch.get(number, [])) for start, number in starts]
-
-    def _epoch(self, number: int, start: Event, events: list[Event]) -> Epoch:
-        first = {event.key: event for event in reversed(events)}
-        stop, evaluated = first.get(constants.EPOCH_STOP), first.get(constants.EVAL_STOP)
-        accuracy = first.get(constants.EVAL_ACCURACY)
-        trained = {} if stop is None else stop.metadata
-        names = "seconds", "utterances_per_second", "audio_seconds_per_second", "data_wait_fraction"
-        return Epoch(
-            number=number,
-            started=self.clock(start),
-            trained=None if stop is None else self.clock(stop),
-            evaluated=None if evaluated is None else self.clock(evaluated),
-            step=trained.get("step"),
-            finished=trained.get("finished"),
-            loss=trained.get("loss"),
-            throughput={name: trained[name] for name in names if name in trained},
-            wer=None if accuracy is None else accuracy.value,
-            errors={event.value: _error_counts(event) for event in events if event.key == "validation_errors"},
-        )
+        return Dataset(event.typed(str) or "", event.typed(str, "corpus") or "", official, synthetic)
 
     @property
     def last_evaluation(self) -> Epoch | None:
@@ -296,45 +248,66 @@ class RunLog:
         """Number of the epoch whose evaluation reached the target."""
         return self.epochs[-1].number if self.reached and self.epochs else None
 
-    @cached_property
-    def transcripts(self) -> list[Transcript]:
-        """Some validation utterances, from the worst to the best."""
-        return [_transcript(event) for event in self.all("transcript")]
+    def mean_rate(self, name: str) -> float | None:
+        """Return the mean of one of RATES over all training of this process; None if there was none."""
+        parts = [epoch.throughput for epoch in self.epochs if {name, "seconds"} <= epoch.throughput.keys()]
+        seconds = sum(part["seconds"] for part in parts)
+        return sum(part[name] * part["seconds"] for part in parts) / seconds if seconds else None
+
+    def _between(self, first: str, last: str) -> float | None:
+        start, stop = self.first(first), self.first(last)
+        return None if start is None or stop is None else (stop.time_ms - start.time_ms) / 1000
+
+    def _epochs(self) -> list[Epoch]:
+        by_epoch: dict[int, list[Event]] = {}
+        for event in self.events:
+            if constants.EPOCH_NUM in event.metadata:
+                by_epoch.setdefault(event.typed(int, constants.EPOCH_NUM), []).append(event)
+        starts = [(event, event.metadata.get(constants.EPOCH_NUM, 0)) for event in self.all(constants.EPOCH_START)]
+        return [self._epoch(number, start, by_epoch.get(number, [])) for start, number in starts]
+
+    def _epoch(self, number: int, start: Event, events: list[Event]) -> Epoch:
+        first = {event.key: event for event in reversed(events)}
+        stop, evaluated = first.get(constants.EPOCH_STOP), first.get(constants.EVAL_STOP)
+        accuracy = first.get(constants.EVAL_ACCURACY)
+        rates = {} if stop is None else {name: stop.typed(float, name) for name in RATES if name in stop.metadata}
+        if stop is None or bisect(self._step_lines, start.line) == bisect(self._step_lines, stop.line):
+            rates = {}  # no step was made: the run was resumed when only the evaluation was left
+        return Epoch(
+            number=number,
+            started=self.clock(start),
+            trained=None if stop is None else self.clock(stop),
+            evaluated=None if evaluated is None else self.clock(evaluated),
+            step=None if stop is None else stop.typed(int, "step"),
+            finished=None if stop is None else stop.metadata.get("finished"),
+            loss=None if stop is None else stop.typed(float, "loss"),
+            throughput=rates,
+            wer=None if accuracy is None else accuracy.typed(float),
+            errors={event.typed(str): _error_counts(event) for event in events if event.key == "validation_errors"},
+        )
 
 
-def _read_event(path: Path, number: int, text: str) -> Event:
-    try:
-        fields = json.loads(text)
-        event = Event(number, fields["time_ms"], fields["key"], fields["value"], dict(fields["metadata"] or {}))
-        typed = type(event.key) is str and _CHECKS["a number"](event.time_ms) and math.isfinite(event.time_ms)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{path}:{number}: damaged event: {error!r}") from error
-    if not typed:
-        raise RunError(f"{path}:{number}: damaged event: its time or its key has the wrong type")
-    for name in CALLER:
-        event.metadata.pop(name, None)
-    for name, value in {**event.metadata, event.key: event.value}.items():
-        kind = _TYPES.get(name)
-        if event.key == "skipped_step" and name == "utterances":  # a list of ids
-            continue
-        if kind is not None and not _CHECKS[kind](value):
-            what = name if name == event.key else f"{event.key}'s {name}"
-            raise RunError(f"{path}:{number}: damaged event: {what} is {value!r:.60}, not {kind}")
+def _event(path: Path, line: int, text: str) -> Event:
+    fields = json.loads(text)
+    if "\\ud" in text.lower():  # half a character, as of a variable that is not UTF-8, cannot be written to a page
+        fields = json.loads(json.dumps(fields, ensure_ascii=False).encode(errors="replace"))
+    metadata = {name: value for name, value in (fields["metadata"] or {}).items() if name not in CALLER}
+    event = Event(path, line, int(fields["time_ms"]), fields["key"], fields["value"], metadata)
+    hash(event.key)
     return event
 
 
-def _read_result(path: Path, number: int, line: str) -> Result:
-    try:
-        seed, seconds, _user, _started = line.strip().split(",")
-        return Result(number, int(seed), int(seconds))
-    except ValueError as error:
-        raise RunError(f"{path}:{number}: damaged RESULT line: {line!r}") from error
+def _step(event: Event) -> Step:
+    if event.key == "skipped_step":
+        return Step(event.typed(int) or 0, None, None, None)
+    rate, norm = event.typed(float, "learning_rate"), event.typed(float, "gradient_norm")
+    return Step(event.typed(int, "step_num") or 0, event.typed(float), rate, norm)
 
 
 def _transcript(event: Event) -> Transcript:
-    subset, reference, hypothesis = (event.metadata.get(name, "") for name in ("subset", "reference", "hypothesis"))
-    return Transcript(event.value, subset, reference, hypothesis, event.metadata.get("wer", 0.0))
+    subset, reference, hypothesis = (event.typed(str, name) or "" for name in ("subset", "reference", "hypothesis"))
+    return Transcript(event.typed(str) or "", subset, reference, hypothesis, event.typed(float, "wer") or 0.0)
 
 
 def _error_counts(event: Event) -> ErrorCounts:
-    return ErrorCounts(**{name: event.metadata.get(name, 0) for name in ErrorCounts.__dataclass_fields__})
+    return ErrorCounts(**{name: event.typed(float, name) or 0 for name in ErrorCounts.__dataclass_fields__})

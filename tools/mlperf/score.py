@@ -24,47 +24,38 @@ MAX_MISSED = 1  # of them; it is then the slowest
 # What may differ between the runs of a series: the seed, where files lie (the data set has a digest), and what bears on
 # runs that break off.
 FREE = {"seed", *fields_of("machine", "session")}
+EVENTS = constants.SUBMISSION_PLATFORM, constants.SUBMISSION_DIVISION, "number_of_ranks", "gru_implementation"
 ENVIRONMENT = "torch", "cuda", "cudnn", "threads"  # of what a log knows of its machine, what bears on time and losses
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of several runs of one configuration on one machine."""
+    """MLPerf score of a series of runs."""
 
     runs: list[RunLog]  # by seed
     seconds: float | None  # the score; None where too many runs missed the target, or there are too few
     missed: list[RunLog]
 
 
-def setup(log: RunLog) -> dict[str, Any]:
+def comparability_key(log: RunLog) -> dict[str, Any]:
     """Return what must be the same in all runs of a series; None where the log does not know it."""
-    keys = constants.SUBMISSION_PLATFORM, constants.SUBMISSION_DIVISION, "number_of_ranks", "gru_implementation"
     return {
         **{name: value for name, value in log.configuration.items() if name not in FREE},
         "data set": log.dataset and log.dataset.digest,
-        **{key: log.value(key) for key in keys},
+        **{key: log.value(key) for key in EVENTS},
         **{name: log.environment.get(name) for name in ENVIRONMENT},
     }
 
 
 def differences(logs: Sequence[RunLog]) -> dict[str, list[Any]]:
     """Return what is not the same in all of these runs, each with its values: the seed, paths and the commit apart."""
-    setups = [setup(log) for log in logs]
-    names = dict.fromkeys(name for each in setups for name in each)
-    values = {name: [each.get(name) for each in setups] for name in names}
+    keys = [comparability_key(log) for log in logs]
+    values = {name: [key.get(name) for key in keys] for name in dict.fromkeys(name for key in keys for name in key)}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
-def require_same_setup(logs: list[RunLog]) -> list[RunLog]:
-    """Return the runs sorted by seed; RunError where they differ in more than that."""
-    found = [f"{name} ({', '.join(dict.fromkeys(map(str, values)))})" for name, values in differences(logs).items()]
-    if found:
-        raise RunError(f"these are runs of several configurations; they differ in {', '.join(found)}")
-    return sorted(logs, key=lambda log: log.seed or 0)
-
-
-def score(paths: list[Path], fewest: int = MIN_RUNS) -> Score:
-    """Read the logs of several runs and score them.
+def read_series(paths: list[Path], fewest: int = MIN_RUNS) -> list[RunLog]:
+    """Read the logs of a series, sorted by seed.
 
     Raises:
         RunError: a log breaks the open rules (other than by missing the target), runs share a seed, differ in more than
@@ -72,7 +63,16 @@ def score(paths: list[Path], fewest: int = MIN_RUNS) -> Score:
     """
     if len(paths) < fewest:
         raise RunError(f"{len(paths)} logs; a score drops the fastest and the slowest run, so it needs {fewest}")
-    runs = require_same_setup(load_valid(paths))
+    logs = load_valid(paths)
+    found = [f"{name} ({', '.join(dict.fromkeys(map(str, values)))})" for name, values in differences(logs).items()]
+    if found:
+        raise RunError(f"these are runs of several configurations; they differ in {', '.join(found)}")
+    return sorted(logs, key=lambda log: log.seed or 0)
+
+
+def score(paths: list[Path], fewest: int = MIN_RUNS) -> Score:
+    """Score the runs of a series. Raises what `read_series` does."""
+    runs = read_series(paths, fewest)
     missed = [run for run in runs if not run.reached]
     times = sorted(run.seconds if run.reached and run.seconds is not None else math.inf for run in runs)
     scored = len(missed) <= MAX_MISSED and len(runs) >= MIN_RUNS
@@ -81,12 +81,12 @@ def score(paths: list[Path], fewest: int = MIN_RUNS) -> Score:
 
 def report(found: Score) -> str:
     """Return the score as text, a line for each run first."""
-    lines = [f"{'seed':>6}  {'epochs':>6}  {'WER':>6}  {'seconds':>9}  log"]
+    lines = [f"{'seed':>6}  {'epochs':>6}  {'last WER':>8}  {'seconds':>9}  log"]
     for run in found.runs:
         took = f"{run.seconds or 0:9.1f}" if run.reached else "no target"
         last = run.last_evaluation
-        epoch, wer = (last.number, last.wer) if last else (0, math.nan)
-        lines.append(f"{run.seed:>6}  {epoch:>6}  {wer:6.2f}  {took}  {run.path}")
+        epochs, wer = (last.number, last.wer) if last else (0, math.nan)
+        lines.append(f"{run.seed:>6}  {epochs:>6}  {wer:8.2f}  {took}  {run.path}")
     reached = [run for run in found.runs if run.reached]
     for name, values in (
         ("seconds", [run.seconds or 0 for run in reached]),
@@ -96,7 +96,6 @@ def report(found: Score) -> str:
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
             spread = f"{statistics.fmean(values):.1f} +- {deviation:.1f} ({min(values):.1f} to {max(values):.1f})"
             lines.append(f"{name} to target of {len(values)} runs, mean +- standard deviation: {spread}")
-    lines.append(f"runs that did not reach the target: {len(found.missed)}")
     return "\n".join([*lines, *verdict(found)])
 
 
@@ -109,10 +108,11 @@ def verdict(found: Score) -> list[str]:
         lines = [f"No score: {len(found.missed)} runs did not reach the target; at most {MAX_MISSED} may."]
     else:
         lines = [f"Score: {found.seconds:.1f} s, the mean without the fastest and the slowest of {len(runs)} runs."]
-    if len(runs) != RUNS:
+    if found.missed:
+        lines.append(f"Runs that did not reach the target: {len(found.missed)}.")
+    if len(runs) < RUNS:
         lines.append(f"Note: the rules ask for {RUNS} runs; these are {len(runs)}.")
-    commits = sorted({str(run.commit) for run in runs})
-    if len(commits) > 1:
+    if len(commits := sorted({str(run.commit) for run in runs})) > 1:
         lines.append(f"Note: the runs are of several commits: {', '.join(commits)}.")
     for note, count in Counter(note for run in runs for note in notes(run)).items():
         lines.append(f"Note: {note}{'' if count == len(runs) else f' ({count} of {len(runs)} runs)'}.")

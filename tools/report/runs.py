@@ -12,8 +12,7 @@ from pathlib import Path
 from mlperf_logging.mllog import constants
 
 from pytorch.errors import Preempted, RunError
-from tools.mlperf.check import check
-from tools.mlperf.consistency import clock_problem
+from tools.mlperf.check import check, clock_problem
 from tools.mlperf.runlog import RunLog
 from tools.mlperf.score import MIN_RUNS, differences, score, verdict
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tools.mlperf.check import MISSED_TARGET, notes
-from tools.mlperf.consistency import clock_problem
+from tools.mlperf.check import MISSED_TARGET, clock_problem, notes
 from tools.mlperf.score import RUNS
 from tools.report.runs import Run, Series
 

@@ -108,6 +108,12 @@ def made_up(
     log("submission_platform", "made up")
     for name, event in EVENTS.items():
         log(event, getattr(config, name))
+    for key in ("linear", "attn", "comm"):
+        log(f"lowest_numerical_precision_in_{key}", "bfloat16")
+    for key in ("tensor_parallelism", "pipeline_parallelism", "context_parallelism", "expert_parallelism"):
+        log(key, 1)
+    log("micro_batch_size", config.batch_size)
+    log("config_filename", "pytorch/config.py")
     log("configuration", config.config, **config.to_dict())
     digest = CORPORA[corpus].reference_digest if corpus in CORPORA else ""
     log(
