@@ -63,7 +63,7 @@ def open_page(browser: Any, pages: dict[str, Path]) -> Iterator[Opener]:
         page, address = contexts[-1].new_page(), pages[title].as_uri()
         for event in ("console", "pageerror", "dialog"):
             page.on(event, lambda what: wrong.append(str(what)))
-        page.on("request", lambda request: request.url == address or wrong.append(request.url))
+        page.on("request", lambda request: wrong.extend({request.url} - {address}))
         page.goto(address)
         page.evaluate("document.querySelectorAll('details').forEach((details) => (details.open = true))")
         return page

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools.mlperf.forged import Forged
-from tests.tools.mlperf.made_up_logs import add, made_up_log
+from tests.tools.mlperf.made_up_logs import made_up_log
 from tests.tools.mlperf.test_score import series
 from tools.report.runs import read_series
 from tools.report.warnings import warnings
@@ -34,12 +34,6 @@ def test_a_plain_result_is_warned_of_in_nothing(tmp_path: Path) -> None:
 )
 def test_what_is_no_plain_result_is_warned_of(made: dict, warning: str, tmp_path: Path) -> None:
     assert any(whom == "" and warning in text for whom, text in warned(tmp_path, made_up_log(**made)))
-
-
-def test_skipped_steps_are_counted(tmp_path: Path) -> None:
-    log = made_up_log(epochs=1, steps=3)
-    add(log, "train_loss", "skipped_step", 4, number=2, reason="not finite", utterances=[])
-    assert any("not finite: 1" in text for _, text in warned(tmp_path, log))
 
 
 def test_warnings_that_differ_only_in_numbers_are_one_with_a_range(tmp_path: Path) -> None:
