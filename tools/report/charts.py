@@ -8,20 +8,16 @@ from itertools import groupby
 from statistics import fmean, median
 from typing import Any
 
-from mlperf_logging.mllog import constants
-
-from tools.mlperf.consistency import clock_problem
+from tools.mlperf.check import clock_problem
 from tools.report.runs import Run, Series
 
 POINTS = 200  # of a line over steps, each the mean of its neighbors: no screen shows more, and the page stays small
 EPOCH, STEP, TIME, WER, LOSS, MEMORY = "epoch", "step", "time (s)", "WER (%)", "loss", "peak memory (GiB)"
-
 Row = dict[str, Any]  # figures of an epoch or of some steps, by name: those that the log has
 
 
 def epoch_rows(run: Run) -> dict[int, Row]:
     """Return the figures of a run's epochs by their numbers."""
-    trained = {event.metadata.get(constants.EPOCH_NUM): event.metadata for event in run.log.all(constants.EPOCH_STOP)}
     has_times = clock_problem(run.log) is None
     rows = {}
     for epoch in run.log.epochs:
@@ -31,9 +27,9 @@ def epoch_rows(run: Run) -> dict[int, Row]:
             WER: epoch.wer,
             **{f"{WER} {name}": errors.wer for name, errors in epoch.errors.items() if len(epoch.errors) > 2},
             LOSS: epoch.loss,
-            "utterances/s": epoch.throughput.get("utterances_per_second") or None,
+            "utterances/s": epoch.throughput.get("utterances_per_second"),
             "waiting for data (fraction)": epoch.throughput.get("data_wait_fraction"),
-            MEMORY: trained.get(epoch.number, {}).get("peak_memory_gib"),
+            MEMORY: epoch.throughput.get("peak_memory_gib"),
         }
         rows[epoch.number] = {name: value for name, value in figures.items() if value is not None}
     return rows
@@ -42,9 +38,8 @@ def epoch_rows(run: Run) -> dict[int, Row]:
 def step_rows(run: Run, width: int) -> dict[int, Row]:
     """Return the mean loss of every `width` neighboring steps."""
     steps = [(step.number, step.loss) for step in run.log.steps if step.loss is not None]
-    bins = groupby(steps, key=lambda step: step[0] // width)
-    means = {place: map(fmean, zip(*neighbors, strict=True)) for place, neighbors in bins}
-    return {place: dict(zip((STEP, LOSS), both, strict=True)) for place, both in means.items()}
+    bins = {place: [*neighbors] for place, neighbors in groupby(steps, key=lambda step: step[0] // width)}
+    return {place: {STEP: fmean(n for n, _ in bin), LOSS: fmean(y for _, y in bin)} for place, bin in bins.items()}
 
 
 def charts(series: Sequence[Series]) -> list[dict[str, Any]]:
@@ -86,9 +81,9 @@ def _lines(series: Sequence[Sequence[dict[int, Row]]], x: str, y: str) -> list[d
 
 def _ends(runs: Sequence[Run], row: int) -> dict[int, Row]:
     """Return where runs reached the target, each at a height of its own in the row, so that no mark hides another."""
-    heights = [row + 0.8 * (place + 0.5) / len(runs) - 0.4 for place in range(len(runs))]
-    return {
-        place: {TIME: run.seconds, EPOCH: run.log.epochs_to_target, "": heights[place]}
-        for place, run in enumerate(runs)
-        if run.log.reached and run.seconds is not None
-    }
+    ends = {}
+    for place, run in enumerate(runs):
+        if run.log.reached and run.seconds is not None:
+            height = row + 0.8 * (place + 0.5) / len(runs) - 0.4
+            ends[place] = {TIME: run.seconds, EPOCH: run.log.epochs_to_target, "": height}
+    return ends

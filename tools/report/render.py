@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from tools.mlperf.runlog import RunLog
 from tools.report.charts import charts, epoch_rows
-from tools.report.runs import Run, Series, file_names
+from tools.report.runs import Series, file_names
 from tools.report.warnings import warnings
 
 FOLDER = Path(__file__).parent
@@ -34,7 +34,6 @@ def render(series: Sequence[Series]) -> str:
         files=dict(zip(runs, file_names([run.log for run in runs]), strict=True)),
         epochs=epochs,
         columns=list(dict.fromkeys(name for rows in epochs.values() for row in rows for name in row)),
-        speed=mean_speed(runs[0]),
         warnings=warnings(series),
         charts=charts(series),
         duration=duration,
@@ -43,14 +42,7 @@ def render(series: Sequence[Series]) -> str:
         source=lambda name: Markup((FOLDER / name).read_text(encoding="utf-8")),
         nonce=secrets.token_hex(16),  # should a log's script ever slip through the escaping, no browser runs it
     )
-    return page.encode(errors="backslashreplace").decode()  # a variable of the environment need not be Unicode
-
-
-def mean_speed(run: Run) -> float | None:
-    """Return the seconds of audio that are trained on in a second; None if no step was made."""
-    parts = [epoch.throughput for epoch in run.log.epochs if epoch.throughput.get("audio_seconds_per_second")]
-    seconds = sum(part["seconds"] for part in parts)
-    return sum(part["audio_seconds_per_second"] * part["seconds"] for part in parts) / seconds if seconds else None
+    return page.encode(errors="backslashreplace").decode()  # a path need not be Unicode
 
 
 def duration(seconds: float) -> str:

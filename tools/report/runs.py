@@ -10,10 +10,10 @@ from pathlib import Path
 
 from pytorch.config import fields_of
 from pytorch.errors import Preempted, RunError
-from tools.mlperf.check import check, cpu_taken
-from tools.mlperf.consistency import clock_problem
+from pytorch.machine import MAX_CPU_TAKEN
+from tools.mlperf.check import check, clock_problem
 from tools.mlperf.runlog import TOKEN, RunLog
-from tools.mlperf.score import MIN_RUNS, differences, score, setup, verdict
+from tools.mlperf.score import MIN_RUNS, comparability_key, differences, score, verdict
 
 ENDS = {Preempted.__name__: "interrupted by a signal, and saved", "KeyboardInterrupt": "stopped by Ctrl-C"}
 
@@ -39,7 +39,7 @@ class Run:
     @property
     def valid(self) -> bool:
         """Whether its time may be quoted: the log is accepted, and other programs left it the CPUs."""
-        return not self.refusals and not cpu_taken(self.log)
+        return not self.refusals and self.log.cpu_taken + self.log.cpu_stolen <= MAX_CPU_TAKEN
 
     @property
     def outcome(self) -> str:
@@ -94,14 +94,13 @@ def read_series(logs: Mapping[Path, str]) -> list[Series]:
         log, violations = check(path)
         refusals = [each.reason for each in violations if not each.missed_target]
         run = Run(name or str(log.config_name or "unknown configuration"), log.last_start(), refusals)
-        key = repr((run.label, log.commit, log.resumed, setup(log)))
+        key = repr((run.label, log.commit, log.resumed, comparability_key(log)))
         groups.setdefault((key, repeats[f"{key}{log.seed}"]), []).append(run)
         repeats[f"{key}{log.seed}"] += 1
     series = []
     for label, group in zip(_labels([group[0] for group in groups.values()]), groups.values(), strict=True):
         group.sort(key=lambda run: run.log.seed or 0)
-        names = [f"{label}, seed {run.log.seed}" if len(group) > 1 else label for run in group]
-        runs = [replace(run, label=name) for run, name in zip(group, names, strict=True)]
+        runs = [replace(run, label=f"{label}, seed {run.log.seed}" if len(group) > 1 else label) for run in group]
         series.append(Series(label, runs, *_score([run.log.path for run in runs])))
     return series
 

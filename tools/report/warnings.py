@@ -64,7 +64,7 @@ def _labels(runs: set[Run], series: Sequence[Series]) -> str:
     for each in series:
         these = [run.label for run in each.runs if run in runs]
         names += [each.label] if len(these) == len(each.runs) else these
-    if names == [each.label for each in series]:
-        return ""
     total = sum(len(each.runs) for each in series)
+    if len(runs) == total:
+        return ""
     return "; ".join(names) if len(names) <= MOST_NAMED else f"{len(runs)} of {total} runs"
