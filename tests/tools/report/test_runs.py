@@ -8,7 +8,7 @@ import pytest
 from tests.tools.mlperf.forged import Forged
 from tests.tools.mlperf.made_up_logs import add, made_up_log
 from tests.tools.mlperf.test_score import series
-from tools.report.runs import Run, file_names, find_logs, read_series
+from tools.report.runs import Run, read_series
 
 
 def run_of(log: Forged, folder: Path) -> Run:
@@ -60,18 +60,6 @@ def test_the_same_seed_another_commit_and_a_resumed_run_begin_series_of_their_ow
     ]
 
 
-def test_logs_are_called_by_what_their_paths_do_not_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("before", "after"):
-        Path(name).mkdir()
-        made_up_log(epochs=1, steps=2).write(Path(name) / "run.log")
-    found = [*find_logs(tmp_path / "before"), Path("after/run.log")]
-    assert file_names([each.runs[0].log for each in read_series(dict.fromkeys(found, ""))]) == [
-        "before/run",
-        "after/run",
-    ]
-
-
 def test_a_time_is_not_valid_if_others_had_the_cpu_or_the_log_is_refused(tmp_path: Path) -> None:
     assert run_of(made_up_log(), tmp_path).valid
     assert not run_of(made_up_log(others=0.5), tmp_path).valid
@@ -105,7 +93,6 @@ def cut(log: Forged, last: str, *, status: str | None = "aborted", exception: st
         (cut(made_up_log(), "train_loss"), "crashed or stopped"),  # in older logs
         (cut(made_up_log(), "train_loss", status=None), "the log ends before the run did"),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_outcome_says_why_a_run_ended(log: Forged, outcome: str, tmp_path: Path) -> None:
     assert run_of(log, tmp_path).outcome == outcome
