@@ -26,7 +26,7 @@ from pytorch.metrics import ErrorCounts
 TOKEN = ":::MLLOG "
 RESULT = "RESULT,DEEPSPEECH2,"
 CALLER = ("file", "lineno")  # metadata of every event: the line of code that logged it
-RATES = "seconds", "utterances_per_second", "audio_seconds_per_second", "data_wait_fraction"
+RATES = "seconds", "utterances_per_second", "audio_seconds_per_second", "data_wait_fraction", "peak_memory_gib"
 DAMAGES = ValueError, TypeError, KeyError, OverflowError, RecursionError  # what reading a damaged line may raise
 
 _FORMER_NAMES = {  # in logs of earlier versions

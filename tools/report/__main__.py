@@ -1,7 +1,8 @@
 """A page about runs: what happened in one, or in several side by side.
 
-    python -m tools.report results/synthetic/mlperf_ds2.log
-    python -m tools.report results/2-cores-zen5/an4/*.txt -o comparison.html
+    python -m tools.report results/synthetic/last_run.log
+    python -m tools.report results/2-cores-zen5/an4 -o an4.html
+    python -m tools.report fp32=results/2-cores-zen5/an4-fp32 bf16=results/2-cores-zen5/an4 -o comparison.html
 
 Runs that differ only in their seeds are shown as one series. The page is one HTML file that needs no network. Exit
 status: 0, or 1 if a log is damaged or the page cannot be written; the reason is one line.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,30 +22,33 @@ from data.cli import exit_status
 from pytorch.errors import RunError
 from tools.output_files import write_output
 from tools.report.render import render
-from tools.report.runs import read_series
+from tools.report.runs import find_logs, read_series
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to show."""
+def report(
+    logs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]LOG|FOLDER...")],
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html"),
+) -> None:
+    """Write the page.
 
-    logs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """logs of runs, as run_and_time.sh prints them"""
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """the page; never a log, which is not replaced"""
+    Args:
+        logs: logs of runs; a folder stands for the logs in it, and NAME is what the page calls its runs
+        output: the page; never a log, which is not replaced
+    """
+    if not logs:
+        raise RunError("no log: python -m tools.report LOG... -o report.html")
+    names: dict[Path, str] = {}
+    for argument in logs:
+        name, _, path = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
+        names |= dict.fromkeys(find_logs(Path(path)), name)
+    write_output(output, render(read_series(names)))
+    print(f"Report: {output}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status."""
-    options = tyro.cli(Options, args=arguments, prog="python -m tools.report", description=__doc__)
-
-    def report() -> None:
-        if not options.logs:
-            raise RunError("no log is given: python -m tools.report LOG... -o report.html")
-        write_output(options.output, render(read_series(options.logs)))
-        print(f"Report: {options.output}")
-
-    return exit_status(report, arguments)
+    work = partial(tyro.cli, report, args=arguments, prog="python -m tools.report", description=__doc__)
+    return exit_status(work, arguments)
 
 
 if __name__ == "__main__":

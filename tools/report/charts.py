@@ -4,177 +4,86 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby
 from statistics import fmean, median
 from typing import Any
 
+from tools.mlperf.check import clock_problem
 from tools.report.runs import Run, Series
 
-POINTS = 2000  # that a chart draws of single steps: no screen shows more, and the page stays small
-MEANS = 60  # points of a line that stands for many steps
-EPOCH, STEP, TIME = "epoch", "step", "time (s)"
-WER, LOSS, RATE, NORM = "WER (%)", "loss", "learning rate", "gradient norm"
-SPEED, WAIT = "utterances/s", "waiting for data (%)"
-ERRORS = "Corpus word error rate on the validation set after each epoch; the dashed line is the target."
-STEPS = "Means over neighboring steps; single steps are faint."
-CHARTS = (  # id, title, whether of epochs or steps, x, y, note
-    ("wer-time", "Word error rate by time", EPOCH, TIME, WER, ERRORS),
-    ("wer-epoch", "Word error rate by epoch", EPOCH, EPOCH, WER, ERRORS),
-    ("throughput", "Throughput", EPOCH, EPOCH, SPEED, "Training only, without evaluation."),
-    ("wait", "Waiting for data", EPOCH, EPOCH, WAIT, "Share of the training time that steps waited for their batches."),
-    ("loss", "Training loss", STEP, STEP, LOSS, STEPS),
-    ("rate", "Learning rate", STEP, STEP, RATE, STEPS),
-    ("norm", "Gradient norm", STEP, STEP, NORM, f"Before clipping; logarithmic. {STEPS}"),
-)
-
-Row = dict[str, Any]  # figures of an epoch or step, by name; None where the log lacks them
-Point = tuple[float, float]
-Curve = dict[int, Point]  # of a run, by the numbers of its epochs or steps
+POINTS = 200  # of a line over steps, each the mean of its neighbors: no screen shows more, and the page stays small
+EPOCH, STEP, TIME, WER, LOSS, MEMORY = "epoch", "step", "time (s)", "WER (%)", "loss", "peak memory (GiB)"
+Row = dict[str, Any]  # figures of an epoch or of some steps, by name: those that the log has
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of a series, which is given by its place. Faint ones, of each run or each step, lie behind the others."""
-
-    series: int
-    name: str  # of what is shown
-    points: list[Point]
-    faint: bool
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart over time, epochs or steps."""
-
-    id: str
-    title: str
-    x: str
-    y: str
-    note: str
-    lines: list[Line]
-    targets: Sequence[float]
-    logarithmic: bool
-
-
-def epoch_rows(run: Run) -> list[Row]:
-    """Return the figures of a run's epochs."""
-    steps = {step.number: step for step in run.log.steps}
-    rows = []
+def epoch_rows(run: Run) -> dict[int, Row]:
+    """Return the figures of a run's epochs by their numbers."""
+    has_times = clock_problem(run.log) is None
+    rows = {}
     for epoch in run.log.epochs:
-        last = steps.get(epoch.step or 0)
-        ends = epoch.evaluated, epoch.trained, epoch.started  # a log that is cut off right there lacks the first
-        end = run.log.seconds_before + next(time for time in ends if time is not None)
-        waited = epoch.throughput.get("data_wait_fraction")
-        row = {
+        figures = {
             EPOCH: epoch.number,
-            TIME: end if run.has_times else None,
+            TIME: run.log.seconds_before + epoch.evaluated if has_times and epoch.evaluated is not None else None,
             WER: epoch.wer,
-            **{
-                f"{WER} {name}": counts.wer
-                for name, counts in epoch.errors.items()
-                if name != "all" and len(epoch.errors) > 2
-            },
+            **{f"{WER} {name}": errors.wer for name, errors in epoch.errors.items() if len(epoch.errors) > 2},
             LOSS: epoch.loss,
-            RATE: last and last.learning_rate,
-            NORM: last and last.gradient_norm,
-            SPEED: epoch.throughput.get("utterances_per_second"),
-            WAIT: None if waited is None else 100 * waited,
+            "utterances/s": epoch.throughput.get("utterances_per_second"),
+            "waiting for data (fraction)": epoch.throughput.get("data_wait_fraction"),
+            MEMORY: epoch.throughput.get("peak_memory_gib"),
         }
-        rows.append(row)
+        rows[epoch.number] = {name: value for name, value in figures.items() if value is not None}
     return rows
 
 
-def step_rows(run: Run) -> list[Row]:
-    """Return the figures of a run's steps."""
-    return [
-        {STEP: step.number, LOSS: step.loss, RATE: step.learning_rate, NORM: step.gradient_norm}
-        for step in run.log.steps
-    ]
+def step_rows(run: Run, width: int) -> dict[int, Row]:
+    """Return the mean loss of every `width` neighboring steps."""
+    steps = [(step.number, step.loss) for step in run.log.steps if step.loss is not None]
+    bins = {place: [*neighbors] for place, neighbors in groupby(steps, key=lambda step: step[0] // width)}
+    return {place: {STEP: fmean(n for n, _ in bin), LOSS: fmean(y for _, y in bin)} for place, bin in bins.items()}
 
 
-def charts(series: Sequence[Series]) -> list[Chart]:
-    """Return the charts for which some run has figures."""
+def charts(series: Sequence[Series]) -> list[dict[str, Any]]:
+    """Return the charts for which some run has figures, as page.js reads them."""
     runs = [run for each in series for run in each.runs]
-    rows = {EPOCH: [list(map(epoch_rows, each.runs)) for each in series]}
-    rows[STEP] = [list(map(step_rows, each.runs)) for each in series]
-    epochs = [row for of_series in rows[EPOCH] for of_run in of_series for row in of_run]
-    longest = max((row[TIME] for row in epochs if row[TIME] is not None), default=0)
-    unit, divisor = ("s", 1) if longest < 600 else ("min", 60) if longest < 4 * 3600 else ("h", 3600)
-    errors = [name for name in dict.fromkeys(name for row in epochs for name in row) if name.startswith(WER)]
-    errors = errors if len(series) == 1 else [WER]  # subsets of several series would be too many lines
+    width = 1 + max((step.number for run in runs for step in run.log.steps), default=0) // POINTS
+    epochs = [[epoch_rows(run) for run in each.runs] for each in series]
+    steps = [[step_rows(run, width) for run in each.runs] for each in series]
+    ends = [[_ends(each.runs, row)] for row, each in enumerate(series)] if len(series) < len(runs) else []
     targets = sorted({run.log.target_wer for run in runs if run.log.target_wer is not None})
     found = []
-    for id, title, kind, x, y, note in CHARTS:
-        lines = []
-        for name in errors if y == WER else [y]:
-            lines += _lines(rows[kind], kind, x, name, divisor if x == TIME else 1)
-        across = f"time on the clock ({unit})" if x == TIME else x
-        if lines:
-            found.append(Chart(id, title, across, y, note, lines, targets if y == WER else [], y == NORM))
-    return found
+    for title, x, y, rows in (
+        ("Word error rate by time", TIME, WER, epochs),
+        ("Word error rate by epoch", EPOCH, WER, epochs),
+        ("Training loss", STEP, LOSS, steps),
+        ("Time to the target", TIME, "", ends),
+        ("Epochs to the target", EPOCH, "", ends),
+    ):
+        lines = _lines(rows, x, y)
+        found.append({"title": title, "x": x, "y": y, "lines": lines, "targets": targets if y == WER else []})
+    return [chart for chart in found if chart["lines"]]
 
 
-def _lines(series: Sequence[Sequence[list[Row]]], kind: str, x: str, y: str, divisor: int) -> list[Line]:
-    """Return a line for each series, the median of its runs, and behind it a faint one for each run.
-
-    Args:
-        series: rows by series and run.
-        kind: EPOCH or STEP, of which rows are; steps are many, so that lines are means of them.
-        x: name of the figure along which lines run, which is divided by `divisor`.
-        y: name of the figure to show.
-        divisor: see x.
-    """
-    limit = max(2, POINTS // sum(map(len, series)))
+def _lines(series: Sequence[Sequence[dict[int, Row]]], x: str, y: str) -> list[dict[str, Any]]:
+    """Return a line for each series, of points x and y; of several runs, medians, and the lowest and the highest y."""
     lines = []
-    for place, runs in enumerate(series):
-        curves = []
-        for rows in runs:
-            known = [(row[kind], row[x], row[y]) for row in rows if None not in (row[x], row.get(y))]
-            curve = {number: (across / divisor, up) for number, across, up in known if math.isfinite(up)}
-            curves += [curve] if curve else []
-        if not curves:
-            continue
-        points = median_curve(curves)
-        lines.append(Line(place, y, _rounded(means(points) if kind == STEP else points), faint=False))
-        for curve in curves:
-            points = list(curve.values())
-            if kind == STEP:
-                points = means(points) if len(curves) > 1 else downsample(points, limit)
-            lines.append(Line(place, y, _rounded(points), faint=True))
+    for number, runs in enumerate(series):
+        points = []
+        for place in sorted(set().union(*runs)):
+            rows = [rows[place] for rows in runs if place in rows]
+            found = [(row[x], row[y]) for row in rows if x in row and y in row and math.isfinite(row[y])]
+            if found and 2 * len(found) >= len(runs):  # as far as half of the runs go
+                xs, ys = zip(*found, strict=True)
+                band = [min(ys), max(ys)] if len(runs) > 1 else []
+                points.append([float(f"{value:.5g}") for value in (median(xs), median(ys), *band)])
+        lines += [{"series": number, "points": points}] if points else []
     return lines
 
 
-def median_curve(curves: Sequence[Curve]) -> list[Point]:
-    """Return the median of some curves, as far as half of them go."""
-    by_number: dict[int, list[Point]] = {}
-    for curve in curves:
-        for number, point in curve.items():
-            by_number.setdefault(number, []).append(point)
-    common = [points for _, points in sorted(by_number.items()) if 2 * len(points) >= len(curves)]
-    return [(median(x for x, _ in points), median(y for _, y in points)) for points in common]
-
-
-def downsample(points: list[Point], limit: int) -> list[Point]:
-    """Return at most `limit` points: the lowest and the highest of each stretch, so that no peak is lost."""
-    if len(points) <= limit:
-        return points
-    found = []
-    for stretch in _stretches(points, limit // 2):
-        by_height = sorted(stretch, key=lambda point: point[1])
-        found += sorted({by_height[0], by_height[-1]})
-    return found
-
-
-def means(points: list[Point]) -> list[Point]:
-    """Return the mean of each stretch of a line."""
-    return [(fmean(x for x, _ in each), fmean(y for _, y in each)) for each in _stretches(points, MEANS)]
-
-
-def _stretches(points: list[Point], count: int) -> list[list[Point]]:
-    count = min(count, len(points))
-    return [points[start:end] for start, end in pairwise(number * len(points) // count for number in range(count + 1))]
-
-
-def _rounded(points: list[Point]) -> list[Point]:
-    return [(float(f"{x:.6g}"), float(f"{y:.5g}")) for x, y in points]
+def _ends(runs: Sequence[Run], row: int) -> dict[int, Row]:
+    """Return where runs reached the target, each at a height of its own in the row, so that no mark hides another."""
+    ends = {}
+    for place, run in enumerate(runs):
+        if run.log.reached and run.seconds is not None:
+            height = row + 0.8 * (place + 0.5) / len(runs) - 0.4
+            ends[place] = {TIME: run.seconds, EPOCH: run.log.epochs_to_target, "": height}
+    return ends

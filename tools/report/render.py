@@ -2,72 +2,77 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict
+import secrets
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import jinja2
+import Levenshtein
 from markupsafe import Markup
 
-from tools.report import tables
-from tools.report.charts import charts
-from tools.report.runs import Series
-from tools.report.transcripts import transcripts
-from tools.report.warnings import missing_events, warnings
+from tools.mlperf.runlog import RunLog
+from tools.report.charts import charts, epoch_rows
+from tools.report.runs import Series, file_names
+from tools.report.warnings import warnings
 
 FOLDER = Path(__file__).parent
-CHART_JS = "chart.umd.min.js"  # npm's chart.js, dist/; its license is beside it
-GOLDEN_ANGLE = 137.508  # degrees from a series' hue to the next one's: no two are the same, and neighbors differ most
-ENVIRONMENT = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(FOLDER),
-    autoescape=True,  # whatever a log holds is text
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
+KINDS = {"equal": "equal", "replace": "substituted", "delete": "deleted", "insert": "inserted"}  # Levenshtein's
+ENVIRONMENT = jinja2.Environment(  # which escapes whatever a log holds
+    loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined
 )
-ENVIRONMENT.filters["duration"] = tables.duration
 
 
 def render(series: Sequence[Series]) -> str:
     """Return the page of one or more series."""
-    drawn = charts(series)
-    scripts = [_script(CHART_JS), _script("page.js")]
-    hues = [round((215 + number * GOLDEN_ANGLE) % 360, 1) for number in range(len(series))]
     runs = [run for each in series for run in each.runs]
-    names = " and ".join(dict.fromkeys(str(run.log.config_name or "unknown configuration") for run in runs))
-    facts = tables.facts(series)
-    return ENVIRONMENT.get_template("page.html").render(
-        title=f"{names}, seed {runs[0].log.seed}" if len(runs) == 1 else f"{names}, {len(runs)} runs",
+    epochs = {run: list(epoch_rows(run).values()) for run in runs}
+    page = ENVIRONMENT.get_template("page.html").render(
         series=series,
         runs=runs,
-        hues=hues,
-        tables=tables,
+        files=dict(zip(runs, file_names([run.log for run in runs]), strict=True)),
+        epochs=epochs,
+        columns=list(dict.fromkeys(name for rows in epochs.values() for row in rows for name in row)),
         warnings=warnings(series),
-        missing=missing_events(series),
-        charts=drawn,
-        figures={
-            "series": [{"label": each.label, "hue": hue} for each, hue in zip(series, hues, strict=True)],
-            "charts": list(map(asdict, drawn)),
-        },
-        parts=[(each.label, spent) for each in series if (spent := tables.parts(each.runs))],
-        transcripts=[(run, shown) for run in runs if (shown := transcripts(run))],
-        differing={name: values for name, values in facts.items() if len(set(values)) > 1},
-        common={name: values for name, values in facts.items() if len(set(values)) == 1},
-        style=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
-        scripts=[Markup(script) for script in scripts],
-        # Should anything ever slip through the escaping, no browser runs it, nor sends anything anywhere.
-        policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
-        + " ".join(map(_hash, scripts)),
+        charts=charts(series),
+        duration=duration,
+        align=align,
+        facts=facts(series),
+        source=lambda name: Markup((FOLDER / name).read_text(encoding="utf-8")),
+        nonce=secrets.token_hex(16),  # should a log's script ever slip through the escaping, no browser runs it
     )
+    return page.encode(errors="backslashreplace").decode()  # a path need not be Unicode
 
 
-def _script(name: str) -> str:
-    """Return a script without the line that would let a browser look for its source map."""
-    lines = (FOLDER / name).read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines if not line.startswith("//# sourceMappingURL="))
+def duration(seconds: float) -> str:
+    """Return a time as a person reads it: 12.6 s, 0:26:41, 3 days, 23:46:46."""
+    return f"{seconds:.1f} s" if seconds < 600 else str(timedelta(seconds=round(seconds)))
 
 
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+def align(reference: str, hypothesis: str) -> Iterator[tuple[str, str, str]]:
+    """Yield the words of a shortest edit: its kind, what was said, and what was recognized; either may be ''."""
+    said, recognized = reference.split(), hypothesis.split()
+    for kind, start, end, other_start, other_end in Levenshtein.opcodes(said, recognized):
+        for pair in zip_longest(said[start:end], recognized[other_start:other_end], fillvalue=""):
+            yield KINDS[kind], *pair
+
+
+def facts(series: Sequence[Series]) -> dict[str, list[str]]:
+    """Return what was run, of each series: configuration, data, hardware, software and code. What differs is first."""
+    known = [[_facts(run.log) for run in each.runs] for each in series]
+    names = dict.fromkeys(name for runs in known for each in runs for name in each)
+    found = {name: [", ".join({each.get(name, ""): None for each in runs}) for runs in known] for name in names}
+    return dict(sorted(found.items(), key=lambda item: len(set(item[1])) == 1))
+
+
+def _facts(log: RunLog) -> dict[str, str]:
+    events = "submission_platform", "gru_implementation", "number_of_ranks", "container_image"
+    known = {
+        "commit": log.commit and log.commit[:12] + (" with uncommitted changes" if log.dirty else ""),
+        **{name: log.value(name) for name in events},
+        **log.environment,
+        "data set's digest": log.dataset and log.dataset.digest[:16],
+        **log.configuration,
+    }
+    return {name.replace("_", " "): str(value) for name, value in known.items() if value is not None}

@@ -1,0 +1,65 @@
+"""The command, as a user and the parent of a run type it."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.tools.mlperf.made_up_logs import made_up_log
+from tools.report.__main__ import main
+
+
+def test_the_page_is_one_file_whatever_text_is_in_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, folder = made_up_log(), tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    log.edit("submission_platform", os.fsdecode(b"caf\xe9 box"))
+    log.edit("configuration", os.fsdecode(b"\xff"), note=os.fsdecode(b"\xfe"))
+    paths = [str(log.write(folder / f"{number}.log")) for number in (1, 2)]
+    assert main([*paths, "--output", str(tmp_path / "report.html")]) == 0
+    assert "report.html" in capsys.readouterr().out
+    html = (tmp_path / "report.html").read_text()
+    assert " box" in html and "</html>" in html and len(html) < 400_000
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_stands_for_its_logs_and_a_name_for_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, folder in enumerate(("before", "after/deeper")):
+        (tmp_path / folder).mkdir(parents=True)
+        for seed in (1, 2):
+            made_up_log(seed=seed, epochs=1, steps=2).write(tmp_path / folder / f"result_{seed + number}.txt")
+        (tmp_path / folder / "notes.txt").write_text("no log")
+    page = tmp_path / "report.html"
+    assert main(["old=before", f"a=b={tmp_path / 'after'}", "-o", str(page)]) == 0
+    html = page.read_text()
+    for label in ("old, seed 1", "old, seed 2", "a=b, seed 1", "a=b, seed 2"):
+        assert label in html
+    assert "4 of 4" in html
+
+
+def test_what_is_no_log_is_an_error_of_one_line_and_leaves_the_page_that_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    garbage, existing = tmp_path / "garbage.log", tmp_path / "report.html"
+    existing.write_text("earlier")
+    (tmp_path / "empty").mkdir()
+    cases = {str(tmp_path / "empty"), str(tmp_path / "none.log"), f"name={tmp_path / 'none.log'}"}
+    for content in (b"", b"hello\n", random.Random(0).randbytes(1000), b':::MLLOG {"key": 1}\n', b":::MLLOG [1]\n"):
+        garbage.write_bytes(content)
+        for argument in (str(garbage), *cases):
+            assert main([argument, "-o", str(existing)]) == 1
+            error = capsys.readouterr().err
+            assert error.startswith(f"error: {argument.removeprefix('name=')}") and error.count("\n") == 1
+    assert main(["-o", str(existing)]) == 1
+    assert existing.read_text() == "earlier"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "garbage.log", "report.html"]
+
+
+def test_a_log_is_never_replaced(tmp_path: Path) -> None:
+    log = made_up_log().write(tmp_path / "run.log")
+    (tmp_path / "link").symlink_to(log)
+    before = log.read_text()
+    for output in (log, tmp_path / "link", log / "report.html"):
+        assert main([str(log), "-o", str(output)]) == 1
+    assert log.read_text() == before
