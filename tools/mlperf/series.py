@@ -160,8 +160,7 @@ def _run(folder: Path, number: int, options: list[str], config: Config, logs: li
     with path.open("xb") as file:
         # In a session of its own: else a terminal's Ctrl-C would reach it twice.
         command = [*COMMAND, *options, "--output-dir", str(output_dir)]
-        environment = dict(os.environ)
-        process = subprocess.Popen(command, stdout=file, pass_fds=[lock], start_new_session=True, env=environment)
+        process = subprocess.Popen(command, stdout=file, pass_fds=[lock], start_new_session=True)
         status, signals = _wait(process)
     told_to_end = KeyboardInterrupt if status == INTERRUPTED or signal.SIGINT in signals else Preempted
     if status in (PREEMPTED, INTERRUPTED):
