@@ -23,10 +23,10 @@ from typing import Annotated
 
 import tyro
 
-from data.cli import DataError, available_cores, exit_status
+from data.cli import DataError, available_cores, exit_status, make_room_for_help
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
-from data.fetch import ArchiveSource, VerifiedArchive, check_space, read_checksums
-from data.files import UNFINISHED, file_digest, locked, work_folder
+from data.fetch import ArchiveSource, VerifiedArchive, read_checksums
+from data.files import UNFINISHED, check_space, file_digest, locked, work_folder
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
 from data.prepare import Preparation, check_place
 from data.readers import read_manifest
@@ -54,6 +54,7 @@ class Options:
 
 
 def main() -> int:
+    make_room_for_help()
     options = tyro.cli(Options, prog="download_dataset.sh", description=Options.__doc__)
     return exit_status(lambda: download(options), None, interrupted="Interrupted. Run the same command to resume.")
 
@@ -74,11 +75,10 @@ def download(options: Options) -> PackedDataset:
         with locked(path, "download or verification"):
             dataset, already = _complete(path, corpus, subsets, archives, options)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise DataError(f"cannot write in {path}: {error.strerror}") from error
         if error.errno == errno.EPIPE:
             raise  # whoever read the messages has left
-        raise DataError(str(error)) from error
+        limited = "; 'ulimit -f' or the file system limits a file's size" if error.errno == errno.EFBIG else ""
+        raise DataError(f"{error.filename or f'writing in {path}'}: {error.strerror}{limited}") from error
     counts = ", ".join(
         f"{subset.name} {subset.utterances} utterances ({subset.hours:.2f} h)" for subset in dataset.summary.values()
     )
@@ -131,7 +131,7 @@ def _complete(
             utterances = read_manifest(options.manifest, options.jobs)
             check_space(path, 2 * sum(utterance.num_samples for utterance in utterances))
             sha256 = file_digest(options.manifest, "sha256")
-            listed = VerifiedArchive(options.manifest, archives[missing[0].name].md5, sha256, official=False)
+            listed = VerifiedArchive(options.manifest, archives[missing[0].name].md5, sha256)
             preparation.add_subset(listed, missing[0].name, utterances)
         elif missing:
             source = ArchiveSource(path / "archives", work, corpus, options.mirror, options.keep_archives, options.jobs)

@@ -454,7 +454,7 @@ def require_steps_left(run: TrainingRun) -> None:
 
 def max_train_samples(dataset: PackedDataset) -> int:
     """Return the samples of the longest training utterance."""
-    return max(dataset.summary[name].max_samples for name in dataset.splits["train"])
+    return max(dataset.summary[name].longest_samples for name in dataset.splits["train"])
 
 
 class Clock:
