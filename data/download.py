@@ -26,10 +26,10 @@ import tyro
 from data.cli import DataError, available_cores, exit_status, make_room_for_help
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
 from data.fetch import ArchiveSource, VerifiedArchive, read_checksums
-from data.files import UNFINISHED, check_space, file_digest, locked, work_folder
+from data.files import UNFINISHED, check_space, locked, work_folder
+from data.own_speech import digest, read_own_speech
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
 from data.prepare import Preparation, check_place
-from data.readers import read_manifest
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Options:
     checksums: Path | None = None
     """md5sum-format file whose sums replace the official ones, for archives that are not the published ones"""
     manifest: Path | None = None
-    """for --corpus manifest: the file of lines path<TAB>transcript"""
+    """for --corpus manifest: a list (TSV, CSV, JSON lines) or a folder of your own speech; see data/README.md"""
     dataset_dir: Path | None = None
     """where the data set goes; by default a folder in the repository, such as LibriSpeech_dataset"""
     keep_archives: bool = False
@@ -103,9 +103,9 @@ def _check_options(options: Options, corpus: Corpus, names: Sequence[str]) -> No
 def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dict[str, Archive]:
     """Return by subset the published archive, or one with the sum of --checksums; a manifest stands for its archive."""
     if options.manifest:
-        if not options.manifest.is_file():  # a pipe has nothing left when it is read again
-            raise DataError(f"the manifest {options.manifest} is missing, or is not a regular file")
-        return {subsets[0].name: Archive(str(options.manifest), md5=file_digest(options.manifest, "md5"))}
+        if not (options.manifest.is_file() or options.manifest.is_dir()):  # a pipe could not be read again
+            raise DataError(f"the manifest {options.manifest} is missing, or is neither a regular file nor a folder")
+        return {subsets[0].name: Archive(str(options.manifest), md5=digest(options.manifest, "md5"))}
     if not options.checksums:
         return {subset.name: subset.archive for subset in subsets}
     sums = read_checksums(options.checksums)
@@ -128,9 +128,9 @@ def _complete(
             return dataset, True
         preparation = Preparation(dataset, corpus, work, options.jobs)
         if options.manifest and missing:
-            utterances = read_manifest(options.manifest, options.jobs)
+            utterances = read_own_speech(options.manifest, options.jobs)
             check_space(path, 2 * sum(utterance.num_samples for utterance in utterances))
-            sha256 = file_digest(options.manifest, "sha256")
+            sha256 = digest(options.manifest, "sha256")
             listed = VerifiedArchive(options.manifest, archives[missing[0].name].md5, sha256)
             preparation.add_subset(listed, missing[0].name, utterances)
         elif missing:
