@@ -5,7 +5,7 @@ python -m data.download --corpus synthetic                     the embedded corp
 python -m data.download --subsets dev-clean,test-clean         only these; others can be added later
 python -m data.download --corpus an4 --mirror ~/archives       from a folder (read in place) or other addresses
 python -m data.download --mirror part --checksums part/md5sum.txt      archives other than the published ones
-python -m data.download --corpus manifest --manifest my.tsv    your own speech (readers.py)
+python -m data.download --corpus manifest --manifest my.tsv    your own speech (own_speech.py)
 
 Several archives are fetched at a time. Each is prepared as soon as it is complete, then removed. After any
 interruption, the same command resumes.
