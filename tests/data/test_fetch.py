@@ -4,11 +4,9 @@ import base64
 import hashlib
 import random
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,14 +15,12 @@ from pathlib import Path
 
 import pytest
 import urllib3
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from data import fetch as fetching
 from data.cli import DataError
 from data.corpora import Archive
 from data.fetch import VerifiedArchive, read_checksums
-from tests.data.made_up import REPOSITORY, files_below
+from tests.data.made_up import files_below
 from tests.data.misbehaving import Answer, Server, serving
 
 CONTENT = fetching.GZIP + random.Random(1).randbytes(199_998)
@@ -84,24 +80,6 @@ def test_connections_cut_at_random_bytes_are_resumed(server: Server, target: Pat
     assert is_complete(target) and sum(sizes) == len(CONTENT)
     ranges = [headers.get("Range") for headers in server.requests]
     assert ranges[0] is None and all(ranges[1:]) and len(ranges) > fetching.RETRIES + 1
-
-
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.integers(1, len(CONTENT)), max_size=8), st.booleans())
-def test_wherever_connections_are_cut_the_archive_is_whole(
-    server: Server, target: Path, sizes: list[int], ranges: bool
-) -> None:
-    server.ranges = ranges
-    first = len(server.requests)
-    server.behave = cut(lambda number: ([*sizes] + [len(CONTENT)] * 20)[number - first])
-    for file in (target, part_of(target)):
-        file.unlink(missing_ok=True)
-    try:
-        fetch(server.address, target)
-    except DataError:  # without ranges, no request brings more than the one before
-        assert not ranges and len(server.requests) - first > fetching.RETRIES and not target.exists()
-    else:
-        assert is_complete(target)
 
 
 def test_a_file_that_changes_between_attempts_is_never_mixed(server: Server, target: Path) -> None:
@@ -273,22 +251,6 @@ def test_a_mirror_with_another_file_is_left_at_once_and_by_name(
     assert f"{server.address}/bad/{NAME}: " in said and message in said
 
 
-@pytest.mark.parametrize("body", [CONTENT, CONTENT + bytes(10_000_000)])
-def test_a_body_without_announced_length_is_read_to_its_end_but_not_beyond_all_measure(
-    server: Server, target: Path, body: bytes
-) -> None:
-    def behave(path: str, number: int, answer: Answer) -> None:
-        answer.headers, answer.body = {}, body
-
-    server.behave = behave
-    if body == CONTENT:
-        fetch(server.address, target)
-        assert is_complete(target)
-    else:
-        with pytest.raises(DataError, match=r"\(\d{6,7} bytes\) has md5"):
-            fetch(server.address, target)
-
-
 def test_a_bad_beginning_is_left_behind_and_a_dead_mirror_after_some_attempts(server: Server, target: Path) -> None:
     part_of(target).write_bytes(bytes(180_000))  # such as pieces of a bad mirror
     step = len(CONTENT) // 20
@@ -303,24 +265,11 @@ def test_a_bad_beginning_is_left_behind_and_a_dead_mirror_after_some_attempts(se
     assert part_of(target).read_bytes() == CONTENT[:80_000] and len(server.requests) == fetching.RETRIES + 1
 
 
-@pytest.mark.parametrize("mirror", ["http://[bad", "http://", "http://host:port"])
-def test_a_mirror_that_is_no_address_is_an_error(mirror: str, target: Path) -> None:
-    with pytest.raises(DataError, match="no mirror delivered"):
-        fetch(mirror, target)
-
-
 def test_an_at_sign_in_a_path_is_no_login(server: Server, target: Path) -> None:
     asked: list[str] = []
     server.behave = lambda path, number, answer: asked.append(path)
     fetch(f"{server.address}/a//b@c", target)
     assert asked == [f"/a//b@c/{NAME}"]
-
-
-def test_a_refused_connection_is_an_error_that_says_so(target: Path) -> None:
-    with socket.socket() as unused:  # bound but not listening
-        unused.bind(("127.0.0.1", 0))
-        with pytest.raises(DataError, match="refused"):
-            fetch(f"http://127.0.0.1:{unused.getsockname()[1]}", target)
 
 
 def test_a_download_that_is_told_to_stop_stops_while_it_waits(server: Server, target: Path) -> None:
@@ -344,32 +293,6 @@ def test_a_proxy_of_the_environment_is_used_but_not_for_hosts_that_it_excepts(
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     fetch(server.address, target)
     assert is_complete(target)
-
-
-def test_a_download_killed_six_times_ends_bit_identical(tmp_path: Path, target: Path) -> None:
-    content = fetching.GZIP + random.Random(2).randbytes(12 << 20)
-    (tmp_path / NAME).write_bytes(content)
-    code = (
-        "import sys; from pathlib import Path; from data.corpora import Archive; from data import fetch;"
-        "fetch.CHUNK_BYTES = 1 << 14; wanted = Archive(sys.argv[1], 0, sys.argv[2]);"
-        "fetch.fetch(wanted, [sys.argv[3]], Path(sys.argv[4]), lambda count: None)"
-    )
-    sizes = [0]
-    with serving(tmp_path) as server:
-        md5 = hashlib.md5(content).hexdigest()
-        words = [sys.executable, "-c", code, NAME, md5, server.address, str(target)]
-        for number in range(6):
-            run = subprocess.Popen(words, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
-            # At a random moment after it has come a little further, which keeps the test short on any machine.
-            while run.poll() is None and (not part_of(target).exists() or part_of(target).stat().st_size <= sizes[-1]):
-                time.sleep(0.001)
-            time.sleep(random.Random(number).random() * 0.003)
-            run.send_signal(signal.SIGKILL)
-            run.wait()
-            sizes.append(part_of(target).stat().st_size if part_of(target).exists() else sizes[-1])
-        subprocess.run(words, cwd=REPOSITORY, check=True)
-    assert target.read_bytes() == content and files_below(target.parent) == [NAME]
-    assert len(set(sizes)) > 2
 
 
 @pytest.mark.parametrize("line", ["hello world", "d41d8cd98f00b204e9800998ecf8427e", "z" * 32 + "  a.tar.gz"])

@@ -40,13 +40,6 @@ def test_a_text_that_is_not_unicode_is_written_with_escapes(tmp_path: Path) -> N
     assert (tmp_path / "a.txt").read_text() == "caf\\udce9 box"
 
 
-def test_a_file_that_cannot_be_written_whole_leaves_the_old_one(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(TypeError):
-        atomic_write(tmp_path / "a.txt", 1)  # type: ignore[arg-type]
-    assert files_below(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
-
-
 def test_a_work_folder_leaves_downloads_alone_and_removes_what_a_killed_run_left(tmp_path: Path) -> None:
     with work_folder(tmp_path) as work:
         (work / DOWNLOADS / "a.part").touch()
