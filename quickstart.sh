@@ -2,7 +2,7 @@
 # From nothing to a trained model: environment, synthetic corpus, checksum, training to WER 23.0 on this machine's CPU
 # or GPU. Needs Python 3.11 or newer and a network for the Python packages. Usage: sh quickstart.sh [overrides of the run]
 set -eu
-root=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0")")" && pwd)
 . "$root/environment.sh"
 
 results="$root/results/synthetic"

@@ -2,7 +2,7 @@
 # All tests, in an environment of their own. Usage: sh test.sh [pytest options, such as -k verify or tests/data]
 # Without options two at a time, each with one thread: most of them wait for processes that they start.
 set -eu
-root=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0")")" && pwd)
 . "$root/environment.sh"
 use_environment test
 cd "$root"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import errno
+import math
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -20,6 +21,9 @@ SHOWN_PROBLEMS = 20
 MAY_BE_EMPTY = ("--subsets", "--mirror", "--md5")
 INTERRUPTED = 130  # what a shell says of a program that SIGINT has ended
 READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
+OUTPUT_LOST = "standard output cannot be written"
+NARROWEST = 40  # columns for which help can be laid out
+CONTROL_GROUPS, OWN_CONTROL_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class DataError(Exception):
@@ -28,8 +32,8 @@ class DataError(Exception):
     exit_status = 1  # of the command that it ends
 
 
-class _StandardError:
-    """Standard error, which may be lost without an end to the work: its terminal is closed, its disk is full."""
+class _StandardOutput:
+    """Standard output whose errors say that it is standard output."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -37,22 +41,47 @@ class _StandardError:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
+        """Write; an OSError has OUTPUT_LOST for its file's name."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, OUTPUT_LOST) from error
+
+    def flush(self) -> None:
+        """Flush, with errors as in `write`."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, OUTPUT_LOST) from error
+
+
+class _StandardError(_StandardOutput):
+    """Standard error, such that a closed terminal or a full disk does not stop the work."""
+
+    def write(self, text: str) -> int:
         """Write and flush."""
         try:
             self._stream.write(text)
             self._stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # takes what is still to be written
+        return len(text)
 
 
 def require_values(arguments: Sequence[str]) -> None:
-    """Raise DataError where an option's value would be a folder that nobody means: '' for ., or a literal ~."""
+    """Raise DataError where an option's value is empty, or begins with a ~ that the shell did not expand."""
     for option, value in pairwise(word for argument in arguments for word in argument.split("=", 1)):
         if option.startswith("-") and value == "" and option not in MAY_BE_EMPTY:
             raise DataError(f"{option} has an empty value")
         if option.startswith("-") and value.startswith("~"):
             raise DataError(f"{option} is {value}: your shell did not expand the ~; write $HOME")
+
+
+def make_room_for_help() -> None:
+    """Widen a terminal of a few columns, for which tyro would lay out help without end."""
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
 
 
 def exit_status(
@@ -63,7 +92,7 @@ def exit_status(
     `arguments` are those to check before (require_values); None for the process's.
 
     The status is what the work returned if that is an integer; else 0, 1 if it returned False or raised DataError or
-    an OSError of a file, INTERRUPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
+    an OSError, INTERRUPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as by 2>&-
@@ -71,7 +100,8 @@ def exit_status(
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a package may set it while its modules are imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    with redirect_stderr(cast(TextIO, _StandardError(sys.stderr))):
+    output, errors = _StandardOutput(sys.stdout), _StandardError(sys.stderr)  # type: ignore[arg-type]
+    with redirect_stdout(cast(TextIO, output)), redirect_stderr(cast(TextIO, errors)):
         try:
             require_values(sys.argv[1:] if arguments is None else arguments)
             result = work()
@@ -86,16 +116,13 @@ def exit_status(
                 print(interrupted, file=sys.stderr)
             return INTERRUPTED
         except OSError as error:
-            if error.filename is not None:  # a path of the user's: no right to look, a name too long, not a folder
-                print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-                return 1
-            if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
-                raise  # not of standard output
-            reader_gone = isinstance(error, BrokenPipeError)
-            if not reader_gone:
-                print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
-            for descriptor in (1, 2):  # else Python would fail again when it ends
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            reader_gone = isinstance(error, BrokenPipeError) and error.filename in (None, OUTPUT_LOST)
+            if not reader_gone:  # a path that may not be looked at, a full disk, no place for temporary files
+                name = f"{error.filename}: " if error.filename is not None else ""
+                print(f"error: {name}{error.strerror or error}", file=sys.stderr)
+            if reader_gone or error.filename == OUTPUT_LOST:
+                for descriptor in (1, 2):  # else Python would fail again when it ends
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             return READER_GONE if reader_gone else 1
 
 
@@ -112,8 +139,28 @@ def progress_bar(title: str, total: float | None, unit: str = "batch", *, initia
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use, by its affinity and by the quotas of its control groups."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min([cores, *(math.ceil(quota) for quota in _cpu_quotas())])
+
+
+def _cpu_quotas() -> Iterator[float]:
+    """Yield the CPU time per time that this process's control groups allow, as containers and jobs limit it."""
+    with suppress(OSError):  # no such file system
+        for line in OWN_CONTROL_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # version 2 has one tree for all
+                root, names = CONTROL_GROUPS, ["cpu.max"]
+            elif "cpu" in controllers.split(","):
+                root, names = CONTROL_GROUPS / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+            else:
+                continue
+            group = root / path.lstrip("/")  # inside of a container perhaps the host's path, which is not there
+            for folder in {group, *group.parents, root}:
+                with suppress(OSError, ValueError):  # no quota is "max" or -1
+                    quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+                    if quota > 0:
+                        yield quota / period
 
 
 def die_with_parent(parent: int | None = None) -> None:

@@ -5,7 +5,7 @@ python -m data.download --corpus synthetic                     the embedded corp
 python -m data.download --subsets dev-clean,test-clean         only these; others can be added later
 python -m data.download --corpus an4 --mirror ~/archives       from a folder (read in place) or other addresses
 python -m data.download --mirror part --checksums part/md5sum.txt      archives other than the published ones
-python -m data.download --corpus manifest --manifest my.tsv    your own speech (readers.py)
+python -m data.download --corpus manifest --manifest my.tsv    your own speech (own_speech.py)
 
 Several archives are fetched at a time. Each is prepared as soon as it is complete, then removed. After any
 interruption, the same command resumes.
@@ -23,13 +23,13 @@ from typing import Annotated
 
 import tyro
 
-from data.cli import DataError, available_cores, exit_status
+from data.cli import DataError, available_cores, exit_status, make_room_for_help
 from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
-from data.fetch import ArchiveSource, VerifiedArchive, check_space, read_checksums
-from data.files import UNFINISHED, file_digest, locked, work_folder
+from data.fetch import ArchiveSource, VerifiedArchive, read_checksums
+from data.files import UNFINISHED, check_space, locked, work_folder
+from data.own_speech import digest, read_own_speech
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
 from data.prepare import Preparation, check_place
-from data.readers import read_manifest
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Options:
     checksums: Path | None = None
     """md5sum-format file whose sums replace the official ones, for archives that are not the published ones"""
     manifest: Path | None = None
-    """for --corpus manifest: the file of lines path<TAB>transcript"""
+    """for --corpus manifest: a list (TSV, CSV, JSON lines) or a folder of your own speech; see data/README.md"""
     dataset_dir: Path | None = None
     """where the data set goes; by default a folder in the repository, such as LibriSpeech_dataset"""
     keep_archives: bool = False
@@ -54,6 +54,7 @@ class Options:
 
 
 def main() -> int:
+    make_room_for_help()
     options = tyro.cli(Options, prog="download_dataset.sh", description=Options.__doc__)
     return exit_status(lambda: download(options), None, interrupted="Interrupted. Run the same command to resume.")
 
@@ -74,11 +75,10 @@ def download(options: Options) -> PackedDataset:
         with locked(path, "download or verification"):
             dataset, already = _complete(path, corpus, subsets, archives, options)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise DataError(f"cannot write in {path}: {error.strerror}") from error
         if error.errno == errno.EPIPE:
             raise  # whoever read the messages has left
-        raise DataError(str(error)) from error
+        limited = "; 'ulimit -f' or the file system limits a file's size" if error.errno == errno.EFBIG else ""
+        raise DataError(f"{error.filename or f'writing in {path}'}: {error.strerror}{limited}") from error
     counts = ", ".join(
         f"{subset.name} {subset.utterances} utterances ({subset.hours:.2f} h)" for subset in dataset.summary.values()
     )
@@ -103,9 +103,9 @@ def _check_options(options: Options, corpus: Corpus, names: Sequence[str]) -> No
 def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dict[str, Archive]:
     """Return by subset the published archive, or one with the sum of --checksums; a manifest stands for its archive."""
     if options.manifest:
-        if not options.manifest.is_file():  # a pipe has nothing left when it is read again
-            raise DataError(f"the manifest {options.manifest} is missing, or is not a regular file")
-        return {subsets[0].name: Archive(str(options.manifest), md5=file_digest(options.manifest, "md5"))}
+        if not (options.manifest.is_file() or options.manifest.is_dir()):  # a pipe could not be read again
+            raise DataError(f"the manifest {options.manifest} is missing, or is neither a regular file nor a folder")
+        return {subsets[0].name: Archive(str(options.manifest), md5=digest(options.manifest, "md5"))}
     if not options.checksums:
         return {subset.name: subset.archive for subset in subsets}
     sums = read_checksums(options.checksums)
@@ -128,10 +128,10 @@ def _complete(
             return dataset, True
         preparation = Preparation(dataset, corpus, work, options.jobs)
         if options.manifest and missing:
-            utterances = read_manifest(options.manifest, options.jobs)
+            utterances = read_own_speech(options.manifest, options.jobs)
             check_space(path, 2 * sum(utterance.num_samples for utterance in utterances))
-            sha256 = file_digest(options.manifest, "sha256")
-            listed = VerifiedArchive(options.manifest, archives[missing[0].name].md5, sha256, official=False)
+            sha256 = digest(options.manifest, "sha256")
+            listed = VerifiedArchive(options.manifest, archives[missing[0].name].md5, sha256)
             preparation.add_subset(listed, missing[0].name, utterances)
         elif missing:
             source = ArchiveSource(path / "archives", work, corpus, options.mirror, options.keep_archives, options.jobs)

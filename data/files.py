@@ -6,6 +6,7 @@ everything in that is this program's; outside of it, nothing is removed or repla
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -25,10 +26,11 @@ UNFINISHED, DOWNLOADS, MARK = "unfinished", "downloads", "made-by-this-program.t
 def atomic_write(file: Path, text: str, scratch: Path | None = None) -> None:
     """Write a file such that even a power cut leaves the old one or the new one.
 
-    It is first written under a name that nothing has yet, in the folder `scratch` (by default the file's own).
+    It is first written under a name that nothing has yet, in the folder `scratch` (by default the file's own). What is
+    no Unicode, such as a name from the environment, is written with escapes.
     """
     partial = (scratch or file.parent) / f"{file.name}.{secrets.token_hex(4)}.partial"
-    with partial.open("x", encoding="utf-8") as stream:
+    with partial.open("x", encoding="utf-8", errors="backslashreplace") as stream:
         try:
             stream.write(text)
             stream.flush()
@@ -40,18 +42,35 @@ def atomic_write(file: Path, text: str, scratch: Path | None = None) -> None:
 
 
 def atomic_replace(partial: Path, final: Path) -> None:
-    """Give a finished file or folder its final name, such that a power cut leaves the old one or the new one."""
+    """Give a finished file or folder its final name, such that a power cut leaves the old one or the new one.
+
+    Some file systems cannot flush a folder, and say so in different ways. Only a failure of the disk is an error.
+    """
     partial.replace(final)
-    folder = os.open(final.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        folder = os.open(final.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def not_ours(path: Path) -> DataError:
     """Return the error that something which is not this program's is in its way."""
     return DataError(f"{path} exists and was not made by this program; move it away, or give another folder")
+
+
+def check_space(path: Path, needed: float) -> None:
+    """Raise DataError if the disk of `path` has fewer bytes left."""
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise DataError(
+            f"{path} needs {needed / 1e6:,.1f} MB of free disk space, {free / 1e6:,.1f} MB are free: "
+            "make room there, or give a --dataset-dir on another disk"
+        )
 
 
 @contextmanager

@@ -37,7 +37,6 @@ TRANSCRIPT_CHARACTERS = "'ABCDEFGHIJKLMNOPQRSTUVWXYZ "
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "speaker", "offset", "samples", "transcript", "sha256")
 AUDIO_FILE, INDEX_FILE, DATASET_FILE = "audio.npy", "utterances.csv", "dataset.json"
-SUMMARY_FIELDS = {"samples": "num_samples", "longest_samples": "max_samples"}  # by the key in dataset.json
 AUDIO_HEADER_BYTES = 128
 
 
@@ -59,13 +58,13 @@ class UtteranceRow:
 
 @dataclass(frozen=True)
 class SubsetSummary:
-    """An entry of dataset.json. `index_sha256` is that of utterances.csv, which covers every utterance."""
+    """An entry of dataset.json, by its keys. `index_sha256` is that of utterances.csv, which covers every utterance."""
 
     name: str
     utterances: int
     speakers: int
-    num_samples: int
-    max_samples: int  # of one utterance
+    samples: int
+    longest_samples: int  # those of the longest utterance
     index_sha256: str
     archive: str
     archive_md5: str
@@ -74,7 +73,7 @@ class SubsetSummary:
 
     @property
     def hours(self) -> float:
-        return self.num_samples / SAMPLE_RATE / 3600
+        return self.samples / SAMPLE_RATE / 3600
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class PackedDataset:
         except (OSError, ValueError) as error:
             raise DatasetError(f"cannot open {folder / AUDIO_FILE}: {error}; run verify_dataset.sh") from error
         expected = self.summary[name]
-        if len(ids) != expected.utterances or audio.dtype != np.int16 or audio.shape != (expected.num_samples,):
+        if len(ids) != expected.utterances or audio.dtype != np.int16 or audio.shape != (expected.samples,):
             raise DatasetError(f"{folder} does not fit {DATASET_FILE}; run verify_dataset.sh")
         return Subset(
             name=name,
@@ -180,7 +179,11 @@ def read_dataset(path: Path) -> PackedDataset:
             "run download_dataset.sh with another --dataset-dir"
         )
     try:
-        summary = {name: _read_summary(name, entry) for name, entry in content["subsets"].items()}
+        entries = content["subsets"].items()
+        summary = {
+            name: SubsetSummary(name, **{key: value for key, value in entry.items() if key != "hours"})
+            for name, entry in entries
+        }
         return PackedDataset(
             path=path,
             corpus=content["corpus"],
@@ -206,26 +209,18 @@ def open_dataset(path: Path) -> PackedDataset:
 
 def write_dataset(dataset: PackedDataset, scratch: Path | None = None) -> None:
     """Write dataset.json, whole or not at all, by way of a file in `scratch` (atomic_write)."""
+    subsets = {name: {**asdict(summary), "hours": round(summary.hours, 4)} for name, summary in dataset.summary.items()}
+    for entry in subsets.values():
+        del entry["name"]
     content = {
         "format_version": FORMAT_VERSION,
         "corpus": dataset.corpus,
         "synthetic": dataset.synthetic,
         "splits": dataset.splits,
         "digest": dataset.digest,
-        "subsets": {name: _write_summary(summary) for name, summary in dataset.summary.items()},
+        "subsets": subsets,
     }
     atomic_write(dataset.path / DATASET_FILE, json.dumps(content, indent=2) + "\n", scratch)
-
-
-def _read_summary(name: str, entry: dict[str, Any]) -> SubsetSummary:
-    fields = {SUMMARY_FIELDS.get(key, key): value for key, value in entry.items() if key != "hours"}
-    return SubsetSummary(name=name, **fields)
-
-
-def _write_summary(summary: SubsetSummary) -> dict[str, Any]:
-    keys = {field: key for key, field in SUMMARY_FIELDS.items()}
-    entry = {keys.get(field, field): value for field, value in asdict(summary).items() if field != "name"}
-    return {**entry, "hours": round(summary.hours, 4)}
 
 
 def audio_header(num_samples: int) -> bytes:

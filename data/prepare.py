@@ -2,7 +2,7 @@
 
 Nothing has its final name before it is complete: a subset is built in `<dataset>/unfinished/`, flushed to disk, entered
 into dataset.json and renamed. A run that was cut short is repeated from the last whole subset. Whatever has the name of
-a subset that dataset.json does not name is somebody else's, and an error; but an empty folder is in nobody's way.
+a subset that dataset.json does not name is somebody else's, and an error; but an empty folder is reused.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Preparation:
         unpack(archive.file, unpacked)
         for subset in subsets:
             utterances = read_utterances(unpacked, self.corpus.layout, subset)
-            if archive.official and subset.utterances not in (None, len(utterances)):
+            if self.corpus.published(archive.md5) and subset.utterances not in (None, len(utterances)):
                 raise DataError(
                     f"{archive.file}: {subset.name} has {len(utterances)}, not {subset.utterances} utterances"
                 )
@@ -90,7 +90,7 @@ class Preparation:
         """Add one subset to the data set, which is unfinished then."""
         partial, final = self.work / name, self.dataset.path / name
         partial.mkdir()
-        summary = _pack(utterances, partial, name, archive, self.jobs)
+        summary = _pack(utterances, partial, name, archive, self.corpus.published(archive.md5), self.jobs)
         check_place(self.dataset, [name])
         known = {**self.dataset.summary, name: summary}
         summaries = {each.name: known[each.name] for each in self.corpus.subsets if each.name in known}
@@ -129,6 +129,8 @@ def unpack(archive: Path, folder: Path) -> None:
                     raise DataError(f"{archive}: refused member '{member.name}': neither a file nor a folder")
                 if member.name.startswith("/") or ".." in member.name.split("/"):
                     raise DataError(f"{archive}: refused member '{member.name}': it lies outside the archive's folder")
+                if member.isfile() and os.path.lexists(folder / member.name):
+                    raise DataError(f"{archive}: refused member '{member.name}': it occurs twice")
                 room -= member.size
                 if room < 0:
                     raise DataError(f"{archive}: refused member '{member.name}': too large for so small an archive")
@@ -145,7 +147,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def _pack(
-    utterances: Sequence[Utterance], folder: Path, name: str, archive: VerifiedArchive, jobs: int
+    utterances: Sequence[Utterance], folder: Path, name: str, archive: VerifiedArchive, official: bool, jobs: int
 ) -> SubsetSummary:
     """Write audio.npy and utterances.csv of one subset into `folder`."""
     ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.id))
@@ -154,7 +156,10 @@ def _pack(
     with audio.open("wb") as stream:
         stream.write(audio_header(offsets[-1]))
         if hasattr(os, "posix_fallocate"):  # a disk that is too small is then noticed before anything is decoded
-            os.posix_fallocate(stream.fileno(), 0, AUDIO_HEADER_BYTES + 2 * offsets[-1])
+            try:
+                os.posix_fallocate(stream.fileno(), 0, AUDIO_HEADER_BYTES + 2 * offsets[-1])
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(audio)) from error
     digests: list[str] = []
     notes: list[str] = []
     with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
@@ -177,13 +182,13 @@ def _pack(
         name=name,
         utterances=len(ordered),
         speakers=len({utterance.speaker for utterance in ordered}),
-        num_samples=offsets[-1],
-        max_samples=ordered[-1].num_samples,
+        samples=offsets[-1],
+        longest_samples=ordered[-1].num_samples,
         index_sha256=index_sha256,
         archive=archive.file.name,
         archive_md5=archive.md5,
         archive_sha256=archive.sha256,
-        official=archive.official,
+        official=official,
     )
 
 

@@ -1,27 +1,24 @@
-"""The utterances of an unpacked archive or of a manifest, found without decoding them, and the decoding of one.
+"""The utterances of an unpacked archive, found without decoding them, and the decoding of one.
 
 - LibriSpeech: a FLAC file per utterance, a `.trans.txt` per chapter.
 - AN4: headerless big-endian 16-bit files, lists in `etc/`.
-- A manifest, of your own speech: a line `path<TAB>transcript` per utterance, audio of any format, rate and channels.
-  Paths are absolute or start from the manifest's own folder; a path is also the utterance's id, its folder the speaker.
 
-Anything doubtful is an error that names file and utterance: nothing is skipped or repaired silently.
+Anything doubtful is an error that names file and utterance: nothing is skipped or repaired silently. Your own speech
+is read by own_speech.py.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data.audio import decode_audio, num_samples, read_flac_header
-from data.cli import DataError, first_of
+from data.cli import DataError
 from data.corpora import CorpusSubset
 from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
 
@@ -91,11 +88,12 @@ def check_transcript(text: str, name: str, file: Path) -> str:
     return transcript
 
 
-def _read_lines(file: Path) -> list[str]:
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text that are not blank. DataError where it is missing or is not UTF-8."""
     try:
         return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except FileNotFoundError:
-        raise DataError(f"{file} is missing from the archive") from None
+        raise DataError(f"{file} is missing") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: {error}") from error
 
@@ -112,7 +110,7 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
         audio = {name[:-5]: f"{path}/{name}" for name in names if name.lower().endswith(".flac")}
         spoken = set()
         for list_file in sorted(chapter / name for name in names if name.endswith(".trans.txt")):
-            for line in _read_lines(list_file):
+            for line in read_lines(list_file):
                 name, _, text = line.strip().partition(" ")
                 if name in spoken:
                     raise DataError(f"{list_file}: utterance {name} occurs twice")
@@ -132,8 +130,8 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
 def _read_an4(folder: Path, subset: str) -> Iterator[Utterance]:
     root = folder / "an4"
     transcription = root / "etc" / f"an4_{subset}.transcription"
-    paths = _read_lines(root / "etc" / f"an4_{subset}.fileids")
-    lines = _read_lines(transcription)
+    paths = read_lines(root / "etc" / f"an4_{subset}.fileids")
+    lines = read_lines(transcription)
     if len(paths) != len(lines):
         raise DataError(f"{transcription} has {len(lines)} transcripts for {len(paths)} audio files")
     for path, line in zip(paths, lines, strict=True):
@@ -149,59 +147,7 @@ def _read_an4(folder: Path, subset: str) -> Iterator[Utterance]:
             raise DataError(f"{file}: utterance {name} has {size} bytes, not a whole number of 16-bit samples")
         transcript = check_transcript(match["transcript"], name, transcription)
         yield Utterance(name, file.parent.name, transcript, str(file), size // 2, "raw")
-    listed = {path.strip() for file in (root / "etc").glob("an4_*.fileids") for path in _read_lines(file)}
+    listed = {path.strip() for file in (root / "etc").glob("an4_*.fileids") for path in read_lines(file)}
     for file in sorted((root / "wav").rglob("*.raw")):
         if str(file.relative_to(root / "wav").with_suffix("")) not in listed:
             raise DataError(f"{file} is not listed in {root / 'etc'}: audio without transcript")
-
-
-def read_manifest(manifest: Path, jobs: int) -> list[Utterance]:
-    """Return the utterances of a manifest, by id. DataError names all lines that are wrong, or the first of them."""
-    try:
-        text = manifest.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the manifest {manifest}: {error}") from error
-    found: dict[str, tuple[int, str]] = {}  # line and transcript by path
-    problems: list[str] = []
-    unknown: Counter[str] = Counter()
-    first_lines: dict[str, int] = {}
-    # Not splitlines: it would also split at characters that a file name may hold. Empty lines do not count.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        path, *transcripts = line.removesuffix("\r").split("\t")
-        if len(transcripts) != 1 or not path.strip() or "\0" in path:
-            columns = f"{len(transcripts) + 1} columns, not the two of path<TAB>transcript"
-            problems.append(f"line {number}: {columns}: {line[:80]!r}")
-        elif path in found:
-            problems.append(f"line {number}: utterance {path} occurs twice, first in line {found[path][0]}")
-        elif not transcripts[0].strip():
-            problems.append(f"line {number}: the transcript of utterance {path} is empty")
-        else:
-            found[path] = number, transcripts[0]
-            for character in filter(lambda each: each not in KNOWN_CHARACTERS, transcripts[0]):
-                unknown[character] += 1
-                first_lines.setdefault(character, number)
-    characters = [
-        f"line {first_lines[character]}: the first of {count} {character!r} (U+{ord(character):04X}) in transcripts; "
-        "only A-Z, apostrophe and space are known"
-        for character, count in unknown.most_common()
-    ]
-
-    def measure(path: str) -> Utterance | str:
-        file, (number, transcript) = manifest.parent / path, found[path]
-        try:
-            length = num_samples(file)
-        except (DataError, OSError) as error:
-            spelled = "" if path.isascii() else f"; its name is spelled {path!a}"
-            return f"line {number}: {error}{spelled}"
-        return Utterance(path, Path(path).parent.name, " ".join(transcript.upper().split()), str(file), length, "any")
-
-    with ThreadPoolExecutor(jobs) as pool:
-        measured = list(pool.map(measure, found))
-    problems = characters + problems + [problem for problem in measured if isinstance(problem, str)]
-    if problems:
-        raise DataError(f"{manifest} has {len(problems)} problems:\n{first_of(problems)}")
-    if not found:
-        raise DataError(f"{manifest} holds no utterance")
-    return sorted((one for one in measured if isinstance(one, Utterance)), key=lambda utterance: utterance.id)

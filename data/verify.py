@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from data.cli import DataError, exit_status, first_of, progress_bar
+from data.cli import DataError, exit_status, first_of, make_room_for_help, progress_bar
 from data.corpora import CORPORA, Corpus, find_corpus
 from data.files import file_digest, locked
 from data.packed import (
@@ -53,6 +53,7 @@ class Options:
 
 
 def main() -> int:
+    make_room_for_help()
     options = tyro.cli(Options, prog="verify_dataset.sh", description=Options.__doc__)
     return exit_status(lambda: verify(options), None, interrupted="Interrupted. Not everything was checked.")
 
@@ -125,7 +126,7 @@ def _corrupt_utterances(folder: Path, summary: SubsetSummary) -> Iterator[str]:
     ):
         for row in read_index(folder / INDEX_FILE):
             bar.update(1)
-            if row.offset < 0 or row.num_samples < 0 or row.offset + row.num_samples > summary.num_samples:
+            if row.offset < 0 or row.num_samples < 0 or row.offset + row.num_samples > summary.samples:
                 continue  # _check_index has named it
             start, size = AUDIO_HEADER_BYTES + 2 * row.offset, 2 * row.num_samples
             stream.seek(start)
@@ -168,11 +169,11 @@ def _check_files(folder: Path, summary: SubsetSummary) -> Iterator[str]:
     if file_digest(folder / INDEX_FILE, "sha256") != summary.index_sha256:
         yield f"{summary.name}/{INDEX_FILE} is not the file that was prepared"
     file = folder / AUDIO_FILE
-    size = AUDIO_HEADER_BYTES + 2 * summary.num_samples
+    size = AUDIO_HEADER_BYTES + 2 * summary.samples
     if file.stat().st_size != size:
         yield f"{summary.name}/{AUDIO_FILE} has {file.stat().st_size} bytes, not {size}"
     with file.open("rb") as stream:
-        if stream.read(AUDIO_HEADER_BYTES) != audio_header(summary.num_samples):
+        if stream.read(AUDIO_HEADER_BYTES) != audio_header(summary.samples):
             yield f"{summary.name}/{AUDIO_FILE}: the header, its first {AUDIO_HEADER_BYTES} bytes, is damaged"
 
 
@@ -186,10 +187,10 @@ def _check_index(rows: Iterable[UtteranceRow], summary: SubsetSummary) -> Iterat
                 f"where {before} ends at sample {end}"
             )
         count, end, before, longest = count + 1, row.offset + row.num_samples, row.id, max(longest, row.num_samples)
-    if end != summary.num_samples:
-        yield f"{name}: {before} ends at sample {end}, the audio at sample {summary.num_samples}"
-    if longest != summary.max_samples:
-        yield f"{name}: the longest utterance has {longest} samples, {DATASET_FILE} says {summary.max_samples}"
+    if end != summary.samples:
+        yield f"{name}: {before} ends at sample {end}, the audio at sample {summary.samples}"
+    if longest != summary.longest_samples:
+        yield f"{name}: the longest utterance has {longest} samples, {DATASET_FILE} says {summary.longest_samples}"
     if count != summary.utterances:
         yield f"{name}/{INDEX_FILE} has {count} utterances, {DATASET_FILE} has {summary.utterances}"
 

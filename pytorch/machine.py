@@ -6,7 +6,6 @@ import getpass
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
@@ -102,24 +101,15 @@ def cpu_seconds(processes: Iterable[int]) -> dict[str, float]:
 
 
 def git_revision() -> tuple[str, bool | None]:
-    """Return the commit of this repository, and whether the code differs from it.
+    """Return the commit of this repository, and whether the code differs from it, as revision.sh says.
 
-    The code is what is tracked, and untracked sources that a command would run. "unknown" and None without git.
+    "unknown" and None without git, or where the nearest repository is another one.
     """
-    if told := os.environ.get("DEEPSPEECH2_COMMIT"):  # by docker/run-dev.sh: an image needs no git
-        return told.removesuffix("-dirty"), told.endswith("-dirty")
-    if shutil.which("git") is None:
-        return "unknown", None
-    git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
-    sources = ("data/*.py", "pytorch/*.py", "pytorch/*.cpp", "tools/*.py")
-    untracked_sources = ["ls-files", "--others", "--exclude-standard", *sources]
-    answers = [
-        subprocess.run([*git, *command], capture_output=True, text=True)
-        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"], untracked_sources)
-    ]
-    if any(answer.returncode for answer in answers):
-        return "unknown", None
-    return answers[0].stdout.strip(), any(answer.stdout.strip() for answer in answers[1:])
+    command = ["/bin/sh", str(Path(__file__).with_name("revision.sh")), str(ROOT)]
+    revision = os.environ.get("DEEPSPEECH2_COMMIT")  # of docker/run-dev.sh: an image needs no git
+    revision = revision or subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    commit = revision.removesuffix("-dirty")
+    return commit, None if commit == "unknown" else commit != revision
 
 
 def user_name() -> str:

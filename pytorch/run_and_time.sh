@@ -5,7 +5,7 @@
 # Exit status 0 only if the target was reached. Environment variables say how many processes on how many machines
 # (default: one for each GPU, or one); see run_and_time.py. Several runs and their score: python -m tools.mlperf series --help
 set -eu
-root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0")")/.." && pwd)
 . "$root/environment.sh"
 use_environment run
 exec "$python" -m pytorch.run_and_time "$@"

@@ -190,4 +190,4 @@ def measured_precision(trainer: Trainer, log: MLLogger, resumed_from: dict[str, 
 
 def max_train_samples(dataset: PackedDataset) -> int:
     """Return the samples of the longest training utterance."""
-    return max(dataset.summary[name].max_samples for name in dataset.splits["train"])
+    return max(dataset.summary[name].longest_samples for name in dataset.splits["train"])

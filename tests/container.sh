@@ -8,7 +8,7 @@
 # PyTorch from where apt and pip of this machine have them (TORCH names the build). What cannot be had in a sandbox is
 # dropped between our scripts and Docker, and logged: GPUs, memory that may be locked, a network of the container's own.
 set -eu
-root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0")")/.." && pwd)
 TORCH="${TORCH:-torch==2.13.0+cpu}"
 caller=12345 # user and group that call the scripts, and nobody's else
 daemon=''
@@ -153,7 +153,6 @@ export PATH="$work/bin:$PATH" HOME="$work/home"
 clone="$work/a clone"
 git clone --quiet "$root" "$clone"
 mkdir -p "$clone/.venv/bin"
-cp "$clone/pyproject.toml" "$clone/.venv/installed-run"
 printf '#!/bin/sh\necho "this Python is the host'\''s" >&2\nexit 99\n' >"$clone/.venv/bin/python"
 chmod 755 "$clone/.venv/bin/python"
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' "$clone/pyproject.toml")

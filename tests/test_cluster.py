@@ -26,7 +26,7 @@ PREEMPTED = 75
 # Stands in for run_and_time.sh: says what it was asked for, and ends with a status of choice.
 RUN = """
 printf '%s\\n' "$@"
-for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT; do eval "echo $name=\\$$name"; done
+for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT CORES; do eval "echo $name=\\$$name"; done
 exit "${STATUS:-0}"
 """
 
@@ -62,6 +62,7 @@ while :; do
     case "$1" in
     --output=*) output=${1#--output=} ;;
     --error=*) error=${1#--error=} ;;
+    --cpus-per-task=*) export CORES="${1#--cpus-per-task=}" ;;
     --*) ;;
     *) break ;;
     esac
@@ -80,6 +81,7 @@ exit $status""",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_JOB_NODELIST": "node[7,9]",
         "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_CPUS_PER_TASK": "64",
     }
     unset = ("DATASET_DIR", "RESULTS_DIR", "NPROC_PER_NODE", "MAX_RESTARTS")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
@@ -117,7 +119,14 @@ def test_slurm_starts_one_run_a_node_with_its_number_and_the_first_nodes_address
     for node in (0, 1):
         assert logs[f"mlperf_ds2_node{node}.log"].splitlines() == [
             *("--config", "an4", "--output-dir", str(output)),
-            *("NNODES=2", f"NODE_RANK={node}", "NPROC_PER_NODE=8", "MASTER_ADDR=node7", "MASTER_PORT=22345"),
+            *(
+                "NNODES=2",
+                f"NODE_RANK={node}",
+                "NPROC_PER_NODE=8",
+                "MASTER_ADDR=node7",
+                "MASTER_PORT=22345",
+                "CORES=64",
+            ),
         ]
 
 

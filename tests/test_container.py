@@ -1,8 +1,10 @@
 """The container's scripts: what they ask of Docker and Podman; the lock; and, where asked for, the container itself."""
 
+import itertools
 import os
 import pty
 import re
+import shutil
 import subprocess
 import tomllib
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from pytorch import machine
 from tests.conftest import ROOT
 
 SCRIPTS = ROOT / "pytorch" / "docker"
@@ -30,7 +33,8 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_program(
             programs / engine,
             f'case "$1" in --version) echo "{engine} version 9" ;; info) cat "{tmp_path}/facts" ;;'
-            f' image) echo sha256:1234 ;; run) printf "%s\\n" "$@" >"{log}" ;; esac',
+            f' image) echo sha256:1234 ;; run) printf "%s\\n" "$@" >"{log}" ;;'
+            f' build) printf "%s\\n" "$@" >"{tmp_path}/built" ;; esac',
         )
     write_program(programs / "nvidia-smi", "exit 9")
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
@@ -90,25 +94,88 @@ def test_files_are_the_callers_whatever_rights_the_engine_has(asked: Path) -> No
     assert "memlock=-1" not in arguments
 
 
-def test_the_commit_is_told_to_the_image_which_has_no_git(asked: Path) -> None:
-    (told,) = [argument for argument in run_dev(asked) if argument.startswith("DEEPSPEECH2_COMMIT=")]
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert told.removesuffix("-dirty") == f"DEEPSPEECH2_COMMIT={head}"
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A folder with what the container's scripts need, not yet under version control."""
+    root = tmp_path / "around" / "a clone"
+    shutil.copytree(SCRIPTS, root / "pytorch" / "docker")
+    shutil.copy(ROOT / "pytorch" / "revision.sh", root / "pytorch")
+    shutil.copy(ROOT / "pyproject.toml", root)
+    return root
 
 
-def test_only_what_the_program_would_run_makes_a_commit_dirty(asked: Path, tmp_path: Path) -> None:
-    clone = tmp_path / "clone"
-    git = ["git", "-C", str(clone)]
-    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
-    for script in ("run-dev.sh", "engine.sh"):  # as they are now
-        (clone / "pytorch" / "docker" / script).write_bytes((SCRIPTS / script).read_bytes())
-    subprocess.run([*git, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-a", "-m", "-"])
-    (clone / ".venv").symlink_to(tmp_path)
-    (clone / "before.log").touch()
-    for source, dirty in (("notes.txt", False), ("pytorch/extra.py", True)):
-        (clone / source).touch()
-        (told,) = [word for word in run_dev(asked, root=clone) if word.startswith("DEEPSPEECH2_COMMIT=")]
-        assert told.endswith("-dirty") is dirty, source
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def commit(folder: Path) -> str:
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "-")
+    return git(folder, "rev-parse", "HEAD")
+
+
+def test_log_container_and_image_have_the_commit_of_this_repository_and_of_no_other(
+    asked: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def revision() -> str:
+        (passed,) = [word for word in run_dev(asked, root=repository) if word.startswith("DEEPSPEECH2_COMMIT=")]
+        (asked.parent / "built").unlink(missing_ok=True)
+        subprocess.run(["sh", repository / "pytorch/docker/build-docker.sh"], check=True, capture_output=True)
+        name, _, dirty = passed.partition("=")[2].partition("-")
+        tag = f"deepspeech2-benchmark:{PROJECT['version']}-{name[:12]}{dirty and '-'}{dirty}"
+        assert tag in (asked.parent / "built").read_text().splitlines()
+        monkeypatch.setattr(machine, "ROOT", repository)
+        assert machine.git_revision() == (name, None if name == "unknown" else dirty == "dirty")
+        return passed.partition("=")[2]
+
+    monkeypatch.setenv("ENGINE", "docker")
+    monkeypatch.delenv("DEEPSPEECH2_COMMIT", raising=False)
+    (repository.parent / "other.txt").touch()
+    (repository.parent / ".gitignore").write_text("a clone\n")
+    another = commit(repository.parent)
+    assert revision() == "unknown"
+    head = commit(repository)
+    assert head != another and revision() == head
+    for source, dirty in (("notes.txt", ""), ("pytorch/extra.py", "-dirty"), ("pyproject.toml", "-dirty")):
+        with (repository / source).open("a") as stream:
+            stream.write("\n")
+        assert revision() == head + dirty, source
+    monkeypatch.setenv("GIT_DIR", str(repository.parent / ".git"))  # as a hook of the other repository has it
+    monkeypatch.setenv("GIT_WORK_TREE", str(repository.parent))
+    assert revision() == f"{head}-dirty"
+
+
+def test_links_in_the_repository_lead_to_the_same_folders_in_the_container(
+    asked: Path, repository: Path, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    for name in ("AN4", "results", "other results"):
+        (disk / name).mkdir(parents=True)
+    (repository / "AN4_dataset").symlink_to(disk / "AN4")
+    (repository / "results").symlink_to("../../disk/results")
+
+    def mounts(**variables: Any) -> set[str]:
+        words = run_dev(asked, root=repository, **variables)
+        return {word for option, word in itertools.pairwise(words) if option == "--mount"}
+
+    whole = f"type=bind,source={repository},target=/deepspeech2"
+    an4 = f"type=bind,source={disk}/AN4,target={disk}/AN4"
+    assert mounts() == {whole, an4, f"type=bind,source={disk}/results,target=/deepspeech2/../../disk/results"}
+    elsewhere = f"type=bind,source={disk}/other results,target=/deepspeech2/../../disk/results"
+    assert mounts(RESULTS_DIR=str(disk / "other results")) == {whole, an4, elsewhere}
+    assert mounts(DATASET_DIR=str(repository / "AN4_dataset")) - mounts() == {f"{an4},readonly"}
+
+
+def test_proxies_are_passed_to_the_build_and_to_the_container(asked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = run_dev(asked)
+    monkeypatch.setenv("ENGINE", "docker")
+    subprocess.run(["sh", SCRIPTS / "build-docker.sh"], check=True, capture_output=True)
+    built = (asked.parent / "built").read_text().splitlines()
+    for name in ("http_proxy", "HTTPS_PROXY", "no_proxy"):
+        assert ("--env", name) in itertools.pairwise(words)
+        assert ("--build-arg", name) in itertools.pairwise(built)
 
 
 @pytest.mark.parametrize("variable", ["RESULTS_DIR", "DATASET_DIR"])

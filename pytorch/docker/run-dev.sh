@@ -11,7 +11,7 @@
 #     GPUS          all, none or what --gpus takes, such as device=0; else all if there are any
 #     IMAGE, ENGINE another image; docker or podman
 set -eu
-root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0")")/../.." && pwd)
 . "$root/pytorch/docker/engine.sh"
 
 fail() {
@@ -39,29 +39,49 @@ no_comma() {
 }
 no_comma "$root"
 
-# Mounts. A folder to mount on is made here: the engine would make it too, but root's.
+# mount_on NAME FOLDER MODE: sets `mount` to show a folder by its name in the repository. Where that name is a link, the
+# folder is mounted where the link leads in the container. A folder to mount on is made here: the engine would make it
+# too, but root's.
+mounted=' '
+mount_on() {
+    mounted="$mounted$1 "
+    source=$(CDPATH='' cd -- "$2" && pwd -P)
+    no_comma "$source"
+    target="/deepspeech2/$1"
+    if [ -L "$root/$1" ]; then
+        link=$(readlink "$root/$1")
+        case "$link" in /*) target="$link" ;; *) target="/deepspeech2/$link" ;; esac
+    elif [ "$source" != "$root/$1" ]; then
+        mkdir -p "$root/$1"
+    fi
+    mount="type=bind,source=$source,target=$target$3"
+}
+
 if [ -n "${RESULTS_DIR:-}" ]; then
-    mkdir -p "$RESULTS_DIR" "$root/results" || fail "RESULTS_DIR=$RESULTS_DIR cannot be made"
-    results=$(CDPATH='' cd -- "$RESULTS_DIR" && pwd)
-    no_comma "$results"
-    set -- --mount "type=bind,source=$results,target=/deepspeech2/results" "$@"
+    mkdir -p "$RESULTS_DIR" || fail "RESULTS_DIR=$RESULTS_DIR cannot be made"
+    mount_on results "$RESULTS_DIR" ''
+    set -- --mount "$mount" "$@"
 fi
 if [ -n "${DATASET_DIR:-}" ]; then
     [ -d "$DATASET_DIR" ] || fail "DATASET_DIR=$DATASET_DIR is not a folder; download_dataset.sh makes packed data sets"
-    dataset=$(CDPATH='' cd -- "$DATASET_DIR" && pwd)
-    no_comma "$dataset"
-    name=$(basename -- "$dataset")
+    name=$(basename -- "$(CDPATH='' cd -- "$DATASET_DIR" && pwd)")
     case "$name" in *_dataset) ;; *) name=LibriSpeech_dataset ;; esac
     case "${DATASET_MODE:-ro}" in
     ro) mode=,readonly ;;
     rw) mode='' ;;
     *) fail "DATASET_MODE is '$DATASET_MODE'; it must be ro or rw" ;;
     esac
-    if [ "$dataset" != "$root/$name" ]; then
-        mkdir -p "$root/$name"
-    fi
-    set -- --mount "type=bind,source=$dataset,target=/deepspeech2/$name$mode" "$@"
+    mount_on "$name" "$DATASET_DIR" "$mode"
+    set -- --mount "$mount" "$@"
 fi
+for link in "$root"/*; do # such as data sets and results on a larger disk
+    name=$(basename -- "$link")
+    case "$mounted" in *" $name "*) continue ;; esac
+    if [ -L "$link" ] && [ -d "$link" ]; then
+        mount_on "$name" "$link" ''
+        set -- --mount "$mount" "$@"
+    fi
+done
 
 # GPUs.
 gpus="${GPUS:-}"
@@ -91,16 +111,10 @@ else
     set -- --user 0:0 "$@"
 fi
 
-# The log names the commit, for which the image would need git. What differs from it is as in pytorch/machine.py.
-commit=$(git -C "$root" rev-parse HEAD 2>/dev/null) || commit=''
-changes() {
-    git -C "$root" status --porcelain --untracked-files=no
-    git -C "$root" ls-files --others --exclude-standard 'data/*.py' 'pytorch/*.py' 'pytorch/*.cpp' 'tools/*.py'
-}
-if [ -n "$commit" ] && [ -n "$(changes)" ]; then
-    commit="$commit-dirty"
-fi
-
+for variable in $proxies; do
+    set -- --env "$variable" "$@"
+done
+commit=$(sh "$root/pytorch/revision.sh" "$root") # the log names it, for which the image would need git
 user=$(id -un 2>/dev/null) || user=$(id -u)
 set -- --rm --interactive --ipc host --ulimit stack=67108864 --security-opt label=disable \
     --env "USER=$user" --env "DEEPSPEECH2_IMAGE_ID=$id" --env "DEEPSPEECH2_COMMIT=$commit" \

@@ -82,16 +82,19 @@ def load() -> ctypes.CDLL | str:
     except RuntimeError as error:  # no HOME, and no entry in the password file
         return f"no folder for the library; set TORCH_EXTENSIONS_DIR: {error}"
     library = folder / f"deepspeech2_{key}" / f"{capability}.so"
-    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    try:
+        compiler, *options = shlex.split(os.environ.get("CXX") or "g++")
+    except ValueError as error:
+        return f"CXX={os.environ['CXX']!r} is not a command: {error}"
     try:
         if not library.exists():
-            if not shutil.which(compiler[0]):
-                return f"no C++ compiler: {compiler[0]} not found (apt-get install g++, or set CXX)"
+            if not shutil.which(compiler):
+                return f"no C++ compiler: {compiler} not found (apt-get install g++, or set CXX)"
             library.parent.mkdir(parents=True, exist_ok=True)
             # Several processes may do this at once: a finished file takes its place in one step.
             with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
                 built = Path(scratch, library.name)
-                command = [*compiler, *flags, "-o", str(built), *map(str, SOURCES)]
+                command = [compiler, *options, *flags, "-o", str(built), *map(str, SOURCES)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 built.replace(library)
         return ctypes.CDLL(str(library))

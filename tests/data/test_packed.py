@@ -62,7 +62,7 @@ def test_opening_reads_nothing_but_dataset_json(dataset: PackedDataset) -> None:
     opened = open_dataset(dataset.path)
     assert opened == dataset
     assert opened.summary["train-clean-100"].utterances == 4
-    assert opened.summary["train-clean-100"].max_samples == 3000
+    assert opened.summary["train-clean-100"].longest_samples == 3000
     assert opened.summary["train-clean-100"].hours == 8000 / 16000 / 3600
     assert not opened.official
 

@@ -163,7 +163,7 @@ def test_subsets_in_other_splits_and_a_false_length_are_found(dataset: PackedDat
     assert validate(dataset, quick=True) == []
     swapped = replace(dataset, splits={**dataset.splits, "validation": dataset.splits["train"]})
     assert "dataset.json says {'train': ['train-clean-100'], " in validate(swapped, quick=True)[0]
-    summary = {name: replace(subset, max_samples=1) for name, subset in dataset.summary.items()}
+    summary = {name: replace(subset, longest_samples=1) for name, subset in dataset.summary.items()}
     assert "dataset.json says 1" in validate(replace(dataset, summary=summary), quick=True)[0]
 
 

@@ -171,10 +171,10 @@ def download(options: Download) -> None:
         ):
             downloaded = work / DOWNLOADS / archive.file
             try:
-                md5, sha256 = fetch(archive, mirrors, downloaded, bar.update)
+                model = fetch(archive, mirrors, downloaded, bar.update)
             except OSError as error:
                 raise DataError(f"cannot write {downloaded}: {error.strerror}") from error
-            print(f"{archive.file}: MD5 {md5}, SHA-256 {sha256}", file=sys.stderr)
+            print(f"{archive.file}: MD5 {model.md5}, SHA-256 {model.sha256}", file=sys.stderr)
             atomic_replace(downloaded, target)
     print(f"{target} is complete", file=sys.stderr)
 

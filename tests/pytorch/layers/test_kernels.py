@@ -29,6 +29,14 @@ def test_a_missing_compiler_is_told(fresh_kernel: Path, monkeypatch: pytest.Monk
     assert GRU(3, 4)(pack_sequence([torch.ones(2, 3)])).data.shape == (2, 4)
 
 
+@pytest.mark.parametrize("command", [" ", '"g++'])
+def test_a_command_that_does_not_parse_is_named(
+    fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("CXX", command)
+    assert f"CXX={command!r}" in kernels.status()
+
+
 def test_a_compiler_error_is_told_and_leaves_nothing(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = fresh_kernel.with_name("broken-compiler")
     compiler.write_text("#!/bin/sh\necho no space left >&2\nexit 1\n")

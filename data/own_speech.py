@@ -1,0 +1,210 @@
+"""Your own speech: a list or a folder in one of the shapes that tools for speech write. Audio of any format.
+
+- A list with a line per utterance: TSV or CSV, with a header or of path and transcript alone, or JSON lines. Paths are
+  absolute or start from the list's own folder. A bare name may lie deeper, as in Common Voice's clips/.
+- A folder: Kaldi's wav.scp and text, a metadata.csv, LibriSpeech's layout, or a .txt beside each recording.
+
+What it is follows from the content, and is printed. A path is also the utterance's id, its folder the speaker unless
+the list names one. Nothing is skipped or repaired silently.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from data.audio import num_samples
+from data.cli import DataError, first_of
+from data.files import file_digest
+from data.readers import KNOWN_CHARACTERS, OTHER_AUDIO, Utterance, read_lines
+
+AUDIO_SUFFIXES = {".flac", ".aac", ".au", ".caf", ".mp4", ".oga", ".w64", ".webm", ".wma", *OTHER_AUDIO}
+# What tools for speech call the columns of a list; the first that is there counts.
+PATH_NAMES = "path", "file_name", "audio_filepath", "audio", "wav_filename", "wav", "file", "filename", "audio_path"
+TRANSCRIPT_NAMES = "transcript", "transcription", "text", "sentence", "txt", "wrd", "normalized_text"
+SPEAKER_NAMES = "speaker", "speaker_id", "client_id", "spk_id"
+
+
+class Row(NamedTuple):
+    """A line of a list of one's own speech. `place` is where it stands, `problem` why it is no utterance."""
+
+    place: str
+    path: str
+    transcript: str
+    speaker: str = ""
+    problem: str = ""
+
+
+def digest(source: Path, algorithm: str) -> str:
+    """Return the digest of a list of one's own speech, or of what a folder of it lists; the audio is not read."""
+    if source.is_file():
+        return file_digest(source, algorithm)
+    _, rows = _read_folder(source)
+    return hashlib.new(algorithm, repr(rows).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
+    """Return the utterances of a list or a folder, by id. DataError says all that is wrong, equal complaints once."""
+    folder, (form, rows) = (source, _read_folder(source)) if source.is_dir() else (source.parent, _read_list(source))
+    found: dict[str, Row] = {}
+    first: dict[str, str] = {}  # complaint, and how many are equal, by what they have in common
+    counts: Counter[str] = Counter()
+
+    def complain(kind: str, complaint: str) -> None:
+        first.setdefault(kind, complaint)
+        counts[kind] += 1
+
+    for row in rows:
+        for character in (each for each in row.transcript if each not in KNOWN_CHARACTERS):
+            known = "only A-Z, apostrophe and space are known"
+            complain(character, f"{row.place}: {character!r} (U+{ord(character):04X}) in the transcript; {known}")
+        if row.problem or "\0" in row.path:
+            complain(row.problem.partition(":")[0], f"{row.place}: {row.problem or 'a path with a zero byte'}")
+        elif row.path in found:
+            complain("twice", f"{row.place}: utterance {row.path} occurs twice, first in {found[row.path].place}")
+        elif not row.transcript.strip():
+            complain("empty", f"{row.place}: the transcript of utterance {row.path} is empty")
+        else:
+            found[row.path] = row
+    files = _find_files(folder, list(found))
+
+    def measure(path: str) -> Utterance | tuple[str, str]:
+        row, file = found[path], files[path]
+        try:
+            length = num_samples(file)
+        except (DataError, OSError) as error:
+            spelled = "" if path.isascii() else f"; its name is spelled {path!a}"
+            return re.sub(r"\d+", "", str(error).replace(str(file), "")), f"{row.place}: {error}{spelled}"
+        speaker, transcript = row.speaker or Path(path).parent.name, " ".join(row.transcript.upper().split())
+        return Utterance(path, speaker, transcript, str(file), length, "any")
+
+    utterances = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for measured in pool.map(measure, sorted(found)):
+            if isinstance(measured, Utterance):
+                utterances.append(measured)
+            else:
+                complain(*measured)
+    if counts:
+        lines = [first[kind] + (f" (first of {count})" if count > 1 else "") for kind, count in counts.items()]
+        raise DataError(f"{source}, read as {form}, has {counts.total()} problems:\n{first_of(lines)}")
+    if not utterances:
+        raise DataError(f"{source}, read as {form}, holds no utterance")
+    print(f"{source}: {len(utterances)} utterances, read as {form}", file=sys.stderr)
+    return utterances
+
+
+def _find_files(folder: Path, paths: Sequence[str]) -> dict[str, Path]:
+    """Return the files of paths from `folder` on. A name without a folder, with or without suffix, may lie deeper."""
+    files = {path: folder / path for path in paths}
+    deeper = {path for path, file in files.items() if Path(path).name == path and not file.is_file()}
+    by_name: dict[str, list[Path]] = {path: [] for path in deeper}
+    for file in folder.rglob("*") if deeper else ():
+        for name in {file.name, file.stem} & deeper:
+            if file.suffix.lower() in AUDIO_SUFFIXES:
+                by_name[name].append(file)
+    return files | {path: places[0] for path, places in by_name.items() if len(places) == 1}
+
+
+def _read_list(file: Path) -> tuple[str, list[Row]]:
+    """Return what a list is by its first line, JSON or columns with or without header, and its rows."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the list {file}: {error}") from error
+    start = text.lstrip("\n").partition("\n")[0]
+    if start.startswith("{"):
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            try:
+                rows += [_row(f"line {number}", dict(json.loads(line)))] if line.strip() else []
+            except (ValueError, TypeError, RecursionError) as error:
+                raise DataError(f"{file}, line {number}: not a JSON object: {error}") from error
+        return "JSON lines", rows
+    delimiter = next((each for each in "\t|;" if each in start), ",")
+    form = {"\t": "TSV", ",": "CSV"}.get(delimiter, f"columns with {delimiter} between")
+    # In columns with tabs or bars between, a quotation mark is nothing special.
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter in ",;" else csv.QUOTE_NONE
+    reader = csv.reader(StringIO(text, newline="\n"), delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        table = [(f"line {reader.line_num}", cells) for cells in reader if any(map(str.strip, cells))]
+    except csv.Error as error:
+        raise DataError(f"{file}, line {reader.line_num}: {error}") from error
+    names = [cell.strip().lower() for cell in table[0][1]] if table else []
+    if not (set(names) & set(PATH_NAMES) and set(names) & set(TRANSCRIPT_NAMES)):
+        columns = max(2, len(names)) if delimiter == "|" else 2  # LJ Speech's last one is the transcript in words
+        names = ["path", *[""] * (columns - 2), "transcript"]
+        form += " without header: path, transcript"
+    else:
+        form += f" with header: {', '.join(names)}"
+        del table[0]
+    wrong = f"not {len(names)} columns: "
+    return form, [
+        _row(place, dict(zip(names, cells, strict=True)))
+        if len(cells) == len(names)
+        else Row(place, "", "", problem=f"{wrong}{delimiter.join(cells)[:80]!r}")
+        for place, cells in table
+    ]
+
+
+def _row(place: str, record: dict[str, Any]) -> Row:
+    """Return the row of a record, whose fields have the names that tools for speech give them."""
+    path, transcript, speaker = (
+        next((record[name] for name in names if record.get(name)), "")
+        for names in (PATH_NAMES, TRANSCRIPT_NAMES, SPEAKER_NAMES)
+    )
+    if isinstance(path, dict):  # an audio column of Hugging Face's
+        path = path.get("path")
+    problem = "" if path else f"no path: one of the fields {', '.join(PATH_NAMES)} is needed"
+    if record.get("offset") not in (None, 0, "", "0", "0.0"):
+        problem = f"part of a recording, from {record['offset']} on: cut it out first"
+    return Row(place, str(path), str(transcript), str(speaker), problem)
+
+
+def _read_folder(folder: Path) -> tuple[str, list[Row]]:
+    """Return what a folder is by the files in it, and the rows that they list."""
+    if (folder / "wav.scp").is_file():
+        return "a data folder of Kaldi", list(_read_kaldi(folder))
+    for name in ("metadata.csv", "metadata.tsv", "metadata.jsonl"):
+        if (folder / name).is_file():
+            return _read_list(folder / name)
+    lists = sorted(folder.rglob("*.trans.txt"))
+    recordings: dict[str, list[str]] = defaultdict(list)  # by their path without the suffix
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in AUDIO_SUFFIXES:
+            recordings[str(file.relative_to(folder).with_suffix(""))].append(str(file.relative_to(folder)))
+    rows = []
+    for file in lists or sorted(folder.rglob("*.txt")):
+        lines = read_lines(file)
+        spoken = [line.strip().partition(" ")[::2] for line in lines] if lists else [(file.stem, " ".join(lines))]
+        for name, transcript in spoken:
+            paths = recordings.pop(str(file.relative_to(folder).with_name(name)), [])
+            problem = "" if len(paths) == 1 else f"not one recording for a transcript: {len(paths)} for {name}"
+            rows.append(Row(str(file.relative_to(folder)), "".join(paths[:1]), transcript, problem=problem))
+    rows += [Row(path, path, "", problem="no transcript") for paths in recordings.values() for path in paths]
+    return "a folder in LibriSpeech's layout" if lists else "a folder of recordings, each with a .txt", rows
+
+
+def _read_kaldi(folder: Path) -> Iterator[Row]:
+    if (folder / "segments").exists():
+        raise DataError(f"{folder / 'segments'}: parts of recordings cannot be read; cut them out first")
+    table = {}
+    for name in ("text", *(["utt2spk"] if (folder / "utt2spk").exists() else [])):
+        table[name] = {line.split()[0]: " ".join(line.split()[1:]) for line in read_lines(folder / name)}
+    for number, line in enumerate(read_lines(folder / "wav.scp"), start=1):
+        utterance, path = (*line.split(maxsplit=1), "")[:2]
+        problem = "a command: convert what it reads to files first" if path.rstrip().endswith("|") else ""
+        transcript = table["text"].pop(utterance, "")
+        speaker = table.get("utt2spk", {}).get(utterance, "")
+        yield Row(f"wav.scp, line {number}", path.strip(), transcript, speaker, problem)
+    for utterance, transcript in table["text"].items():
+        yield Row("text", "", transcript, problem=f"no recording in wav.scp: {utterance}")

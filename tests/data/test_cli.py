@@ -1,0 +1,156 @@
+"""How a command ends, and what it may use."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data import cli
+from data.download import Options
+from data.packed import PackedDataset
+from tests.data.made_up import REPOSITORY, librispeech_files, write_mirror
+
+
+def line(module: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def run(words: list[str], output: int | None = subprocess.PIPE) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(words, stdout=output, stderr=subprocess.PIPE, cwd=REPOSITORY, timeout=60)
+
+
+@pytest.fixture
+def lines(dataset: PackedDataset, options: Options) -> list[list[str]]:
+    """Command lines of a download that has nothing to do, of a verification, and of one that finds no data set."""
+    asked = ["--subsets", options.subsets, "--mirror", options.mirror, "--checksums", str(options.checksums)]
+    return [
+        line("data.download", *asked, "--dataset-dir", dataset.path),
+        line("data.verify", "--dataset-dir", dataset.path),
+        line("data.verify", "--dataset-dir", "nowhere"),
+    ]
+
+
+def test_output_that_nobody_reads_or_that_finds_no_room_ends_a_command_in_at_most_a_line(
+    lines: list[list[str]],
+) -> None:
+    for words in lines:
+        reading, writing = os.pipe()
+        os.close(reading)
+        ended = run(words, writing)
+        assert (ended.returncode, ended.stderr) == (141, b"")
+        os.close(writing)
+        with Path("/dev/full").open("wb") as full:
+            ended = run(words, full.fileno())
+        assert ended.returncode == 1 and ended.stderr.endswith(b"No space left on device\n")
+        assert ended.stderr.count(b"\n") == 1
+
+
+class Refusing:
+    """A standard output whose file system refuses what is written."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def reconfigure(self, **options: object) -> None: ...
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+def raises(error: Exception) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.ENETDOWN])
+def test_whatever_the_system_refuses_is_one_line(
+    number: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli.os, "dup2", lambda *descriptors: None)
+    assert cli.exit_status(raises(OSError(number, os.strerror(number), "a/file"))) == 1
+    assert capfd.readouterr().err == f"error: a/file: {os.strerror(number)}\n"
+    assert cli.exit_status(raises(FileNotFoundError(errno.ENOENT, "No usable temporary directory"))) == 1
+    assert capfd.readouterr().err == "error: No usable temporary directory\n"
+    monkeypatch.setattr(sys, "stdout", Refusing(number))
+    assert cli.exit_status(lambda: None) == 1
+    assert capfd.readouterr().err == f"error: standard output cannot be written: {os.strerror(number)}\n"
+
+
+def test_a_name_that_is_not_unicode_is_printed_with_escapes(
+    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as in a UTF-8 locale other than C.UTF-8
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    asked = ["--subsets", "dev-clean", "--mirror", mirror, "--checksums", mirror / "md5sum.txt"]
+    for words in (line("data.download", *asked), line("data.verify")):
+        ended = run([*words, "--dataset-dir", str(folder)])
+        assert ended.returncode == 0, ended.stderr
+        assert words[2] == "data.verify" or rb"caf\udce9 is complete" in ended.stdout
+
+
+def test_ctrl_c_ends_a_download_in_one_line_with_its_decoding_processes(mirror: Path, tmp_path: Path) -> None:
+    spoken = {f"84-1-{number:04d}": (160_000, "A") for number in range(400)}
+    sums = write_mirror(mirror, {"dev-clean.tar.gz": librispeech_files("dev-clean", spoken)})
+    words = line("data.download", "--subsets", "dev-clean", "--mirror", mirror, "--checksums", sums, "--jobs", "2")
+    asked = [*words, "--dataset-dir", str(tmp_path / "dataset")]
+    with subprocess.Popen(asked, stderr=subprocess.PIPE, cwd=REPOSITORY, start_new_session=True) as process:
+        assert process.stderr is not None
+        audio = tmp_path / "dataset" / "unfinished" / "dev-clean" / "audio.npy"
+        while process.poll() is None and not audio.exists():
+            pass
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        said = process.stderr.read()
+    *before, last = said.splitlines()
+    assert (process.returncode, last) == (130, b"Interrupted. Run the same command to resume.")
+    if before:  # on a quick machine the subset may be complete by then
+        assert before == [b"dev-clean: prepared 400 utterances"]
+    else:
+        assert not list((tmp_path / "dataset").iterdir())
+
+
+@pytest.mark.parametrize("module", ["data.download", "data.verify"])
+def test_help_ends_on_a_terminal_of_five_columns(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "5")
+    assert b"--dataset-dir" in run(line(module, "--help")).stdout
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/", {"cpu.max": "max 100000"}, 64),
+        ("0::/a/b", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 2),
+        ("0::/a/b", {"a/b/cpu.max": "50000 100000", "cpu.max": "400000 100000"}, 1),
+        (
+            "4:cpu,cpuacct:/docker/1\n1:name=x:/",
+            {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        ("4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 64),
+        ("4:memory:/a", {"cpu/a/cpu.cfs_quota_us": "100000", "cpu/a/cpu.cfs_period_us": "100000"}, 64),
+        ("", {}, 64),
+    ],
+)
+def test_a_quota_of_cpu_time_limits_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, membership: str, files: dict[str, str], cores: int
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    (tmp_path / "own").write_text(membership)
+    monkeypatch.setattr(cli, "CONTROL_GROUPS", tmp_path)
+    monkeypatch.setattr(cli, "OWN_CONTROL_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(cli.os, "sched_getaffinity", lambda process: set(range(64)))
+    assert cli.available_cores() == cores

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.cli import DataError
+from data.files import DOWNLOADS, MARK, atomic_write, check_space, locked, work_folder
+from tests.data.made_up import REPOSITORY, files_below
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EBADF, False), (errno.EIO, True), (errno.EDQUOT, True)],
+)
+def test_a_file_system_that_cannot_flush_a_folder_is_no_error_but_a_failing_disk_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: bool
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if error:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            atomic_write(tmp_path / "a.txt", "text")
+    else:
+        atomic_write(tmp_path / "a.txt", "text")
+        assert files_below(tmp_path) == ["a.txt"]
+
+
+def test_a_text_that_is_not_unicode_is_written_with_escapes(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a.txt", os.fsdecode(b"caf\xe9 box"))
+    assert (tmp_path / "a.txt").read_text() == "caf\\udce9 box"
+
+
+def test_a_work_folder_leaves_downloads_alone_and_removes_what_a_killed_run_left(tmp_path: Path) -> None:
+    with work_folder(tmp_path) as work:
+        (work / DOWNLOADS / "a.part").touch()
+        (work / "unpacked").mkdir()
+    assert files_below(tmp_path) == ["unfinished/downloads/a.part", f"unfinished/{MARK}"]
+    (work / "killed" / "deep").mkdir(parents=True)
+    (work / DOWNLOADS / "a.part").unlink()
+    with work_folder(tmp_path) as work:
+        assert not (work / "killed").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_shared_by_readers_and_ends_with_its_process(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path, "download", shared=True),
+        locked(tmp_path, "download", shared=True),
+        pytest.raises(DataError, match=f"another download is working in {tmp_path}"),
+        locked(tmp_path, "download"),
+    ):
+        pass
+    code = "import sys,time; from pathlib import Path; from data.files import locked\n"
+    code += "with locked(Path(sys.argv[1]), 'download'): print('locked', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=REPOSITORY, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
+        with pytest.raises(DataError, match="is working in"), locked(tmp_path, "download", shared=True):
+            pass
+        holder.kill()
+        holder.wait()
+        with locked(tmp_path, "download"):
+            pass
+
+
+def test_a_disk_that_is_too_small_is_named_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage("/"))(10, 10, 0)
+    monkeypatch.setattr("data.files.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(DataError, match=rf"{tmp_path} needs 0.1 MB of free disk space, 0.0 MB are free"):
+        check_space(tmp_path, 100_000)

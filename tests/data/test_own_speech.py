@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.cli import DataError
+from data.download import Options, download
+from data.own_speech import read_own_speech
+from data.packed import TRANSCRIPT_CHARACTERS, open_dataset
+from data.readers import decode
+from tests.data.made_up import command, flac, sound
+
+TEXTS = {"a": "GO ON", "b": "it's me"}
+
+
+def record(folder: Path, *names: str) -> None:
+    """Write half a second of noise under each name."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        suffix = Path(name).suffix[1:].upper()
+        soundfile.write(folder / name, sound(8000), 16000, format=suffix, subtype="PCM_16")
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    record(tmp_path / "speech", "a.wav", "more/b.flac")
+    (tmp_path / "speech" / "list.tsv").write_text("a.wav\tGO ON\nmore/b.flac\tit's me\n")
+    return tmp_path / "speech" / "list.tsv"
+
+
+def test_the_command_makes_a_data_set_of_ones_own_speech(manifest: Path, tmp_path: Path) -> None:
+    words: list[str | Path] = ["--corpus", "manifest", "--manifest", "speech/list.tsv", "--dataset-dir", "own"]
+    made = command("download_dataset.sh", *words, folder=tmp_path)
+    assert made.returncode == 0 and "read as TSV without header" in made.stderr, made.stderr
+    made = command("download_dataset.sh", *words, "--subsets", "validation", folder=tmp_path)
+    assert made.returncode == 0, made.stderr
+    dataset = open_dataset(tmp_path / "own")
+    assert dataset.splits == {"train": ["train"], "validation": ["validation"], "test": []}
+    (train,) = dataset.split("train")
+    assert list(train.ids) == ["a.wav", "more/b.flac"] and list(train.speakers) == ["", "more"]
+    assert list(train.transcripts) == ["GO ON", "IT'S ME"]
+    np.testing.assert_array_equal(train.waveform(0), sound(8000)[:, 0])
+    verified = command("verify_dataset.sh", "--dataset-dir", tmp_path / "own")
+    assert verified.stdout.startswith("Dataset Checksum Passed.")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_rerun_does_nothing_and_another_list_is_not_taken_for_the_same(
+    manifest: Path, tmp_path: Path, folder: bool
+) -> None:
+    manifest = manifest.rename(manifest.with_name("metadata.tsv"))
+    source = manifest.parent if folder else manifest
+    asked = Options(corpus="manifest", manifest=source, dataset_dir=tmp_path / "dataset", jobs=1)
+    assert download(asked).digest == download(asked).digest
+    manifest.write_text("a.wav\tSTOP\n")
+    with pytest.raises(DataError, match=r"holds train from an archive with MD5 .* or the --manifest"):
+        download(asked)
+
+
+def rows(*lines: str) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def json_rows(*records: Mapping[str, object]) -> str:
+    return rows(*map(json.dumps, records))
+
+
+# By who writes them: the recordings, the texts beside them, what --manifest names, and how that is read.
+SHAPES: dict[str, tuple[list[str], dict[str, str], str, str]] = {
+    "two columns, from Windows": (
+        ["a.wav", "b.wav"],
+        {"l": "\ufeffa.wav\tgo on\r\n\r\nb.wav\tIT'S ME\r\n"},
+        "l",
+        "TSV",
+    ),
+    "Common Voice": (
+        ["clips/a.flac", "clips/b.flac"],
+        {"train.tsv": rows("client_id\tpath\tsentence", "x\ta.flac\tGo on", "y\tb.flac\tIt's me")},
+        "train.tsv",
+        "TSV with header: client_id, path, sentence",
+    ),
+    "Hugging Face": (
+        ["a.wav", "x/b.wav"],
+        {"metadata.csv": rows("file_name,transcription", 'a.wav,"Go on"', "x/b.wav,It's me")},
+        "",
+        "CSV with header: file_name, transcription",
+    ),
+    "NeMo": (
+        ["a.wav", "b.wav"],
+        {"m.json": json_rows(*({"audio_filepath": f"{n}.wav", "offset": 0.0, "text": t} for n, t in TEXTS.items()))},
+        "m.json",
+        "JSON lines",
+    ),
+    "Kaldi": (
+        ["a.wav", "deep/b.wav"],
+        {
+            "wav.scp": rows("u1 a.wav", "u2\tdeep/b.wav"),
+            "text": rows("u1 go on", "u2 it's me"),
+            "utt2spk": "u1 x\nu2 y\n",
+        },
+        "",
+        "Kaldi",
+    ),
+    "LibriSpeech": (
+        ["8/1/a.flac", "8/2/b.flac"],
+        {"8/1/8-1.trans.txt": "a GO ON\n", "8/2/8-2.trans.txt": "b IT'S ME\n"},
+        "",
+        "LibriSpeech",
+    ),
+    "a text beside each": (["x/a.wav", "y/b.wav"], {"x/a.txt": "go\non\n", "y/b.txt": "it's me"}, "", ".txt"),
+    "Coqui": (
+        ["a.wav", "b.wav"],
+        {"l": rows("wav_filename,wav_filesize,transcript", "a.wav,16044,go on", "b.wav,16044,it's me")},
+        "l",
+        "CSV with header: wav_filename, wav_filesize, transcript",
+    ),
+    "LJ Speech": (
+        ["wavs/a.wav", "wavs/b.wav"],
+        {"metadata.csv": rows('a|"Go" on.|go on', "b|It's me|it's me")},
+        "",
+        "columns with |",
+    ),
+    "WeNet": (
+        ["a.wav", "b.wav"],
+        {"data.list": json_rows(*({"key": n, "wav": f"{n}.wav", "txt": t} for n, t in TEXTS.items()))},
+        "data.list",
+        "JSON lines",
+    ),
+    "SpeechBrain": (
+        ["a.wav", "b.wav"],
+        {"l": rows("ID,duration,wav,spk_id,wrd", "1,0.5,a.wav,x,GO ON", "2,0.5,b.wav,y,IT'S ME")},
+        "l",
+        "CSV with header: id, duration, wav, spk_id, wrd",
+    ),
+    "Multilingual LibriSpeech": (
+        ["audio/1/a.flac", "audio/2/b.flac"],
+        {"transcripts.txt": rows("a\tgo on", "b\tit's me")},
+        "transcripts.txt",
+        "TSV without header",
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_that_people_have_are_read_and_named(
+    tmp_path: Path, shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recordings, texts, source, form = SHAPES[shape]
+    record(tmp_path, *recordings)
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    utterances = read_own_speech(tmp_path / source, 2)
+    assert [(Path(each.file).stem, each.transcript) for each in utterances] == [("a", "GO ON"), ("b", "IT'S ME")]
+    assert all(each.num_samples == 8000 for each in utterances)
+    if any(mark in "".join(texts.values()) for mark in ("client_id", "spk_id", "u1 x")):
+        assert [each.speaker for each in utterances] == ["x", "y"]
+    said = capsys.readouterr().err
+    assert "2 utterances, read as " in said and form in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("l", "", "holds no utterance"),
+        ("l", "a.wav GO ON\n", "line 1: not 2 columns: 'a.wav GO ON'"),
+        ("l", "a.wav\tA\n\tB\n", "line 2: no path"),
+        ("l", "a.wav\tA\na.wav\tB\n", "line 2: utterance a.wav occurs twice, first in line 1"),
+        ("l", "a.wav\t \n", "line 1: the transcript of utterance a.wav is empty"),
+        ("l", "a.wav\tNO 1\n", r"line 1: '1' \(U\+0031\) in the transcript"),
+        ("l", "a.wav\tA\tB\n", "line 1: not 2 columns"),
+        ("l", "none.wav\tA\n", "line 1: .*none.wav is missing or not a file"),
+        ("l", "more\tA\n", "line 1: .*more is missing or not a file"),
+        ("l", "cafe\u0301.wav\tA\n", r"is missing or not a file; its name is spelled 'cafe\\u0301.wav'"),
+        ("l", "a.wav\0\tA\n", "line 1: .*zero byte"),
+        ("l", 'path,text\na.wav,"GO\n', "line 2: unexpected end of data"),
+        ("l", '{"audio": "a.wav", "text": "A"}\n{"audio"\n', "l, line 2: not a JSON object"),
+        ("l", '{"audio": "a.wav", "text": "A", "offset": 1.5}\n', "line 1: part of a recording, from 1.5 on"),
+        ("l", '{"text": "A"}\n', "line 1: no path: one of the fields path, file_name, audio_filepath"),
+        ("wav.scp", "u1 sox a.mp3 -t wav - |\n", "wav.scp, line 1: a command"),
+        ("segments", "u1 r 0 1\n", "segments: parts of recordings"),
+        ("x.txt", "GO ON\n", "x.txt: not one recording for a transcript: 0 for x"),
+    ],
+)
+def test_what_is_wrong_with_own_speech_is_named(manifest: Path, name: str, content: str, message: str) -> None:
+    for file in ("text", "wav.scp"):
+        if name in ("wav.scp", "segments"):
+            (manifest.parent / file).write_text("u1 A\n")
+    (manifest.parent / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_own_speech(manifest.parent / name if name == "l" else manifest.parent, 1)
+
+
+def test_equal_complaints_are_one_line_with_their_number(manifest: Path) -> None:
+    absent = "".join(f"{number}.wav\tA\n" for number in range(30))
+    content = f"a.wav\tHello, world.\nclient\ta.wav\tA\nmore/b.flac\tIt\u2019s 9, 1, 1.\n{absent}"
+    manifest.write_text(content, encoding="utf-8")
+    (manifest.parent / "long.wav").write_bytes(flac(sound(9000))[:-5000])
+    with pytest.raises(DataError) as raised:
+        read_own_speech(manifest, 2)
+    first, *lines = str(raised.value).splitlines()
+    assert first.endswith("list.tsv, read as TSV without header: path, transcript, has 40 problems:")
+    (commas,) = (line for line in lines if "','" in line)
+    assert commas.startswith("line 1: ") and commas.endswith("(first of 3)")
+    (missing,) = (line for line in lines if "is missing" in line)
+    assert missing.startswith("line 4: ") and missing.endswith("(first of 30)")
+    assert any(line.startswith("line 2: not 2 columns") and "client" in line for line in lines)
+    assert len(lines) == 7
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.one_of(st.binary(), st.text().map(str.encode), st.text("a.wv\t\nG' \r,|{\"}:").map(str.encode)))
+def test_any_list_is_utterances_or_an_error_that_names_it(manifest: Path, content: bytes) -> None:
+    manifest.write_bytes(content)
+    try:
+        utterances = read_own_speech(manifest, 1)
+    except DataError as error:
+        assert "list.tsv" in str(error) and str(error).count("\n") <= 21
+    else:
+        assert utterances
+        assert all(set(utterance.transcript) <= set(TRANSCRIPT_CHARACTERS) for utterance in utterances)
+
+
+def test_a_bare_name_that_lies_in_two_folders_is_not_guessed(manifest: Path) -> None:
+    record(manifest.parent, "x/c.wav", "y/c.wav")
+    manifest.write_text("c\tA\n")
+    with pytest.raises(DataError, match=r"line 1: .*c is missing or not a file"):
+        read_own_speech(manifest, 1)
+
+
+def test_a_file_that_has_changed_since_it_was_measured_is_an_error(manifest: Path) -> None:
+    utterance = read_own_speech(manifest, 1)[0]
+    soundfile.write(utterance.file, sound(5000), 16000)
+    with pytest.raises(DataError, match=r"utterance a.wav: .* has 5000 samples, not 8000 as before"):
+        decode(utterance)
