@@ -10,6 +10,9 @@ are to be kept.
 from __future__ import annotations
 
 import os
+import select
+import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +29,7 @@ from tools.recognizer import Word
 SHORTEST_S, LONGEST_S = 3.0, 12.0  # between two cuts; a LibriSpeech utterance lasts 12 s on average
 CONTEXT_S = 0.5  # that a segment holds before and after its cuts
 PAUSE_S = 0.3  # a cut is made in the middle of the quietest stretch of this length
+PIPE_BYTES = 1 << 20  # the most that Linux lets a pipe hold
 _ENERGY_SAMPLES = SAMPLE_RATE // 100
 
 
@@ -74,12 +78,39 @@ def file_seconds(path: Path) -> float:
         return 0.0
 
 
+def read_until_interrupt(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield what arrives until it ends or SIGINT comes. After that, SIGINT raises KeyboardInterrupt as before."""
+    wake, waker = os.pipe()
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, earlier)
+        os.write(waker, b"!")
+
+    earlier = signal.signal(signal.SIGINT, stop)
+    try:
+        while wake not in (ready := select.select([stream, wake], [], [])[0]) or stream in ready:
+            if not (chunk := os.read(stream.fileno(), PIPE_BYTES)):
+                return
+            yield chunk
+            if wake in ready:
+                break
+        print("Interrupted: the rest is recognized. Ctrl-C again ends at once.", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+        os.close(wake)
+        os.close(waker)
+
+
 def read_raw(stream: BinaryIO, name: str, rate: int) -> Iterator[np.ndarray]:
-    """Yield the same of headerless little-endian 16-bit mono audio, as it arrives."""
+    """Yield the same of headerless little-endian 16-bit mono audio, as it arrives, until its end or SIGINT.
+
+    Raises:
+        DataError: there is nothing, or half a sample at the end.
+    """
     mix = Mixer(name, rate)
     rest, empty = b"", True
-    while chunk := stream.read1(BLOCK_SAMPLES):  # type: ignore[attr-defined]
-        chunk, empty = rest + chunk, False
+    for arrived in read_until_interrupt(stream):
+        chunk, empty = rest + arrived, False
         whole = len(chunk) // 2 * 2
         rest = chunk[whole:]
         yield mix(np.frombuffer(chunk[:whole], dtype="<i2")[:, None])

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import tempfile
 import textwrap
@@ -42,7 +41,7 @@ from pytorch.errors import RunError
 from tools.language_model.beam_search import Decode, Decoding
 from tools.output_files import output_file, prepare_outputs
 from tools.recognizer import Recognizer, Word, align, speed
-from tools.segments import Segment, file_seconds, join, read_file, read_raw, segments
+from tools.segments import Segment, file_seconds, join, read_file, read_raw, read_until_interrupt, segments
 
 Format = Literal["text", "json", "srt", "vtt"]
 
@@ -142,7 +141,9 @@ def find_recordings(options: Options, scratch: Path) -> list[Recording]:
         if other != recording.name:
             both = f"{other} and {recording.name}"
             raise RunError(f"{both} would both be written to {recording.transcript}; name one of them")
-    prepare_outputs(outputs, options.overwrite)
+    inputs = [options.checkpoint, options.decoding.lm or options.checkpoint]
+    inputs += [Path(recording.name) for recording in recordings]
+    prepare_outputs(outputs, options.overwrite, inputs)
     return recordings
 
 
@@ -178,7 +179,7 @@ def _standard_input(options: Options, copy: Path) -> Recording:
             return
         try:
             with copy.open("wb") as stream:
-                shutil.copyfileobj(sys.stdin.buffer, stream)
+                stream.writelines(read_until_interrupt(sys.stdin.buffer))
         except OSError as error:
             raise DataError(f"{name} cannot be copied to {copy.parent} (TMPDIR): {error.strerror}") from error
         try:

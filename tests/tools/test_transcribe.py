@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import Levenshtein
 import numpy as np
@@ -20,7 +26,7 @@ import soundfile
 
 from data.cli import DataError
 from tests.conftest import ROOT, SPEECH
-from tests.processes import run_module
+from tests.processes import Popen, run_module
 from tests.tools.conftest import Trained
 from tests.tools.speaking import RATE, random_words, speak
 from tools.segments import read_file
@@ -29,8 +35,8 @@ from tools.transcribe import Options, _standard_input, main
 LONG = random_words(150, 5)
 
 
-def command(*arguments: str | Path, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return run_module("tools.transcribe", *arguments, given=given)
+def command(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return run_module("tools.transcribe", *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +105,41 @@ def test_standard_input_is_a_file_or_raw_audio(sentence: tuple[Path, str], train
     assert b"standard input ends in the middle of a 16-bit sample" in odd.stderr
 
 
+@pytest.mark.parametrize("raw", [True, False])
+def test_an_interrupted_live_recording_is_recognized_to_where_it_came(
+    raw: bool, sentence: tuple[Path, str], trained: Trained
+) -> None:
+    content = sentence[0].read_bytes()
+    content = content[44:] if raw else content[:40] + b"\xff\xff\xff\xff" + content[44:]
+    asked = [str(trained.checkpoint), "-", *(["--raw-rate", "16000"] if raw else [])]
+    pipe = subprocess.PIPE
+    with Popen([sys.executable, "-m", "tools.transcribe", *asked], stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(content)
+        process.stdin.flush()
+        while int.from_bytes(fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)), sys.byteorder):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read().decode() == f"{sentence[1]}\n"
+        assert b"Traceback" not in process.stderr.read()
+        process.stdin.close()
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["talk.txt", "link.flac"])
+def test_a_recording_is_never_replaced_by_a_transcript(name: str, sentence: tuple[Path, str], trained: Trained) -> None:
+    folder = Path(tempfile.mkdtemp(dir=sentence[0].parent))
+    shutil.copy(sentence[0], folder / "talk.txt")
+    (folder / "link.flac").symlink_to("talk.txt")
+    (folder / "link.txt").hardlink_to(folder / "talk.txt")
+    run = command(trained.checkpoint, name, "--output-dir", ".", "--overwrite", folder=folder)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: {name.split('.')[0]}.txt is an input".encode())
+    assert (folder / "talk.txt").read_bytes() == sentence[0].read_bytes()
+
+
 def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(bytes(100_000))))
+    monkeypatch.setattr(sys, "stdin", Path("/dev/zero").open())
     recording = _standard_input(Options(Path("model.pt"), ("-",)), Path("/dev/full"))
     with pytest.raises(DataError, match=r"^standard input cannot be copied to /dev \(TMPDIR\): No space left"):
         list(recording.segments())
