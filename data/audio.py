@@ -53,6 +53,9 @@ ADTS = re.compile(rb"\xff[\xf0\xf1\xf8\xf9]")
 MP3_FRAME, MP3_COUNT = re.compile(rb"\xff[\xe2\xe3\xf2\xf3\xfa\xfb]"), re.compile(rb"Xing|Info|VBRI")
 MP3_KBITS_1 = (0, *range(32, 65, 8), *range(80, 129, 16), *range(160, 257, 32), 320, 0)
 MP3_KBITS_2 = (0, *range(8, 57, 8), *range(64, 161, 16), 0)
+# What the codes in the header of a FLAC frame stand for; 0: what the header of the file says.
+FLAC_RATES = (0, 88200, 176400, 192000, 8000, 16000, 22050, 24000, 32000, 44100, 48000, 96000)
+FLAC_BITS = (0, 8, 12, 0, 16, 20, 24, 32)
 # What soundfile raises for files that it does not know, that are damaged, or whose headers ask for absurd memory.
 SNDFILE_FAILURES = (soundfile.LibsndfileError, RuntimeError, MemoryError, ValueError)
 
@@ -68,6 +71,29 @@ def read_flac_header(file: Path) -> tuple[int, int, bytes]:
         return 0, 0, b""
     fields = int.from_bytes(head[18:22], "big")
     return fields >> 12, (fields >> 4 & 31) + 1, head[26:]
+
+
+def _check_flac_frames(file: Path, frames: int) -> None:
+    """Raise DataError if fewer FLAC frames than that many samples need have the rate and depth of the file's header.
+
+    libsndfile would decode the others as if they had. What looks like a frame's header by chance, once in some
+    megabytes, only adds to their number.
+    """
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        start = max(0, content.find(b"fLaC"))
+        fields = int.from_bytes(content[start + 18 : start + 26], "big")
+        most, rate, bits = (
+            int.from_bytes(content[start + 10 : start + 12], "big"),
+            fields >> 44,
+            (fields >> 36 & 31) + 1,
+        )
+        rates = {0, FLAC_RATES.index(rate)} if rate in FLAC_RATES else {0, 12, 13, 14}
+        depths = {0, FLAC_BITS.index(bits)} if bits in FLAC_BITS else {0}
+        third = bytes(byte for byte in range(16, 256) if byte & 15 in rates)
+        fourth = bytes(byte for byte in range(0, 176, 2) if byte >> 1 & 7 in depths)
+        alike = re.findall(rb"\xff[\xf8\xf9][%b][%b]" % (re.escape(third), re.escape(fourth)), content)
+    if len(alike) * most < frames:
+        raise DataError(f"{file}: not all of it has the rate and depth of its header, {rate} Hz and {bits} bits")
 
 
 def resampled_length(frames: int, rate: int) -> int:
@@ -190,6 +216,8 @@ def _read_frames(file: Path, audio: soundfile.SoundFile) -> Iterator[np.ndarray]
     audio.seekable = lambda: False
     _, bits, expected = read_flac_header(file) if audio.format == "FLAC" else (0, 0, b"")  # not of what sox made of it
     dtype = "int16" if audio.subtype == "PCM_16" else "float32"
+    if audio.format == "FLAC" and _tells_length(audio):
+        _check_flac_frames(file, audio.frames)
     frames, md5 = 0, hashlib.md5()
     while True:
         at = f"{frames / audio.samplerate:.2f} s"
@@ -213,6 +241,8 @@ def _read_frames(file: Path, audio: soundfile.SoundFile) -> Iterator[np.ndarray]
     _check_whole(file, frames)
     if frames == 0:
         raise DataError(f"{file} holds no audio")
+    if audio.format == "FLAC" and not _tells_length(audio):
+        _check_flac_frames(file, frames)
     if frames < audio.frames and _tells_length(audio):
         raise DataError(f"{file} is cut short: it holds {frames} of {audio.frames} frames")
     if any(expected) and md5.digest() != expected:
