@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import soundfile
 
-from data.audio import BLOCK_SAMPLES, SNDFILE_FAILURES, Mixer, read_blocks
+from data.audio import Mixer, read_blocks
 from data.cli import DataError
 from data.packed import SAMPLE_RATE
 from tools.recognizer import Word
@@ -67,28 +66,17 @@ def read_file(path: Path) -> Iterator[np.ndarray]:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def file_seconds(path: Path) -> float:
-    """Return the length by the header; 0 where it tells none."""
-    try:
-        if not path.is_file():  # a pipe would be waited for
-            return 0.0
-        info = soundfile.info(os.fsencode(path))
-        return info.frames / info.samplerate if info.frames < 1 << 62 else 0.0
-    except (*SNDFILE_FAILURES, OSError, ZeroDivisionError):
-        return 0.0
-
-
 def read_until_interrupt(stream: BinaryIO) -> Iterator[bytes]:
     """Yield what arrives until it ends or SIGINT comes. After that, SIGINT raises KeyboardInterrupt as before."""
     wake, waker = os.pipe()
 
-    def stop(number: int, frame: object) -> None:
+    def stop(number: int, _: object) -> None:
         signal.signal(number, earlier)
         os.write(waker, b"!")
 
     earlier = signal.signal(signal.SIGINT, stop)
     try:
-        while wake not in (ready := select.select([stream, wake], [], [])[0]) or stream in ready:
+        while (ready := select.select([stream.fileno(), wake], [], [])[0]) != [wake]:
             if not (chunk := os.read(stream.fileno(), PIPE_BYTES)):
                 return
             yield chunk

@@ -41,7 +41,7 @@ from pytorch.errors import RunError
 from tools.language_model.beam_search import Decode, Decoding
 from tools.output_files import output_file, prepare_outputs
 from tools.recognizer import Recognizer, Word, align, speed
-from tools.segments import Segment, file_seconds, join, read_file, read_raw, read_until_interrupt, segments
+from tools.segments import Segment, join, read_file, read_raw, read_until_interrupt, segments
 
 Format = Literal["text", "json", "srt", "vtt"]
 
@@ -86,7 +86,6 @@ class Recording:
     name: str
     transcript: Path
     segments: Callable[[], Iterator[Segment]]
-    seconds: float = 0.0  # by its header; 0: not known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,15 +103,14 @@ def transcribe(options: Options) -> bool:
     """
     if options.batch_size < 1:
         raise RunError(f"--batch-size is {options.batch_size}; it must be a positive integer")
-    with tempfile.TemporaryDirectory() as scratch:
-        recordings = find_recordings(options, Path(scratch))
-        decode = options.decoding.make()
-        recognizer = Recognizer.load(options.checkpoint, options.device)
-        return _transcribe_all(options, recordings, recognizer, decode)
+    recordings = find_recordings(options)
+    decode = options.decoding.make()
+    recognizer = Recognizer.load(options.checkpoint, options.device)
+    return _transcribe_all(options, recordings, recognizer, decode)
 
 
-def find_recordings(options: Options, scratch: Path) -> list[Recording]:
-    """Return what the command line names. What comes on standard input is copied into `scratch`: formats need seeking.
+def find_recordings(options: Options) -> list[Recording]:
+    """Return what the command line names.
 
     Raises:
         RunError: nothing is named, or options do not go together, or a transcript would replace a file.
@@ -126,7 +124,7 @@ def find_recordings(options: Options, scratch: Path) -> list[Recording]:
     for name in options.files:
         path = Path(name)
         if name == STANDARD_INPUT:
-            recordings.append(_standard_input(options, scratch / "standard input"))
+            recordings.append(_standard_input(options))
         elif path.is_dir():
             recordings += [_file(options, file, file.relative_to(path)) for file in _audio_files(path)]
         else:
@@ -167,25 +165,27 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _file(options: Options, path: Path, relative: Path) -> Recording:
-    return Recording(str(path), _transcript(options, relative), lambda: segments(read_file(path)), file_seconds(path))
+    return Recording(str(path), _transcript(options, relative), lambda: segments(read_file(path)))
 
 
-def _standard_input(options: Options, copy: Path) -> Recording:
+def _standard_input(options: Options) -> Recording:
     name, rate = "standard input", options.raw_rate
 
     def parts() -> Iterator[Segment]:
         if rate is not None:
             yield from segments(read_raw(sys.stdin.buffer, name, rate))
             return
-        try:
-            with copy.open("wb") as stream:
-                stream.writelines(read_until_interrupt(sys.stdin.buffer))
-        except OSError as error:
-            raise DataError(f"{name} cannot be copied to {copy.parent} (TMPDIR): {error.strerror}") from error
-        try:
-            yield from segments(read_file(copy))
-        except DataError as error:
-            raise DataError(str(error).replace(str(copy), name)) from error
+        with tempfile.TemporaryFile() as copy:  # without a name: it ends with this process, however that ends
+            try:
+                copy.writelines(read_until_interrupt(sys.stdin.buffer))
+                copy.flush()
+            except OSError as error:
+                raise DataError(f"{name} cannot be copied to {tempfile.gettempdir()}: {error.strerror}") from error
+            path = Path(f"/dev/fd/{copy.fileno()}")
+            try:
+                yield from segments(read_file(path))
+            except DataError as error:
+                raise DataError(str(error).replace(str(path), name)) from error
 
     return Recording(name, _transcript(options, Path("stdin")), parts)
 
@@ -210,11 +210,10 @@ def _transcribe_all(options: Options, recordings: Sequence[Recording], recognize
             writer.finish()
             if event is not None:
                 failures += 1
-                bar.write(f"error: {event}", file=sys.stderr)
+                bar.write(f"error: {_one_line(str(event))}", file=sys.stderr)
         pending.clear()
 
-    total = sum(recording.seconds for recording in recordings) or None
-    with progress_bar("transcribing", total, unit="s of audio") as bar:
+    with progress_bar("transcribing", None, unit="s of audio") as bar:
         for recording in recordings:
             writer = _Writer(options, recording, named=len(recordings) > 1)
             reached = 0.0
@@ -301,7 +300,7 @@ class _Writer:
         if self.options.format == "json":
             self._put(as_json(self.recording.name, words[0].start, words[-1].end, words))
         elif self.options.format == "text":
-            start = f"{self.recording.name}\t" if self.named and self.options.output_dir is None else ""
+            start = f"{_one_line(self.recording.name)}\t" if self.named and self.options.output_dir is None else ""
             self._put(start + " ".join(word.text for word in words) + "\n")
         else:
             for caption in captions(words):
@@ -312,6 +311,11 @@ class _Writer:
         self._parts.append(text)
         if self.options.output_dir is None:
             print(text, end="", flush=True)
+
+
+def _one_line(text: str) -> str:
+    """Return a text with escapes for what would end a line or a column, as a file's name may."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def as_json(name: str, start: float, end: float, words: Sequence[Word]) -> str:
