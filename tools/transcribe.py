@@ -5,9 +5,10 @@
     python -m tools.transcribe CHECKPOINT recording.flac --lm lm.arpa.gz --alpha 0.5 --beta 1
     arecord -t raw -f S16_LE -r 16000 | python -m tools.transcribe CHECKPOINT - --raw-rate 16000 --batch-size 1
 
-Files may have any format that libsndfile or, where they are installed, sox and ffmpeg read, any rate, any number of
-channels (they are mixed) and any length; from folders, all files with an audio or video suffix are taken. `-` is
-standard input: a file, or with --raw-rate headerless little-endian 16-bit mono audio, transcribed as it arrives.
+Files may have any rate, any number of channels (they are mixed) and any length. FLAC and uncompressed WAV need nothing
+more, other formats PyAV (the extra `recordings`). From folders, all files with an audio or video suffix are taken. `-`
+is standard input: a file, or with --raw-rate headerless little-endian 16-bit mono audio, transcribed as it arrives. The
+first SIGINT (Ctrl-C) ends a recording on standard input, not the work: what came is transcribed.
 
 Formats: text (a line per segment between two pauses, after the file's name and a tab if there are several files), json
 (one object per line and segment, with the times in seconds and the confidences of its words; one without words if

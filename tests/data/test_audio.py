@@ -126,8 +126,10 @@ def test_damage_in_the_middle_is_refused_by_name(tmp_path: Path, form: tuple[str
     file = written(tmp_path, bytes(content))
     if subtype.startswith(("PCM", "pcm", "FLOAT")) and name != "FLAC":
         pytest.skip("samples without a code or a sum cannot tell, see data/README.md")
-    if name == "mpegts":  # most of it is filling
-        content[middle : middle + 2000] = bytes(2000)
+    if name == "mpegts":
+        pytest.skip("lost packets are silence, see data/README.md")
+    if name == "MP3":  # which shows no loss of less than 0.1 s
+        content[middle : middle + 7000] = bytes(7000)
         file.write_bytes(content)
     refused(file)
 
