@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.audio import decode_audio, num_samples, read_flac_header
+from data.audio import decode_audio, num_samples
 from data.cli import DataError
 from data.corpora import CorpusSubset
+from data.flac import read_flac_header
 from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
 
 OTHER_AUDIO = {".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aiff", ".raw", ".pcm", ".sph"}
@@ -66,7 +67,7 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
         if utterance.encoding == "raw":
             waveform = np.fromfile(file, dtype=">i2").astype(np.int16)
         else:
-            waveform, clipped = decode_audio(file, convert=utterance.encoding == "any")
+            waveform, clipped = decode_audio(file)
     except DataError as error:
         raise DataError(f"utterance {utterance.id}: {error}") from error
     found, expected = len(waveform), utterance.num_samples
@@ -119,9 +120,9 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
                 if name not in audio:
                     raise DataError(f"{list_file}: utterance {name} has no audio file")
                 file = Path(audio[name])
-                if read_flac_header(file)[0] != SAMPLE_RATE:
+                if (header := read_flac_header(file)) is None or header.rate != SAMPLE_RATE:
                     raise DataError(f"{file}: utterance {name} is not a FLAC file at {SAMPLE_RATE} Hz, by its header")
-                length = num_samples(file, convert=False)
+                length = num_samples(file)
                 yield Utterance(name, name.split("-")[0], transcript, str(file), length)
         if silent := sorted(audio.keys() - spoken):
             raise DataError(f"{audio[silent[0]]}: utterance {silent[0]} has no transcript")

@@ -14,12 +14,16 @@ from data.files import atomic_replace, atomic_write
 from pytorch.errors import RunError
 
 
-def prepare_outputs(files: Collection[Path], overwrite: bool) -> None:
+def prepare_outputs(files: Collection[Path], overwrite: bool, inputs: Collection[Path] = ()) -> None:
     """Make the folders of files that are to be written.
 
     Raises:
-        RunError: one of the files exists, and is not to be overwritten; or a folder cannot be made.
+        RunError: a file exists, and is not to be overwritten or is one of the inputs; or a folder cannot be made.
     """
+    read = {(status.st_dev, status.st_ino) for path in inputs if path.exists() for status in [path.stat()]}
+    for file in files:
+        if file.exists() and (file.stat().st_dev, file.stat().st_ino) in read:
+            raise RunError(f"{file} is an input of this command, which would replace it; choose another output folder")
     existing = [] if overwrite else [file for file in files if file.exists() or file.is_symlink()]
     if existing:
         more = f", and so do {len(existing) - 1} more" if len(existing) > 1 else ""

@@ -10,15 +10,17 @@ are to be kept.
 from __future__ import annotations
 
 import os
+import select
+import signal
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import soundfile
 
-from data.audio import BLOCK_SAMPLES, SNDFILE_FAILURES, Mixer, read_blocks
+from data.audio import Mixer, read_blocks
 from data.cli import DataError
 from data.packed import SAMPLE_RATE
 from tools.recognizer import Word
@@ -26,6 +28,7 @@ from tools.recognizer import Word
 SHORTEST_S, LONGEST_S = 3.0, 12.0  # between two cuts; a LibriSpeech utterance lasts 12 s on average
 CONTEXT_S = 0.5  # that a segment holds before and after its cuts
 PAUSE_S = 0.3  # a cut is made in the middle of the quietest stretch of this length
+PIPE_BYTES = 1 << 20  # the most that Linux lets a pipe hold
 _ENERGY_SAMPLES = SAMPLE_RATE // 100
 
 
@@ -63,23 +66,39 @@ def read_file(path: Path) -> Iterator[np.ndarray]:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def file_seconds(path: Path) -> float:
-    """Return the length by the header; 0 where it tells none."""
+def read_until_interrupt(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield what arrives until it ends or SIGINT comes. After that, SIGINT raises KeyboardInterrupt as before."""
+    wake, waker = os.pipe()
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, earlier)
+        os.write(waker, b"!")
+
+    earlier = signal.signal(signal.SIGINT, stop)
     try:
-        if not path.is_file():  # a pipe would be waited for
-            return 0.0
-        info = soundfile.info(os.fsencode(path))
-        return info.frames / info.samplerate if info.frames < 1 << 62 else 0.0
-    except (*SNDFILE_FAILURES, OSError, ZeroDivisionError):
-        return 0.0
+        while (ready := select.select([stream.fileno(), wake], [], [])[0]) != [wake]:
+            if not (chunk := os.read(stream.fileno(), PIPE_BYTES)):
+                return
+            yield chunk
+            if wake in ready:
+                break
+        print("Interrupted: the rest is recognized. Ctrl-C again ends at once.", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+        os.close(wake)
+        os.close(waker)
 
 
 def read_raw(stream: BinaryIO, name: str, rate: int) -> Iterator[np.ndarray]:
-    """Yield the same of headerless little-endian 16-bit mono audio, as it arrives."""
+    """Yield the same of headerless little-endian 16-bit mono audio, as it arrives, until its end or SIGINT.
+
+    Raises:
+        DataError: there is nothing, or half a sample at the end.
+    """
     mix = Mixer(name, rate)
     rest, empty = b"", True
-    while chunk := stream.read1(BLOCK_SAMPLES):  # type: ignore[attr-defined]
-        chunk, empty = rest + chunk, False
+    for arrived in read_until_interrupt(stream):
+        chunk, empty = rest + arrived, False
         whole = len(chunk) // 2 * 2
         rest = chunk[whole:]
         yield mix(np.frombuffer(chunk[:whole], dtype="<i2")[:, None])

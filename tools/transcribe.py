@@ -5,9 +5,10 @@
     python -m tools.transcribe CHECKPOINT recording.flac --lm lm.arpa.gz --alpha 0.5 --beta 1
     arecord -t raw -f S16_LE -r 16000 | python -m tools.transcribe CHECKPOINT - --raw-rate 16000 --batch-size 1
 
-Files may have any format that libsndfile or, where they are installed, sox and ffmpeg read, any rate, any number of
-channels (they are mixed) and any length; from folders, all files with an audio or video suffix are taken. `-` is
-standard input: a file, or with --raw-rate headerless little-endian 16-bit mono audio, transcribed as it arrives.
+Files may have any rate, any number of channels (they are mixed) and any length. FLAC and uncompressed WAV need nothing
+more, other formats PyAV (the extra `recordings`). From folders, all files with an audio or video suffix are taken. `-`
+is standard input: a file, or with --raw-rate headerless little-endian 16-bit mono audio, transcribed as it arrives. The
+first SIGINT (Ctrl-C) ends a recording on standard input, not the work: what came is transcribed.
 
 Formats: text (a line per segment between two pauses, after the file's name and a tab if there are several files), json
 (one object per line and segment, with the times in seconds and the confidences of its words; one without words if
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import tempfile
 import textwrap
@@ -42,7 +42,7 @@ from pytorch.errors import RunError
 from tools.language_model.beam_search import Decode, Decoding
 from tools.output_files import output_file, prepare_outputs
 from tools.recognizer import Recognizer, Word, align, speed
-from tools.segments import Segment, file_seconds, join, read_file, read_raw, segments
+from tools.segments import Segment, join, read_file, read_raw, read_until_interrupt, segments
 
 Format = Literal["text", "json", "srt", "vtt"]
 
@@ -87,7 +87,6 @@ class Recording:
     name: str
     transcript: Path
     segments: Callable[[], Iterator[Segment]]
-    seconds: float = 0.0  # by its header; 0: not known
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,15 +104,14 @@ def transcribe(options: Options) -> bool:
     """
     if options.batch_size < 1:
         raise RunError(f"--batch-size is {options.batch_size}; it must be a positive integer")
-    with tempfile.TemporaryDirectory() as scratch:
-        recordings = find_recordings(options, Path(scratch))
-        decode = options.decoding.make()
-        recognizer = Recognizer.load(options.checkpoint, options.device)
-        return _transcribe_all(options, recordings, recognizer, decode)
+    recordings = find_recordings(options)
+    decode = options.decoding.make()
+    recognizer = Recognizer.load(options.checkpoint, options.device)
+    return _transcribe_all(options, recordings, recognizer, decode)
 
 
-def find_recordings(options: Options, scratch: Path) -> list[Recording]:
-    """Return what the command line names. What comes on standard input is copied into `scratch`: formats need seeking.
+def find_recordings(options: Options) -> list[Recording]:
+    """Return what the command line names.
 
     Raises:
         RunError: nothing is named, or options do not go together, or a transcript would replace a file.
@@ -127,7 +125,7 @@ def find_recordings(options: Options, scratch: Path) -> list[Recording]:
     for name in options.files:
         path = Path(name)
         if name == STANDARD_INPUT:
-            recordings.append(_standard_input(options, scratch / "standard input"))
+            recordings.append(_standard_input(options))
         elif path.is_dir():
             recordings += [_file(options, file, file.relative_to(path)) for file in _audio_files(path)]
         else:
@@ -142,7 +140,9 @@ def find_recordings(options: Options, scratch: Path) -> list[Recording]:
         if other != recording.name:
             both = f"{other} and {recording.name}"
             raise RunError(f"{both} would both be written to {recording.transcript}; name one of them")
-    prepare_outputs(outputs, options.overwrite)
+    inputs = [options.checkpoint, options.decoding.lm or options.checkpoint]
+    inputs += [Path(recording.name) for recording in recordings]
+    prepare_outputs(outputs, options.overwrite, inputs)
     return recordings
 
 
@@ -166,25 +166,27 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _file(options: Options, path: Path, relative: Path) -> Recording:
-    return Recording(str(path), _transcript(options, relative), lambda: segments(read_file(path)), file_seconds(path))
+    return Recording(str(path), _transcript(options, relative), lambda: segments(read_file(path)))
 
 
-def _standard_input(options: Options, copy: Path) -> Recording:
+def _standard_input(options: Options) -> Recording:
     name, rate = "standard input", options.raw_rate
 
     def parts() -> Iterator[Segment]:
         if rate is not None:
             yield from segments(read_raw(sys.stdin.buffer, name, rate))
             return
-        try:
-            with copy.open("wb") as stream:
-                shutil.copyfileobj(sys.stdin.buffer, stream)
-        except OSError as error:
-            raise DataError(f"{name} cannot be copied to {copy.parent} (TMPDIR): {error.strerror}") from error
-        try:
-            yield from segments(read_file(copy))
-        except DataError as error:
-            raise DataError(str(error).replace(str(copy), name)) from error
+        with tempfile.TemporaryFile() as copy:  # without a name: it ends with this process, however that ends
+            try:
+                copy.writelines(read_until_interrupt(sys.stdin.buffer))
+                copy.flush()
+            except OSError as error:
+                raise DataError(f"{name} cannot be copied to {tempfile.gettempdir()}: {error.strerror}") from error
+            path = Path(f"/dev/fd/{copy.fileno()}")
+            try:
+                yield from segments(read_file(path))
+            except DataError as error:
+                raise DataError(str(error).replace(str(path), name)) from error
 
     return Recording(name, _transcript(options, Path("stdin")), parts)
 
@@ -209,11 +211,10 @@ def _transcribe_all(options: Options, recordings: Sequence[Recording], recognize
             writer.finish()
             if event is not None:
                 failures += 1
-                bar.write(f"error: {event}", file=sys.stderr)
+                bar.write(f"error: {_one_line(str(event))}", file=sys.stderr)
         pending.clear()
 
-    total = sum(recording.seconds for recording in recordings) or None
-    with progress_bar("transcribing", total, unit="s of audio") as bar:
+    with progress_bar("transcribing", None, unit="s of audio") as bar:
         for recording in recordings:
             writer = _Writer(options, recording, named=len(recordings) > 1)
             reached = 0.0
@@ -300,7 +301,7 @@ class _Writer:
         if self.options.format == "json":
             self._put(as_json(self.recording.name, words[0].start, words[-1].end, words))
         elif self.options.format == "text":
-            start = f"{self.recording.name}\t" if self.named and self.options.output_dir is None else ""
+            start = f"{_one_line(self.recording.name)}\t" if self.named and self.options.output_dir is None else ""
             self._put(start + " ".join(word.text for word in words) + "\n")
         else:
             for caption in captions(words):
@@ -311,6 +312,11 @@ class _Writer:
         self._parts.append(text)
         if self.options.output_dir is None:
             print(text, end="", flush=True)
+
+
+def _one_line(text: str) -> str:
+    """Return a text with escapes for what would end a line or a column, as a file's name may."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
 
 
 def as_json(name: str, start: float, end: float, words: Sequence[Word]) -> str:

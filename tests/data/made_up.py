@@ -34,6 +34,26 @@ def flac(frames: np.ndarray, rate: int = 16000, subtype: str = "PCM_16") -> byte
     return encoded.getvalue()
 
 
+def encoded(frames: np.ndarray, rate: int, form: str, subtype: str) -> bytes:
+    stream = BytesIO()
+    if subtype == "FLOAT" and frames.dtype == np.int16:
+        frames = frames / 32768
+    soundfile.write(stream, frames, rate, format=form, subtype=subtype)
+    return stream.getvalue()
+
+
+def with_sizes(wav: bytes, size: int) -> bytes:
+    """The same WAV with this size of its samples, and of all, in its header."""
+    number = size.to_bytes(4, "little")
+    return wav[:4] + number + wav[8:40] + number + wav[44:]
+
+
+def tone(rate: int, channels: int = 1) -> np.ndarray:
+    """Half a second of 500 Hz: int16 [frames, channels]."""
+    wave = 8000 * np.sin(2 * np.pi * 500 * np.arange(rate // 2) / rate)
+    return np.repeat(wave.astype(np.int16)[:, None], channels, axis=1)
+
+
 def librispeech_files(subset: str, spoken: Mapping[str, tuple[int, str]] = SPOKEN) -> dict[str, bytes]:
     """Files of a subset by name; `spoken` gives samples and transcript by utterance id."""
     files: dict[str, bytes] = {"LibriSpeech/README.TXT": b"made up\n"}

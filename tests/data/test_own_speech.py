@@ -239,3 +239,18 @@ def test_a_file_that_has_changed_since_it_was_measured_is_an_error(manifest: Pat
     soundfile.write(utterance.file, sound(5000), 16000)
     with pytest.raises(DataError, match=r"utterance a.wav: .* has 5000 samples, not 8000 as before"):
         decode(utterance)
+
+
+def test_samples_beyond_full_scale_and_silence_are_told(
+    manifest: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    loud = np.repeat(np.array([0.5, 1.0, -1.0, 1.2, -1.3, 0.0]), 100)
+    soundfile.write(manifest.parent / "a.wav", loud, 16000, subtype="FLOAT")
+    opposite = np.stack([np.arange(8000) % 100, 50 - np.arange(8000) % 100], axis=1).astype(np.int16)
+    soundfile.write(manifest.parent / "more" / "b.flac", opposite, 16000)
+    options = Options(corpus="manifest", manifest=manifest, dataset_dir=tmp_path / "dataset", jobs=1)
+    (train,) = download(options).split("train")
+    warned = capfd.readouterr().err
+    assert "a.wav: 200 samples were beyond full scale" in warned
+    assert "more/b.flac: nothing but silence" in warned
+    assert list(train.waveform(0)[::100]) == [16384, 32767, -32768, 32767, -32768, 0]

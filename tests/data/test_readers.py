@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data.cli import DataError
 from data.corpora import find_corpus
 from data.packed import TRANSCRIPT_CHARACTERS
-from data.readers import Utterance, check_transcript, decode, read_utterances
+from data.readers import check_transcript, decode, read_utterances
 from tests.data.made_up import an4_files, flac, librispeech_files, sound
 
 DEV_CLEAN = find_corpus("librispeech").select(["dev-clean"])[0]
@@ -23,10 +23,6 @@ def lay_out(folder: Path, files: dict[str, bytes]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     return folder
-
-
-def utterance(file: Path, samples: int) -> Utterance:
-    return Utterance("84-1-0000", "84", "A", str(file), samples)
 
 
 def test_librispeech_utterances_have_id_speaker_transcript_and_length(tmp_path: Path) -> None:
@@ -124,46 +120,3 @@ def test_a_transcript_either_has_known_characters_only_or_is_refused(text: str) 
     else:
         assert set(transcript) <= set(TRANSCRIPT_CHARACTERS)
         assert transcript == " ".join(text.upper().split()) != ""
-
-
-@pytest.mark.parametrize(("subtype", "bits"), [("PCM_16", 16), ("PCM_24", 24), ("PCM_S8", 8)])
-def test_audio_of_any_depth_rate_and_channel_count_becomes_16_bit_16_khz_mono(
-    tmp_path: Path, subtype: str, bits: int
-) -> None:
-    seconds = np.arange(44100) / 44100
-    tone = 0.4 * np.sin(2 * np.pi * 500 * seconds)
-    file = tmp_path / "a.flac"
-    file.write_bytes(flac(np.stack([tone, tone], axis=1), 44100, subtype))
-    waveform, clipped = decode(utterance(file, 16000))
-    assert clipped == 0
-    assert waveform.dtype == np.int16 and waveform.shape == (16000,)
-    expected = 0.4 * 32768 * np.sin(2 * np.pi * 500 * np.arange(16000) / 16000)
-    assert np.abs(waveform - expected)[100:-100].max() < 40000 / 2 ** min(bits - 1, 13)
-
-
-def test_a_flac_file_whose_samples_do_not_have_the_md5_of_its_header_is_an_error(tmp_path: Path) -> None:
-    content = bytearray(flac(sound(1000)))
-    content[26] ^= 1
-    (tmp_path / "a.flac").write_bytes(content)
-    with pytest.raises(DataError, match=r"84-1-0000: .*a.flac: the decoded samples do not have the MD5"):
-        decode(utterance(tmp_path / "a.flac", 1000))
-
-
-def test_a_flac_file_without_md5_is_accepted_as_the_format_allows(tmp_path: Path) -> None:
-    content = bytearray(flac(sound(1000)))
-    content[26:42] = bytes(16)
-    (tmp_path / "a.flac").write_bytes(content)
-    np.testing.assert_array_equal(decode(utterance(tmp_path / "a.flac", 1000))[0], sound(1000)[:, 0])
-
-
-def test_a_damaged_flac_file_is_an_error_that_names_the_utterance(tmp_path: Path) -> None:
-    intact = flac(sound(3000))
-    for position in range(42, len(intact), 211):
-        for content in (intact[:position], intact[:position] + b"\x55\xaa\x55" + intact[position + 3 :]):
-            (tmp_path / "a.flac").write_bytes(content)
-            try:
-                waveform, _ = decode(utterance(tmp_path / "a.flac", 3000))
-            except DataError as error:
-                assert "a.flac" in str(error) and "84-1-0000" in str(error)
-            else:  # bytes that hold no samples, such as those of a comment
-                np.testing.assert_array_equal(waveform, sound(3000)[:, 0])

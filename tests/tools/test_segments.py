@@ -1,5 +1,7 @@
 """Where long recordings are cut, and how what both neighbors hear is joined again; captions."""
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.tools.speaking import RATE
 from tools.recognizer import Word
-from tools.segments import CONTEXT_S, LONGEST_S, SHORTEST_S, Segment, join, segments
+from tools.segments import CONTEXT_S, LONGEST_S, SHORTEST_S, Segment, join, read_until_interrupt, segments
 from tools.transcribe import as_caption, captions
 
 
@@ -119,3 +121,17 @@ def test_captions_end_at_pauses_and_are_short() -> None:
 def test_what_is_digitally_silent_is_not_listened_to() -> None:
     assert Segment(np.full(100, -7, dtype=np.int16), 0.0, None).silent
     assert not Segment(np.array([0, 0, 1], dtype=np.int16), 0.0, None).silent
+
+
+def test_the_first_interrupt_ends_the_reading_and_the_second_one_everything() -> None:
+    output, input = os.pipe()
+    with open(output, "rb") as stream, open(input, "wb", buffering=0) as recorder:  # noqa: PTH123
+        recorder.write(b"before")
+        arriving = read_until_interrupt(stream)
+        assert next(arriving) == b"before"
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        recorder.write(b"in the pipe")
+        assert list(arriving) == [b"in the pipe"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import io
+import fcntl
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import termios
+import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import Levenshtein
 import numpy as np
 import pytest
 import soundfile
 
-from data.cli import DataError
 from tests.conftest import ROOT, SPEECH
-from tests.processes import run_module
+from tests.processes import Popen, run_module
 from tests.tools.conftest import Trained
 from tests.tools.speaking import RATE, random_words, speak
 from tools.segments import read_file
-from tools.transcribe import Options, _standard_input, main
+from tools.transcribe import main
 
 LONG = random_words(150, 5)
 
 
-def command(*arguments: str | Path, given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return run_module("tools.transcribe", *arguments, given=given)
+def command(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[bytes]:
+    return run_module("tools.transcribe", *arguments, **options)
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +102,47 @@ def test_standard_input_is_a_file_or_raw_audio(sentence: tuple[Path, str], train
     assert b"standard input ends in the middle of a 16-bit sample" in odd.stderr
 
 
-def test_a_full_temporary_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(bytes(100_000))))
-    recording = _standard_input(Options(Path("model.pt"), ("-",)), Path("/dev/full"))
-    with pytest.raises(DataError, match=r"^standard input cannot be copied to /dev \(TMPDIR\): No space left"):
-        list(recording.segments())
+@pytest.mark.parametrize("raw", [True, False])
+def test_an_interrupted_live_recording_is_recognized_to_where_it_came(
+    raw: bool, sentence: tuple[Path, str], trained: Trained
+) -> None:
+    content = sentence[0].read_bytes()
+    content = content[44:] if raw else content[:40] + b"\xff\xff\xff\xff" + content[44:]
+    asked = [str(trained.checkpoint), "-", *(["--raw-rate", "16000"] if raw else [])]
+    pipe = subprocess.PIPE
+    with Popen([sys.executable, "-m", "tools.transcribe", *asked], stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdin.write(content)
+        process.stdin.flush()
+        while int.from_bytes(fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4)), sys.byteorder):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read().decode() == f"{sentence[1]}\n"
+        assert b"Traceback" not in process.stderr.read()
+        process.stdin.close()
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["talk.txt", "link.flac"])
+def test_a_recording_is_never_replaced_by_a_transcript(name: str, sentence: tuple[Path, str], trained: Trained) -> None:
+    folder = Path(tempfile.mkdtemp(dir=sentence[0].parent))
+    shutil.copy(sentence[0], folder / "talk.txt")
+    (folder / "link.flac").symlink_to("talk.txt")
+    (folder / "link.txt").hardlink_to(folder / "talk.txt")
+    run = command(trained.checkpoint, name, "--output-dir", ".", "--overwrite", folder=folder)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: {name.split('.')[0]}.txt is an input".encode())
+    assert (folder / "talk.txt").read_bytes() == sentence[0].read_bytes()
+
+
+def test_a_full_temporary_folder_is_named(sentence: tuple[Path, str], trained: Trained, tmp_path: Path) -> None:
+    limits = ["prlimit", "--fsize=9000", sys.executable, "-m", "tools.transcribe", str(trained.checkpoint), "-"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    run = subprocess.run(limits, input=sentence[0].read_bytes(), capture_output=True, cwd=ROOT, env=environment)
+    assert run.returncode == 1
+    (line, *_) = run.stderr.decode().splitlines()
+    assert line.startswith("error: ") and str(tmp_path) in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bad_file_among_many_is_named_and_the_others_are_done(
@@ -291,116 +330,6 @@ def test_four_hours_of_silence_pass_in_little_memory(trained: Trained, tmp_path:
     assert "14400.0 s of audio" in run.stderr
     (grown,) = run.stdout.splitlines()  # KiB; no word
     assert int(grown) < 300_000
-
-
-def test_what_comes_before_damage_in_the_middle_is_read(tmp_path: Path) -> None:
-    samples = np.random.default_rng(0).integers(-999, 999, 200_000).astype(np.int16)
-    soundfile.write(tmp_path / "hole.flac", samples, RATE)
-    content = bytearray((tmp_path / "hole.flac").read_bytes())
-    at = len(content) * 3 // 4
-    content[at : at + 20] = np.random.default_rng(1).bytes(20)
-    (tmp_path / "hole.flac").write_bytes(content)
-    blocks = []
-    with pytest.raises(DataError, match=r"hole.flac cannot be decoded after 9\.\d+ s"):
-        for block in read_file(tmp_path / "hole.flac"):
-            blocks.append(block)
-    read = np.concatenate(blocks)
-    assert len(read) > 0.65 * len(samples)
-    assert np.array_equal(read, samples[: len(read)])
-
-
-def test_what_comes_before_damage_is_read(tmp_path: Path) -> None:
-    whole = np.random.default_rng(0).integers(-999, 999, 2_000_000).astype(np.int16)
-    soundfile.write(tmp_path / "whole.wav", whole, RATE)
-    (tmp_path / "cut.wav").write_bytes((tmp_path / "whole.wav").read_bytes()[:3_000_000])
-    blocks = []
-    with pytest.raises(DataError, match=r"cut.wav is cut short: it has 2999956 of 4000000 bytes"):
-        for block in read_file(tmp_path / "cut.wav"):
-            blocks.append(block)
-    assert np.array_equal(np.concatenate(blocks), whole[: (3_000_000 - 44) // 2])
-
-
-def test_samples_that_are_no_numbers_are_an_error_that_says_where(tmp_path: Path) -> None:
-    samples = np.zeros(30000, dtype=np.float32)
-    samples[24000] = np.nan
-    soundfile.write(tmp_path / "nan.wav", samples, RATE, subtype="FLOAT")
-    with pytest.raises(DataError, match=r"nan.wav holds samples that are not finite numbers, after 1.02 s"):
-        list(read_file(tmp_path / "nan.wav"))
-
-
-def test_what_a_phone_records_is_named_in_a_folder_and_read_where_ffmpeg_is_installed(
-    sentence: tuple[Path, str], trained: Trained, tmp_path: Path
-) -> None:
-    file, expected = sentence
-    (tmp_path / "talks").mkdir()
-    memo = tmp_path / "talks" / "memo.m4a"
-    memo.write_bytes(b"\0\0\0\x1cftypM4A " + bytes(100))
-    shutil.copy(file, tmp_path / "talks" / "talk.wav")
-    run = run_module("tools.transcribe", trained.checkpoint, tmp_path / "talks", environment={"PATH": str(tmp_path)})
-    assert run.returncode == 1
-    assert run.stdout.decode() == f"{tmp_path / 'talks' / 'talk.wav'}\t{expected}\n"
-    assert f"error: {memo} can be read neither by libsndfile" in run.stderr.decode()
-    assert b"ffmpeg (not installed); convert it: ffmpeg -i memo.m4a memo.wav" in run.stderr
-
-    ffmpeg = tmp_path / "ffmpeg"  # stands for one that can read it
-    ffmpeg.write_text(f'#!/bin/sh\nfor output; do :; done\n{shutil.which("cp")} "{file}" "$output"\n')
-    ffmpeg.chmod(0o755)
-    run = run_module("tools.transcribe", trained.checkpoint, memo, environment={"PATH": str(tmp_path)})
-    assert run.stdout.decode() == f"{expected}\n"
-
-
-@pytest.mark.parametrize(("suffix", "subtype"), [("mp3", "MPEG_LAYER_III"), ("ogg", "VORBIS"), ("ogg", "OPUS")])
-def test_a_file_of_two_streams_is_not_read_by_halves(
-    suffix: str, subtype: str, sentence: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    samples = soundfile.read(sentence[0])[0]
-    one, both = tmp_path / f"one.{suffix}", tmp_path / f"both.{suffix}"
-    soundfile.write(one, samples, RATE, subtype=subtype)
-    assert abs(sum(map(len, read_file(one))) - len(samples)) < 3000
-    both.write_bytes(2 * one.read_bytes())
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(DataError, match=rf"both.{suffix} .*a part of it.*ffmpeg -i both.{suffix}"):
-        list(read_file(both))
-
-
-def piped_headers(content: bytes, flac: bytes) -> dict[str, bytes]:
-    """What programs write that do not know yet how long a recording will be: WAV three times, and FLAC."""
-    made = {"flac": flac[:21] + bytes([flac[21] & 0xF0]) + bytes(20) + flac[42:]}
-    for number in (0xFFFFFFFF, 0x7FFFFFFF - 36, 0x80000000):
-        made[f"{number:x}.wav"] = content[:40] + number.to_bytes(4, "little") + content[44:]
-    return made
-
-
-def test_a_header_that_does_not_know_the_length_claims_nothing(sentence: tuple[Path, str], tmp_path: Path) -> None:
-    samples = soundfile.read(sentence[0], dtype="int16")[0]
-    soundfile.write(tmp_path / "whole.flac", samples, RATE)
-    for name, content in piped_headers(sentence[0].read_bytes(), (tmp_path / "whole.flac").read_bytes()).items():
-        (tmp_path / name).write_bytes(content)
-        assert np.array_equal(np.concatenate(list(read_file(tmp_path / name))), samples), name
-    header = sentence[0].read_bytes()[:44]
-    (tmp_path / "unclosed.wav").write_bytes(header[:4] + bytes(4) + header[8:40] + bytes(4) + samples.tobytes())
-    with pytest.raises(
-        DataError, match=r"unclosed.wav was not closed: its header says 0 bytes of audio, and \d+ follow"
-    ):
-        list(read_file(tmp_path / "unclosed.wav"))
-
-
-def test_integers_in_a_file_of_floats_are_an_error(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "float.wav", np.full(9000, 8000, dtype=np.int16), RATE, subtype="FLOAT")
-    with pytest.raises(
-        DataError, match=r"float.wav has samples 8000 times full scale, after 0.00 s: integers in a file of floats?"
-    ):
-        list(read_file(tmp_path / "float.wav"))
-
-
-@pytest.mark.skipif(shutil.which("sox") is None, reason="sox is not installed")
-def test_what_libsndfile_does_not_know_is_read_by_sox(
-    sentence: tuple[Path, str], trained: Trained, tmp_path: Path
-) -> None:
-    file, expected = sentence
-    subprocess.run(["sox", file, tmp_path / "sentence.vox.sox"], check=True)  # sox's own format
-    run = command(trained.checkpoint, tmp_path / "sentence.vox.sox")
-    assert run.stdout.decode() == f"{expected}\n"
 
 
 @pytest.mark.skipif(not SPEECH.is_dir(), reason=f"real speech is not there: {SPEECH}")
