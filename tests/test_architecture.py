@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 LAYERS = [
     ["errors", "metrics"],
     ["config", "ctc", "distributed", "layers.kernels", "layers.gru_triton"],
+    ["layers.rows"],
     ["device"],
     ["features", "machine", "layers.batch_norm", "layers.convolution", "layers.gru"],
     ["model", "checkpoint", "mllog"],
