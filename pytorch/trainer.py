@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pytorch import memory
 from pytorch.config import Config, Precision
 from pytorch.ctc import LABELS, ctc_loss
 from pytorch.device import copy_from_cpu_ahead, copy_to_cpu_async, explain_oom, widest_float
@@ -193,18 +194,23 @@ class Trainer:
         """
         count = self.config.max_microbatch_size(self.world.size)
         num_samples = int(max_samples / min(1.0, self.config.tempo_min))
-        with (
-            self._model_restored(),
-            explain_oom(
-                f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
-                f"use a smaller --batch-size than {self.config.batch_size}, or compute it in "
-                f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
-            ),
-        ):
-            batch = random_batch(self.config, torch.full((count,), num_samples), self.device)
+        advice = (
+            f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
+            f"use a smaller --batch-size than {self.config.batch_size}, or compute it in "
+            f"{2 * self.config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
+        )
+
+        def step(samples: int) -> Batch:
+            samples = max(samples, min(num_samples, SAMPLE_RATE // 10))  # a batch norm needs some rows
+            batch = random_batch(self.config, torch.full((count,), samples), self.device)
             parts = [batch] * self.config.gradient_accumulation_steps
+            self.train_step(parts, self.config.batch_size, self.config.learning_rate)()
+            return batch
+
+        with self._model_restored(), explain_oom(advice):
+            memory.require(step, num_samples, self.world, self.device, advice)
             for _ in range(min(2, self.world.size)):  # before the second step DDP rebuilds its buckets
-                self.train_step(parts, self.config.batch_size, self.config.learning_rate)()
+                batch = step(num_samples)
             self.eval_model.eval()
             with torch.no_grad():
                 copy_to_cpu_async(self.logits(self.eval_model, replace(batch, augmentation=None))[0].argmax(2))()

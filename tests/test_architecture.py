@@ -16,7 +16,7 @@ LAYERS = [
     ["errors", "metrics"],
     ["config", "ctc", "distributed", "layers.kernels", "layers.gru_triton"],
     ["layers.rows"],
-    ["device"],
+    ["device", "memory"],
     ["features", "machine", "layers.batch_norm", "layers.convolution", "layers.gru"],
     ["model", "checkpoint", "mllog"],
     ["loader", "optimizer"],

@@ -34,7 +34,8 @@ from pytorch.errors import RunError
 from pytorch.evaluation import evaluate
 from pytorch.features import SAMPLE_RATE
 from pytorch.loader import TrainingLoader, Utterances
-from pytorch.machine import describe_machine, memory_bytes
+from pytorch import memory
+from pytorch.machine import describe_machine
 from pytorch.train import max_pending_steps, require_batches
 from pytorch.trainer import Trainer
 
@@ -198,7 +199,7 @@ def estimate(
     set_device(device)
     here = describe_machine(device)
     if device.type == "cpu":  # else a process that needs more memory than there is would be killed without a word
-        limit, hard_limit = memory_bytes() // world.size, resource.getrlimit(resource.RLIMIT_DATA)[1]
+        limit, hard_limit = memory.size() // world.size, resource.getrlimit(resource.RLIMIT_DATA)[1]
         limit = limit if hard_limit == resource.RLIM_INFINITY else min(limit, hard_limit)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard_limit))
     torch.manual_seed(config.seed)

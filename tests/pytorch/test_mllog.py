@@ -283,12 +283,3 @@ def test_a_full_disk_is_said_once_and_does_not_end_the_run(tmp_path: Path, capsy
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert capsys.readouterr().err.count("cannot be written: File too large") == 1
-
-
-def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    all_of_it = this_machine.memory_bytes()
-    for name, text in (("limit", "1000000"), ("none", "max")):
-        (tmp_path / name).write_text(text + "\n")
-    for name, expected in (("limit", 1000000), ("none", all_of_it), ("absent", all_of_it)):
-        monkeypatch.setattr(this_machine, "CONTAINER_LIMITS", [tmp_path / name])
-        assert this_machine.memory_bytes() == expected
