@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pytorch.distributed import World
 
 ROOT = Path("/")  # of /proc and /sys
-FRACTIONS = 64, 32, 16, 8, 4, 2  # of the largest size, that are tried before it
 MARGIN = 1.3  # of a predicted growth; five configurations grew by at most 1.23 of it
 
 
@@ -61,7 +60,9 @@ def peak(device: torch.device) -> int:
     return fields.get("VmHWM", 0) - fields.get("RssFile", 0)
 
 
-def require(run: Callable[[int], object], largest: int, world: World, device: torch.device, advice: str) -> None:
+def require(
+    run: Callable[[int], object], largest: int, small: int, world: World, device: torch.device, advice: str
+) -> None:
     """Judge whether `run(largest)` will fit into memory, from its peaks at smaller sizes; on accelerators do nothing.
 
     From each size to the next, twice as large, the peak grows twice as much as before: if that is more than there is,
@@ -71,6 +72,7 @@ def require(run: Callable[[int], object], largest: int, world: World, device: to
     Args:
         run: takes a size.
         largest: size to be judged.
+        small: size that surely fits; the first one to be tried is no larger, and at most a 64th of the largest.
         world: the ranks.
         device: where `run` computes.
         advice: what to do where it will not fit.
@@ -81,8 +83,8 @@ def require(run: Callable[[int], object], largest: int, world: World, device: to
     if device.type != "cpu" or sys.platform != "linux":
         return
     neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.size > 1 else 1
-    before = 0
-    for parts in FRACTIONS:
+    before, parts = 0, max(64, 1 << (largest // small).bit_length())
+    while parts > 1:
         reset_peak(device)
         run(max(1, largest // parts))
         now = peak(device)
@@ -92,7 +94,7 @@ def require(run: Callable[[int], object], largest: int, world: World, device: to
             return
         if before and (needed := now + int(MARGIN * 2 * growth)) > room:
             raise RunError(f"{advice} (more than {needed / 2**30:.1f} GiB; available: {room / 2**30:.1f} GiB)")
-        before = now
+        before, parts = now, parts // 2
 
 
 class _ControlGroup(NamedTuple):

@@ -201,16 +201,19 @@ class Trainer:
         )
 
         def step(samples: int) -> Batch:
-            samples = max(samples, min(num_samples, SAMPLE_RATE // 10))  # a batch norm needs some rows
-            batch = random_batch(self.config, torch.full((count,), samples), self.device)
+            """Train on a batch of so many samples in all: its utterances are shorter, or if need be fewer."""
+            length = min(num_samples, max(samples // count, SAMPLE_RATE // 10))
+            lengths_B = torch.full((min(count, max(1, samples // length)),), length)
+            batch = random_batch(self.config, lengths_B, self.device)
             parts = [batch] * self.config.gradient_accumulation_steps
             self.train_step(parts, self.config.batch_size, self.config.learning_rate)()
             return batch
 
         with self._model_restored(), explain_oom(advice):
-            memory.require(step, num_samples, self.world, self.device, advice)
+            all_samples = count * num_samples
+            memory.require(step, all_samples, 60 * SAMPLE_RATE, self.world, self.device, advice)
             for _ in range(min(2, self.world.size)):  # before the second step DDP rebuilds its buckets
-                batch = step(num_samples)
+                batch = step(all_samples)
             self.eval_model.eval()
             with torch.no_grad():
                 copy_to_cpu_async(self.logits(self.eval_model, replace(batch, augmentation=None))[0].argmax(2))()

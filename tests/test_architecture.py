@@ -36,7 +36,7 @@ PACKAGES = {  # third parties of a timed run; README.md says what each is for
     "tyro",
     "mlperf_logging",
 }
-COMMANDS_OF_TOOLS = {"tools.evaluate", "tools.transcribe", "tools.bench", "tools.language_model.tune"}
+COMMANDS_OF_TOOLS = {"tools.evaluate", "tools.transcribe", "tools.bench", "tools.estimate", "tools.language_model.tune"}
 
 MODULES = sorted(path for folder in ("data", "pytorch", "tools") for path in (ROOT / folder).rglob("*.py"))
 

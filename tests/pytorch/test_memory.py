@@ -44,7 +44,7 @@ def test_what_is_available_is_the_least_of_the_machine_and_of_its_control_groups
     assert memory.size() == (whole if free == 8 else min(whole, 6 * GIB))
 
 
-@pytest.mark.parametrize(("room", "tried"), [(2.0, 6), (1.0, 5), (0.3, 3)])
+@pytest.mark.parametrize(("room", "tried"), [(4.0, 6), (2.0, 5), (0.3, 2)])
 def test_a_size_that_needs_more_than_there_is_is_refused_before_it_is_tried(
     room: float, tried: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -53,7 +53,7 @@ def test_a_size_that_needs_more_than_there_is_is_refused_before_it_is_tried(
     monkeypatch.setattr(memory, "peak", lambda _: GIB // 10 + sizes[-1] * GIB // 1600)
     monkeypatch.setattr(memory, "available", lambda: int(room * GIB) - memory.peak(CPU))
     with pytest.raises(RunError, match=r"^smaller! .* available: \d.\d GiB"):
-        memory.require(sizes.append, 6400, World(), CPU, "smaller!")
+        memory.require(sizes.append, 6400, 6400, World(), CPU, "smaller!")
     assert len(sizes) == tried
     assert memory.peak(CPU) < room * GIB
 
@@ -62,8 +62,11 @@ def test_a_size_that_fits_many_times_is_not_tried_at_length(monkeypatch: pytest.
     sizes: list[int] = []
     monkeypatch.setattr(memory, "peak", lambda _: GIB)
     monkeypatch.setattr(memory, "available", lambda: 20 * GIB)
-    memory.require(sizes.append, 640, World(), CPU, "smaller!")
+    memory.require(sizes.append, 640, 640, World(), CPU, "smaller!")
     assert sizes == [10, 20, 40]
+    sizes.clear()
+    memory.require(sizes.append, 1_280_000, 20, World(), CPU, "smaller!")
+    assert sizes[0] <= 20
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux measures a process's peak anew")
