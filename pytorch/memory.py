@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pytorch.distributed import World
 
 ROOT = Path("/")  # of /proc and /sys
+NOISE = 64 << 20  # bytes of growth that libraries may have taken for themselves
 MARGIN = 1.3  # of a predicted growth; five configurations grew by at most 1.23 of it
 
 
@@ -65,9 +66,9 @@ def require(
 ) -> None:
     """Judge whether `run(largest)` will fit into memory, from its peaks at smaller sizes; on accelerators do nothing.
 
-    From each size to the next, twice as large, the peak grows twice as much as before: if that is more than there is,
-    this ends before it is tried. It also ends where all that the process holds might grow in proportion to the size and
-    would still fit. All ranks must do this at the same time.
+    From each size to the next, twice as large, the peak grows twice as much as before. This ends before a size is tried
+    for which there is too little, or as soon as not even half of all growth to come would fit. It also ends where all
+    that the process holds might grow in proportion to the size, and would fit. All ranks must do this at the same time.
 
     Args:
         run: takes a size.
@@ -92,8 +93,11 @@ def require(
         now, growth, room = min(measured, key=lambda each: each[2] - each[0])  # where least is left
         if now * parts < room:
             return
-        if before and (needed := now + int(MARGIN * 2 * growth)) > room:
-            raise RunError(f"{advice} (more than {needed / 2**30:.1f} GiB; available: {room / 2**30:.1f} GiB)")
+        rest = 2 * growth * (parts - 1)  # of the growth, in proportion
+        hopeless = growth > NOISE and now + rest // 2 > room
+        if before and (hopeless or now + int(MARGIN * 2 * growth) > room):
+            needed, there = (now + rest) / 2**30, room / 2**30
+            raise RunError(f"{advice} (about {needed:.1f} GiB; available: {there:.1f} GiB)")
         before, parts = now, parts // 2
 
 

@@ -44,7 +44,7 @@ def test_what_is_available_is_the_least_of_the_machine_and_of_its_control_groups
     assert memory.size() == (whole if free == 8 else min(whole, 6 * GIB))
 
 
-@pytest.mark.parametrize(("room", "tried"), [(4.0, 6), (2.0, 5), (0.3, 2)])
+@pytest.mark.parametrize(("room", "tried"), [(4.0, 6), (2.0, 3), (0.3, 2)])
 def test_a_size_that_needs_more_than_there_is_is_refused_before_it_is_tried(
     room: float, tried: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
