@@ -126,7 +126,7 @@ def epochs_to_target(config: Config) -> tuple[int, str]:
         if config.batch_size == batch_size:
             return epochs, source
         growth = (1 + config.batch_size / BATCH_OF_TWICE_THE_EPOCHS) / (1 + batch_size / BATCH_OF_TWICE_THE_EPOCHS)
-        return math.ceil(epochs * growth - 0.25), f"{source}; for batch {config.batch_size} extrapolated again"
+        return round(epochs * growth), f"{source}; for batch {config.batch_size} extrapolated again"
     file = ROOT / "results" / "rcps" / f"{config.config}.json"
     points = json.loads(file.read_text()).values() if file.exists() else []
     for point in points:
