@@ -17,12 +17,12 @@ import numpy as np
 
 from data.cli import available_cores
 from data.packed import PackedDataset, content_files
+from pytorch import memory
 from pytorch.config import ROOT
 
 if TYPE_CHECKING:
     import torch  # slow to import: not for those who only read logs
 
-CONTAINER_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # cgroup v2, v1
 MAX_CPU_TAKEN = 0.05  # part of the CPU time that others may take from a run whose time is to count
 
 
@@ -35,7 +35,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "processor": next(iter(cpuinfo().get("model name", [])), platform.processor() or platform.machine()),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(memory_bytes() / 2**30, 1),
+        "memory_gib": round(memory.size() / 2**30, 1),
         "operating_system": platform.platform(),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
@@ -47,15 +47,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         found["accelerator_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
         found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
     return found
-
-
-def memory_bytes() -> int:
-    """Return the size of this machine's memory, or a container's limit if that is less."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in CONTAINER_LIMITS:
-        with suppress(OSError, ValueError):  # no such control group, or "max"
-            sizes.append(int(Path(file).read_text()))
-    return min(sizes)
 
 
 def cpuinfo() -> dict[str, list[str]]:

@@ -32,6 +32,7 @@ from pytorch.ctc import BLANK, LABELS
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.layers.convolution import Convolution
 from pytorch.layers.gru import GRU
+from pytorch.layers.rows import padded_rows
 
 GRU_LAYERS = 5
 TIME_STRIDE = 2
@@ -92,7 +93,7 @@ class DeepSpeech2(nn.Module):
         for gru, norm in zip(self.grus, self.norms, strict=True):
             packed = gru(packed)
             packed = PackedSequence(norm(packed.data), layout.batch_sizes)
-        logits_NV = self.classifier(packed.data).float()
+        logits_NV = _linear(packed.data, self.classifier)
 
         index_into_TB_N = layout.time_N * batch + layout.utterance_N
         logits_TBV = logits_NV.new_zeros(time * batch, len(LABELS)).index_copy_(0, index_into_TB_N, logits_NV)
@@ -136,6 +137,13 @@ class _ValidRows(torch.autograd.Function):
 def _norm_rows(x_NFC: Tensor, norm: nn.Module) -> Tensor:
     """Apply a batch norm, and its clipping, to each channel over rows and frequencies."""
     return norm(x_NFC.flatten(0, 1)).view_as(x_NFC)
+
+
+def _linear(x_NH: Tensor, layer: nn.Linear) -> Tensor:
+    """Apply a linear layer to rows, which are padded as those of all products."""
+    dtype = torch.get_autocast_dtype(x_NH.device.type) if torch.is_autocast_enabled(x_NH.device.type) else x_NH.dtype
+    count = padded_rows(len(x_NH), x_NH.device, dtype)
+    return layer(nn.functional.pad(x_NH, (0, 0, 0, count - len(x_NH))))[: len(x_NH)].float()
 
 
 class _PackLayout(NamedTuple):

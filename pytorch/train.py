@@ -30,7 +30,7 @@ from torch import Tensor
 
 from data.cli import exit_status, progress_bar
 from data.files import locked
-from pytorch import machine
+from pytorch import machine, memory
 from pytorch.config import BENCHMARK_WER, Config, parse_config
 from pytorch.device import explain_oom
 from pytorch.distributed import report_lost_ranks, shutdown, torchrun_env
@@ -124,6 +124,7 @@ class EpochStats:
     utterances_per_second: float | None  # None without a step
     audio_seconds_per_second: float | None  # of speech as it is in the corpus, before augmentation
     data_wait_fraction: float  # of the time, on the rank that waited most
+    peak_memory_gib: float  # of the process that took most, see memory.peak
     skipped_steps: int  # of the run so far
     finished: bool  # False if max_steps cut it short
 
@@ -146,6 +147,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
     """
     config, state, trainer, world = run.config, run.state, run.trainer, run.world
     run.log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: state.epoch})
+    memory.reset_peak(trainer.device)
     started, utterances, samples = time.monotonic(), 0, 0
     pending: deque[PendingStep] = deque()
     trainer.model.train()
@@ -185,6 +187,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
         utterances_per_second=utterances / seconds if utterances else None,
         audio_seconds_per_second=samples / SAMPLE_RATE / seconds if utterances else None,
         data_wait_fraction=max(world.all_gather_object(loader.data_wait_seconds)) / seconds,
+        peak_memory_gib=max(world.all_gather_object(memory.peak(trainer.device))) / 2**30,
         skipped_steps=state.skipped_steps,
         finished=state.step_in_epoch == len(loader),
     )

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pytorch import memory
 from pytorch.config import Config, Precision
 from pytorch.ctc import LABELS
 from pytorch.device import copy_from_cpu_ahead, copy_to_cpu_async, explain_oom
@@ -61,18 +62,25 @@ def warm_up(trainer: Trainer, max_samples: int) -> None:
     config, world, device = trainer.config, trainer.world, trainer.device
     count = config.max_microbatch_size(world.size)
     num_samples = int(max_samples / min(1.0, config.tempo_min))
-    with (
-        _restored(trainer),
-        explain_oom(
-            f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
-            f"use a smaller --batch-size than {config.batch_size}, or compute it in "
-            f"{2 * config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
-        ),
-    ):
-        batch = random_batch(config, torch.full((count,), num_samples), device)
+    advice = (
+        f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
+        f"use a smaller --batch-size than {config.batch_size}, or compute it in "
+        f"{2 * config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
+    )
+
+    def step(samples: int) -> Batch:
+        """Train on a batch of so many samples in all: its utterances are shorter, or if need be fewer."""
+        length = min(num_samples, max(samples // count, SAMPLE_RATE // 10))
+        lengths_B = torch.full((min(count, max(1, samples // length)),), length)
+        batch = random_batch(config, lengths_B, device)
         microbatches = [batch] * config.gradient_accumulation_steps
+        trainer.train_step(microbatches, config.batch_size, config.learning_rate)()
+        return batch
+
+    with _restored(trainer), explain_oom(advice):
+        memory.require(step, count * num_samples, 60 * SAMPLE_RATE, world, device, advice)
         for _ in range(2 if world.size > 1 else 1):  # DDP rebuilds its buckets before the second step
-            trainer.train_step(microbatches, config.batch_size, config.learning_rate)()
+            batch = step(count * num_samples)
         trainer.eval_model.eval()
         with torch.no_grad():
             copy_to_cpu_async(trainer.evaluate_logits(replace(batch, augmentation=None))[0].argmax(2))()

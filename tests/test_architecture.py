@@ -15,7 +15,8 @@ from tests.conftest import ROOT
 LAYERS = [
     ["errors", "metrics"],
     ["config", "ctc", "distributed", "layers.kernels", "layers.gru_triton"],
-    ["device"],
+    ["layers.rows"],
+    ["device", "memory"],
     ["features", "machine", "layers.batch_norm", "layers.convolution", "layers.gru"],
     ["model", "checkpoint", "mllog"],
     ["loader", "optimizer"],
@@ -36,7 +37,7 @@ PACKAGES = {  # third parties of a timed run; README.md says what each is for
     "tyro",
     "mlperf_logging",
 }
-COMMANDS_OF_TOOLS = {"tools.evaluate", "tools.transcribe", "tools.bench", "tools.language_model.tune"}
+COMMANDS_OF_TOOLS = {"tools.evaluate", "tools.transcribe", "tools.bench", "tools.estimate", "tools.language_model.tune"}
 
 MODULES = sorted(path for folder in ("data", "pytorch", "tools") for path in (ROOT / folder).rglob("*.py"))
 

@@ -97,7 +97,7 @@ def test_real_speech_is_prepared_verified_trained_on_and_evaluated_completely(
         "data.verify --dataset-dir PATH",
         "pytorch.train --dataset-dir PATH",
         "tools.run_and_time --output-dir PATH",
-        "tools.bench --estimate --config an4 --dataset-dir PATH",
+        "tools.estimate --config an4 --dataset-dir PATH",
         "tools.transcribe PATH recording.wav",
         "tools.mlperf rcp README.md -o PATH",
         "tools.report README.md -o PATH",

@@ -2,13 +2,13 @@
 
     python -m tools.bench                                     for the librispeech configuration
     python -m tools.bench --config an4 --batch-size 16
-    python -m tools.bench --hidden-size 256 --batch-size 8 --json
+    python -m tools.bench --hidden-size 256 --json
     OMP_NUM_THREADS=1 python -m tools.bench                   with one thread
-    python -m tools.bench --estimate --config librispeech     how long training would take, from some real steps
+    python -m tools.bench --table > BENCHMARKS.md             all that this page shows
 
-All variants are timed in one process, in turn, after a warm-up of each, and medians are compared, so that a machine
-that is busy with other things changes the ratios little. The batch is random: utterances of 2 to 4 s, 15 labels
-a second, as read English has.
+Every step has a batch of its own, of noise with the durations that a batch of an epoch has: from `--shortest-seconds`
+to `--longest-seconds` they rise from batch to batch. All variants take a batch in turn, in one process, so that a
+machine that is busy with other things changes the ratios little; medians over the batches are compared.
 
 "Stock" is the same model from torch's own layers in fp32: nn.Conv2d, nn.BatchNorm1d, and nn.GRU on packed sequences.
 The limit is the rate of one large matrix product (1024 rows and columns, on a GPU 8192) in the precision that `auto`
@@ -21,23 +21,23 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from data.cli import exit_status
+from pytorch import machine
 from pytorch.config import CONFIGS, Config, Device, Precision
 from pytorch.device import faster_precision, select_device, select_precision
-from pytorch.distributed import World, report_lost_ranks, shutdown, torchrun_env
 from pytorch.errors import RunError
 from pytorch.features import SAMPLE_RATE, frame_counts
 from pytorch.layers.batch_norm import BatchNorm
@@ -47,18 +47,8 @@ from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.trainer import Trainer
 from pytorch.warmup import random_batch, time_precisions
-from tools.estimate import estimate, processes_here
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
-PARTS = {  # part of the step -> what the profiler calls its operations
-    "convolution": ("convolution", "Convolution"),
-    "recurrent loop": ("Layer", "gru", "_cudnn_rnn"),
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::addmm_"),
-    "batch norm": ("batch_norm", "_SyncBatchNorm"),
-    "spectrogram": ("fft", "stft"),
-    "CTC": ("ctc",),
-    "optimizer": ("_foreach", "_fused", "clip_grad", "Optimizer"),
-}
 
 
 @dataclass(frozen=True)
@@ -70,25 +60,19 @@ class Options:
     hidden_size: int | None = None
     """units per direction of a GRU layer; None: the configuration's"""
     batch_size: int | None = None
-    """utterances of the batch; None: 8, or the configuration's with --estimate"""
+    """utterances of a batch; None: 8"""
     shortest_seconds: float = 2.0
-    """duration of the shortest utterance of the batch"""
+    """duration of the shortest utterance"""
     longest_seconds: float = 4.0
-    """duration of the longest utterance of the batch"""
+    """duration of the longest utterance"""
     repetitions: int = 5
-    """timed repetitions of each variant; medians are shown"""
+    """timed batches"""
     device: Device = "auto"
     """where to compute; auto: the GPU if there is one"""
-    estimate: bool = False
-    """take some real steps, and say how long training would take; needs no data set for LibriSpeech"""
-    dataset_dir: Path | None = None
-    """with --estimate: a prepared data set, whose utterances are used instead of noise"""
-    epochs: int | None = None
-    """with --estimate: epochs to the target; None: the number known for the configuration"""
-    gradient_accumulation_steps: int | None = None
-    """with --estimate: microbatches into which the batch is split; None: the configuration's"""
     json: bool = False
-    """print one JSON object instead of a table"""
+    """print one JSON object instead of lines"""
+    table: bool = False
+    """measure all cases of BENCHMARKS.md, and print that page"""
 
 
 class Stock(nn.Module):
@@ -123,51 +107,42 @@ def use_stock_layers(model: DeepSpeech2) -> None:
             model.set_submodule(name, stock[type(layer)](layer))
 
 
-def batch_of(config: Config, count: int, shortest: float, longest: float, device: torch.device) -> Batch:
-    """Return a random batch of utterances of evenly spread durations (s)."""
-    return random_batch(config, (torch.linspace(shortest, longest, count) * SAMPLE_RATE).long(), device)
+def batches_of(config: Config, options: Options, device: torch.device) -> list[Batch]:
+    """Return random batches of rising durations, one for each repetition after one that warms up."""
+    seconds = torch.linspace(options.shortest_seconds, options.longest_seconds, options.repetitions * config.batch_size)
+    batches = [random_batch(config, each, device) for each in (seconds * SAMPLE_RATE).long().chunk(options.repetitions)]
+    return [batches[-1], *batches]
 
 
 class Workload:
-    """A model in training and a batch, ready to step."""
+    """A model in training, ready to step."""
 
-    def __init__(
-        self, config: Config, batch: Batch, device: torch.device, precision: Precision, *, stock: bool = False
-    ) -> None:
+    def __init__(self, config: Config, device: torch.device, precision: Precision, *, stock: bool = False) -> None:
         torch.manual_seed(0)
         self.trainer = Trainer(replace(config, precision=precision, ema_decay=0.0), device)
-        self.batch = batch
         if stock:
             use_stock_layers(self.trainer.model)
 
-    def forward(self) -> None:
-        """Run forward only, with the loss."""
-        with torch.inference_mode():
-            self.trainer.model.eval()
-            self.trainer.loss(self.batch)
-            self.trainer.model.train()
-
-    def step(self) -> None:
-        """Run a whole training step."""
-        self.trainer.train_step([self.batch], len(self.batch), self.trainer.config.learning_rate)
+    def step(self, batch: Batch) -> None:
+        """Take a whole training step."""
+        self.trainer.train_step([batch], len(batch), self.trainer.config.learning_rate)
 
 
 def time_interleaved(
-    variants: Mapping[str, Callable[[], object]], repetitions: int, device: torch.device
-) -> dict[str, float]:
-    """Return the median seconds of each variant: all warmed up, then run in turn."""
+    variants: Mapping[str, Callable[[Any], object]], batches: Sequence[Any], device: torch.device
+) -> dict[str, list[float]]:
+    """Return the seconds that each variant takes for each batch but the first: in turn, batch by batch."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for repetition in range(repetitions + 1):
+    for batch in batches:
         for name, variant in variants.items():
             if device.type != "cpu":
                 torch.accelerator.synchronize()
             started = time.perf_counter()
-            variant()
+            variant(batch)
             if device.type != "cpu":
                 torch.accelerator.synchronize()
-            if repetition > 0:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+            seconds[name].append(time.perf_counter() - started)
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def matmul_flops(device: torch.device, precision: Precision, repetitions: int) -> float:
@@ -175,59 +150,27 @@ def matmul_flops(device: torch.device, precision: Precision, repetitions: int) -
     size = 1024 if device.type == "cpu" else 8192
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = time_interleaved({"product": lambda: torch.mm(left, right)}, repetitions * 4, device)
-    return 2 * size**3 / seconds["product"]
-
-
-def profile_step(workload: Workload) -> dict[str, float]:
-    """Return the milliseconds of a step by part, from the profiler: own time of the operations, grouped."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports an error where there is no GPU
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if workload.trainer.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        workload.step()
-        if workload.trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-    milliseconds = dict.fromkeys([*PARTS, "the rest"], 0.0)
-    for event in profile.events():
-        if event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # a GPU's time is that of the operation that started it
-        own = event.self_cpu_time_total if workload.trainer.device.type == "cpu" else event.self_device_time_total
-        milliseconds[_part(event)] += own / 1000
-    return milliseconds
-
-
-def _part(event: Any) -> str:
-    """Return the part of the innermost operation around an event that is in PARTS, but all of a convolution's."""
-    part, inside = "the rest", event
-    while inside is not None:
-        found = next((part for part, names in PARTS.items() if any(name in inside.name for name in names)), None)
-        if found == "convolution":
-            return found
-        if part == "the rest" and found is not None:
-            part = found
-        inside = inside.cpu_parent
-    return part
+    seconds = time_interleaved({"product": lambda _: torch.mm(left, right)}, range(repetitions * 4 + 1), device)
+    return 2 * size**3 / statistics.median(seconds["product"])
 
 
 def measure(config: Config, options: Options, device: torch.device) -> dict[str, Any]:
     """Return the figures of a configuration: its step in each precision, with stock layers, and the machine's limit."""
-    batch = batch_of(config, config.batch_size, options.shortest_seconds, options.longest_seconds, device)
-    ours = {precision: Workload(config, batch, device, precision) for precision in PRECISIONS}
+    batches = batches_of(config, options, device)
+    ours = {precision: Workload(config, device, precision) for precision in PRECISIONS}
     auto = select_precision("auto", device)
     if auto == "auto":
         auto = faster_precision(time_precisions(ours["fp32"].trainer))  # as a run does
-    stock = Workload(config, batch, device, "fp32", stock=True)
-    variants = {"stock_packed_step": stock.step, "stock_packed_forward": stock.forward}
-    for precision, workload in ours.items():
-        variants |= {f"{precision}_step": workload.step, f"{precision}_forward": workload.forward}
-    seconds = time_interleaved(variants, options.repetitions, device)
-    step, forward = seconds[f"{auto}_step"], seconds[f"{auto}_forward"]
-    seconds |= {"auto_step": step, "auto_forward": forward}
-    peak = matmul_flops(device, auto, options.repetitions)
-    frames = int(output_frames(frame_counts(batch.num_samples_B)).sum())
-    forward_flops, step_flops = training_flops(ours[auto].trainer.model, frames)
+    stock = Workload(config, device, "fp32", stock=True)
+    variants: dict[str, Callable[[Batch], None]] = {"stock": stock.step}
+    variants |= {precision: workload.step for precision, workload in ours.items()}
+    times = time_interleaved(variants, batches, device)
+    speech = [float(batch.num_samples_B.sum()) / SAMPLE_RATE for batch in batches[1:]]
+    mean = statistics.mean(speech)  # of a batch; a disturbed step changes the median time for each second little
+    seconds = {name: mean * statistics.median(np.divide(times[name], speech)) for name in times}
+    step, peak = seconds[auto], matmul_flops(device, auto, options.repetitions)
+    frames = [float(output_frames(frame_counts(batch.num_samples_B)).sum()) for batch in batches[1:]]
+    flops = training_flops(ours[auto].trainer.model, statistics.mean(frames))
     return {
         "config": config.config,
         "hidden_size": config.hidden_size,
@@ -236,35 +179,29 @@ def measure(config: Config, options: Options, device: torch.device) -> dict[str,
         "threads": torch.get_num_threads(),
         "recurrent_layers": implementation(device, auto, config.hidden_size),
         "auto_precision": auto,
-        **{f"{name}_ms": 1000 * value for name, value in seconds.items()},
-        "speedup": seconds["stock_packed_step"] / step,
-        "fp32_speedup": seconds["stock_packed_step"] / seconds["fp32_step"],
-        "forward_speedup": seconds["stock_packed_forward"] / forward,
-        "fp32_forward_speedup": seconds["stock_packed_forward"] / seconds["fp32_forward"],
-        "audio_seconds_per_second": float(batch.num_samples_B.sum()) / SAMPLE_RATE / step,
+        **{f"{name}_step_ms": 1000 * value for name, value in seconds.items()},
+        "auto_step_ms": 1000 * step,
+        "speedup": seconds["stock"] / step,
+        "fp32_speedup": seconds["stock"] / seconds["fp32"],
+        "audio_seconds_per_second": mean / step,
         "gemm_peak_gflops": peak / 1e9,
-        "achieved_gflops": step_flops / step / 1e9,
-        "fraction_of_peak": step_flops / step / peak,
-        "forward_fraction_of_peak": forward_flops / forward / peak,
-        "step_parts_ms": profile_step(ours[auto]),
-        "stock_step_parts_ms": profile_step(stock),
+        "achieved_gflops": flops / step / 1e9,
+        "fraction_of_peak": flops / step / peak,
     }
 
 
-def table(row: dict[str, Any]) -> str:
+def lines(row: dict[str, Any]) -> str:
     """Return the figures as lines for people."""
-    lines = []
+    found = []
     for name, value in row.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{part} {milliseconds:.1f}" for part, milliseconds in value.items())
         if isinstance(value, float):
             value = f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-        lines.append(f"{name:<32}{value}")
-    return "\n".join(lines)
+        found.append(f"{name:<32}{value}")
+    return "\n".join(found)
 
 
-def training_flops(model: DeepSpeech2, frames: int) -> tuple[float, float]:
-    """Return the floating-point operations of a forward pass and of a training step on this many valid output frames.
+def training_flops(model: DeepSpeech2, frames: float) -> float:
+    """Return the floating-point operations of a training step on this many valid output frames.
 
     A multiplication with its addition counts as two. Each matrix is applied once a frame, and each convolution's kernel
     once a frame and output frequency. Batch norms, spectrogram, CTC and optimizer are left out.
@@ -272,25 +209,62 @@ def training_flops(model: DeepSpeech2, frames: int) -> tuple[float, float]:
     conv1 = model.conv1.weight.numel() * (2 * OUTPUT_FREQUENCIES - 1)
     conv2 = model.conv2.weight.numel() * OUTPUT_FREQUENCIES
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
-    forward = 2.0 * frames * (conv1 + conv2 + matrices)
-    return forward, 3 * forward - 2.0 * frames * conv1  # the features need no gradient
+    return 2.0 * frames * (3 * (conv1 + conv2 + matrices) - conv1)  # the features need no gradient
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; return the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = tyro.cli(Options, args=arguments, prog="python -m tools.bench", description=__doc__)
-    status = exit_status(lambda: benchmark(options, arguments))
-    shutdown()
-    return status
+CASES = {  # rows of the page: what differs from `librispeech` with utterances of 2 to 4 s
+    "`synthetic`": {"config": "synthetic", "batch_size": 6, "shortest_seconds": 1.5, "longest_seconds": 3.0},
+    "`an4`": {"config": "an4", "batch_size": 6, "shortest_seconds": 1.5, "longest_seconds": 5.0},
+    "`mini`": {"config": "mini", "batch_size": 16, "shortest_seconds": 8.0, "longest_seconds": 12.0},
+    "`librispeech`, batch 8": {},
+    "`librispeech`, batch 16": {"batch_size": 16, "shortest_seconds": 11.0, "longest_seconds": 14.0},
+}
+PAGE = """\
+# Benchmarks
+
+Written by `python -m tools.bench --table` on {date}, at commit {commit}. Every figure is *measured*, on this machine:
+
+{machine}
+
+A row is the median training step over {repetitions} batches of different lengths, in milliseconds. `auto` is what a run
+would select. Stock is the same model from torch's own layers, in fp32. "x real time" is seconds of speech that `auto`
+trains on in a second. "Of the limit" compares its operations with those of one large matrix product, measured as well.
+
+| step | stock | fp32 | bf16 | auto | speedup | x real time | of the limit |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+Other programs took {others:.0%} of the CPU time meanwhile. `python -m tools.estimate` says how long a run takes."""
 
 
-def benchmark(options: Options, arguments: list[str]) -> int:
-    """Measure and print; return the exit status. The arguments are for ranks to be started.
+def page(options: Options, device: torch.device) -> str:
+    """Return BENCHMARKS.md, with the figures of this machine."""
+    before, rows = machine.cpu_seconds([os.getpid()]), []
+    for name, changes in CASES.items():
+        chosen = replace(options, **changes)  # type: ignore[arg-type]
+        row = measure(config_of(chosen), chosen, device)
+        figures = [f"{row[f'{key}_step_ms']:.1f}" for key in ("stock", "fp32", "bf16")] + [row["auto_precision"]]
+        speed = f"{row['audio_seconds_per_second']:.0f}", f"{row['fraction_of_peak']:.0%}"
+        figures += [f"{row['speedup']:.1f} x", *speed]
+        rows.append(f"| {name} | {' | '.join(figures)} |")
+    spent = {name: value - before[name] for name, value in machine.cpu_seconds([os.getpid()]).items()}
+    taken = max(0.0, spent.get("busy", 0.0) - spent.get("own", 0.0)) + spent.get("stolen", 0.0)
+    commit, changed = machine.git_revision()
+    return PAGE.format(
+        date=f"{datetime.now():%Y-%m-%d}",
+        commit=commit[:10] + (" with uncommitted changes" if changed else ""),
+        machine="\n".join(f"- {name}: {value}" for name, value in machine.describe_machine(device).items()),
+        repetitions=options.repetitions,
+        rows="\n".join(rows),
+        others=taken / (spent.get("all") or 1.0),
+    )
+
+
+def config_of(options: Options) -> Config:
+    """Return the configuration to measure.
 
     Raises:
-        RunError: there is no such configuration or device, or a number is against its constraint.
-        DataError: see `estimate`.
+        RunError: there is none of that name, or a number is against its constraint.
     """
     if options.config not in CONFIGS:
         raise RunError(f"--config {options.config}: unknown; one of {', '.join(CONFIGS)}")
@@ -299,33 +273,32 @@ def benchmark(options: Options, arguments: list[str]) -> int:
     if not 0 < options.shortest_seconds <= options.longest_seconds < 1000:
         seconds = f"{options.shortest_seconds} to {options.longest_seconds}"
         raise RunError(f"--shortest-seconds to --longest-seconds is {seconds}; it must be in (0, 1000), shortest first")
-    only_estimate = "dataset_dir", "epochs", "gradient_accumulation_steps"
-    never_estimate = "shortest_seconds", "longest_seconds", "repetitions"
-    for name in never_estimate if options.estimate else only_estimate:
-        if getattr(options, name) != getattr(Options, name):
-            raise RunError(
-                f"--{name.replace('_', '-')} {'does not go' if options.estimate else 'goes'} with --estimate"
-            )
-    if options.epochs is not None and options.epochs < 1:
-        raise RunError(f"--epochs is {options.epochs}; it must be a positive integer")
-    names = "device", "hidden_size", "batch_size", "gradient_accumulation_steps"
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    config = replace(CONFIGS[options.config], **({} if options.estimate else {"batch_size": 8}) | given)
-    device = select_device(options.device)
-    ranks = torchrun_env("WORLD_SIZE", 1)
-    if options.estimate and ranks == 1 and (processes := processes_here(config, options.dataset_dir)) > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        return subprocess.run([*torchrun, "-m", "tools.bench", *arguments]).returncode
-    with report_lost_ranks():
-        world = World.init(device.type, config.dist_timeout_seconds)
-        device = select_device(options.device, world.local_rank)
-        if options.estimate:
-            row = estimate(config, device, options.dataset_dir, options.epochs, world)
-        else:
-            row = measure(config, options, device)
-    if world.is_main:
-        print(json.dumps(row, indent=2) if options.json else table(row))
+    given: dict[str, Any] = {
+        "hidden_size": options.hidden_size,
+        "batch_size": 8 if options.batch_size is None else options.batch_size,
+    }
+    return replace(CONFIGS[options.config], **{name: value for name, value in given.items() if value is not None})
+
+
+def benchmark(options: Options) -> int:
+    """Measure and print; return the exit status.
+
+    Raises:
+        RunError: there is no such configuration or device, or a number is against its constraint.
+    """
+    config, device = config_of(options), select_device(options.device)
+    if options.table:
+        print(page(options, device))
+        return 0
+    row = measure(config, options, device)
+    print(json.dumps(row, indent=2) if options.json else lines(row))
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; return the exit status."""
+    options = tyro.cli(Options, args=arguments, prog="python -m tools.bench", description=__doc__)
+    return exit_status(lambda: benchmark(options))
 
 
 if __name__ == "__main__":

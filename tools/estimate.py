@@ -1,39 +1,45 @@
-"""How long training would take on this machine, from some real steps: what `python -m tools.bench --estimate` prints.
+"""How long training would take on this machine, and whether it fits into memory, from real steps; before a download.
 
-Batches, order, augmentation, read-ahead and precision are a run's own. Stretches of consecutive steps, at evenly spaced
-places of an epoch, tell what a step and a second of speech take, and so the epoch. Without a data set, utterances are
-noise of LibriSpeech's published durations.
+    python -m tools.estimate                                          for LibriSpeech; needs no data set
+    python -m tools.estimate --config librispeech-2018 --epochs 12
+    python -m tools.estimate --config an4 --dataset-dir AN4_dataset
+
+Batches, order, augmentation, read-ahead and precision are a run's own, and so is the number of processes: one for each
+GPU, or NPROC_PER_NODE. Steps at evenly spaced places of an epoch tell what a second of speech takes, and so the epoch.
+Without a data set, utterances are noise of LibriSpeech's published durations.
 """
 
 from __future__ import annotations
 
-import ctypes
+import json
 import math
-import resource
+import os
+import statistics
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import tyro
 
-from data.cli import progress_bar
+from data.cli import exit_status, progress_bar
 from data.corpora import CORPORA
 from data.packed import Subset, open_dataset
-from pytorch import run_and_time
-from pytorch.config import Config
+from pytorch import machine, memory, run_and_time
+from pytorch.config import CONFIGS, ROOT, Config, Device
 from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
-from pytorch.distributed import World
+from pytorch.distributed import World, report_lost_ranks, shutdown
 from pytorch.errors import RunError
 from pytorch.evaluation import evaluate
 from pytorch.features import SAMPLE_RATE
 from pytorch.loader import TrainingLoader, Utterances
-from pytorch.machine import describe_machine, memory_bytes
 from pytorch.setup import check_batches
 from pytorch.train import max_pending_steps
 from pytorch.trainer import Trainer
@@ -52,16 +58,35 @@ DURATIONS = {
 }
 TEXT = "THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG "
 CHARACTERS_PER_SECOND = 14  # counted in 249 utterances of train-clean-100
-EPOCHS = {  # to the target, and where that is from
-    "librispeech": (5, "extrapolated: 3 to 6, see docs/recipes.md"),
-    "librispeech-2018": (9, "published for this optimizer with batch 64: WER 23.3 after 8"),
-    "an4": (3, "measured: 17 of 20 runs with batch 6, the others 4; docs/recipes.md"),
-    "synthetic": (2, "measured: all of 20 runs with batch 6; docs/recipes.md"),
+LIBRISPEECH_EPOCHS = {  # to the target, at which batch size, and where that is from
+    "librispeech": (5, 128, "extrapolated: 3 to 6 with batch 128, see docs/recipes.md"),
+    "librispeech-2018": (9, 64, "published for this optimizer with batch 64: WER 23.3 after 8"),
 }
-UNKNOWN = "the most that a run takes; how many the target needs is not known"
-# Where a step takes very long, MIN_ROUNDS of one step each take longer.
+BATCH_OF_TWICE_THE_EPOCHS = 3600  # epochs grow as 1 + batch size / this, see docs/scaling.md
 TRAINING_SECONDS, STRETCH_SECONDS, EVALUATION_SECONDS = 75, 2, 10
-MIN_ROUNDS, MAX_ROUNDS = 3, 32
+MIN_STRETCHES, MAX_STRETCHES = 3, 32  # of an epoch
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to estimate."""
+
+    config: str = "librispeech"
+    """named configuration"""
+    hidden_size: int | None = None
+    """units per direction of a GRU layer; None: the configuration's"""
+    batch_size: int | None = None
+    """utterances of a batch; None: the configuration's"""
+    gradient_accumulation_steps: int | None = None
+    """microbatches into which the batch is split; None: the configuration's"""
+    epochs: int | None = None
+    """epochs to the target; None: the number known for the configuration"""
+    dataset_dir: Path | None = None
+    """a prepared data set, whose utterances are used instead of noise"""
+    device: Device = "auto"
+    """where to compute; auto: the GPU if there is one"""
+    json: bool = False
+    """print one JSON object instead of a table"""
 
 
 def published_utterances(names: Sequence[str]) -> Utterances:
@@ -94,81 +119,59 @@ def open_utterances(config: Config, dataset_dir: Path | None, world: World) -> t
     return Utterances(dataset.split("train")), Utterances(dataset.split("validation")), str(config.dataset_dir)
 
 
-def processes_here(config: Config, dataset_dir: Path | None) -> int:
-    """Return how many processes a run has on this machine.
-
-    Raises:
-        DataError: they could not start; each of them would say so.
-    """
-    if (machines := run_and_time.variables()["NNODES"]) > 1:
-        raise RunError(f"NNODES is {machines}; the time on one machine can be estimated: unset it")
-    processes = run_and_time.nproc_per_node(config)
-    if processes > 1:
-        world, device = World(size=processes), select_device(config.device, processes - 1)
-        TrainingLoader(open_utterances(config, dataset_dir, world)[0], config, world, device)
-    return processes
-
-
-def peak_memory(device: torch.device) -> float:
-    """Return the GiB that this process has held at most, of a GPU or else of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def epochs_to_target(config: Config) -> tuple[int, str]:
+    """Return how many epochs the target needs with the configuration's batch size, and where that is from."""
+    if config.config in LIBRISPEECH_EPOCHS:
+        epochs, batch_size, source = LIBRISPEECH_EPOCHS[config.config]
+        if config.batch_size == batch_size:
+            return epochs, source
+        growth = (1 + config.batch_size / BATCH_OF_TWICE_THE_EPOCHS) / (1 + batch_size / BATCH_OF_TWICE_THE_EPOCHS)
+        return round(epochs * growth), f"{source}; for batch {config.batch_size} extrapolated again"
+    file = ROOT / "results" / "rcps" / f"{config.config}.json"
+    points = json.loads(file.read_text()).values() if file.exists() else []
+    for point in points:
+        if point["BS"] == config.batch_size:
+            runs = point["Epochs to converge"]
+            return math.ceil(statistics.median(runs)), f"measured: the median of {len(runs)} runs; results/rcps"
+    return config.max_epochs, "the most that a run takes; how many the target needs with this batch size is not known"
 
 
-def time_steps(
-    trainer: Trainer, loader: TrainingLoader, epoch: int, start: int, stop: int, limit: float
-) -> list[float]:
-    """Take steps [start, stop) of an epoch as a run does, for `limit` seconds; return steps, samples and seconds.
-
-    They are those of rank 0, so that what is decided by them is decided alike on every rank.
-    """
-    world = loader.world
+def time_steps(trainer: Trainer, loader: TrainingLoader, epoch: int, start: int, stop: int) -> tuple[int, float]:
+    """Take steps [start, stop) of an epoch as a run does; return their samples and rank 0's seconds."""
     pending: deque[Callable[[], torch.Tensor]] = deque()
-    steps, samples, started = 0, 0, 0.0
+    samples, started = 0, 0.0
     trainer.model.train()
     batches = loader.epoch(epoch, start, stop)  # named, so that its end is not timed
     for indices, microbatches in batches:
-        if not steps:
-            world.barrier()  # the first batch is there, on every rank: a run's readers are ahead
+        if not samples:
+            loader.world.barrier()  # the first batch is there, on every rank: a run's readers are ahead
             started = time.perf_counter()
         pending.append(trainer.train_step(microbatches, len(indices), trainer.config.learning_rate))
         if len(pending) > max_pending_steps(trainer.device):
             pending.popleft()()
-        steps, samples = steps + 1, samples + int(loader.utterances.num_samples[indices].sum())
-        if limit < math.inf and world.broadcast_object(time.perf_counter() - started > limit, src=0):
-            break
+        samples += int(loader.utterances.num_samples[indices].sum())
     while pending:
         pending.popleft()()
-    return world.broadcast_object([steps, samples, time.perf_counter() - started], src=0)
+    return samples, loader.world.broadcast_object(time.perf_counter() - started, src=0)
 
 
-def time_epochs(trainer: Trainer, loader: TrainingLoader, epochs: Sequence[int]) -> list[tuple[float, float]]:
-    """Return the seconds that each of these epochs takes, and two standard errors of that."""
+def time_epochs(trainer: Trainer, loader: TrainingLoader, epochs: Sequence[int]) -> list[float]:
+    """Return the seconds that each of these epochs takes, from stretches of steps that are evenly spaced in it."""
     middle, longest = len(loader) // 2, math.ceil(len(loader) / 8)
-    first = time_steps(trainer, loader, epochs[-1], middle, middle + longest, STRETCH_SECONDS)  # warms up, too
-    steps, rounds = int(first[0]), int(np.clip(TRAINING_SECONDS / len(epochs) / first[2], MIN_ROUNDS, MAX_ROUNDS))
-    starts = np.linspace(0, len(loader) - steps, rounds).astype(int).tolist()
-    with progress_bar("training steps", len(epochs) * rounds * steps, shown=loader.world.is_main) as bar:
-        stretches: list[list[list[float]]] = []
+    step_seconds = time_steps(trainer, loader, epochs[-1], middle, middle + 1)[1]  # warms up, too
+    steps = int(np.clip(STRETCH_SECONDS / step_seconds, 1, longest))
+    stretches = int(np.clip(TRAINING_SECONDS / len(epochs) / (steps * step_seconds), MIN_STRETCHES, MAX_STRETCHES))
+    starts = np.linspace(0, len(loader) - steps, stretches).astype(int).tolist()
+    whole, found = int(loader.utterances.num_samples[loader.included].sum()), []
+    with progress_bar("training steps", len(epochs) * stretches * steps, shown=loader.world.is_main) as bar:
         for epoch in epochs:  # in the run's order: memory that one batch leaves serves the next, of similar length
-            stretches.append([])
+            samples, seconds = 0, 0.0
             for start in starts:
-                stretches[-1].append(time_steps(trainer, loader, epoch, start, start + steps, math.inf))
+                more_samples, more_seconds = time_steps(trainer, loader, epoch, start, start + steps)
+                samples, seconds = samples + more_samples, seconds + more_seconds
                 bar.update(steps)
-    samples = int(loader.utterances.num_samples[loader.included].sum())
-    return [extrapolate(np.array(timed), len(loader), samples) for timed in stretches]
-
-
-def extrapolate(timed: np.ndarray, steps: int, samples: int) -> tuple[float, float]:
-    """Return the seconds of an epoch of this many steps and samples, and two standard errors.
-
-    Least squares over `timed`, rows of steps, samples and seconds, tell what a step and what a sample takes.
-    """
-    parts, seconds = timed[:, :2] / (steps, samples), timed[:, 2]
-    solution = np.linalg.lstsq(parts, seconds, rcond=None)[0]
-    variance = ((seconds - parts @ solution) ** 2).sum() / (len(timed) - 2)
-    return float(solution.sum()), 2 * math.sqrt(variance * np.linalg.pinv(parts.T @ parts).sum())
+            found.append(seconds / samples * whole)
+    return found
 
 
 def time_evaluation(trainer: Trainer, validation: Utterances, max_batch_samples: int, stride: int) -> float:
@@ -182,27 +185,17 @@ def time_evaluation(trainer: Trainer, validation: Utterances, max_batch_samples:
     return (time.perf_counter() - started) * validation.num_samples.sum() / utterances.num_samples.sum()
 
 
-def estimate(
-    config: Config, device: torch.device, dataset_dir: Path | None, epochs: int | None, world: World
-) -> dict[str, Any]:
-    """Return the figures by name, for a given number of epochs or what is known; `plus_minus`: two standard errors.
+def estimate(config: Config, options: Options, device: torch.device, world: World) -> dict[str, Any]:
+    """Return the figures by name; those of rank 0, but memory is that of the rank that takes most.
 
-    All ranks must do this at the same time; the figures are those of rank 0, but memory is the largest of all.
+    All ranks must do this at the same time.
 
     Raises:
         DataError: there is no data set where one is needed, training on it could not start, or memory does not suffice.
     """
-    with suppress(AttributeError):  # the GNU C library keeps what is freed, as run_and_time.sh has it do
-        for parameter, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, value)
-    train, validation, source = open_utterances(config, dataset_dir, world)
+    train, validation, source = open_utterances(config, options.dataset_dir, world)
     loader = TrainingLoader(train, config, world, device)
     set_device(device)
-    here = describe_machine(device)
-    if device.type == "cpu":  # else a process that needs more memory than there is would be killed without a word
-        limit, hard_limit = memory_bytes() // world.size, resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = limit if hard_limit == resource.RLIM_INFINITY else min(limit, hard_limit)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard_limit))
     torch.manual_seed(config.seed)
     with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
         trainer = Trainer(replace(config, precision=select_precision(config.precision, device)), device, world)
@@ -210,13 +203,16 @@ def estimate(
         trainer.use_precision(faster_precision(world.broadcast_object(time_precisions(trainer), src=0)))
     longest = int(train.num_samples.max())
     warm_up(trainer, longest)
+    peak = max(world.all_gather_object(memory.peak(device)))
 
-    epochs, epochs_source = (epochs, "given") if epochs else EPOCHS.get(config.config, (config.max_epochs, UNKNOWN))
+    epochs, epochs_source = (options.epochs, "given") if options.epochs else epochs_to_target(config)
     firsts = sorted(epoch for epoch in {1, 2, config.augment_from_epoch} if epoch <= epochs)
+    before = machine.cpu_seconds([os.getpid()])
     times = time_epochs(trainer, loader, firsts)
+    spent = {name: value - before[name] for name, value in machine.cpu_seconds([os.getpid()]).items()}
+    ours = sum(world.all_gather_object(spent.get("own", 0.0)))
     samples, to_evaluate = int(train.num_samples[loader.included].sum()), int(validation.num_samples.sum())
-    fastest = min(seconds for seconds, _ in times)
-    stride = max(1, round(fastest / samples * to_evaluate / 3 / EVALUATION_SECONDS))  # it takes about a third
+    stride = max(1, round(min(times) / samples * to_evaluate / 3 / EVALUATION_SECONDS))  # it takes about a third
     evaluation = time_evaluation(trainer, validation, config.max_microbatch_size(world.size) * longest, stride)
     row = {
         "config": config.config,
@@ -224,27 +220,90 @@ def estimate(
         "batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "precision": trainer.config.precision,
-        "processes": trainer.world.size,
-        **here,
+        "processes": world.size,
+        **machine.describe_machine(device),
         "speech": source,
         "training_utterances": len(loader.included),
         "training_hours": samples / SAMPLE_RATE / 3600,
         "largest_batch": f"{config.max_microbatch_size(world.size)} utterances of {longest / SAMPLE_RATE:.1f} s: fits",
-        "peak_memory_gib": max(world.all_gather_object(peak_memory(device))),  # of a process
+        "peak_memory_gib": peak / 2**30,
     }
-    total = error = 0.0
-    for first, after, (seconds, plus_minus) in zip(firsts, [*firsts[1:], epochs + 1], times, strict=True):
-        name = f"epoch_{first}" if after == first + 1 else f"epochs_{first}_to_{after - 1}"
-        row |= {f"{name}_seconds": seconds, f"{name}_plus_minus": plus_minus}
+    total = 0.0
+    for first, after, seconds in zip(firsts, [*firsts[1:], epochs + 1], times, strict=True):
+        row[f"epoch_{first}_seconds" if after == first + 1 else f"epochs_{first}_to_{after - 1}_seconds"] = seconds
         total += (after - first) * (seconds + evaluation)
-        error += (after - first) * plus_minus
+    if spent.get("all"):
+        row["cpu_taken_by_others"] = (max(0.0, spent["busy"] - ours) + spent["stolen"]) / spent["all"]
     return row | {
         "evaluation_seconds": evaluation,
         "evaluation_share": epochs * evaluation / total,
-        "read_mb_per_second": 2 * samples / fastest / 1e6,
+        "read_mb_per_second": 2 * samples / min(times) / 1e6,
         "epochs": epochs,
         "epochs_source": epochs_source,
         "seconds_to_target": total,
-        "seconds_to_target_plus_minus": error,
-        "time_to_target": str(timedelta(seconds=round(total))),
     }
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """Return what a person wants to know of the figures."""
+    taken = row.get("cpu_taken_by_others", 0.0)
+    busy = f" Other programs took {taken:.0%} of the CPU time meanwhile." if taken > machine.MAX_CPU_TAKEN else ""
+    duration = timedelta(seconds=round(row["seconds_to_target"]))
+    return (
+        f"{row['config']} with batch {row['batch_size']} would take {duration} (h:mm:ss) for {row['epochs']} epochs "
+        f"({row['epochs_source']}) and {row['peak_memory_gib']:.1f} GiB in each process ({row['processes']}).{busy}"
+    )
+
+
+def start_ranks(processes: int, arguments: Sequence[str]) -> int:
+    """Run this command in several processes of torchrun's; return the exit status."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return int(subprocess.run([*command, "-m", "tools.estimate", *arguments]).returncode != 0)
+
+
+def run(options: Options, arguments: Sequence[str]) -> int:
+    """Estimate, in as many processes as a run would have here, and print; return the exit status.
+
+    Raises:
+        RunError: there is no such configuration or device, or a number is against its constraint.
+        DataError: see `estimate`.
+    """
+    if options.config not in CONFIGS:
+        raise RunError(f"--config {options.config}: unknown; one of {', '.join(CONFIGS)}")
+    if options.epochs is not None and options.epochs < 1:
+        raise RunError(f"--epochs is {options.epochs}; it must be a positive integer")
+    names = "device", "hidden_size", "batch_size", "gradient_accumulation_steps"
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    config = replace(CONFIGS[options.config], **given)
+    device = select_device(config.device)
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if (machines := run_and_time.variables()["NNODES"]) > 1:
+            raise RunError(f"NNODES is {machines}; the time on one machine can be estimated: unset it")
+        if (processes := run_and_time.nproc_per_node(config)) > 1:
+            last = select_device(config.device, processes - 1)
+            world = World(size=processes)  # what would keep each of them from starting is said once
+            TrainingLoader(open_utterances(config, options.dataset_dir, world)[0], config, world, last)
+            return start_ranks(processes, arguments)
+    with report_lost_ranks():
+        world = World.init(device.type, config.dist_timeout_seconds)
+        row = estimate(config, options, select_device(config.device, world.local_rank), world)
+    if world.is_main and options.json:
+        print(json.dumps(row, indent=2))
+    elif world.is_main:
+        for name, value in row.items():
+            print(f"{name:<32}{value:.4g}" if isinstance(value, float) else f"{name:<32}{value}")
+        print(f"\n{sentence(row)}")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command line; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = tyro.cli(Options, args=arguments, prog="python -m tools.estimate", description=__doc__)
+    status = exit_status(lambda: run(options, arguments))
+    shutdown()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

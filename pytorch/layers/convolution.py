@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pytorch.layers import kernels
+from pytorch.layers.rows import pad_rows, padded_rows, pads_rows
 
 # Columns of one matrix product of the unfolded input with up to 8 channels (with more channels it has more columns, for
 # as many frequencies). Products of fewer columns are slower; those of more multiply more zeros.
@@ -76,13 +77,13 @@ class _UnfoldedConvolution(torch.autograd.Function):
             if count not in bands:
                 bands[count] = _band(weight, count, stride[0])
             torch.mm(unfolded_NK[:, columns], bands[count], out=output_NFC[:, outputs].flatten(1))
-        return output_NFC.view(len(input_BTF), times, frequencies, channels)
+        return output_NFC[: len(input_BTF) * times].view(len(input_BTF), times, frequencies, channels)
 
     @staticmethod
     def backward(ctx, d_output_BTFC: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[no-untyped-def, override]
         input_BTF, weight = ctx.saved_tensors
         unfolded_NK, _ = _unfold(input_BTF, weight.shape, ctx.stride)
-        d_output_NFC = d_output_BTFC.contiguous().flatten(0, 1)
+        d_output_NFC = pad_rows(d_output_BTFC.contiguous().flatten(0, 1), weight.dtype)
         sums = torch.promote_types(weight.dtype, torch.float32)
         d_weight_fkC = weight.new_zeros(*weight.shape[2:], len(weight), dtype=sums)
         for outputs, columns in _groups(d_output_NFC.shape[1], weight, ctx.stride):
@@ -95,11 +96,19 @@ class _UnfoldedConvolution(torch.autograd.Function):
 
 
 def _unfold(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int]) -> tuple[Tensor, int]:
-    """Return rows of one output frame each, with the kernel's frames of each padded frequency; and the frames T'."""
+    """Return rows of one output frame each, with the kernel's frames of each padded frequency; and the frames T'.
+
+    The rows may be more than B x T', see rows.py.
+    """
     kernel_frequency, kernel_time = weight_shape[2:]
     padded_BTF = nn.functional.pad(input_BTF, (kernel_frequency // 2,) * 2 + (kernel_time // 2,) * 2)
     unfolded_BTFk = padded_BTF.unfold(1, kernel_time, stride[1])
-    return unfolded_BTFk.reshape(-1, padded_BTF.shape[2] * kernel_time), unfolded_BTFk.shape[1]
+    batch, times = unfolded_BTFk.shape[:2]
+    count = padded_rows(batch * times, input_BTF.device, input_BTF.dtype)
+    unfolded_NFk = input_BTF.new_empty(count, *unfolded_BTFk.shape[2:])
+    unfolded_NFk[: batch * times].view_as(unfolded_BTFk).copy_(unfolded_BTFk)
+    unfolded_NFk[batch * times :] = 0
+    return unfolded_NFk.flatten(1), times
 
 
 def _groups(frequencies: int, weight: Tensor, stride: tuple[int, int]) -> list[tuple[slice, slice]]:
@@ -174,7 +183,7 @@ def _multiply(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Transform:
-    """Fourier bins [2, bins, B x tiles, phases x C] (real, imaginary) of x [B, T, F, C], and the transposed map.
+    """Fourier bins [2, bins, count, phases x C] (real, imaginary) of x [B, T, F, C], and the transposed map.
 
     Both axes are products with matrices of cosines and sines. For so few points these take no longer than fast
     transforms, and they leave the channels innermost, as the bins' products need them.
@@ -187,6 +196,7 @@ class _Transform:
         phases: neighboring frequencies of one row.
         padding: zeros before the first frame, and before the first frequency.
         tiles: of each utterance.
+        count: of all tiles, B x tiles or more, see rows.py; the others are zero.
         step: frames from a tile's start to the next one's.
     """
 
@@ -200,9 +210,11 @@ class _Transform:
         phases: int = 1,
         padding: tuple[int, int] = (0, 0),
         tiles: int = 1,
+        count: int,
         step: int,
     ) -> None:
-        self.shape, self.phases, self.padding, self.tiles, self.step = shape, phases, padding, tiles, step
+        self.shape, self.phases, self.padding, self.step = shape, phases, padding, step
+        self.tiles, self.count = tiles, count
         self.frames, self.rows = time_waves.shape[1], row_waves.shape[1]
         # Along rows from real to (real, imaginary), along time from (real, imaginary) of each frame to that of bins.
         self.of_rows = torch.cat((row_waves.real, row_waves.imag)).to(like, non_blocking=True)
@@ -223,22 +235,24 @@ class _Transform:
         return self._join(x)
 
     def _cut(self, x_BTFC: Tensor) -> Tensor:
-        """Return tiles [frames, rows, B x tiles, phases x C] of x and zeros around it."""
+        """Return tiles [frames, rows, count, phases x C] of x and zeros around it."""
         batch, time, frequencies, channels = self.shape
         before, below = self.padding
         after = (self.tiles - 1) * self.step + self.frames - before - time
         above = self.rows * self.phases - below - frequencies
         x = nn.functional.pad(x_BTFC, (0, 0, below, above, before, after))
         tiles_brjct = x.view(batch, -1, self.rows, self.phases * channels).unfold(1, self.frames, self.step)
-        return tiles_brjct.permute(4, 2, 0, 1, 3).flatten(2, 3).contiguous()
+        cut = x.new_empty(self.frames, self.rows, self.count, self.phases * channels)
+        cut[:, :, : batch * self.tiles].unflatten(2, (batch, self.tiles)).copy_(tiles_brjct.permute(4, 2, 0, 1, 3))
+        cut[:, :, batch * self.tiles :] = 0
+        return cut
 
     def _join(self, tiles: Tensor) -> Tensor:
         """Return the transpose of cutting: the sum of the tiles, each in its place."""
         batch, time, frequencies, channels = self.shape
         before, below = self.padding
-        blocks = [
-            x.permute(2, 3, 0, 1, 4) for x in tiles.view(self.frames, self.rows, batch, self.tiles, -1).split(self.step)
-        ]
+        tiles = tiles.view(self.frames, self.rows, self.count, -1)[:, :, : batch * self.tiles]
+        blocks = [x.permute(2, 3, 0, 1, 4) for x in tiles.unflatten(2, (batch, self.tiles)).split(self.step)]
         x = tiles.new_empty(batch, self.tiles + len(blocks) - 1, self.step, self.rows, self.phases * channels)
         x[:, : self.tiles], x[:, self.tiles :] = blocks[0], 0
         for i, block in enumerate(blocks[1:], start=1):
@@ -256,7 +270,8 @@ def _transforms(
     batch, time, frequencies, _ = input_shape
     channels, kernel_time, kernel_frequency, _ = weight_shape
     tiles = math.ceil(time / (2 * kernel_time))
-    step = math.ceil(time / tiles)
+    step = 2 * kernel_time if pads_rows(device, dtype) else math.ceil(time / tiles)
+    count = padded_rows(batch * tiles, device, dtype)
     frames = step + kernel_time - 1
     # Of the padding below the frequencies, whole rows need no zeros: instead, the weight's rows start so much earlier.
     skipped, below = divmod(kernel_frequency // 2, stride)
@@ -277,7 +292,7 @@ def _transforms(
     of_output = waves(-torch.arange(step), -torch.arange(output_rows))
     padding, like = (kernel_time // 2, below), torch.empty(0, dtype=dtype, device=device)
     return (
-        _Transform(input_shape, *of_input, like, phases=stride, padding=padding, tiles=tiles, step=step),
-        _Transform(weight_shape, *of_weight, like, phases=stride, step=kernel_time),
-        _Transform((batch, time, output_rows, channels), *of_output, like, tiles=tiles, step=step),
+        _Transform(input_shape, *of_input, like, phases=stride, padding=padding, tiles=tiles, count=count, step=step),
+        _Transform(weight_shape, *of_weight, like, phases=stride, count=channels, step=kernel_time),
+        _Transform((batch, time, output_rows, channels), *of_output, like, tiles=tiles, count=count, step=step),
     )

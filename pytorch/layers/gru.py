@@ -40,6 +40,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytorch.layers import kernels
+from pytorch.layers.rows import pad_rows
 
 
 class GRU(nn.GRU):
@@ -159,11 +160,12 @@ class _Layer(torch.autograd.Function):
         weights_ih, weights_hh, biases_ih, biases_hh = (weights[kind::4] for kind in range(4))
         rz = 2 * weights_hh[0].shape[1]
         gates_DNG = inputs_NI.new_empty(len(weights_hh), len(inputs_NI), len(weights_hh[0]))
-        inputs_NI = _operand(inputs_NI, rounded)
+        count = len(inputs_NI)
+        inputs_NI = _operand_rows(inputs_NI, rounded)
         for gates_NG, weight_ih, bias_ih, bias_hh in zip(gates_DNG, weights_ih, biases_ih, biases_hh, strict=True):
             bias = torch.cat([bias_ih[:rz] + bias_hh[:rz], bias_ih[rz:]])
             if rounded:
-                gates_NG.copy_(torch.mm(inputs_NI, _operand(weight_ih, rounded).t())).add_(bias)
+                gates_NG.copy_(torch.mm(inputs_NI, _operand(weight_ih, rounded).t())[:count]).add_(bias)
             else:
                 torch.addmm(bias, inputs_NI, weight_ih.t(), out=gates_NG)
         biases_n = [bias_hh[rz:] for bias_hh in biases_hh]
@@ -186,7 +188,10 @@ class _Layer(torch.autograd.Function):
         saved = d_outputs_NH.contiguous(), gates_DNG, previous_DNH, q_DNH, weights_hh, batch_sizes
         d_gates_DNG, d_q_DNH = _kernel_backward(*saved, ctx.rounded) if _has_kernel(dtype) else _loop_backward(*saved)
         d_bias_DG, d_bias_n_DH = d_gates_DNG.sum(1), d_q_DNH.sum(1)
-        d_gates_DNG, d_q_DNH, previous_DNH = (_operand(x, ctx.rounded) for x in (d_gates_DNG, d_q_DNH, previous_DNH))
+        count = d_gates_DNG.shape[1]
+        d_gates_DNG, d_q_DNH, previous_DNH = (
+            _operand_rows(x, ctx.rounded, 1) for x in (d_gates_DNG, d_q_DNH, previous_DNH)
+        )
         d_weights: list[Tensor | None] = []
         for direction in range(len(d_gates_DNG)):
             d_gates_NG, d_q_NH, previous_NH = d_gates_DNG[direction], d_q_DNH[direction], previous_DNH[direction]
@@ -198,10 +203,10 @@ class _Layer(torch.autograd.Function):
             d_weights += [d_weight_ih.to(dtype), d_weight_hh.to(dtype), d_bias_DG[direction], d_bias_hh]
         d_inputs_NI = None
         if ctx.needs_input_grad[0]:
-            d_inputs_NI = torch.mm(d_gates_DNG[0], _operand(weights_ih[0], ctx.rounded)).to(dtype)
+            d_inputs_NI = torch.mm(d_gates_DNG[0], _operand(weights_ih[0], ctx.rounded))[:count].to(dtype)
             for d_gates_NG, weight_ih in zip(d_gates_DNG[1:], weights_ih[1:], strict=True):
                 if ctx.rounded:
-                    d_inputs_NI.add_(torch.mm(d_gates_NG, _operand(weight_ih, ctx.rounded)))
+                    d_inputs_NI.add_(torch.mm(d_gates_NG, _operand(weight_ih, ctx.rounded))[:count])
                 else:
                     d_inputs_NI.addmm_(d_gates_NG, weight_ih)
         return d_inputs_NI, None, None, None, *d_weights
@@ -212,6 +217,11 @@ def _operand(x: Tensor, rounded: bool) -> Tensor:
     if not rounded:
         return x
     return x.bfloat16() if kernels.has_native_bf16() else x.bfloat16().to(x.dtype)
+
+
+def _operand_rows(x: Tensor, rounded: bool, dim: int = 0) -> Tensor:
+    """Return an operand whose dimension `dim` is rows of utterances, see rows.py."""
+    return pad_rows(x, torch.bfloat16, dim) if rounded and kernels.has_native_bf16() else _operand(x, rounded)
 
 
 def _loop_forward(

@@ -95,12 +95,3 @@ def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(this_machine.getpass, "getuser", nobody)
     assert this_machine.user_name() == str(os.getuid())
-
-
-def test_the_memory_of_a_container_is_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    all_of_it = this_machine.memory_bytes()
-    for name, text in (("limit", "1000000"), ("none", "max")):
-        (tmp_path / name).write_text(text + "\n")
-    for name, expected in (("limit", 1000000), ("none", all_of_it), ("absent", all_of_it)):
-        monkeypatch.setattr(this_machine, "CONTAINER_LIMITS", [tmp_path / name])
-        assert this_machine.memory_bytes() == expected

@@ -13,8 +13,7 @@ from pytorch import trainer
 from pytorch.config import CONFIGS, Config
 from pytorch.loader import CPU
 from pytorch.trainer import Trainer
-from pytorch.warmup import time_precisions
-from tools.bench import batch_of
+from pytorch.warmup import random_batch, time_precisions
 
 
 def small_config(**changes: Any) -> Config:
@@ -33,7 +32,7 @@ def infinite(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[bool], optimizer: Any) -> None:
     config = small_config(ema_decay=0.9, optimizer=optimizer)
-    taught, batch = Trainer(config, CPU), batch_of(config, 2, 0.3, 0.5, CPU)
+    taught, batch = Trainer(config, CPU), random_batch(config, torch.tensor([4800, 8000]), CPU)
     assert taught.ema_model is not None
     infinite[:] = [True, False, False]
     for _ in range(2):
@@ -48,7 +47,7 @@ def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[b
 
 def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite: list[bool]) -> None:
     config = small_config(optimizer="sgd")
-    batch, weights = batch_of(config, 2, 0.3, 0.5, CPU), []
+    batch, weights = random_batch(config, torch.tensor([4800, 8000]), CPU), []
     for losses in ([False], [False, True]):
         torch.manual_seed(0)
         taught = Trainer(config, CPU)
@@ -74,7 +73,7 @@ def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
 
 def test_a_run_resumed_without_its_ema_keeps_the_weights_in_training() -> None:
     config = small_config(ema_decay=0.9)
-    before, batch = Trainer(config, CPU), batch_of(config, 2, 0.3, 0.5, CPU)
+    before, batch = Trainer(config, CPU), random_batch(config, torch.tensor([4800, 8000]), CPU)
     for _ in range(2):
         before.train_step([batch], 2, 1e-3)
     state = before.state_dict()
