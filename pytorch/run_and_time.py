@@ -169,9 +169,7 @@ def _start_server() -> str:
     if method == "forkserver":
         multiprocessing.set_forkserver_preload(["pytorch.train"])
         resource_tracker.ensure_running()  # which unblocks signals
-        blocked = signal.pthread_sigmask(
-            signal.SIG_BLOCK, SIGNALS
-        )  # of the server and, until they handle them, of ranks
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for ranks, too, until they can handle them
         try:
             forkserver.ensure_running()
         finally:
@@ -188,8 +186,7 @@ def _torchrun(config: Config, cache_clear: str, env: dict[str, int], method: str
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
     processes, one_node = nproc_per_node(config, env["NNODES"]), env["NNODES"] == 1
-    threads = min(torch.get_num_threads(), available_cores())
-    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(max(1, threads // processes))
+    threads = max(1, min(torch.get_num_threads(), available_cores() // processes))
     # A node's own name may resolve to an address of another interface or host; port 0 is any free one.
     endpoint = f"{os.environ.get('MASTER_ADDR') or 'localhost'}:{env['MASTER_PORT']}"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks print their own errors
@@ -208,7 +205,7 @@ def _torchrun(config: Config, cache_clear: str, env: dict[str, int], method: str
         signals_to_handle="SIGQUIT",  # the others are handled here: the agent would not let ranks return their status
     )
     try:
-        return list(elastic_launch(launch, _rank)(config, cache_clear).values())
+        return list(elastic_launch(launch, _rank)(config, cache_clear, threads).values())
     except ChildFailedError as error:
         failures = (f"rank {rank} ended with status {failed.exitcode}" for rank, failed in error.failures.items())
         raise RunError(f"ranks of the run failed: {', '.join(failures)}; see their messages above") from error
@@ -220,8 +217,8 @@ def _torchrun(config: Config, cache_clear: str, env: dict[str, int], method: str
         raise RunError(str(error)) from error
 
 
-def _rank(config: Config, cache_clear: str) -> int:
-    """Train as one of the ranks, in a process of its own; return the exit status.
+def _rank(config: Config, cache_clear: str, threads: int) -> int:
+    """Train as one of the ranks, in a process of its own with some threads; return the exit status.
 
     To torchrun, a process that returns has ended in an orderly way. One that exits has failed, and may be restarted.
     """
@@ -232,7 +229,8 @@ def _rank(config: Config, cache_clear: str) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt_once)
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # the server had imported torch before it was set
+    if not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(threads)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         status = train.run_rank(config, cache_clear)
