@@ -1,4 +1,4 @@
-"""One archive, verified: read from a folder, downloaded over HTTP whatever happens, or synthesized on this machine.
+"""One archive, verified: read from a folder, or downloaded over HTTP whatever happens.
 
 An unfinished download is `<archive>.part`. Any later run, after a kill or days, resumes after its last byte, from any
 mirror; if the file has changed in the meantime, its checksum is wrong, and it is downloaded again from the start.
@@ -17,7 +17,7 @@ import sys
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
@@ -93,13 +93,13 @@ def check_space(path: Path, needed: float) -> None:
 
 
 class ArchiveSource:
-    """The archives of a corpus: read in place, from `mirror` or `kept`, or else downloaded or synthesized in `work`.
+    """The archives of a corpus: read in place, from `mirror` or `kept`, or else downloaded in `work`.
 
     `mirror` is what the user gave: a folder, comma-separated addresses, or nothing.
     """
 
-    def __init__(self, kept: Path, work: Path, corpus: Corpus, mirror: str, keep: bool, jobs: int) -> None:
-        self._kept, self._work, self._corpus, self._keep, self._jobs = kept, work, corpus, keep, jobs
+    def __init__(self, kept: Path, work: Path, corpus: Corpus, mirror: str, keep: bool) -> None:
+        self._kept, self._work, self._corpus, self._keep = kept, work, corpus, keep
         self._official = {subset.archive.file: subset.archive.md5 for subset in corpus.subsets}
         named = [part.strip() for part in mirror.split(",") if part.strip()]
         addresses = [part for part in named if part.startswith(("http://", "https://"))]
@@ -114,15 +114,10 @@ class ArchiveSource:
 
     def archives(self, wanted: Sequence[Archive]) -> Generator[VerifiedArchive, None, None]:
         """Yield the archives as they become available. DataError if one cannot be obtained."""
-        files: Iterable[Path]
-        if self._corpus.synthetic:
-            files = map(self._synthesize, wanted)
-        elif self._local is not None:
-            files = self._find_all(wanted, self._local)
-        else:
+        if self._local is None:
             yield from self._download_all(wanted)
             return
-        for file, archive in zip(files, wanted, strict=True):
+        for file, archive in zip(self._find_all(wanted, self._local), wanted, strict=True):
             yield self._verify(file, archive, *_sums(file))
 
     def drop(self, archive: VerifiedArchive) -> None:
@@ -133,12 +128,6 @@ class ArchiveSource:
             atomic_replace(archive.file, self._kept / archive.file.name)
         else:
             archive.file.unlink()
-
-    def _synthesize(self, archive: Archive) -> Path:
-        from data.synthetic.archive import write_archive  # here, so that eSpeak NG is needed for this corpus alone
-
-        write_archive(archive.file.removesuffix(".tar.gz"), self._work / archive.file, self._jobs)
-        return self._work / archive.file
 
     def _find_all(self, wanted: Sequence[Archive], folder: Path) -> list[Path]:
         files = [folder / archive.file for archive in wanted]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.corpora import DURATIONS, PERCENTILES
 from data.packed import DatasetError
 from pytorch.config import CONFIGS
 from pytorch.distributed import World
@@ -106,8 +107,8 @@ def test_made_up_utterances_have_the_published_number_hours_and_percentiles() ->
     for subset in utterances.subsets:
         durations = subset.num_samples / SAMPLE_RATE
         inside = slice(1, -1)  # of the extremes, the table has those at another speed
-        drawn = np.percentile(durations, estimate.PERCENTILES)[inside]
-        np.testing.assert_allclose(drawn, estimate.DURATIONS[subset.name][inside], atol=0.05)
+        drawn = np.percentile(durations, PERCENTILES)[inside]
+        np.testing.assert_allclose(drawn, DURATIONS[subset.name][inside], atol=0.05)
     batches = epoch_batches(utterances, np.arange(len(utterances)), 128, 1, 2)
     assert len(batches) == 2198
     assert sum(map(len, batches)) == 281_241

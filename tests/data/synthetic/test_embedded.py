@@ -2,15 +2,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
-import espeakng_loader
 import numpy as np
 import pytest
 
-from data.cli import DataError
 from data.corpora import find_corpus
-from data.synthetic.archive import build_speakers, synthesize
+from data.synthetic.embedded import build_speakers, synthesize
 
 TRAIN, VALIDATION, TEST = "synthetic-train", "synthetic-validation", "synthetic-test"
 
@@ -52,11 +49,6 @@ def test_every_word_is_frequent_in_training_and_none_is_new_in_validation() -> N
     assert {word for subset in (VALIDATION, TEST) for text in sentences(subset) for word in text.split()} <= set(counts)
 
 
-def test_sentences_are_short() -> None:
-    lengths = [len(text.split()) for subset in build_speakers() for text in sentences(subset)]
-    assert min(lengths) >= 4 and max(lengths) <= 10
-
-
 @pytest.mark.parametrize("index", [0, 30])
 def test_a_speaker_sounds_the_same_every_time(index: int) -> None:
     speaker = build_speakers()[TRAIN][index]
@@ -67,16 +59,3 @@ def test_a_speaker_sounds_the_same_every_time(index: int) -> None:
         np.testing.assert_array_equal(first, second)
         assert first.dtype == np.int16 and 16000 < len(first) < 64000
         assert 0 < np.abs(first.astype(int)).max() < 32767
-
-
-def test_a_voice_that_does_not_exist_is_an_error_that_names_it() -> None:
-    with pytest.raises(DataError, match=r"the voice en-nowhere\+m1: there is no such voice"):
-        synthesize(replace(build_speakers()[TRAIN][0], voice="m1", accent="en-nowhere"))
-
-
-def test_every_voice_is_one_of_espeak_ng_without_breath() -> None:
-    # eSpeak NG takes an unknown variant for the plain voice, and noise of breath is not the same from run to run.
-    folder = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
-    for voice in {speaker.voice for speakers in build_speakers().values() for speaker in speakers}:
-        definition = (folder / voice).read_text(encoding="utf-8", errors="replace").splitlines()
-        assert not [line for line in definition if line.strip().startswith("breath ")], voice
