@@ -43,6 +43,7 @@ CHARACTERS_PER_SECOND = 14  # counted in 249 utterances of train-clean-100
 EPOCHS = {  # to the target, and where that is from
     "librispeech": (5, "extrapolated: 3 to 6, see docs/recipes.md"),
     "librispeech-2018": (9, "published for this optimizer with batch 64: WER 23.3 after 8"),
+    "rehearsal": (2, "measured: one run on 5 h; docs/recipes.md"),
     "an4": (3, "measured: 17 of 20 runs with batch 6, the others 4; docs/recipes.md"),
     "synthetic": (2, "measured: all of 20 runs with batch 6; docs/recipes.md"),
 }
