@@ -116,10 +116,10 @@ def cpu_taken(log: RunLog) -> str:
 def ineligibility(log: RunLog) -> str:
     """Return why a log that follows the open rules is not a result of this benchmark; empty if it is one."""
     dataset, config = log.dataset, log.configuration
+    if dataset is not None and dataset.synthetic:
+        return "the speech is synthetic"
     if dataset is None or dataset.corpus != LIBRISPEECH.name:
         return f"the corpus is {'not known' if dataset is None else dataset.corpus or 'not known'}"
-    if dataset.synthetic:
-        return "the speech is synthetic"
     if not dataset.official:
         return "the archives were not the official ones"
     if log.target_wer != REFERENCE.target_wer:

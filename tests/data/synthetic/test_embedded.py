@@ -16,15 +16,15 @@ def sentences(subset: str) -> list[str]:
     return [line.text for speaker in build_speakers()[subset] for line in speaker.lines]
 
 
-def test_the_plan_has_the_counts_of_the_catalog() -> None:
+def test_the_plan_has_the_counts_of_the_catalog_and_no_sentence_or_name_twice() -> None:
     for subset in find_corpus("synthetic").subsets:
         assert len(sentences(subset.name)) == subset.utterances
         assert len(build_speakers()[subset.name]) == subset.speakers
-
-
-def test_no_sentence_occurs_twice_in_the_corpus() -> None:
-    every = [text for subset in build_speakers() for text in sentences(subset)]
-    assert len(set(every)) == len(every)
+    speakers = [speaker for group in build_speakers().values() for speaker in group]
+    assert len({speaker.number for speaker in speakers}) == len(speakers)
+    lines = [line for speaker in speakers for line in speaker.lines]
+    assert len({line.id for line in lines}) == len({line.seed for line in lines}) == len(lines)
+    assert len({line.text for line in lines}) == len(lines)
 
 
 def test_no_voice_of_validation_or_test_is_heard_in_training_but_every_accent_is() -> None:
@@ -33,13 +33,6 @@ def test_no_voice_of_validation_or_test_is_heard_in_training_but_every_accent_is
     assert voices[TRAIN].isdisjoint(voices[VALIDATION] | voices[TEST])
     assert voices[VALIDATION].isdisjoint(voices[TEST])
     assert accents[TRAIN] == accents[VALIDATION] == accents[TEST]
-
-
-def test_speakers_and_utterances_have_names_of_their_own() -> None:
-    speakers = [speaker for group in build_speakers().values() for speaker in group]
-    assert len({speaker.number for speaker in speakers}) == len(speakers)
-    lines = [line for speaker in speakers for line in speaker.lines]
-    assert len({line.id for line in lines}) == len({line.seed for line in lines}) == len(lines)
 
 
 def test_every_word_is_frequent_in_training_and_none_is_new_in_validation() -> None:
