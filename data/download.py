@@ -5,6 +5,7 @@ python -m data.download --corpus synthetic                     the embedded corp
 python -m data.download --subsets dev-clean,test-clean         only these; others can be added later
 python -m data.download --corpus an4 --mirror ~/archives       from a folder (read in place) or other addresses
 python -m data.download --mirror part --checksums part/md5sum.txt      archives other than the published ones
+python -m data.download --corpus rehearsal --hours 10          speech of LibriSpeech's shape, made on this machine
 python -m data.download --corpus manifest --manifest my.tsv    your own speech (own_speech.py)
 
 Several archives are fetched at a time. Each is prepared as soon as it is complete, then removed. After any
@@ -24,12 +25,14 @@ from typing import Annotated
 import tyro
 
 from data.cli import DataError, available_cores, exit_status, make_room_for_help
-from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus
+from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus, rehearsal
 from data.fetch import ArchiveSource, VerifiedArchive, read_checksums
 from data.files import UNFINISHED, check_space, locked, work_folder
 from data.own_speech import digest, read_own_speech
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
-from data.prepare import Preparation, check_place
+from data.prepare import Preparation, check_place, synthesizer
+
+PACKED_BYTES_PER_HOUR = 116e6  # 16-bit samples at 16 kHz, and the index
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Options:
     """md5sum-format file whose sums replace the official ones, for archives that are not the published ones"""
     manifest: Path | None = None
     """for --corpus manifest: a list (TSV, CSV, JSON lines) or a folder of your own speech; see data/README.md"""
+    hours: float | None = None
+    """for --corpus rehearsal: hours of training speech, 0.1 to 960; default: those of the configuration rehearsal"""
     dataset_dir: Path | None = None
     """where the data set goes; by default a folder in the repository, such as LibriSpeech_dataset"""
     keep_archives: bool = False
@@ -61,7 +66,7 @@ def main() -> int:
 
 def download(options: Options) -> PackedDataset:
     """Bring the data set that `options` describe to completion; DataError where that is impossible."""
-    corpus = find_corpus(options.corpus)
+    corpus = find_corpus(options.corpus) if options.hours is None else rehearsal(options.hours)
     names = [name.strip() for name in options.subsets.split(",") if name.strip()]
     subsets = corpus.select(names)
     _check_options(options, corpus, names)
@@ -91,6 +96,8 @@ def download(options: Options) -> PackedDataset:
 def _check_options(options: Options, corpus: Corpus, names: Sequence[str]) -> None:
     if options.jobs < 1:
         raise DataError(f"--jobs is {options.jobs}; at least 1 is needed")
+    if options.hours is not None and options.corpus != "rehearsal":
+        raise DataError("--hours is for --corpus rehearsal alone")
     if (corpus.layout == "manifest") != (options.manifest is not None):
         raise DataError("--corpus manifest and --manifest FILE go together")
     if options.manifest and len(names) > 1:
@@ -133,8 +140,15 @@ def _complete(
             sha256 = digest(options.manifest, "sha256")
             listed = VerifiedArchive(options.manifest, archives[missing[0].name].md5, sha256)
             preparation.add_subset(listed, missing[0].name, utterances)
+        elif missing and corpus.synthetic:
+            needed = sum(PACKED_BYTES_PER_HOUR * (subset.hours or 0) for subset in missing)
+            print(f"{corpus.name} takes {needed / 1e6:,.1f} MB of disk space", file=sys.stderr)
+            check_space(path, needed)
+            for subset in missing:
+                nothing = VerifiedArchive(Path(), "", "")
+                preparation.add_subset(nothing, subset.name, synthesizer(corpus.layout).list_utterances(corpus, subset))
         elif missing:
-            source = ArchiveSource(path / "archives", work, corpus, options.mirror, options.keep_archives, options.jobs)
+            source = ArchiveSource(path / "archives", work, corpus, options.mirror, options.keep_archives)
             wanted = {archives[subset.name].file: archives[subset.name] for subset in missing}
             # Closed explicitly: whatever goes wrong in here must end the downloads that run beside it.
             with closing(source.archives(list(wanted.values()))) as verified:

@@ -1,4 +1,4 @@
-"""One archive, verified: read from a folder, downloaded over HTTP with retries and resume, or synthesized here.
+"""One archive, verified: read from a folder, or downloaded over HTTP with retries and resume.
 
 An unfinished download is `<archive>.part`. Any later run, after a kill or days, resumes after its last byte, from any
 mirror; if the file has changed in the meantime, its checksum is wrong, and it is downloaded again from the start.
@@ -94,13 +94,13 @@ def verify_archive(file: Path, archive: Archive, progress: Progress = lambda cou
 
 
 class ArchiveSource:
-    """The archives of a corpus: read in place, from `mirror` or `kept`, or else downloaded or synthesized in `work`.
+    """The archives of a corpus: read in place, from `mirror` or `kept`, or else downloaded in `work`.
 
     `mirror` is the option's value: a folder, comma-separated addresses, or nothing.
     """
 
-    def __init__(self, kept: Path, work: Path, corpus: Corpus, mirror: str, keep: bool, jobs: int) -> None:
-        self._kept, self._work, self._corpus, self._keep, self._jobs = kept, work, corpus, keep, jobs
+    def __init__(self, kept: Path, work: Path, corpus: Corpus, mirror: str, keep: bool) -> None:
+        self._kept, self._work, self._corpus, self._keep = kept, work, corpus, keep
         named = [part.strip() for part in mirror.split(",") if part.strip()]
         addresses = [part for part in named if part.startswith(("http://", "https://"))]
         if addresses != named and (addresses or "://" in mirror):
@@ -114,16 +114,14 @@ class ArchiveSource:
 
     def archives(self, wanted: Sequence[Archive]) -> Generator[VerifiedArchive, None, None]:
         """Yield the archives as they become available. DataError if one cannot be obtained."""
-        if self._corpus.synthetic:
-            yield from map(self._synthesize, wanted)
-        elif self._local is not None:
-            files = [self._local / archive.file for archive in wanted]
-            if absent := [file.name for file in files if not file.is_file()]:
-                raise DataError(f"the mirror {self._local} has no file {absent[0]}")
-            self._check_space([file.stat().st_size for file in files], 0)
-            yield from map(verify_archive, files, wanted)
-        else:
+        if self._local is None:
             yield from self._download_all(wanted)
+            return
+        files = [self._local / archive.file for archive in wanted]
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise DataError(f"the mirror {self._local} has no file {absent[0]}")
+        self._check_space([file.stat().st_size for file in files], 0)
+        yield from map(verify_archive, files, wanted)
 
     def drop(self, archive: VerifiedArchive) -> None:
         """Remove an archive that is done with, or keep it if asked to; one that was read in place stays as it is."""
@@ -133,12 +131,6 @@ class ArchiveSource:
             atomic_replace(archive.file, self._kept / archive.file.name)
         else:
             archive.file.unlink()
-
-    def _synthesize(self, archive: Archive) -> VerifiedArchive:
-        from data.synthetic.archive import write_archive  # here, so that eSpeak NG is needed for this corpus alone
-
-        write_archive(archive.file.removesuffix(".tar.gz"), self._work / archive.file, self._jobs)
-        return verify_archive(self._work / archive.file, archive)
 
     def _download_all(self, wanted: Sequence[Archive]) -> Iterator[VerifiedArchive]:
         """Download several at a time. If one fails, the others are finished first."""

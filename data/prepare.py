@@ -18,8 +18,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import Self
 
 import numpy as np
@@ -42,7 +45,7 @@ from data.packed import (
     write_dataset,
     write_index,
 )
-from data.readers import Utterance, decode, read_utterances
+from data.readers import SPOKEN, Utterance, decode, read_utterances
 
 CONTENT = (AUDIO_FILE, INDEX_FILE)
 UTTERANCES_PER_TASK = 16
@@ -160,13 +163,13 @@ def _pack(
                 os.posix_fallocate(stream.fileno(), 0, AUDIO_HEADER_BYTES + 2 * offsets[-1])
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(audio)) from error
-    digests: list[str] = []
+    digests = [""] * len(ordered)
     notes: list[str] = []
     with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
-        for some in _decode_all(audio, ordered, offsets, jobs):
-            digests += [digest for digest, _ in some]
-            notes += [note for _, note in some if note]
-            bar.update(len(some))
+        for place, digest, note in _decode_all(audio, ordered, offsets, jobs):
+            digests[place] = digest
+            notes += [note] if note else []
+            bar.update(1)
     if notes:
         print(f"warning: {name}: {len(notes)} utterances to check:\n{first_of(notes)}", file=sys.stderr)
     index_sha256 = write_index(
@@ -194,20 +197,23 @@ def _pack(
 
 def _decode_all(
     audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int
-) -> Iterator[list[tuple[str, str]]]:
-    """Decode all utterances into audio.npy, in `jobs` processes; yield what _decode_into returns, in order."""
-    starts = range(0, len(ordered), UTTERANCES_PER_TASK)
-    tasks = [ordered[start : start + UTTERANCES_PER_TASK] for start in starts]
-    arguments = [audio] * len(tasks), tasks, [offsets[start] for start in starts]
+) -> Iterator[tuple[int, str, str]]:
+    """Decode all utterances into audio.npy, in `jobs` processes; yield of each its place, digest and a warning."""
+    tasks = list(_tasks(ordered))
+    decode_some = partial(_decode_into, audio)
+    utterances = ([ordered[place] for place in places] for places in tasks)
+    starts = ([offsets[place] for place in places] for places in tasks)
     jobs = min(jobs, len(tasks))
     if jobs == 1:
-        yield from map(_decode_into, *arguments)
+        for places, decoded in zip(tasks, map(decode_some, utterances, starts), strict=True):
+            yield from ((place, *each) for place, each in zip(places, decoded, strict=True))
         return
     # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=die_with_parent, initargs=(os.getpid(),)) as pool:
         try:
-            yield from pool.map(_decode_into, *arguments)
+            for places, decoded in zip(tasks, pool.map(decode_some, utterances, starts), strict=True):
+                yield from ((place, *each) for place, each in zip(places, decoded, strict=True))
         except BrokenProcessPool:
             raise DataError("a decoding process was killed; if memory ran out, fewer --jobs help") from None
         except BaseException:
@@ -215,21 +221,41 @@ def _decode_all(
             raise
 
 
-def _decode_into(audio: Path, utterances: Sequence[Utterance], offset: int) -> list[tuple[str, str]]:
-    """Decode successive utterances into audio.npy from sample `offset` on; return of each the digest and a warning."""
+def _tasks(ordered: Sequence[Utterance]) -> Iterator[Sequence[int]]:
+    """Yield the places of some utterances at a time: successive ones, or of speech to be made those of one speaker."""
+    groups: dict[str, list[int]] = {}
+    for place, utterance in enumerate(ordered):
+        groups.setdefault(utterance.speaker if utterance.encoding in SPOKEN else "", []).append(place)
+    for speaker, places in groups.items():
+        size = len(places) if speaker else UTTERANCES_PER_TASK
+        yield from (places[start : start + size] for start in range(0, len(places), size))
+
+
+def _decode_into(audio: Path, utterances: Sequence[Utterance], offsets: Sequence[int]) -> list[tuple[str, str]]:
+    """Decode utterances into audio.npy, from the samples `offsets` on; return of each the digest and a warning."""
     decoded = []
     # Written, not memory-mapped: a full disk is then an error and not a bus fault.
     with audio.open("r+b") as stream:
-        stream.seek(AUDIO_HEADER_BYTES + 2 * offset)
-        for utterance in utterances:
-            samples, clipped = decode(utterance)
+        for utterance, offset, (samples, clipped) in zip(utterances, offsets, _waveforms(utterances), strict=True):
             waveform = np.ascontiguousarray(samples, dtype="<i2")
             note = f"{utterance.id}: {clipped} samples were beyond full scale and were clipped" if clipped else ""
             if waveform.min() == waveform.max():
                 note = f"{utterance.id}: nothing but silence; do its channels cancel each other?"
             decoded.append((utterance_digest(waveform, utterance.transcript), note))
+            stream.seek(AUDIO_HEADER_BYTES + 2 * offset)
             stream.write(waveform.data)
     return decoded
+
+
+def _waveforms(utterances: Sequence[Utterance]) -> Iterable[tuple[np.ndarray, int]]:
+    if utterances[0].encoding not in SPOKEN:
+        return map(decode, utterances)
+    return ((waveform, 0) for waveform in synthesizer(utterances[0].encoding).speak_utterances(utterances))
+
+
+def synthesizer(layout: str) -> ModuleType:
+    """Return the module that speaks a corpus. It is imported here, so that eSpeak NG is needed for these alone."""
+    return import_module(f"data.synthetic.{layout}")
 
 
 def check_place(dataset: PackedDataset, subsets: Iterable[str]) -> None:

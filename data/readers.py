@@ -24,6 +24,7 @@ from data.flac import read_flac_header
 from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
 
 OTHER_AUDIO = {".wav", ".ogg", ".opus", ".mp3", ".m4a", ".aiff", ".raw", ".pcm", ".sph"}
+SPOKEN = ("embedded", "rehearsal")  # modules of data/synthetic: layouts without archives, encodings without files
 KNOWN_CHARACTERS = TRANSCRIPT_CHARACTERS + TRANSCRIPT_CHARACTERS.lower()
 AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)\)$")
 
@@ -33,7 +34,7 @@ class Utterance:
     """An utterance and its file. `num_samples` is its length at 16 kHz, known before it is decoded.
 
     `file` is a str to save memory. `encoding` tells which decoder reads it: "flac", "raw" (headerless, 16 bits,
-    big-endian) or "any".
+    big-endian) or "any"; or who speaks it, one of SPOKEN, and `file` is its subset.
     """
 
     id: str

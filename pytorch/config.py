@@ -247,6 +247,16 @@ CONFIGS: dict[str, Config] = {
         max_epochs=20,
         warmup_steps=100,
     ),
+    "rehearsal": _named(
+        "rehearsal",
+        "Rehearsal_dataset",
+        hidden_size=192,
+        conv_channels=8,
+        batch_size=8,
+        lr_decay_epochs=4,
+        max_epochs=10,
+        warmup_steps=60,
+    ),
     "an4": _named(
         "an4",
         "AN4_dataset",

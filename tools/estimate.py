@@ -30,7 +30,7 @@ import torch
 import tyro
 
 from data.cli import exit_status, progress_bar
-from data.corpora import CORPORA
+from data.corpora import CORPORA, DURATIONS, utterance_seconds
 from data.packed import Subset, open_dataset
 from pytorch import machine, memory, run_and_time
 from pytorch.config import CONFIGS, ROOT, Config, Device
@@ -45,22 +45,12 @@ from pytorch.train import max_pending_steps
 from pytorch.trainer import Trainer
 from pytorch.warmup import time_precisions, warm_up
 
-# Seconds at these percentiles, from k2-fsa/icefall, egs/librispeech/ASR/local/display_manifest_statistics.py. Those of
-# the training subsets are of speech at 0.9, 1 and 1.1 times its speed together. Drawn by linear interpolation, each
-# subset has its published hours within 2.3 %, and training within 0.1 %.
-PERCENTILES = (0, 0.1, 0.5, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.5, 99.9, 100)
-DURATIONS = {
-    "train-clean-100": (1.3, 1.9, 2.2, 2.5, 4.2, 6.4, 11.4, 13.8, 15.3, 16.7, 17.3, 18.1, 18.4, 18.8, 27.2),
-    "train-clean-360": (1.0, 1.8, 2.2, 2.5, 4.2, 6.2, 11.2, 13.7, 15.3, 16.6, 17.3, 18.1, 18.4, 18.8, 33.0),
-    "train-other-500": (0.8, 1.7, 2.1, 2.3, 3.5, 5.0, 9.8, 13.4, 15.1, 16.5, 17.2, 18.1, 18.4, 18.9, 31.0),
-    "dev-clean": (1.4, 1.6, 1.8, 1.9, 2.4, 2.7, 3.8, 5.9, 9.3, 13.3, 16.4, 23.8, 28.5, 32.3, 32.6),
-    "dev-other": (1.1, 1.3, 1.7, 1.8, 2.2, 2.6, 3.5, 5.3, 7.9, 12.0, 15.0, 22.2, 27.1, 32.4, 35.2),
-}
 TEXT = "THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG "
 CHARACTERS_PER_SECOND = 14  # counted in 249 utterances of train-clean-100
-LIBRISPEECH_EPOCHS = {  # to the target, at which batch size, and where that is from
+EPOCHS = {  # to the target, at which batch size, and where that is from
     "librispeech": (5, 128, "extrapolated: 3 to 6 with batch 128, see docs/recipes.md"),
     "librispeech-2018": (9, 64, "published for this optimizer with batch 64: WER 23.3 after 8"),
+    "rehearsal": (2, 8, "measured: one run on 5 h, see docs/recipes.md"),
 }
 BATCH_OF_TWICE_THE_EPOCHS = 3600  # epochs grow as 1 + batch size / this, see docs/scaling.md
 TRAINING_SECONDS, STRETCH_SECONDS, EVALUATION_SECONDS = 75, 2, 10
@@ -93,10 +83,8 @@ def published_utterances(names: Sequence[str]) -> Utterances:
     """Return subsets of LibriSpeech as noise, with as many utterances as published and durations as in DURATIONS."""
     subsets = []
     for subset in (each for each in CORPORA["librispeech"].subsets if each.name in names):
-        count, durations = subset.utterances or 0, DURATIONS[subset.name]
-        seconds = np.interp((np.arange(count) + 0.5) / count * 100, PERCENTILES, durations)
-        if subset.split == "train":  # the longest at 0.9 times its speed is the longest utterance
-            seconds = seconds.clip(1.1 * durations[0], 0.9 * durations[-1])
+        count = subset.utterances or 0
+        seconds = utterance_seconds(subset.name, count)
         num_samples = (seconds * SAMPLE_RATE).astype(np.int64)
         noise = np.random.default_rng(0).integers(-1000, 1000, num_samples.max(), dtype=np.int16)
         text = TEXT * int(seconds.max())
@@ -111,7 +99,7 @@ def open_utterances(config: Config, dataset_dir: Path | None, world: World) -> t
     corpus = next(corpus for corpus in CORPORA.values() if corpus.folder == config.dataset_dir.name)
     splits = corpus.splits([each.name for each in corpus.subsets])
     train, validation = splits["train"], splits["validation"]
-    if dataset_dir is None and DURATIONS.keys() >= {*train, *validation}:
+    if dataset_dir is None and not corpus.synthetic and DURATIONS.keys() >= {*train, *validation}:
         return published_utterances(train), published_utterances(validation), "published durations (tools/estimate.py)"
     config = replace(config, dataset_dir=dataset_dir or config.dataset_dir)
     dataset = open_dataset(config.dataset_dir)
@@ -121,8 +109,8 @@ def open_utterances(config: Config, dataset_dir: Path | None, world: World) -> t
 
 def epochs_to_target(config: Config) -> tuple[int, str]:
     """Return how many epochs the target needs with the configuration's batch size, and where that is from."""
-    if config.config in LIBRISPEECH_EPOCHS:
-        epochs, batch_size, source = LIBRISPEECH_EPOCHS[config.config]
+    if config.config in EPOCHS:
+        epochs, batch_size, source = EPOCHS[config.config]
         if config.batch_size == batch_size:
             return epochs, source
         growth = (1 + config.batch_size / BATCH_OF_TWICE_THE_EPOCHS) / (1 + batch_size / BATCH_OF_TWICE_THE_EPOCHS)

@@ -1,4 +1,4 @@
-"""The sentences of the synthetic corpus: those of grammar.txt, drawn evenly and without repetition.
+"""What is said: sentences of grammar.txt without repetition, or words of words.txt by their frequency in English.
 
 A slot in braces is filled from its list. Every list is drawn like a deck of cards, all of it before any of it again, so
 that each word occurs about equally often. Only `random.Random.random` is used: of the generator's methods, it alone
@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect
 from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 _LINES = Path(__file__).with_name("grammar.txt").read_text(encoding="utf-8").splitlines()
 TEMPLATES = [line for line in _LINES if line and not line.startswith(("#", "+"))]
 SLOTS = {line.split()[1]: line.split(maxsplit=2)[2].split("|") for line in _LINES if line.startswith("+")}
+
+WORDS = Path(__file__).with_name("words.txt")
+FREQUENT_WORDS = 2000
 
 
 class Decks:
@@ -45,3 +51,24 @@ def make_sentences(count: int, seed: int, taken: set[str]) -> list[str]:
             taken.add(sentence)
             sentences.append(sentence)
     return sentences
+
+
+@cache
+def word_table(held_out: bool) -> tuple[list[str], list[int]]:
+    """Return the words that may be spoken and the running sums of their counts; every tenth rare one if `held_out`."""
+    lines = [line.split() for line in WORDS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    ranked = [(word, int(count)) for count, *words in lines for word in words]
+    spoken = [each for rank, each in enumerate(ranked) if held_out or rank < FREQUENT_WORDS or rank % 10]
+    return [word for word, _ in spoken], list(accumulate(count for _, count in spoken))
+
+
+def draw_words(seed: int, characters: int, held_out: bool) -> str:
+    """Return words, drawn by their frequency until the next would make it more than so many characters."""
+    words, sums = word_table(held_out)
+    source, text = random.Random(seed), ""
+    while True:
+        word = words[bisect(sums, source.random() * sums[-1])]
+        if len(text) + len(word) <= characters:
+            text += word + " "
+        elif text:
+            return text.rstrip()

@@ -1,9 +1,10 @@
-"""Speaks sentences with one eSpeak NG voice: a process of its own for every speaker, started by archive.py.
+"""Speaks sentences with one eSpeak NG voice: a process of its own for every speaker, started by voices.py.
 
     python data/synthetic/speaking.py < request.json > speech
 
-The request names the library, its data folder, a voice and the lines (text, rate in words per minute, pitch 0-99). The
-answer is a line of JSON (sample rate, number of samples of each line), then the 16-bit samples of all lines.
+The request names the library, its data folder, a voice (or has the definition of one, in the format of eSpeak NG's
+voice files) and the lines (text, rate in words per minute, pitch 0-99). The answer is a line of JSON (sample rate,
+number of samples of each line), then the 16-bit samples of all lines.
 
 Why a process: eSpeak NG keeps state from one voice to the next, so that only a fresh one gives the same bytes whatever
 was spoken before. Only the standard library is imported, for a hundred such processes to start quickly.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+import tempfile
 
 # eSpeak NG's constants: AUDIO_OUTPUT_SYNCHRONOUS, espeakRATE, espeakPITCH, POS_CHARACTER, espeakCHARS_UTF8.
 SYNCHRONOUS, RATE, PITCH, BY_CHARACTER, UTF8 = 2, 1, 3, 1, 1
@@ -34,7 +36,13 @@ def main() -> None:
     rate = library.espeak_Initialize(SYNCHRONOUS, 0, request["data"].encode(), 0)
     if rate <= 0:
         sys.exit(f"no eSpeak NG data in {request['data']}")
-    if library.espeak_SetVoiceByName(request["voice"].encode()) != 0:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(request["definition"].encode())
+        file.flush()
+        by_file = library.espeak_ng_SetVoiceByFile, file.name
+        set_voice, name = by_file if request["definition"] else (library.espeak_SetVoiceByName, request["voice"])
+        failed = set_voice(name.encode()) != 0
+    if failed:
         sys.exit("there is no such voice")
     library.espeak_SetSynthCallback(callback)
     spoken = []

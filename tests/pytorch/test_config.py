@@ -16,7 +16,15 @@ def parse(*arguments: str) -> Config:
 
 
 def test_named_configurations_are_those_of_the_documents() -> None:
-    assert list(CONFIGS) == ["librispeech", "librispeech-100", "mini", "an4", "synthetic", "librispeech-2018"]
+    assert list(CONFIGS) == [
+        "librispeech",
+        "librispeech-100",
+        "mini",
+        "rehearsal",
+        "an4",
+        "synthetic",
+        "librispeech-2018",
+    ]
 
 
 def test_the_command_line_wins_over_the_named_configuration() -> None:

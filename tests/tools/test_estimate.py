@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.corpora import DURATIONS, PERCENTILES
 from data.packed import DatasetError
 from pytorch.config import CONFIGS
 from pytorch.distributed import World
@@ -60,8 +61,8 @@ def test_made_up_utterances_have_the_published_number_hours_percentiles_and_tran
     assert seconds.max() == pytest.approx(29.7, abs=0.01)
     for subset in utterances.subsets:
         inside = slice(1, -1)  # of the extremes, the table has those at another speed
-        drawn = np.percentile(subset.num_samples / SAMPLE_RATE, estimate.PERCENTILES)[inside]
-        np.testing.assert_allclose(drawn, estimate.DURATIONS[subset.name][inside], atol=0.05)
+        drawn = np.percentile(subset.num_samples / SAMPLE_RATE, PERCENTILES)[inside]
+        np.testing.assert_allclose(drawn, DURATIONS[subset.name][inside], atol=0.05)
     validation = estimate.published_utterances(["dev-clean"])
     assert validation.ctc_feasible().all()
     characters = sum(len(validation.transcript(index)) for index in range(len(validation)))

@@ -1,0 +1,119 @@
+"""The embedded corpus: short sentences spoken by eSpeak NG, to run the whole benchmark in minutes anywhere.
+
+    python -m data.download --corpus synthetic
+
+Every speaker is a voice with an accent. Voices and sentences of the validation and test sets never occur in training;
+accents do. The same bytes come out of every run, for which three things are needed:
+
+- One process per speaker (speaking.py).
+- Integers wherever possible. Only the resampling is done in floating point, in double precision, where the last bits,
+  which may differ between processors, practically never reach the rounded 16-bit sample.
+- A fixed version of espeakng-loader. Its library is compiled per platform; the reference checksum was made on x86-64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing.pool import ThreadPool
+
+import numpy as np
+import soxr
+
+from data.cli import progress_bar
+from data.corpora import Corpus, CorpusSubset
+from data.packed import SAMPLE_RATE
+from data.readers import Utterance
+from data.synthetic.sentences import make_sentences
+from data.synthetic.voices import Line, add_noise, speak
+
+ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc")
+# Chosen for being clear: nothing whispering, creaking, robotic or clipped. Voices defined much alike are in one subset.
+# None uses eSpeak NG's `breath`, the noise of which is not the same from run to run.
+VOICES = {
+    "synthetic-train": (
+        "m1 m3 m4 m6 m7 m8 f1 Andy Annie Denis Diogo Gene Henrique Hugo Mario Michael Nguyen adam anika antonio "
+        "aunty belinda benjamin david ed edward gustave iven4 john linda max michel miguel mike2 norbert pedro robert "
+        "steph"
+    ),
+    "synthetic-validation": "m5 f4 Lee grandma marcelo paul rob travis",
+    "synthetic-test": "m2 Alex Andrea boris kaukovalta pablo quincy shelby",
+}
+SENTENCES = {"synthetic-train": 1800, "synthetic-validation": 240, "synthetic-test": 200}
+ACCENTS_PER_VOICE = 2
+EDGE_SAMPLES = 800  # of noise alone before and after the speech
+GAIN = 0.7  # leaves room for what resampling and noise add
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A voice with an accent, by a LibriSpeech-like number, and what it says."""
+
+    number: int
+    voice: str
+    accent: str
+    lines: tuple[Line, ...]
+
+
+@cache
+def build_speakers() -> dict[str, list[Speaker]]:
+    """Return who says what in each subset: a pure function of this module's constants."""
+    taken: set[str] = set()
+    speakers: dict[str, list[Speaker]] = {}
+    for index, (subset, voices) in enumerate(VOICES.items()):
+        sentences = make_sentences(SENTENCES[subset], seed=index + 1, taken=taken)
+        pairs = [
+            (voice, ACCENTS[(position + ACCENTS_PER_VOICE * turn) % len(ACCENTS)])
+            for turn in range(ACCENTS_PER_VOICE)
+            for position, voice in enumerate(voices.split())
+        ]
+        speakers[subset] = []
+        for place, (voice, accent) in enumerate(pairs):
+            number, spoken = 1000 * (index + 1) + place, sentences[place :: len(pairs)]
+            lines = tuple(_line(number, position, text) for position, text in enumerate(spoken))
+            speakers[subset].append(Speaker(number, voice, accent, lines))
+    return speakers
+
+
+def list_utterances(corpus: Corpus, subset: CorpusSubset) -> list[Utterance]:
+    """Return the utterances of a subset, to be spoken by speak_utterances; here they are, too, for their lengths."""
+    speakers, utterances = build_speakers()[subset.name], []
+    with ThreadPool() as pool, progress_bar(f"speaking {subset.name}", len(speakers), " speakers") as bar:
+        for speaker, waveforms in zip(speakers, pool.imap(synthesize, speakers), strict=True):
+            number = str(speaker.number)
+            for line, waveform in zip(speaker.lines, waveforms, strict=True):
+                utterances.append(Utterance(line.id, number, line.text, subset.name, len(waveform), corpus.layout))
+            bar.update(1)
+    return utterances
+
+
+def speak_utterances(utterances: Sequence[Utterance]) -> list[np.ndarray]:
+    """Return all that one speaker says: int16 [num_samples] at 16 kHz for each utterance."""
+    number, subset = utterances[0].speaker, utterances[0].file
+    speaker = next(each for each in build_speakers()[subset] if str(each.number) == number)
+    spoken = {line.id: waveform for line, waveform in zip(speaker.lines, synthesize(speaker), strict=True)}
+    return [spoken[utterance.id] for utterance in utterances]
+
+
+def synthesize(speaker: Speaker) -> list[np.ndarray]:
+    """Return what a speaker says, by line: int16 [samples] at 16 kHz. DataError names a voice or a line that fails."""
+    rate, spoken = speak(f"{speaker.accent}+{speaker.voice}", speaker.lines)
+    waveforms = []
+    for speech, line in zip(spoken, speaker.lines, strict=True):
+        resampled = soxr.resample(speech.astype(np.float64) * GAIN, rate, SAMPLE_RATE, quality="VHQ")
+        waveforms.append(add_noise(np.pad(resampled, EDGE_SAMPLES), line))
+    return waveforms
+
+
+def _line(number: int, position: int, text: str) -> Line:
+    # Numbers that vary from line to line without a random generator, by multiplication with odd constants.
+    mixed = (number * 7919 + position * 104729) % 65521
+    return Line(
+        id=f"{number}-1-{position:04d}",
+        text=text,
+        rate=150 + mixed % 36,
+        pitch=38 + mixed // 36 % 25,
+        noise=10 + mixed // 900 % 50,
+        seed=number * 10000 + position,
+    )
