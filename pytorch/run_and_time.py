@@ -260,25 +260,33 @@ def _interrupt_once(*_: object) -> None:
 def _signals_to_ranks() -> Iterator[list[int]]:
     """Pass signals on to the ranks; yield the list of those received. A second Ctrl-C kills the ranks."""
     received: list[int] = []
+    reached: set[int | None] = set()  # ranks that the first one was passed on to
 
-    def handle(number: int, _: FrameType | None) -> None:
-        received.append(number)
+    def pass_on(*_: object) -> None:
         ranks = multiprocessing.active_children()
         for rank in ranks:
             if received.count(signal.SIGINT) > 1:
                 rank.kill()
-            elif rank.pid is not None:
-                os.kill(rank.pid, number)
-        if not ranks:  # none has started yet
-            raise KeyboardInterrupt if number == signal.SIGINT else Preempted
+            elif rank.pid is not None and rank.pid not in reached:
+                with suppress(ProcessLookupError):
+                    os.kill(rank.pid, received[0])
+            reached.add(rank.pid)
+        if not reached:  # none has started yet
+            raise KeyboardInterrupt if received[0] == signal.SIGINT else Preempted
+
+    def handle(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)  # for ranks that are just being started
+        pass_on()
 
     # but for what nohup, or a shell that starts this in the background, has it ignore
-    before = {number: signal.getsignal(number) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, handle)
+    handlers = {number: handle for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, pass_on)
     try:
         yield received
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

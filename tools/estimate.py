@@ -12,12 +12,13 @@ Without a data set, utterances are noise of LibriSpeech's published durations.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -245,8 +246,26 @@ def sentence(row: dict[str, Any]) -> str:
 
 def start_ranks(processes: int, arguments: Sequence[str]) -> int:
     """Run this command in several processes of torchrun's; return the exit status."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return int(subprocess.run([*command, "-m", "tools.estimate", *arguments]).returncode != 0)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks print their own errors
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "tools.estimate", *arguments)
+    except ChildFailedError:
+        return 1
+    return 0
 
 
 def run(options: Options, arguments: Sequence[str]) -> int:

@@ -42,7 +42,7 @@ def test_real_speech_comes_over_http_and_one_changed_sample_is_located(tmp_path:
         words += ["--subsets", {"librispeech": "dev-clean,test-clean", "an4": "test"}[corpus]]
         made = command("download_dataset.sh", *words, "--checksums", SPEECH / corpus / "md5sum.txt")
     assert made.returncode == 0, made.stderr
-    assert "resuming in" in made.stderr
+    assert "trying again in" in made.stderr
     subset = open_dataset(tmp_path).split("validation")[0]
     last = len(subset) - 1
     changed = int(subset.offsets[last]) + 4321

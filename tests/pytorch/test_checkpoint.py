@@ -58,7 +58,7 @@ def test_a_file_of_other_labels_is_refused(tmp_path: Path) -> None:
 def test_another_data_set_is_refused_unless_that_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path)
     content = checkpoint.load(path)
-    with pytest.raises(RunError, match="data set digest there, another now"):
+    with pytest.raises(RunError, match="data set: checkpoint digest, command line another"):
         checkpoint.check_resumable(path, content, CONFIG, "another")
     checkpoint.check_resumable(
         path, content, dataclasses.replace(CONFIG, resume=True, resume_with_changes=True), "another"

@@ -206,18 +206,21 @@ def test_a_number_that_goes_wrong_in_one_process_makes_all_skip_the_step(uneven:
     sabotage.write_text(
         "import os, sys, time\n"
         "if any('forkserver' in word for word in sys.orig_argv):\n"  # which all ranks are forked from
-        "    from pytorch import trainer\n"
-        "    proper, calls = trainer.ctc_loss, []\n"
+        "    from pytorch import train, trainer\n"
+        "    proper, open_data, calls = trainer.ctc_loss, train.open_data, []\n"
         "    def broken(*arguments):\n"
-        "        if os.environ['RANK'] != '1':\n"
+        "        if os.environ['RANK'] != '1' or not calls:\n"
         "            return proper(*arguments)\n"
-        "        calls.append(1)\n"  # the first two are the warm-up's
+        "        calls.append(1)\n"
         "        time.sleep(0.05)\n"
-        "        loss = proper(*arguments) * (float('inf') if len(calls) == 5 else 1)\n"
-        "        if len(calls) == 7:\n"
+        "        loss = proper(*arguments) * (float('inf') if len(calls) == 4 else 1)\n"
+        "        if len(calls) == 6:\n"
         "            loss.register_hook(lambda gradient: gradient * float('inf'))\n"
         "        return loss\n"
-        "    trainer.ctc_loss = broken\n"
+        "    def opened(run):\n"
+        "        calls.append('the warm-up is over')\n"
+        "        return open_data(run)\n"
+        "    trainer.ctc_loss, train.open_data = broken, opened\n"
     )
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     # Not forked, for Python reads sitecustomize.py when it starts.
