@@ -45,6 +45,7 @@ from data.packed import Subset
 from pytorch.config import CONFIGS
 from pytorch.distributed import World
 from pytorch.evaluation import evaluate
+from pytorch.layers import gru, gru_triton
 from pytorch.loader import TrainingLoader, Utterances
 from pytorch.trainer import Trainer
 from pytorch.warmup import warm_up
@@ -83,7 +84,8 @@ int cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, char *poi
     return 0;
 }
 
-SET(cudaGetDeviceProperties, struct cudaDeviceProp, ((struct cudaDeviceProp){.name = "H100", .major = 9}))
+SET(cudaGetDeviceProperties, struct cudaDeviceProp, ((struct cudaDeviceProp){.name = "H100", .major = 9,
+    .multiProcessorCount = 132, .sharedMemPerMultiprocessor = 233472, .sharedMemPerBlockOptin = 232448}))
 SET(cudaGetDeviceCount, int, 1) SET(cudaGetDevice, int, 0) SET(cudaDriverGetVersion, int, 99000)
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0; }
@@ -282,6 +284,21 @@ def all_reduce(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[
     return future
 
 
+class Kernel:
+    """Stands in for a Triton kernel: counts a launch, and each of its tensors as read or written once."""
+
+    def __init__(self, name: str, recorder: Recorder) -> None:
+        self.name, self.recorder = name, recorder
+
+    def __getitem__(self, _grid: Any) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *arguments: Any, **_: Any) -> None:
+        line = source_line()
+        self.recorder.operations[line, self.name] += 1
+        self.recorder.bytes[line] += sum(x.nbytes for x in arguments if isinstance(x, FakeTensor))
+
+
 @contextmanager
 def fake_gpu() -> Iterator[Recorder]:
     """Make tensors on the GPU fake, with everything replaced in torch that fails with these."""
@@ -304,6 +321,9 @@ def fake_gpu() -> Iterator[Recorder]:
             (nn.parallel.distributed, "_verify_param_shape_across_processes", lambda *_, **__: None),
             (nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (torch._VF, "gru", cudnn_gru),
+            (gru, "has_triton_kernel", lambda device, hidden, _kernel: gru_triton.supported(device, hidden)),
+            (gru_triton, "_forward", Kernel("gru_forward", recorder)),
+            (gru_triton, "_backward", Kernel("gru_backward", recorder)),
             (threading.Thread, "run", run_with_fake_gpu),
         ):
             stack.enter_context(mock.patch.object(target, name, value))

@@ -23,13 +23,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 ROOT = Path(__file__).resolve().parents[3]
 INPUTS = 7
-# Hidden size, whether bidirectional, lengths; tiles of 4 rows and 16 units. The last one has those of GPUs.
-CASES: list[tuple[int, bool, list[int]]] = [
-    (40, True, [4, 3, 3, 2, 1]),  # three programs a direction for the first four utterances; the third has 8 units
-    (16, True, [3, 3, 3, 3, 2, 2, 1, 1, 1]),
-    (33, False, [4, 2]),
-    (24, True, [1]),
-    (100, True, [3, 2, 1]),
+# Hidden size, lengths; tiles of 4 rows and 16 units. The last one has those of GPUs.
+CASES: list[tuple[int, list[int]]] = [
+    (40, [4, 3, 3, 2, 1]),  # three programs a direction for the first four utterances; the third has 8 units
+    (16, [3, 3, 3, 3, 2, 2, 1, 1, 1]),
+    (33, [4, 2]),
+    (24, [1]),
+    (100, [3, 2, 1]),
 ]
 
 
@@ -41,9 +41,11 @@ def run(layer: nn.GRU, sequence: PackedSequence, stock: bool) -> list[Tensor]:
     if stock:
         outputs_NH = layer(sequence._replace(data=data))[0].data.unflatten(1, (-1, layer.hidden_size)).sum(1)
     else:
-        outputs_NH = gru_triton.Layer.apply(data, sequence.batch_sizes, True, *weights)
+        offsets = torch.nn.functional.pad(sequence.batch_sizes.cumsum(0), (1, 0)).int()
+        outputs_NH = gru_triton.Layer.apply(data, sequence.batch_sizes, offsets, True, *weights)
         with torch.no_grad():
-            assert torch.equal(outputs_NH, gru_triton.Layer.apply(data, sequence.batch_sizes, False, *weights))
+            inference_NH = gru_triton.Layer.apply(data, sequence.batch_sizes, offsets, False, *weights)
+            assert torch.equal(outputs_NH, inference_NH)
     d_outputs_NH = torch.randn(outputs_NH.shape, generator=torch.Generator().manual_seed(0)).to(outputs_NH)
     return [outputs_NH.detach(), *torch.autograd.grad(outputs_NH, [data, *weights], d_outputs_NH)]
 
@@ -53,11 +55,10 @@ def errors(case: int) -> list[float]:
     from pytorch.layers import gru_triton
 
     if case < len(CASES) - 1:
-        gru_triton.FORWARD |= {"R": 4, "U": 16, "K": 16, "AHEAD": 1}
-        gru_triton.BACKWARD |= {"R": 4, "U": 16, "K": 32}
-    hidden, bidirectional, lengths = CASES[case]
+        gru_triton.TILES[9, 0] = gru_triton.Tiles(4, 16, 16, 1), gru_triton.Tiles(4, 16, 32, 4)
+    hidden, lengths = CASES[case]
     torch.manual_seed(0)
-    layer = nn.GRU(INPUTS, hidden, bidirectional=bidirectional)
+    layer = nn.GRU(INPUTS, hidden, bidirectional=True)
     sequence = pack_padded_sequence(torch.randn(max(lengths), len(lengths), INPUTS), torch.tensor(lengths))
     actual = run(layer, sequence, stock=False)
     expected = run(layer.double(), sequence._replace(data=sequence.data.detach().double()), stock=True)
