@@ -85,28 +85,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Take one step."""
+        """Take one step. Weights of one shape are updated together, because their matrices are small."""
         (group,) = self.param_groups
-        by_shape: dict[torch.Size, list[Tensor]] = {}
-        for weight in group["params"]:
-            by_shape.setdefault(weight.shape, []).append(weight)
-        for weights in by_shape.values():
-            self._update(weights, group["lr"], group["weight_decay"])
-
-    def _update(self, weights: list[Tensor], lr: float, weight_decay: float) -> None:
-        """Update weights of one shape, all at once, because their matrices are small."""
-        gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
-        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        before = torch.stack(buffers)
-        momentum = before.lerp(gradients, 1 - MOMENTUM)
-        nesterov = gradients.lerp_(momentum, MOMENTUM)
-        directions = nesterov.unflatten(1, (GATES, -1)).flatten(0, 1)  # each gate is a matrix of its own
-        updates = newton_schulz(directions.to(self.compute_dtype)).to(momentum.dtype).reshape(momentum.shape)
-        updates *= lr * UPDATE_RMS * max(directions.shape[1:]) ** 0.5
         finite = torch.as_tensor(getattr(self, "found_inf", 0.0)) == 0
-        torch._foreach_copy_(buffers, torch.where(finite, momentum, before).unbind())
-        torch._foreach_mul_(weights, torch.where(finite, 1 - lr * weight_decay, 1.0).to(momentum.dtype))
-        torch._foreach_sub_(weights, torch.where(finite, updates, 0).unbind())
+        for shape in {weight.shape: None for weight in group["params"]}:
+            weights = [weight for weight in group["params"] if weight.shape == shape]
+            gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
+            buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+            before = torch.stack(buffers)
+            momentum = before.lerp(gradients, 1 - MOMENTUM)
+            nesterov = gradients.lerp_(momentum, MOMENTUM)
+            directions = nesterov.unflatten(1, (GATES, -1)).flatten(0, 1)  # each gate is a matrix of its own
+            updates = newton_schulz(directions.to(self.compute_dtype)).to(momentum.dtype).reshape(momentum.shape)
+            updates *= group["lr"] * UPDATE_RMS * max(directions.shape[1:]) ** 0.5
+            decay = torch.where(finite, 1 - group["lr"] * group["weight_decay"], 1.0)
+            torch._foreach_copy_(buffers, torch.where(finite, momentum, before).unbind())
+            torch._foreach_mul_(weights, decay.to(momentum.dtype))
+            torch._foreach_sub_(weights, torch.where(finite, updates, 0).unbind())
 
 
 def newton_schulz(matrices_NMK: Tensor) -> Tensor:

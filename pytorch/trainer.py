@@ -37,6 +37,8 @@ class Trainer:
         self.config, self.device, self.world = config, device, world or World()
         self.spectrogram = LogSpectrogram().to(device)
         self.model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
+        for layer in self.model.grus:
+            layer.kernel = config.gru_kernel  # type: ignore[assignment]
         if device.type == "cpu":
             kernels.load()  # compiles them, the first time
         self.ddp_model: nn.Module = self.model

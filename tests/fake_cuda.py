@@ -2,13 +2,15 @@
 
     python -m tests.fake_cuda adamw-bf16-ema-8           # optimizer, precision, ema or plain, ranks; prints JSON
     python -m tests.fake_cuda --list adamw-bf16-ema-8    # copies, waits and operations by source line, too
+    python -m tests.fake_cuda librispeech-16             # configuration in bf16, utterances of a batch
     python -m tests.fake_cuda faults                     # a step with each of FAULTS
 
 Needs gcc and a PyTorch built for CUDA. CUDA's runtime is a stub (RUNTIME) with one H100; messages between ranks are
-left out. Tensors on the CPU are real, those on the GPU have shape and type only (FakeTensorMode). So devices, types and
-shapes are checked as on a GPU, but there are no values: whatever needs one, such as item(), bool(), nonzero() or a mask
-as an index, is an error. Copied to the CPU, they are zeros. What an operation does inside, such as cuDNN's loop over
-time or CTC's copies of its lengths, is not seen; nor is waiting by asking an event again and again.
+left out. Launches of Triton's kernels are counted, not done. Tensors on the CPU are real, those on the GPU have shape
+and type only (FakeTensorMode). So devices, types and shapes are checked as on a GPU, but there are no values: whatever
+needs one, such as item(), bool(), nonzero() or a mask as an index, is an error. Copied to the CPU, they are zeros. What
+an operation does inside, such as cuDNN's loop over time or CTC's copies of its lengths, is not seen; nor is waiting by
+asking an event again and again.
 """
 
 import ctypes
@@ -52,7 +54,7 @@ from pytorch.warmup import warm_up
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/include"
-UTTERANCES, SECONDS = 128, 13.7  # of a rank's batch; the longest
+UTTERANCES, SECONDS = 128, 13.7  # of a rank's batch; the longest, but of an4 4 s
 FOR_GPU: dict[str, Any] = {"device": torch.device("cuda", 0)}  # how batches are read
 
 # The part of CUDA's runtime and driver that torch itself calls.
@@ -123,7 +125,7 @@ class Needs(NamedTuple):
     pageable_bytes: int  # of the largest of them
     operations: int  # that have kernels
     gigabytes: float  # read and written by them at least
-    gru: str  # the type in which cuDNN computes the recurrent layers
+    gru: str  # the type in which cuDNN computes the recurrent layers, or Triton
 
 
 # Operations without a kernel.
@@ -295,6 +297,7 @@ class Kernel:
 
     def launch(self, *arguments: Any, **_: Any) -> None:
         line = source_line()
+        self.recorder.gru.add("Triton")
         self.recorder.operations[line, self.name] += 1
         self.recorder.bytes[line] += sum(x.nbytes for x in arguments if isinstance(x, FakeTensor))
 
@@ -321,7 +324,7 @@ def fake_gpu() -> Iterator[Recorder]:
             (nn.parallel.distributed, "_verify_param_shape_across_processes", lambda *_, **__: None),
             (nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (torch._VF, "gru", cudnn_gru),
-            (gru, "has_triton_kernel", lambda device, hidden, _kernel: gru_triton.supported(device, hidden)),
+            (gru, "has_triton_kernel", lambda device, hidden, _kernel: gru_triton.supported(device, hidden, False)),
             (gru_triton, "_forward", Kernel("gru_forward", recorder)),
             (gru_triton, "_backward", Kernel("gru_backward", recorder)),
             (threading.Thread, "run", run_with_fake_gpu),
@@ -356,19 +359,25 @@ def plant(fault: Callable[[Tensor], Any], _module: nn.Module, _inputs: Any, outp
 
 def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> None:
     """Call `measure` with the name and the function of everything that is to be measured, in order."""
-    optimizer: Any
-    precision: Any
-    optimizer, precision, ema, ranks = ("adamw-fp32-plain-1" if case == "faults" else case).split("-")
-    world = World(0, int(ranks))
-    config = dataclasses.replace(
-        CONFIGS["librispeech"],
-        optimizer=optimizer,
-        precision=precision,
-        ema_decay=0.99 if ema == "ema" else 0.0,
-        batch_size=UTTERANCES * world.size,
-        augment_from_epoch=1,
-    )
-    samples = (np.linspace(0.8, 1, config.batch_size) * SECONDS * 16000).astype(np.int64)
+    name, _, rest = case.partition("-")
+    if name in CONFIGS:
+        world = World()
+        config = dataclasses.replace(CONFIGS[name], precision="bf16", batch_size=int(rest), augment_from_epoch=1)
+    else:
+        optimizer: Any
+        precision: Any
+        optimizer, precision, ema, ranks = ("adamw-bf16-plain-1" if case == "faults" else case).split("-")
+        world = World(0, int(ranks))
+        config = dataclasses.replace(
+            CONFIGS["librispeech"],
+            optimizer=optimizer,
+            precision=precision,
+            ema_decay=0.99 if ema == "ema" else 0.0,
+            batch_size=UTTERANCES * world.size,
+            augment_from_epoch=1,
+        )
+    seconds = 4 if name == "an4" else SECONDS
+    samples = (np.linspace(0.8, 1, config.batch_size) * seconds * 16000).astype(np.int64)
     audio = np.random.default_rng(0).integers(-1000, 1000, samples[-1]).astype(np.int16)
     names, texts = [str(n) for n in samples], ["AB" * int(7 * n / 16000) for n in samples]  # 14 labels a second
     utterances = Utterances([Subset("", audio, np.zeros_like(samples), samples, names, names, texts)])

@@ -42,7 +42,7 @@ from pytorch.errors import RunError
 from pytorch.features import SAMPLE_RATE, frame_counts
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.layers.convolution import Convolution
-from pytorch.layers.gru import GRU, implementation
+from pytorch.layers.gru import GRU, has_triton_kernel, implementation
 from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.trainer import Trainer
@@ -110,7 +110,7 @@ class StockBatchNorm(Stock):
 
 
 class StockGRU(Stock):
-    def forward(self, sequence: PackedSequence) -> PackedSequence:
+    def forward(self, sequence: PackedSequence, _offsets: Tensor | None = None) -> PackedSequence:
         outputs_NH = nn.GRU.forward(self.ours, sequence)[0].data.unflatten(1, (2, -1)).sum(1)
         return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
 
@@ -222,6 +222,11 @@ def measure(config: Config, options: Options, device: torch.device) -> dict[str,
     variants = {"stock_packed_step": stock.step, "stock_packed_forward": stock.forward}
     for precision, workload in ours.items():
         variants |= {f"{precision}_step": workload.step, f"{precision}_forward": workload.forward}
+    if has_triton_kernel(device, config.hidden_size, "triton"):  # tested on this GPU or not
+        for kernel in ("cudnn", "triton"):
+            variants[f"bf16_{kernel}_gru_step"] = Workload(
+                replace(config, gru_kernel=kernel), batch, device, "bf16"
+            ).step
     seconds = time_interleaved(variants, options.repetitions, device)
     step, forward = seconds[f"{auto}_step"], seconds[f"{auto}_forward"]
     seconds |= {"auto_step": step, "auto_forward": forward}

@@ -30,7 +30,7 @@ import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +38,11 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytorch.config import Config, GRUKernel
 from pytorch.distributed import World
 from pytorch.errors import RunError
 from pytorch.layers import kernels
-
-Kernel = Literal["auto", "cudnn", "triton"]
 
 
 class GRU(nn.GRU):
@@ -53,7 +51,7 @@ class GRU(nn.GRU):
     On GPUs `kernel` selects what computes it under autocast; auto: Triton where that has been tested.
     """
 
-    kernel: Kernel = "auto"
+    kernel: GRUKernel = "auto"
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size, bidirectional=True)
@@ -103,19 +101,9 @@ def _ignore_non_contiguous_weights_warning() -> Iterator[None]:
         yield
 
 
-class _Operations(TorchDispatchMode):
-    """Notes the names of the operations that are called within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 @functools.cache
+@torch.inference_mode(False)
+@torch.enable_grad()
 def has_bf16_kernel(device: torch.device) -> bool:
     """Return whether an accelerator's library computes GRUs in bfloat16.
 
@@ -123,32 +111,25 @@ def has_bf16_kernel(device: torch.device) -> bool:
     some kernels for each time step.
     """
     layer = nn.GRU(8, 8, device=device, dtype=torch.bfloat16)
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        _ignore_non_contiguous_weights_warning(),
-        _Operations() as operations,
-    ):
-        layer(torch.zeros(2, 1, 8, device=device, dtype=torch.bfloat16))
-    return any(name.startswith(("_cudnn_rnn.", "miopen_rnn.")) for name in operations.names)
+    with torch.autocast(device.type, enabled=False), _ignore_non_contiguous_weights_warning():
+        outputs, _ = layer(torch.zeros(2, 1, 8, device=device, dtype=torch.bfloat16))
+    return outputs.grad_fn.name().startswith(("CudnnRnn", "MiopenRnn"))
 
 
 @functools.cache
-def has_triton_kernel(device: torch.device, hidden_size: int, kernel: Kernel) -> bool:
+def has_triton_kernel(device: torch.device, hidden_size: int, kernel: GRUKernel) -> bool:
     """Return whether gru_triton.py computes a layer there. It may be untested, or not run: a trial tells."""
     try:
         from pytorch.layers import gru_triton
     except ImportError:
         return False
-    if kernel == "cudnn" or not gru_triton.supported(device, hidden_size):
-        return False
-    if kernel == "auto" and not gru_triton.tested(device):
+    if kernel == "cudnn" or not gru_triton.supported(device, hidden_size, untested=kernel == "triton"):
         return False
     try:
         # One block of rows, and two; the programs have to wait for one another.
-        error = max(_trial_error(device, hidden_size, torch.tensor(sizes)) for sizes in ([2, 2, 1], [65, 65, 33]))
-        if not error < 0.05:
-            raise RuntimeError(f"its results differ from cuDNN's by {error:.2g}")
+        for batch_sizes in torch.tensor([[2, 2, 1], [65, 65, 33]]):
+            if not (error := _trial_error(device, hidden_size, batch_sizes)) < 0.05:
+                raise RuntimeError(f"the relative difference from cuDNN's results is {error:.2g}")
     except Exception as error:  # whatever keeps Triton from running, cuDNN needs neither it nor a compiler
         needs = "a C compiler and Python's headers (gcc, python3-dev)"
         warnings.warn(
@@ -174,12 +155,11 @@ def _trial_error(device: torch.device, hidden_size: int, batch_sizes: Tensor) ->
             gru_triton.Layer.apply(inputs_NI, batch_sizes, offsets, True, *layer.parameters()),
         ):
             found.append([outputs_NH, *torch.autograd.grad(outputs_NH.square().sum(), wanted)])
-        inference_NH = gru_triton.Layer.apply(inputs_NI, batch_sizes, offsets, False, *layer.parameters())
-    pairs = [*zip(*found, strict=True), (found[0][0], inference_NH)]
-    return max(float((actual - expected).norm() / expected.norm()) for expected, actual in pairs)
+    errors = [(actual - expected).norm() / expected.norm() for expected, actual in zip(*found, strict=True)]
+    return float(torch.stack(errors).detach().max())  # NaN if any is
 
 
-def implementation(device: torch.device, precision: str, hidden_size: int, kernel: Kernel = "auto") -> str:
+def implementation(device: torch.device, precision: str, hidden_size: int, kernel: GRUKernel = "auto") -> str:
     """Return in words what computes GRUs on a device."""
     if device.type == "cpu":
         return kernels.status()
@@ -190,18 +170,20 @@ def implementation(device: torch.device, precision: str, hidden_size: int, kerne
     return f"{library} in {dtype}"
 
 
-def agreed_implementation(
-    world: World, device: torch.device, precision: str, hidden_size: int, kernel: Kernel = "auto"
-) -> str:
-    """Return what computes GRUs on every rank. A slow one would hold up all.
+def agreed_implementation(world: World, device: torch.device, config: Config) -> str:
+    """Return in words what computes the GRUs of a run; one slow rank would hold up all.
 
     Raises:
-        RunError: names the ranks on which something else does than on rank 0.
+        RunError: ranks differ, or --gru-kernel cannot be had.
     """
-    first, *others = world.all_gather_object(implementation(device, precision, hidden_size, kernel))
-    different = [f"rank {rank}: {other}" for rank, other in enumerate(others, start=1) if other != first]
+    first, *others = world.all_gather_object(
+        implementation(device, config.precision, config.hidden_size, config.gru_kernel)
+    )
+    different = [f"{other} on rank {rank}" for rank, other in enumerate(others, start=1) if other != first]
     if different:
-        raise RunError(f"the GRUs are not computed alike on all ranks: rank 0: {first}; {'; '.join(different)}")
+        raise RunError(f"ranks compute the GRUs in different ways: {first} on rank 0, {', '.join(different)}")
+    if config.gru_kernel == "triton" and not first.startswith("Triton"):
+        raise RunError(f"--gru-kernel triton: not possible on this device in {config.precision}; it would be {first}")
     return first
 
 
@@ -225,24 +207,24 @@ class _Layer(torch.autograd.Function):
         # h' and q. Without them, the kernel does not write the gates either.
         kept = [torch.empty_like(states_DNH), torch.empty_like(states_DNH)] if keep else []
         by_direction = [w.contiguous() for w in weights_hh], [b[2 * hidden :].contiguous() for b in biases_hh]
-        sizes = _sizes(bf16, states_DNH, batch_sizes)
+        sizes = bf16, torch.get_num_threads(), len(weights_hh), hidden, len(batch_sizes), batch_sizes
         kernels.call("gru_forward", *sizes, *by_direction, gates_DNG, states_DNH, *(kept or (None, None)))
         if keep:
-            ctx.bf16 = bf16
-            ctx.save_for_backward(inputs_NI, batch_sizes, gates_DNG, *kept, *weights)
+            ctx.bf16, ctx.sizes = bf16, sizes
+            ctx.save_for_backward(inputs_NI, gates_DNG, *kept, *weights)
         return functools.reduce(torch.add, states_DNH)
 
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cpu")
     def backward(ctx: Any, d_outputs_NH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        inputs_NI, batch_sizes, gates_DNG, previous_DNH, q_DNH, *weights = ctx.saved_tensors
+        inputs_NI, gates_DNG, previous_DNH, q_DNH, *weights = ctx.saved_tensors
         weights_ih, weights_hh = weights[0::4], weights[1::4]
         rz, dtype = 2 * q_DNH.shape[2], q_DNH.dtype
         d_gates_DNG, d_q_DNH = torch.empty_like(gates_DNG), torch.empty_like(q_DNH)
         tensors = d_outputs_NH.contiguous(), gates_DNG, previous_DNH, q_DNH, d_gates_DNG, d_q_DNH
         by_direction = [weight.contiguous() for weight in weights_hh]
-        kernels.call("gru_backward", *_sizes(ctx.bf16, q_DNH, batch_sizes), by_direction, *tensors)
+        kernels.call("gru_backward", *ctx.sizes, by_direction, *tensors)
         d_bias_DG, d_bias_n_DH = d_gates_DNG.sum(1), d_q_DNH.sum(1)
         d_gates_DNG, d_q_DNH, previous_DNH = (_cast(x, ctx.bf16) for x in (d_gates_DNG, d_q_DNH, previous_DNH))
         d_weights: list[Tensor | None] = []
@@ -270,9 +252,3 @@ def _cast(x: Tensor, bf16: bool) -> Tensor:
     if not bf16:
         return x
     return x.bfloat16() if kernels.has_native_bf16() else x.bfloat16().to(x.dtype)
-
-
-def _sizes(bf16: bool, like_DNH: Tensor, batch_sizes: Tensor) -> tuple[bool, int, int, int, int, Tensor]:
-    """Return the leading arguments common to both functions of gru.cpp."""
-    directions, _, hidden = like_DNH.shape
-    return bf16, torch.get_num_threads(), directions, hidden, len(batch_sizes), batch_sizes

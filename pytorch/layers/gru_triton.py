@@ -17,7 +17,7 @@ Axes: as in gru.py; R rows (utterances) and U units of a program, K of its weigh
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -26,23 +26,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class Tiles(NamedTuple):
-    """The tiles of a program, as the kernels name them. AHEAD tiles of R x K load while one is multiplied."""
-
-    R: int
-    U: int
-    K: int
-    AHEAD: int
-    num_warps: int = 4
+def _tiles(U: int, K: int, AHEAD: int, num_warps: int = 4) -> dict[str, int]:
+    """Return a program's tiles, as the kernels name them. AHEAD tiles of R x K load while one is multiplied."""
+    return {"R": 64, "U": U, "K": K, "AHEAD": AHEAD, "num_warps": num_warps}
 
 
-# By compute capability, of the forward pass and of the backward pass.
+# By compute capability, of the forward pass and of the backward pass
 TILES = {
-    (8, 0): (Tiles(64, 32, 32, 3, 8), Tiles(64, 32, 32, 4)),
-    (8, 6): (Tiles(64, 16, 32, 3), Tiles(64, 16, 32, 4)),
-    (8, 9): (Tiles(64, 16, 32, 3), Tiles(64, 16, 32, 4)),
-    (9, 0): (Tiles(64, 32, 64, 3), Tiles(64, 32, 64, 4)),
-    (12, 0): (Tiles(64, 16, 32, 3), Tiles(64, 16, 32, 4)),
+    (8, 0): (_tiles(32, 32, 3, 8), _tiles(32, 32, 4)),
+    (8, 9): (_tiles(16, 32, 3), _tiles(16, 32, 4)),
+    (9, 0): (_tiles(32, 64, 3), _tiles(32, 64, 4)),
+    (12, 0): (_tiles(16, 32, 3), _tiles(16, 32, 4)),
 }
 TESTED = [(9, 0)]  # on hardware
 
@@ -54,36 +48,15 @@ def _wait(counter, target, late):
     Every thread acquires for itself, so that no barrier need follow.
     """
     return late | tl.inline_asm_elementwise(
-        """{
-            .reg .pred done, patient;
-            .reg .s32 seen;
-            .reg .u64 begun, now;
-            mov.u64 begun, %globaltimer;
-            mov.u32 $0, 0;
-        SPIN:
-            ld.acquire.gpu.global.s32 seen, [$1];
-            setp.ge.s32 done, seen, $2;
-            @done bra DONE;
-            mov.u64 now, %globaltimer;
-            sub.u64 now, now, begun;
-            setp.lt.u64 patient, now, 5000000000;
-            @patient bra SPIN;
-            mov.u32 $0, 1;
-        DONE:
-        }""",
-        "=r,l,r",
-        [counter.to(tl.int64), target],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _arrive(counter):
-    """Say that all that this program has stored may be read by those who wait."""
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+        """{ .reg .pred done, patient; .reg .s32 seen; .reg .u64 begun, now;
+             mov.u64 begun, %globaltimer; mov.u32 $0, 0;
+        SPIN: ld.acquire.gpu.global.s32 seen, [$1]; setp.ge.s32 done, seen, $2; @done bra DONE;
+             mov.u64 now, %globaltimer; sub.u64 now, now, begun;
+             setp.lt.u64 patient, now, 5000000000; @patient bra SPIN;
+             mov.u32 $0, 1;
+        DONE: }""",
+        "=r,l,r", [counter.to(tl.int64), target], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -110,12 +83,6 @@ def _weights(rows, mask, stride: tl.constexpr, length: tl.constexpr, K: tl.const
         tile = tl.load(corner + i * K * stride, mask=_inside(mask, i, length, K), other=0.0)
         tiles += (tl.trans(tile),)
     return tiles
-
-
-@triton.jit
-def _tile(corner, mask, i: tl.constexpr, length: tl.constexpr, K: tl.constexpr):
-    """Load tile i of what other programs wrote, hence not from L1; what is outside is left undefined."""
-    return tl.load(corner + i * K, mask=_inside(mask, i, length, K), cache_modifier=".cg")
 
 
 @triton.jit(do_not_specialize=["N", "B", "T", "first", "last", "first_block", "keep"])
@@ -169,10 +136,11 @@ def _forward(
         start, size = _rows(offsets, step + 1, T, d)
         if WAIT:
             late = _wait(counter, (step - first) * tl.num_programs(0), late)
-        tiles = ()
+        tiles = ()  # of what other programs wrote, hence not from L1; what is outside is left undefined
         for i in tl.static_range(-AHEAD, len(w_q)):
             if i + AHEAD < len(w_q):
-                tiles += (_tile(corner, continued, i + AHEAD, H, K),)
+                mask = _inside(continued, i + AHEAD, H, K)
+                tiles += (tl.load(corner + (i + AHEAD) * K, mask=mask, cache_modifier=".cg"),)
             if i >= 0:
                 tile = tl.where(_inside(continued, i, H, K), tiles[i], 0.0)
                 rz = tl.dot(tile, w_rz[i], rz)
@@ -182,15 +150,14 @@ def _forward(
         n = 2 * tl.sigmoid(2 * (x_n + r * q)) - 1
         new = n + z * (h - n) + tl.where(late == 0, 0.0, float("nan"))
         tl.store(states + at[:, None] * H + unit[None, :], new, mask=active)
-        if WAIT:
-            _arrive(counter)
+        if WAIT:  # say that all that this program has stored may be read
+            tl.debug_barrier()
+            tl.atomic_add(counter, 1, sem="release", scope="gpu")
         if keep:
             own_kept = kept + at[:, None] * (5 * H) + unit[None, :]
-            tl.store(own_kept, r, mask=active)
-            tl.store(own_kept + H, z, mask=active)
-            tl.store(own_kept + 2 * H, n, mask=active)
-            tl.store(own_kept + 3 * H, q, mask=active)
-            tl.store(own_kept + 4 * H, h, mask=active)
+            values = r, z, n, q, h
+            for i in tl.static_range(5):
+                tl.store(own_kept + i * H, values[i], mask=active)
         h = tl.where(active, new, h)
     if not WAIT:
         tl.store(carry + own, h, mask=owned)
@@ -226,13 +193,11 @@ def _backward(
         active = (row < size)[:, None] & inside[None, :]
         at = (start + row).to(tl.int64)
         keep = kept + at[:, None] * (5 * H) + unit[None, :]
-        r = tl.load(keep, mask=active, other=0.0)
-        z = tl.load(keep + H, mask=active, other=0.0)
-        n = tl.load(keep + 2 * H, mask=active, other=0.0)
-        q = tl.load(keep + 3 * H, mask=active, other=0.0)
-        h = tl.load(keep + 4 * H, mask=active, other=0.0)
+        values = ()
+        for i in tl.static_range(5):
+            values += (tl.load(keep + i * H, mask=active, other=0.0).to(tl.float32),)
+        r, z, n, q, h = values  # type: ignore[misc]
         d_h += tl.load(d_outputs + at[:, None] * H + unit[None, :], mask=active, other=0.0)
-        r, z, n, q, h = r.to(tl.float32), z.to(tl.float32), n.to(tl.float32), q.to(tl.float32), h.to(tl.float32)
         by_n = (1 - z) * (1 - n * n)
         by_r = by_n * q * r * (1 - r)
         by_z = (h - n) * z * (1 - z)
@@ -247,7 +212,8 @@ def _backward(
         product = tl.zeros([R, U], tl.float32)
         for i in tl.static_range(-AHEAD, len(tiles_w)):
             if i + AHEAD < len(tiles_w):
-                tiles += (_tile(corner, continued, i + AHEAD, 3 * H, K),)
+                mask = _inside(continued, i + AHEAD, 3 * H, K)
+                tiles += (tl.load(corner + (i + AHEAD) * K, mask=mask, cache_modifier=".cg"),)
             if i >= 0:
                 tile = tl.where(_inside(continued, i, 3 * H, K), tiles[i], 0.0)
                 product = tl.dot(tile, tiles_w[i], product)
@@ -260,31 +226,31 @@ def _backward(
         tl.store(give + 2 * d * H, d_q, mask=active)
         tl.store(give + (1 - d) * H, d_r, mask=active)
         tl.store(give + (2 - d) * H, d_z, mask=active)
-        if WAIT:
-            _arrive(counter)
+        if WAIT:  # say that all that this program has stored may be read
+            tl.debug_barrier()
+            tl.atomic_add(counter, 1, sem="release", scope="gpu")
         tl.store(give + (3 - 4 * d) * H, d_n, mask=active)
         d_h *= z
     if not WAIT:
         tl.store(carry + own, d_h, mask=owned)
 
 
-def supported(device: torch.device, hidden: int) -> bool:
-    """Return whether there are tiles for a GPU, a program's weights fit, and so do all programs of an utterance."""
+def supported(device: torch.device, hidden: int, untested: bool) -> bool:
+    """Return whether the kernels fit a GPU that was tested, or another one that has tiles.
+
+    A program's weights must fit its shared memory, and all programs of an utterance the multiprocessors.
+    """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     gpu = torch.cuda.get_device_properties(device)
-    if (gpu.major, gpu.minor) not in TILES:
+    if (gpu.major, gpu.minor) not in (TILES if untested else TESTED):
         return False
+    shared_memory: int = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return all(
-        2 * (3 * tile.U * triton.cdiv(hidden, tile.K) + 2 * tile.R) * tile.K <= gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
-        and 2 * triton.cdiv(hidden, tile.U) <= gpu.multi_processor_count
+        2 * (3 * tile["U"] * triton.cdiv(hidden, tile["K"]) + 2 * tile["R"]) * tile["K"] <= shared_memory
+        and 2 * triton.cdiv(hidden, tile["U"]) <= gpu.multi_processor_count
         for tile in TILES[gpu.major, gpu.minor]
     )
-
-
-def tested(device: torch.device) -> bool:
-    """Return whether the kernels have been tested on such a GPU."""
-    return torch.cuda.get_device_capability(device) in TESTED
 
 
 class Layer(torch.autograd.Function):
@@ -351,9 +317,10 @@ def _launch(
     processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
     capability = torch.cuda.get_device_capability(device) if on_gpu else (9, 0)
     tile = TILES[capability][kernel is _backward]
-    if kernel is _forward and capability == (9, 0) and batch <= tile.R and 2 * triton.cdiv(hidden, 16) <= processors:
-        tile = tile._replace(U=16)  # 16 % faster on an H200
-    units, blocks = triton.cdiv(hidden, tile.U), triton.cdiv(batch, tile.R)
+    few = kernel is _forward and capability == (9, 0) and batch <= tile["R"]
+    if few and 2 * triton.cdiv(hidden, 16) <= processors:
+        tile = tile | {"U": 16}  # 16 % faster on an H200
+    units, blocks = triton.cdiv(hidden, tile["U"]), triton.cdiv(batch, tile["R"])
     at_once = max(1, processors // (2 * units))
     counters = offsets.new_zeros(blocks, 2)
     carry = None if on_gpu else given[0].new_zeros(2, batch, hidden)
@@ -363,4 +330,4 @@ def _launch(
             grid = units, min(at_once, blocks - block), 2
             for first in range(0, time, time if on_gpu else 1):
                 sizes = rows, batch, time, first, time if on_gpu else first + 1, block
-                kernel[grid](*given, counters, carry, *results, *sizes, *flags, **tile._asdict(), **constants)
+                kernel[grid](*given, counters, carry, *results, *sizes, *flags, **tile, **constants)
