@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from pytorch.config import CONFIGS
 from pytorch.distributed import World
@@ -61,11 +61,6 @@ def assert_like_stock(lengths: list[int], hidden_size: int) -> None:
         assert (a.double() - e).abs().max() <= 2e-6 * max(1.0, e.abs().max().item())
 
 
-@pytest.mark.parametrize("hidden_size", [1, 5, 8, 17, 24, 50, 96])
-def test_outputs_and_gradients_are_those_of_stock_gru_for_any_hidden_size(hidden_size: int) -> None:
-    assert_like_stock([23, 20, 20, 17, 11, 10, 4, 3, 1], hidden_size)
-
-
 @pytest.mark.parametrize(
     "lengths", [[1], [30], [1, 1, 1], [9] * 5, [5, 1], [12, 12, 12, 12, 1, 1, 1], [3, 9, 7]], ids=str
 )
@@ -73,7 +68,7 @@ def test_outputs_and_gradients_are_those_of_stock_gru_for_any_lengths(lengths: l
     assert_like_stock(lengths, 24)
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.integers(1, 60))
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.integers(1, 100))
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_outputs_and_gradients_are_those_of_stock_gru_for_random_shapes(lengths: list[int], hidden_size: int) -> None:
     assert_like_stock(lengths, hidden_size)
@@ -91,16 +86,6 @@ def test_the_same_input_gives_the_same_bits() -> None:
     expected = run(layer, sequence)
     for _ in range(5):
         assert all(map(torch.equal, run(layer, sequence), expected))
-
-
-def test_an_utterance_does_not_depend_on_what_else_is_in_the_batch() -> None:
-    torch.manual_seed(0)
-    layer, lengths = GRU(INPUTS, 40), [30, 28, 17, 16, 9, 2]
-    inputs_TBI = torch.randn(max(lengths), len(lengths), INPUTS)
-    outputs_TBH, _ = pad_packed_sequence(layer(pack_padded_sequence(inputs_TBI, torch.tensor(lengths))))
-    for b, length in enumerate(lengths):
-        alone = layer(pack_padded_sequence(inputs_TBI[:length, b : b + 1], torch.tensor([length])))
-        torch.testing.assert_close(outputs_TBH[:length, b], alone.data, rtol=0, atol=1e-6)
 
 
 def test_inference_gives_what_training_gives() -> None:
@@ -173,13 +158,6 @@ def test_ranks_that_compute_the_grus_in_different_ways_end_the_run_by_name(monke
 def test_a_kernel_that_is_wanted_but_not_possible_ends_the_run() -> None:
     with pytest.raises(RunError, match="--gru-kernel triton"):
         gru.agreed_implementation(World(), torch.device("cpu"), replace(CONFIGS["an4"], gru_kernel="triton"))
-
-
-def test_state_dicts_are_those_of_stock_gru() -> None:
-    layer, stock = GRU(INPUTS, 6), nn.GRU(INPUTS, 6, bidirectional=True)
-    layer.load_state_dict(stock.state_dict())
-    stock.load_state_dict(layer.state_dict())
-    assert list(layer.state_dict()) == list(stock.state_dict())
 
 
 def test_the_order_of_the_batch_is_kept() -> None:

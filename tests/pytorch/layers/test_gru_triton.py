@@ -4,6 +4,7 @@ Run as a module, it prints the relative errors of a case in JSON: Triton chooses
 What only a GPU can show (bfloat16, waiting for one another, times): test_gpu.py.
 """
 
+import itertools
 import json
 import os
 import re
@@ -113,15 +114,12 @@ def trial(wrong: str) -> bool:
         return gru.has_triton_kernel(torch.device("cpu"), 24, "triton")
 
 
-def compile_for(capability: tuple[int, int], backward: bool, U: int) -> Any:
+def compile_for(capability: tuple[int, int], kernel: Any, tile: dict[str, int]) -> Any:
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pytorch.layers import gru_triton
-
-    kernel, tile = (gru_triton._forward, gru_triton._backward)[backward], gru_triton.TILES[capability][backward]
-    constants: dict[str, Any] = tile | {"U": U, "H": 800, "WAIT": True, "carry": None}
+    constants: dict[str, Any] = tile | {"H": 800, "WAIT": True, "carry": None}
     warps = constants.pop("num_warps")
     pointers = {"biases": "*fp32", "offsets": "*i32", "counters": "*i32", "d_outputs": "*fp32"}
     numbers = dict.fromkeys(["N", "B", "T", "first", "last", "first_block", "keep"], "i32")
@@ -133,40 +131,29 @@ def compile_for(capability: tuple[int, int], backward: bool, U: int) -> Any:
     return compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
 
 
-# Compute capability, whether backward, units, and the shared memory (bytes) that a program may have there.
-COMPILED = [
-    ((8, 0), False, 32, 166_912),
-    ((8, 0), True, 32, 166_912),
-    ((8, 9), False, 16, 101_376),
-    ((8, 9), True, 16, 101_376),
-    ((9, 0), False, 32, 232_448),
-    ((9, 0), False, 16, 232_448),  # for few rows
-    ((9, 0), True, 32, 232_448),
-    ((12, 0), False, 16, 101_376),
-    ((12, 0), True, 16, 101_376),
-]
+# The shared memory (bytes) that a program may have, by compute capability.
+SHARED_MEMORY = {(8, 0): 166_912, (8, 9): 101_376, (9, 0): 232_448, (12, 0): 101_376}
+COMPILED = [*itertools.product(SHARED_MEMORY, (False, True), [0]), ((9, 0), False, 16)]  # 16 units for few rows
 
 
-def test_every_capability_that_has_tiles_is_compiled() -> None:
-    from pytorch.layers import gru_triton
-
-    assert {capability for capability, *_ in COMPILED} == set(gru_triton.TILES)
-
-
-@pytest.mark.parametrize(("capability", "backward", "units", "limit"), COMPILED)
+@pytest.mark.parametrize(("capability", "backward", "units"), COMPILED)
 def test_weights_stay_in_shared_memory_and_programs_see_what_others_wrote(
     capability: tuple[int, int],
     backward: bool,
     units: int,
-    limit: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton
 
-    compiled = compile_for(capability, backward, units)
-    assert 2 * units * 2400 < compiled.metadata.shared <= limit
+    from pytorch.layers import gru_triton
+
+    assert set(gru_triton.TILES) == set(SHARED_MEMORY)
+    tile = gru_triton.TILES[capability][backward]
+    tile = tile | {"U": units or tile["U"]}
+    compiled = compile_for(capability, gru_triton._backward if backward else gru_triton._forward, tile)
+    assert 2 * tile["U"] * 2400 < compiled.metadata.shared <= SHARED_MEMORY[capability]
     product = "wgmma.mma_async" if capability == (9, 0) else "mma.sync"
     before, after = compiled.asm["ptx"].split("acquire", maxsplit=1)
     assert product not in before and "ld.global.cg" not in before  # what others wrote is read after waiting
