@@ -29,6 +29,7 @@ Optimizer = Literal["adamw", "sgd", "muon"]
 Schedule = Literal["cosine", "anneal"]
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda", "xpu", "mps"]
+GRUKernel = Literal["auto", "cudnn", "triton"]
 
 # Where a field may differ:
 #   machine   between the processes of a run
@@ -114,6 +115,9 @@ class Config:
     """Precision of the operands and results of matrix products and convolutions (accumulation, loss, weights and
     optimizer state are always fp32); auto: bf16 on a GPU that has it; on a CPU that has it, the faster of the two,
     measured before the clock starts. fp32 allows TF32 on GPUs that have it."""
+    gru_kernel: GRUKernel = _field("auto", scope="session")
+    """What computes the GRUs on an NVIDIA GPU in bf16; auto: Triton on GPUs on which it was tested, those of compute
+    capability 9.0 (H100, H200), and cuDNN on others."""
     seed: int = _field(1, SEED, event=constants.SEED, free_in_closed=True)
     """Determines initial weights, data order and augmentation; use a new one for every run."""
     target_wer: float = _field(BENCHMARK_WER, NON_NEGATIVE, scope="limit")

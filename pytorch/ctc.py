@@ -26,7 +26,7 @@ def encode(transcript: str) -> list[int]:
 
 
 def min_ctc_frames(transcript: str) -> int:
-    """Return the fewest output frames for a transcript: one a label, and a blank between equal neighbors."""
+    """Return the minimum number of frames CTC needs: one per label plus one blank between repeated labels."""
     return len(transcript) + sum(a == b for a, b in pairwise(transcript))
 
 
@@ -48,6 +48,6 @@ def ctc_loss(logits_TBV: Tensor, frames_B: Tensor, targets: Tensor, target_lengt
     """Return the CTC loss in float32: mean over utterances of the negative log-likelihood (nats) of the transcript."""
     log_probabilities = logits_TBV.float().log_softmax(2)
     lengths = frames_B.tolist(), target_lengths_B.tolist()
-    # What torch.nn.functional.ctc_loss comes to, which first copies a GPU's targets to the CPU, twice, and waits.
+    # Same computation as F.ctc_loss, without its two device-to-host copies of the targets.
     losses_B, _ = torch._ctc_loss(log_probabilities, targets, *lengths, blank=BLANK)
     return losses_B.sum() / len(frames_B)

@@ -56,7 +56,7 @@ def widest_float(device: torch.device) -> torch.dtype:
 
 @contextmanager
 def explain_oom(advice: str) -> Iterator[None]:
-    """Turn any failure to find memory, on a GPU or a CPU, into an error that gives advice.
+    """Turn out-of-memory errors, on GPU or CPU, into a RunError with advice.
 
     Raises:
         RunError: there was not enough memory.
@@ -112,14 +112,14 @@ def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:
     return read
 
 
-def has_copy_engine(device: torch.device) -> bool:
+def supports_async_copy(device: torch.device) -> bool:
     """Return whether a device copies from page-locked memory while it computes."""
     return device.type in ("cuda", "xpu")
 
 
-def copy_from_cpu_ahead(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device while it computes, and wait for the copy; see `use_in_current_stream`."""
-    if not has_copy_engine(device):
+def prefetch_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device while it computes, and wait for the copy; see `record_stream`."""
+    if not supports_async_copy(device):
         return tensor.to(device)
     set_device(device)  # each thread has its own; leaving the stream would else set up the first GPU in every process
     with _copy_stream(device) as stream:
@@ -128,9 +128,9 @@ def copy_from_cpu_ahead(tensor: Tensor, device: torch.device) -> Tensor:
     return copy
 
 
-def use_in_current_stream(tensor: Tensor) -> None:
-    """Keep the memory of a tensor that was copied ahead until what is now started with it is done."""
-    if has_copy_engine(tensor.device):
+def record_stream(tensor: Tensor) -> None:
+    """Keep the memory of a prefetched tensor until the work queued so far on the current stream is done."""
+    if supports_async_copy(tensor.device):
         tensor.record_stream(torch.accelerator.current_stream(tensor.device))
 
 

@@ -28,9 +28,21 @@ Decoder: TypeAlias = Callable[[Tensor, Tensor], Callable[[], list[str]]]
 
 
 def greedy_decoder(logits_TBV: Tensor, frames_B: Tensor) -> Callable[[], list[str]]:
-    """Decode greedily: only the best label of each frame is copied from the device."""
-    best_TB = copy_to_cpu_async(logits_TBV.argmax(dim=2))
-    return lambda: collapse(best_TB(), frames_B)
+    """Decode greedily: only the best label of each frame is copied from the device. It is -1 if logits are not finite.
+
+    Raises:
+        RunError: some are not; argmax would take NaN for a blank. The GRUs' kernel returns NaN if it has waited 5 s.
+    """
+    copied_TB = copy_to_cpu_async(torch.where(logits_TBV.sum(dim=2).isfinite(), logits_TBV.argmax(dim=2), -1))
+
+    def read() -> list[str]:
+        best_TB = copied_TB()
+        if broken := int((best_TB < 0).any(dim=0).sum()):
+            reason = "on a GPU, another program may have held multiprocessors for more than 5 s; try again without it"
+            raise RunError(f"the model's output is not finite for {broken} of {len(frames_B)} utterances: {reason}")
+        return collapse(best_TB, frames_B)
+
+    return read
 
 
 class Hypothesis(NamedTuple):

@@ -24,7 +24,7 @@ from torch import Tensor
 from data.packed import Subset
 from pytorch.config import Config
 from pytorch.ctc import encode, min_ctc_frames
-from pytorch.device import copy_from_cpu_ahead, has_copy_engine, use_in_current_stream
+from pytorch.device import prefetch_to_device, record_stream, supports_async_copy
 from pytorch.distributed import World
 from pytorch.errors import RunError
 from pytorch.features import HOP_LENGTH, Augmentation, draw_augmentation, frame_counts, padded_frames
@@ -211,7 +211,7 @@ def make_batch(
     num_samples_B = torch.from_numpy(utterances.num_samples[indices])
     frames = padded_frames(int(frame_counts(num_samples_B).max()), device)
     samples = max(int(num_samples_B.max()), (frames - 1) * HOP_LENGTH)
-    waveforms_BS = torch.empty(len(indices), samples, dtype=torch.int16, pin_memory=has_copy_engine(device))
+    waveforms_BS = torch.empty(len(indices), samples, dtype=torch.int16, pin_memory=supports_async_copy(device))
     # NumPy, since a torch operation on this much in the reader's thread would start a second pool of OpenMP threads;
     # with more threads than cores, the pools' threads sleep at every barrier instead of spinning.
     for waveform, count, index in zip(waveforms_BS.numpy(), num_samples_B.tolist(), indices, strict=True):
@@ -226,9 +226,9 @@ def make_batch(
     targets = torch.tensor([label for labels in encoded for label in labels], dtype=torch.int64)
     return Batch(
         indices=indices,
-        waveforms_BS=copy_from_cpu_ahead(waveforms_BS, device),
+        waveforms_BS=prefetch_to_device(waveforms_BS, device),
         num_samples_B=num_samples_B,
-        targets=copy_from_cpu_ahead(targets, device),
+        targets=prefetch_to_device(targets, device),
         target_lengths_B=torch.tensor([len(labels) for labels in encoded], dtype=torch.int64),
         transcripts=transcripts,
         augmentation=augmentation,
@@ -254,7 +254,7 @@ def prefetch(batches: Sequence[np.ndarray], make: Callable[[np.ndarray], Batch])
                 pending.extend(reader.submit(make, indices) for indices in islice(remaining, 1))
                 batch = pending.popleft().result()
                 for tensor in (batch.waveforms_BS, batch.targets):
-                    use_in_current_stream(tensor)
+                    record_stream(tensor)
                 yield batch
         finally:
             for future in pending:

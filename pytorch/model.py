@@ -91,7 +91,7 @@ class DeepSpeech2(nn.Module):
 
         packed = PackedSequence(x_NFC.flatten(1), layout.batch_sizes)
         for gru, norm in zip(self.grus, self.norms, strict=True):
-            packed = gru(packed)
+            packed = gru(packed, layout.offsets)
             packed = PackedSequence(norm(packed.data), layout.batch_sizes)
         logits_NV = _linear(packed.data, self.classifier)
 
@@ -152,6 +152,7 @@ class _PackLayout(NamedTuple):
     utterance_N: Tensor
     time_N: Tensor
     batch_sizes: Tensor  # [T] on the CPU, as PyTorch wants it
+    offsets: Tensor  # int32 [T + 1]: the first row of each time step
 
 
 def _pack_layout(frames_B: Tensor, device: torch.device) -> _PackLayout:
@@ -159,11 +160,11 @@ def _pack_layout(frames_B: Tensor, device: torch.device) -> _PackLayout:
 
     What has N elements is made on the device, from what has B or T: a larger copy from the CPU would wait for it.
     """
-    rows = int(frames_B.sum())
     batch_sizes_T = (torch.arange(int(frames_B.max()))[:, None] < frames_B).sum(1)
-    sizes_T, longest_first_B = (
-        x.to(device, non_blocking=True) for x in (batch_sizes_T, torch.argsort(frames_B, descending=True, stable=True))
-    )
-    time_N = torch.arange(len(sizes_T), device=device).repeat_interleave(sizes_T, output_size=rows)
-    position_N = torch.arange(rows, device=device) - (sizes_T.cumsum(0) - sizes_T)[time_N]
-    return _PackLayout(longest_first_B[position_N], time_N, batch_sizes_T)
+    offsets = nn.functional.pad(batch_sizes_T.cumsum(0), (1, 0)).int()
+    longest_first_B = torch.argsort(frames_B, descending=True, stable=True).int()
+    small = torch.cat([offsets, longest_first_B]).to(device, non_blocking=True)
+    offsets, longest_first_B = small.split([len(offsets), len(frames_B)])
+    row_N = torch.arange(int(frames_B.sum()), dtype=torch.int32, device=device)
+    time_N = torch.searchsorted(offsets[1:], row_N, right=True)
+    return _PackLayout(longest_first_B[row_N - offsets[time_N]], time_N, batch_sizes_T, offsets)

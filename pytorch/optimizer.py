@@ -61,8 +61,8 @@ def make_optimizers(config: Config, model: DeepSpeech2) -> list[torch.optim.Opti
 class Muon(torch.optim.Optimizer):
     """Muon for the weights [3H, I] of GRUs, whose three gates [H, I] are matrices of their own.
 
-    torch.optim.Muon knows no gates, cannot leave out a step whose gradient is not finite, and always rounds to
-    bfloat16, with which it takes 20 times as long on a CPU that does not multiply that natively.
+    torch.optim.Muon does not split gates, does not support found_inf, and always rounds to bfloat16, with which it
+    takes 20 times as long on a CPU that does not multiply that natively.
 
     Args:
         params: the weights.
@@ -85,27 +85,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Take one step."""
+        """Take one step. Weights of one shape are updated together, because their matrices are small."""
         (group,) = self.param_groups
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        for weight in group["params"]:
-            by_shape.setdefault(weight.shape, []).append(weight)
-        for weights in by_shape.values():
-            self._move(weights, group["lr"], group["weight_decay"])
-
-    def _move(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        """Move weights of one shape, all at once, because their matrices are small."""
-        gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
-        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        moved = torch.stack(buffers).lerp_(gradients, 1 - MOMENTUM)
-        nesterov = gradients.lerp_(moved, MOMENTUM)
-        directions = nesterov.unflatten(1, (GATES, -1)).flatten(0, 1)  # each gate is a matrix of its own
-        steps = newton_schulz(directions.to(self.compute_dtype)).to(moved.dtype).reshape(moved.shape)
-        steps *= lr * UPDATE_RMS * max(directions.shape[1:]) ** 0.5
         finite = torch.as_tensor(getattr(self, "found_inf", 0.0)) == 0
-        for weight, buffer, momentum, step in zip(weights, buffers, moved, steps, strict=True):
-            torch.where(finite, momentum, buffer, out=buffer)
-            torch.where(finite, weight * (1 - lr * weight_decay) - step, weight, out=weight)
+        for shape in {weight.shape: None for weight in group["params"]}:
+            weights = [weight for weight in group["params"] if weight.shape == shape]
+            gradients = torch.stack([weight.grad for weight in weights if weight.grad is not None])
+            buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+            before = torch.stack(buffers)
+            momentum = before.lerp(gradients, 1 - MOMENTUM)
+            nesterov = gradients.lerp_(momentum, MOMENTUM)
+            directions = nesterov.unflatten(1, (GATES, -1)).flatten(0, 1)  # each gate is a matrix of its own
+            updates = newton_schulz(directions.to(self.compute_dtype)).to(momentum.dtype).reshape(momentum.shape)
+            updates *= group["lr"] * UPDATE_RMS * max(directions.shape[1:]) ** 0.5
+            decay = torch.where(finite, 1 - group["lr"] * group["weight_decay"], 1.0)
+            torch._foreach_copy_(buffers, torch.where(finite, momentum, before).unbind())
+            torch._foreach_mul_(weights, decay.to(momentum.dtype))
+            torch._foreach_sub_(weights, torch.where(finite, updates, 0).unbind())
 
 
 def newton_schulz(matrices_NMK: Tensor) -> Tensor:
@@ -115,10 +111,10 @@ def newton_schulz(matrices_NMK: Tensor) -> Tensor:
     """
     wide = matrices_NMK if matrices_NMK.shape[1] <= matrices_NMK.shape[2] else matrices_NMK.mT
     x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
-    first, third, fifth = COEFFICIENTS
+    a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         squares = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(squares, squares, squares, beta=third, alpha=fifth), x, beta=first)
+        x = torch.baddbmm(x, torch.baddbmm(squares, squares, squares, beta=b, alpha=c), x, beta=a)
     return x if wide is matrices_NMK else x.mT
 
 

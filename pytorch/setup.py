@@ -94,7 +94,7 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
         trainer.use_precision(measured_precision(trainer, log, resumed_from))
         config = trainer.config
     mllog.log_submission(log, config, dataset, machine.describe_machine(device), world.size)
-    log.event("gru_implementation", gru.implementation(device, config.precision, config.hidden_size))
+    log.event("gru_implementation", gru.agreed_implementation(world, device, config))
     warm_up(trainer, max_train_samples(dataset))
 
     run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop, Clock(), time.monotonic())

@@ -37,6 +37,8 @@ class Trainer:
         self.config, self.device, self.world = config, device, world or World()
         self.spectrogram = LogSpectrogram().to(device)
         self.model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
+        for layer in self.model.grus:
+            layer.kernel = config.gru_kernel  # type: ignore[assignment]
         if device.type == "cpu":
             kernels.load()  # compiles them, the first time
         self.ddp_model: nn.Module = self.model
@@ -108,7 +110,8 @@ class Trainer:
             CTC loss.
         """
         self.model.zero_grad(set_to_none=True)
-        buffers_before = [buffer.clone() for buffer in self._batch_norm_buffers()]
+        statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of batch norms
+        statistics_before = torch.cat(statistics)
         # [loss, *flags], summed over ranks
         reduced = torch.tensor([0.0, *flags], dtype=widest_float(self.device)).to(self.device, non_blocking=True)
         for number, microbatch in enumerate(microbatches, start=1):
@@ -116,20 +119,22 @@ class Trainer:
             sync = number == len(microbatches) or self.world.size == 1
             with nullcontext() if sync else self.ddp_model.no_sync():  # type: ignore[operator]
                 loss = self.loss(microbatch) * (len(microbatch) / global_batch_size)
-                (loss * self.world.size).backward()  # DDP divides the sum of gradients by the number of ranks
+                # DDP divides the sum of gradients by the number of ranks.
+                loss.backward(loss.new_full((), self.world.size))
             reduced[0] += loss.detach()
         all_reduce_sum(reduced)
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.gradient_clip_norm)
         result = torch.cat([reduced[:1], grad_norm.to(reduced.dtype).view(1), reduced[1:]])  # [loss, grad_norm, *flags]
         finite = result[:2].isfinite().all()  # stays on the device: `if finite` would wait for it
-        for buffer, before in zip(self._batch_norm_buffers(), buffers_before, strict=True):
-            torch.where(finite, buffer, before, out=buffer)
+        restored = torch.where(finite, torch.cat(statistics), statistics_before)
+        torch._foreach_copy_(statistics, restored.split([len(buffer) for buffer in statistics]))
+        found_inf = (~finite).float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             # The convention of torch.amp.GradScaler: fused optimizers read this tensor on the device, and leave weights
             # and moments alone unless it is zero. Muon here does, too.
-            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
             optimizer.step()
         if self.ema_model is not None:
             self._update_ema(self.ema_model, finite)
@@ -144,15 +149,14 @@ class Trainer:
         # Ramps up, so that the first steps are soon forgotten (as TensorFlow's ExponentialMovingAverage does).
         decay = min(self.config.ema_decay, (1 + self.ema_steps) / (10 + self.ema_steps)) if self.ema_steps else 0.0
         self.ema_steps += 1
-        averages = [value for value in ema_model.state_dict().values() if value.is_floating_point()]
-        values = [value for value in self.model.state_dict().values() if value.is_floating_point()]
-        # An average that moves toward itself stays exactly where it is.
-        targets = [torch.where(finite, value, average) for value, average in zip(values, averages, strict=True)]
-        torch._foreach_lerp_(averages, targets, 1 - decay)
-
-    def _batch_norm_buffers(self) -> list[Tensor]:
-        """Return the running means and variances."""
-        return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        averages, values = (
+            [value for value in (*model.parameters(), *model.buffers()) if value.is_floating_point()]
+            for model in (ema_model, self.model)
+        )
+        # Even a step that is skipped leaves finite values, so that 0 times the difference moves nothing.
+        differences = torch._foreach_sub(values, averages)
+        torch._foreach_mul_(differences, finite * (1 - decay))
+        torch._foreach_add_(averages, differences)
 
     def use_precision(self, precision: Precision) -> None:
         """Compute in fp32 or bf16 from now on; the optimizers are reset."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from pytorch import memory
 from pytorch.config import Config, Precision
 from pytorch.ctc import LABELS
-from pytorch.device import copy_from_cpu_ahead, copy_to_cpu_async, explain_oom
+from pytorch.device import copy_to_cpu_async, explain_oom, prefetch_to_device
 from pytorch.features import SAMPLE_RATE, draw_augmentation
 from pytorch.loader import Batch
 from pytorch.trainer import Trainer
@@ -110,9 +110,9 @@ def random_batch(config: Config, num_samples_B: Tensor, device: torch.device) ->
     augmentation = draw_augmentation(own_tempo, np.arange(count)[:, None], np.full(count, math.inf))
     return Batch(
         indices=np.arange(count),
-        waveforms_BS=copy_from_cpu_ahead(waveforms_BS, device),
+        waveforms_BS=prefetch_to_device(waveforms_BS, device),
         num_samples_B=num_samples_B,
-        targets=copy_from_cpu_ahead(targets, device),
+        targets=prefetch_to_device(targets, device),
         target_lengths_B=lengths_B,
         transcripts=[""] * count,
         augmentation=augmentation,

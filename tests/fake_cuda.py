@@ -2,13 +2,15 @@
 
     python -m tests.fake_cuda adamw-bf16-ema-8           # optimizer, precision, ema or plain, ranks; prints JSON
     python -m tests.fake_cuda --list adamw-bf16-ema-8    # copies, waits and operations by source line, too
+    python -m tests.fake_cuda librispeech-16             # configuration in bf16, utterances of a batch
     python -m tests.fake_cuda faults                     # a step with each of FAULTS
 
 Needs gcc and a PyTorch built for CUDA. CUDA's runtime is a stub (RUNTIME) with one H100; messages between ranks are
-left out. Tensors on the CPU are real, those on the GPU have shape and type only (FakeTensorMode). So devices, types and
-shapes are checked as on a GPU, but there are no values: whatever needs one, such as item(), bool(), nonzero() or a mask
-as an index, is an error. Copied to the CPU, they are zeros. What an operation does inside, such as cuDNN's loop over
-time or CTC's copies of its lengths, is not seen; nor is waiting by asking an event again and again.
+left out. Launches of Triton's kernels are counted, not done. Tensors on the CPU are real, those on the GPU have shape
+and type only (FakeTensorMode). So devices, types and shapes are checked as on a GPU, but there are no values: whatever
+needs one, such as item(), bool(), nonzero() or a mask as an index, is an error. Copied to the CPU, they are zeros. What
+an operation does inside, such as cuDNN's loop over time or CTC's copies of its lengths, is not seen; nor is waiting by
+asking an event again and again.
 """
 
 import ctypes
@@ -22,7 +24,7 @@ import sysconfig
 import tempfile
 import threading
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -45,13 +47,14 @@ from data.packed import Subset
 from pytorch.config import CONFIGS
 from pytorch.distributed import World
 from pytorch.evaluation import evaluate
+from pytorch.layers import gru, gru_triton
 from pytorch.loader import TrainingLoader, Utterances
 from pytorch.trainer import Trainer
 from pytorch.warmup import warm_up
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/include"
-UTTERANCES, SECONDS = 128, 13.7  # of a rank's batch; the longest
+UTTERANCES, SECONDS = 128, 13.7  # of a rank's batch; the longest, but of an4 4 s
 FOR_GPU: dict[str, Any] = {"device": torch.device("cuda", 0)}  # how batches are read
 
 # The part of CUDA's runtime and driver that torch itself calls.
@@ -83,7 +86,8 @@ int cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, char *poi
     return 0;
 }
 
-SET(cudaGetDeviceProperties, struct cudaDeviceProp, ((struct cudaDeviceProp){.name = "H100", .major = 9}))
+SET(cudaGetDeviceProperties, struct cudaDeviceProp, ((struct cudaDeviceProp){.name = "H100", .major = 9,
+    .multiProcessorCount = 132, .sharedMemPerMultiprocessor = 233472, .sharedMemPerBlockOptin = 232448}))
 SET(cudaGetDeviceCount, int, 1) SET(cudaGetDevice, int, 0) SET(cudaDriverGetVersion, int, 99000)
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0; }
@@ -121,7 +125,7 @@ class Needs(NamedTuple):
     pageable_bytes: int  # of the largest of them
     operations: int  # that have kernels
     gigabytes: float  # read and written by them at least
-    gru: str  # the type in which cuDNN computes the recurrent layers
+    gru: str  # the type in which cuDNN computes the recurrent layers, or Triton
 
 
 # Operations without a kernel.
@@ -248,6 +252,13 @@ class Recorder(TorchDispatchMode):
         if type(threading.current_thread()) is not threading.Thread:
             self.waits[source_line(), reason] += 1
 
+    def launch(self, name: str, *arguments: Any, **_: Any) -> None:
+        """Count a launch of a Triton kernel, and each of its tensors as read or written once."""
+        self.gru.add("Triton")
+        line = source_line()
+        self.operations[line, name] += 1
+        self.bytes[line] += sum(x.nbytes for x in arguments if isinstance(x, FakeTensor))
+
     def _as_fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
@@ -304,6 +315,9 @@ def fake_gpu() -> Iterator[Recorder]:
             (nn.parallel.distributed, "_verify_param_shape_across_processes", lambda *_, **__: None),
             (nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
             (torch._VF, "gru", cudnn_gru),
+            (gru, "has_triton_kernel", lambda device, hidden, _kernel: gru_triton.supported(device, hidden, False)),
+            (gru_triton, "_forward", defaultdict(lambda: partial(recorder.launch, "gru_forward"))),
+            (gru_triton, "_backward", defaultdict(lambda: partial(recorder.launch, "gru_backward"))),
             (threading.Thread, "run", run_with_fake_gpu),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
@@ -314,11 +328,8 @@ def fake_gpu() -> Iterator[Recorder]:
 FAULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "nothing": (lambda logits: None, ""),
     "item": (lambda logits: logits.sum().item(), "aten._local_scalar_dense"),
-    "bool": (lambda logits: bool(logits.isfinite().all()), "aten._local_scalar_dense"),
     "nonzero": (lambda logits: logits.nonzero(), "aten.nonzero"),
-    "mask as an index": (lambda logits: logits[logits > 0], "aten.nonzero"),
     "tensor left on the CPU": (lambda logits: logits + torch.ones(29), "add of tensors on the CPU and on the GPU"),
-    "index left on the CPU": (lambda logits: logits[torch.tensor([0])], "index of tensors on the CPU and on the GPU"),
     "matrices of two types": (lambda logits: logits[0] @ logits[0].double().t(), "mm of tensors of different types"),
     "blocking copy to the GPU": (lambda logits: torch.ones(1).pin_memory().to(logits.device), "waits"),
     "blocking copy from the GPU": (lambda logits: logits.cpu(), "waits"),
@@ -336,19 +347,15 @@ def plant(fault: Callable[[Tensor], Any], _module: nn.Module, _inputs: Any, outp
 
 def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> None:
     """Call `measure` with the name and the function of everything that is to be measured, in order."""
-    optimizer: Any
-    precision: Any
-    optimizer, precision, ema, ranks = ("adamw-fp32-plain-1" if case == "faults" else case).split("-")
-    world = World(0, int(ranks))
-    config = dataclasses.replace(
-        CONFIGS["librispeech"],
-        optimizer=optimizer,
-        precision=precision,
-        ema_decay=0.99 if ema == "ema" else 0.0,
-        batch_size=UTTERANCES * world.size,
-        augment_from_epoch=1,
-    )
-    samples = (np.linspace(0.8, 1, config.batch_size) * SECONDS * 16000).astype(np.int64)
+    name, *rest = ("adamw-bf16-plain-1" if case == "faults" else case).split("-")
+    world = World(0, 1 if name in CONFIGS else int(rest[-1]))
+    changes: dict[str, Any] = {"precision": "bf16", "batch_size": int(rest[-1])}
+    if name not in CONFIGS:
+        changes = {"optimizer": name, "precision": rest[0], "ema_decay": 0.99 if rest[1] == "ema" else 0.0}
+        changes["batch_size"] = UTTERANCES * world.size
+    config = dataclasses.replace(CONFIGS.get(name, CONFIGS["librispeech"]), augment_from_epoch=1, **changes)
+    seconds = 4 if name == "an4" else SECONDS
+    samples = (np.linspace(0.8, 1, config.batch_size) * seconds * 16000).astype(np.int64)
     audio = np.random.default_rng(0).integers(-1000, 1000, samples[-1]).astype(np.int16)
     names, texts = [str(n) for n in samples], ["AB" * int(7 * n / 16000) for n in samples]  # 14 labels a second
     utterances = Utterances([Subset("", audio, np.zeros_like(samples), samples, names, names, texts)])

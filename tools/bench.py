@@ -42,7 +42,7 @@ from pytorch.errors import RunError
 from pytorch.features import SAMPLE_RATE, frame_counts
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.layers.convolution import Convolution
-from pytorch.layers.gru import GRU, implementation
+from pytorch.layers.gru import GRU, has_triton_kernel, implementation
 from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.trainer import Trainer
@@ -94,7 +94,7 @@ class StockBatchNorm(Stock):
 
 
 class StockGRU(Stock):
-    def forward(self, sequence: PackedSequence) -> PackedSequence:
+    def forward(self, sequence: PackedSequence, _offsets: Tensor | None = None) -> PackedSequence:
         outputs_NH = nn.GRU.forward(self.ours, sequence)[0].data.unflatten(1, (2, -1)).sum(1)
         return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
 
@@ -164,6 +164,9 @@ def measure(config: Config, options: Options, device: torch.device) -> dict[str,
     stock = Workload(config, device, "fp32", stock=True)
     variants: dict[str, Callable[[Batch], None]] = {"stock": stock.step}
     variants |= {precision: workload.step for precision, workload in ours.items()}
+    if has_triton_kernel(device, config.hidden_size, "triton"):  # proved on this GPU or not
+        for kernel in ("cudnn", "triton"):
+            variants[f"bf16_{kernel}_gru"] = Workload(replace(config, gru_kernel=kernel), device, "bf16").step
     times = time_interleaved(variants, batches, device)
     speech = [float(batch.num_samples_B.sum()) / SAMPLE_RATE for batch in batches[1:]]
     mean = statistics.mean(speech)  # of a batch; a disturbed step changes the median time for each second little

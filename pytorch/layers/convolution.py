@@ -30,9 +30,7 @@ from torch import Tensor, nn
 from pytorch.layers import kernels
 from pytorch.layers.rows import pad_rows, padded_rows, pads_rows
 
-# Columns of one matrix product of the unfolded input with up to 8 channels (with more channels it has more columns, for
-# as many frequencies). Products of fewer columns are slower; those of more multiply more zeros.
-COLUMNS = 48
+NEIGHBORS = 9  # output frequencies of one product, at most: more would multiply more zeros
 
 
 class Convolution(nn.Conv2d):
@@ -68,70 +66,64 @@ class _UnfoldedConvolution(torch.autograd.Function):
     def forward(ctx, input_BTF: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(input_BTF, weight)
         ctx.stride = stride
-        channels, frequencies = len(weight), math.ceil(input_BTF.shape[2] / stride[0])
-        unfolded_NK, times = _unfold(input_BTF, weight.shape, stride)
-        output_NFC = input_BTF.new_empty(len(unfolded_NK), frequencies, channels)
-        bands: dict[int, Tensor] = {}  # by the number of outputs, which only the last group has fewer of
-        for outputs, columns in _groups(frequencies, weight, stride):
-            count = outputs.stop - outputs.start
-            if count not in bands:
-                bands[count] = _band(weight, count, stride[0])
-            torch.mm(unfolded_NK[:, columns], bands[count], out=output_NFC[:, outputs].flatten(1))
-        return output_NFC[: len(input_BTF) * times].view(len(input_BTF), times, frequencies, channels)
+        windows_GNK, times = _windows(input_BTF, weight.shape, stride)
+        groups, rows, width = windows_GNK.shape
+        count = math.ceil(input_BTF.shape[2] / stride[0]) // groups
+        band_KX = weight.new_zeros(width, count * len(weight))
+        _diagonals(band_KX, weight.shape, stride[0]).copy_(weight[:, 0].permute(1, 2, 0))
+        output_NGX = input_BTF.new_empty(rows, groups, band_KX.shape[1])
+        _multiply_groups(windows_GNK, band_KX.expand(groups, -1, -1), output_NGX.transpose(0, 1))
+        return output_NGX[: len(input_BTF) * times].view(len(input_BTF), times, groups * count, len(weight))
 
     @staticmethod
     def backward(ctx, d_output_BTFC: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[no-untyped-def, override]
         input_BTF, weight = ctx.saved_tensors
-        unfolded_NK, _ = _unfold(input_BTF, weight.shape, ctx.stride)
+        windows_GNK, _ = _windows(input_BTF, weight.shape, ctx.stride)
+        groups, rows, width = windows_GNK.shape
         d_output_NFC = pad_rows(d_output_BTFC.contiguous().flatten(0, 1), weight.dtype)
-        sums = torch.promote_types(weight.dtype, torch.float32)
-        d_weight_fkC = weight.new_zeros(*weight.shape[2:], len(weight), dtype=sums)
-        for outputs, columns in _groups(d_output_NFC.shape[1], weight, ctx.stride):
-            d_band = unfolded_NK[:, columns].t() @ d_output_NFC[:, outputs].flatten(1)
-            d_band = d_band.view(-1, weight.shape[3], outputs.stop - outputs.start, len(weight))
-            for position in range(d_band.shape[2]):
-                first = position * ctx.stride[0]
-                d_weight_fkC += d_band[first : first + weight.shape[2], :, position]
+        d_output_GNX = d_output_NFC.view(rows, groups, -1).transpose(0, 1)
+        d_band_GKX = weight.new_empty(groups, width, d_output_GNX.shape[2])
+        _multiply_groups(windows_GNK.mT, d_output_GNX, d_band_GKX)
+        d_band_KX = d_band_GKX.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32))
+        d_weight_fkC = _diagonals(d_band_KX, weight.shape, ctx.stride[0]).sum(0)
         return None, d_weight_fkC.permute(2, 0, 1).unsqueeze(1), None
 
 
-def _unfold(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int]) -> tuple[Tensor, int]:
-    """Return rows of one output frame each, with the kernel's frames of each padded frequency; and the frames T'.
+def _windows(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int]) -> tuple[Tensor, int]:
+    """Return G groups of equally many output frequencies: rows [N, K] of what their outputs need; and the frames T'.
 
-    The rows may be more than B x T', see rows.py.
+    A row has the kernel's frames of each padded frequency; groups overlap. Rows may be more than B x T', see rows.py.
     """
     kernel_frequency, kernel_time = weight_shape[2:]
     padded_BTF = nn.functional.pad(input_BTF, (kernel_frequency // 2,) * 2 + (kernel_time // 2,) * 2)
     unfolded_BTFk = padded_BTF.unfold(1, kernel_time, stride[1])
     batch, times = unfolded_BTFk.shape[:2]
-    count = padded_rows(batch * times, input_BTF.device, input_BTF.dtype)
-    unfolded_NFk = input_BTF.new_empty(count, *unfolded_BTFk.shape[2:])
-    unfolded_NFk[: batch * times].view_as(unfolded_BTFk).copy_(unfolded_BTFk)
-    unfolded_NFk[batch * times :] = 0
-    return unfolded_NFk.flatten(1), times
+    rows = padded_rows(batch * times, input_BTF.device, input_BTF.dtype)
+    unfolded_NK = input_BTF.new_empty(rows, padded_BTF.shape[2] * kernel_time)
+    unfolded_NK[: batch * times].view_as(unfolded_BTFk).copy_(unfolded_BTFk)
+    if rows > batch * times:
+        unfolded_NK[batch * times :] = 0
+    frequencies = math.ceil(input_BTF.shape[2] / stride[0])
+    count = max(n for n in range(1, NEIGHBORS + 1) if frequencies % n == 0)
+    width = (kernel_frequency + (count - 1) * stride[0]) * kernel_time
+    return unfolded_NK.unfold(1, width, count * stride[0] * kernel_time).transpose(0, 1), times
 
 
-def _groups(frequencies: int, weight: Tensor, stride: tuple[int, int]) -> list[tuple[slice, slice]]:
-    """Return the output frequencies of each matrix product, and the columns of the unfolded input that they need."""
-    channels, _, kernel_frequency, kernel_time = weight.shape
-    size = COLUMNS // min(channels, 8)
-    groups = []
-    for start in range(0, frequencies, size):
-        stop = min(start + size, frequencies)
-        last = (stop - 1) * stride[0] + kernel_frequency
-        groups.append((slice(start, stop), slice(start * stride[0] * kernel_time, last * kernel_time)))
-    return groups
+def _diagonals(band_KX: Tensor, weight_shape: torch.Size, stride: int) -> Tensor:
+    """Return a view of a band matrix: the weights [f, k, C] of each of its output frequencies, zero elsewhere."""
+    channels, _, kernel_frequency, kernel_time = weight_shape
+    columns = band_KX.shape[1]
+    shape = columns // channels, kernel_frequency, kernel_time, channels
+    return band_KX.as_strided(shape, (stride * kernel_time * columns + channels, kernel_time * columns, columns, 1))
 
 
-def _band(weight: Tensor, count: int, stride: int) -> Tensor:
-    """Return weights of `count` neighboring output frequencies: [columns, count x C], zero outside their windows."""
-    channels, _, kernel_frequency, kernel_time = weight.shape
-    width = kernel_frequency + (count - 1) * stride
-    band = weight.new_zeros(width, kernel_time, count, channels)
-    for position in range(count):
-        first = position * stride
-        band[first : first + kernel_frequency, :, position] = weight[:, 0].permute(1, 2, 0)
-    return band.view(width * kernel_time, count * channels)
+def _multiply_groups(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Compute the matrix product of each group; one by one on a CPU, since oneDNN refuses batches that overlap."""
+    if left.is_cuda:
+        torch.bmm(left, right, out=out)
+    else:
+        for left_group, right_group, out_group in zip(left, right, out, strict=True):
+            torch.mm(left_group, right_group, out=out_group)
 
 
 class _FourierConvolution(torch.autograd.Function):

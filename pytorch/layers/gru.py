@@ -4,8 +4,8 @@
     outputs = layer(pack_padded_sequence(inputs_TBI, lengths_B))  # a PackedSequence of [N, hidden_size]
 
 Parameters and state_dict are those of torch.nn.GRU (one layer). On a CPU the loop over time runs in C++ (gru.cpp, which
-kernels.py compiles), or where that is not possible, in Python. Hopper GPUs in bfloat16 run gru_triton.py. Other devices
-run nn.GRU, which on CUDA is cuDNN.
+kernels.py compiles). GPUs on which gru_triton.py has been tested run that in bfloat16. Where there is no compiler, and
+on other devices, nn.GRU computes, which on CUDA is cuDNN.
 
 Packed rows. A PackedSequence holds the B utterances sorted by decreasing length, and only their N valid frames: those
 of time step 0 first, then those of step 1, batch_sizes[t] rows for step t. Nothing is padded and nothing masked: the
@@ -20,8 +20,8 @@ The mathematics is nn.GRU's variant, whose reset gate comes after the recurrent 
 Only the products with h' must go step by step. Those with x and the gradients of both weight matrices are matrix
 products over all N rows, before and after the loop.
 
-Under bfloat16 autocast on a CPU the operands of all products are rounded to bfloat16 (those inside Python's loop are
-not); states, gates and what the loop adds up stay in float32.
+Under bfloat16 autocast on a CPU the C++ rounds the operands of all products to bfloat16; states, gates and what the
+loop adds up stay in float32.
 
 Axes: N packed rows, D directions, H hidden units, G = 3H gates in the order r, z, n; B batch, T time, I input.
 """
@@ -36,36 +36,48 @@ import torch
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytorch.config import Config, GRUKernel
+from pytorch.distributed import World
+from pytorch.errors import RunError
 from pytorch.layers import kernels
 from pytorch.layers.rows import pad_rows
 
 
 class GRU(nn.GRU):
-    """One bidirectional GRU layer over packed sequences; its directions are summed."""
+    """One bidirectional GRU layer over packed sequences; its directions are summed.
+
+    On GPUs `kernel` selects what computes it under autocast; auto: Triton where that has been tested.
+    """
+
+    kernel: GRUKernel = "auto"
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__(input_size, hidden_size, bidirectional=True)
 
-    def forward(self, sequence: PackedSequence) -> PackedSequence:  # type: ignore[override]
-        """Map rows of [N, input_size] to [N, hidden_size]; on a CPU in float32 (or float64), autocast or not."""
+    def forward(self, sequence: PackedSequence, offsets: Tensor | None = None) -> PackedSequence:  # type: ignore[override]
+        """Map rows of [N, input_size] to [N, hidden_size], in float32 (or float64), autocast or not.
+
+        Offsets [T + 1] are each time step's first row, int32 on the device. They are computed if they are not given.
+        """
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         device = sequence.data.device
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
-        if device.type == "cpu":
-            outputs_NH = _Layer.apply(
-                sequence.data, sequence.batch_sizes, keep, kernels.autocast_is_bf16("cpu"), *weights
-            )
-        elif torch.is_autocast_enabled(device.type) and has_triton_kernel(device, self.hidden_size):
+        if device.type == "cpu" and kernels.available() and weights[0].dtype == torch.float32:
+            bf16 = kernels.autocast_is_bf16("cpu")
+            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, bf16, *weights)
+        elif torch.is_autocast_enabled(device.type) and has_triton_kernel(device, self.hidden_size, self.kernel):
             from pytorch.layers import gru_triton
 
-            outputs_NH = gru_triton.Layer.apply(sequence.data, sequence.batch_sizes, keep, *weights)
+            if offsets is None:
+                offsets = pad(sequence.batch_sizes.cumsum(0), (1, 0)).int().to(device)
+            with torch.autocast(device.type, enabled=False):
+                outputs_NH = gru_triton.Layer.apply(sequence.data, sequence.batch_sizes, offsets, keep, *weights)
         else:
-            outputs_NH = (
-                self._stock(sequence, weights).unflatten(-1, (-1, self.hidden_size)).sum(1, dtype=torch.float32)
-            )
+            outputs_N2H = self._stock(sequence, weights).unflatten(-1, (2, self.hidden_size))
+            outputs_NH = outputs_N2H.sum(1, dtype=weights[0].dtype)
         return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
 
     def _stock(self, sequence: PackedSequence, weights: Sequence[Tensor]) -> Tensor:
@@ -73,36 +85,26 @@ class GRU(nn.GRU):
 
         Autocast's own wrapper of CUDA's recurrent layers rounds to float16, whatever it was asked for.
         """
-        data, device = sequence.data, sequence.data.device
-        if torch.is_autocast_enabled(device.type) and has_bf16_kernel(device):
-            data, weights = data.bfloat16(), [weight.bfloat16() for weight in weights]
-        with torch.autocast(device.type, enabled=False), _weights_apart():
+        device = sequence.data.device
+        bf16 = torch.is_autocast_enabled(device.type) and has_bf16_kernel(device)
+        data, *weights = (x.to(torch.bfloat16 if bf16 else weights[0].dtype) for x in (sequence.data, *weights))
+        with torch.autocast(device.type, enabled=False), _ignore_non_contiguous_weights_warning():
             state_DBH = data.new_zeros(2, int(sequence.batch_sizes[0]), self.hidden_size)
             options = True, 1, 0.0, self.training, True  # bias, layers, dropout, training, bidirectional
-            return torch._VF.gru(data, sequence.batch_sizes, state_DBH, list(weights), *options)[0]  # type: ignore[attr-defined]
+            return torch._VF.gru(data, sequence.batch_sizes, state_DBH, weights, *options)[0]  # type: ignore[attr-defined]
 
 
 @contextmanager
-def _weights_apart() -> Iterator[None]:
-    """Silence a warning: bfloat16 copies of weights are not contiguous, and cuDNN packs them, which costs little."""
+def _ignore_non_contiguous_weights_warning() -> Iterator[None]:
+    """cuDNN warns that it packs bfloat16 copies of weights, as they are not contiguous; that costs little."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         yield
 
 
-class _Operations(TorchDispatchMode):
-    """Notes the names of the operations that are called within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(function.__name__)
-        return function(*args, **(kwargs or {}))
-
-
 @functools.cache
+@torch.inference_mode(False)
+@torch.enable_grad()
 def has_bf16_kernel(device: torch.device) -> bool:
     """Return whether an accelerator's library computes GRUs in bfloat16.
 
@@ -110,25 +112,25 @@ def has_bf16_kernel(device: torch.device) -> bool:
     some kernels for each time step.
     """
     layer = nn.GRU(8, 8, device=device, dtype=torch.bfloat16)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _weights_apart(), _Operations() as operations:
-        layer(torch.zeros(2, 1, 8, device=device, dtype=torch.bfloat16))
-    return any(name.startswith(("_cudnn_rnn.", "miopen_rnn.")) for name in operations.names)
+    with torch.autocast(device.type, enabled=False), _ignore_non_contiguous_weights_warning():
+        outputs, _ = layer(torch.zeros(2, 1, 8, device=device, dtype=torch.bfloat16))
+    return outputs.grad_fn.name().startswith(("CudnnRnn", "MiopenRnn"))
 
 
 @functools.cache
-def has_triton_kernel(device: torch.device, hidden_size: int) -> bool:
-    """Return whether gru_triton.py runs on a device. Triton may not be installed, or its compiler not work."""
+def has_triton_kernel(device: torch.device, hidden_size: int, kernel: GRUKernel) -> bool:
+    """Return whether gru_triton.py computes a layer there. It may be untested, or not run: a trial tells."""
     try:
         from pytorch.layers import gru_triton
     except ImportError:
         return False
-    if not gru_triton.supported(device, hidden_size):
+    if kernel == "cudnn" or not gru_triton.supported(device, hidden_size, untested=kernel == "triton"):
         return False
     try:
-        with torch.inference_mode(False), torch.enable_grad():
-            weights = nn.GRU(8, hidden_size, bidirectional=True, device=device).parameters()
-            inputs_NI = torch.zeros(1, 8, device=device)
-            gru_triton.Layer.apply(inputs_NI, torch.ones(1).long(), True, *weights).sum().backward()
+        # One block of rows, and two; the programs have to wait for one another.
+        for batch_sizes in torch.tensor([[2, 2, 1], [65, 65, 33]]):
+            if not (error := _trial_error(device, hidden_size, batch_sizes)) < 0.05:
+                raise RuntimeError(f"the relative difference from cuDNN's results is {error:.2g}")
     except Exception as error:  # whatever keeps Triton from running, cuDNN needs neither it nor a compiler
         needs = "a C compiler and Python's headers (gcc, python3-dev)"
         warnings.warn(
@@ -138,15 +140,52 @@ def has_triton_kernel(device: torch.device, hidden_size: int) -> bool:
     return True
 
 
-def implementation(device: torch.device, precision: str, hidden_size: int) -> str:
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _trial_error(device: torch.device, hidden_size: int, batch_sizes: Tensor) -> float:
+    """Return the largest relative error of gru_triton.py's outputs and gradients, compared with nn.GRU in float32."""
+    from pytorch.layers import gru_triton
+
+    layer, rows = nn.GRU(8, hidden_size, bidirectional=True, device=device), int(batch_sizes.sum())
+    inputs_NI = torch.linspace(-9, 9, rows * 8, device=device).sin().view(rows, 8).requires_grad_()
+    offsets = pad(batch_sizes.cumsum(0), (1, 0)).int().to(device)
+    wanted, found = [inputs_NI, *layer.parameters()], []
+    with torch.autocast(device.type, enabled=False):
+        for outputs_NH in (
+            layer(PackedSequence(inputs_NI, batch_sizes))[0].data.unflatten(1, (2, -1)).sum(1),
+            gru_triton.Layer.apply(inputs_NI, batch_sizes, offsets, True, *layer.parameters()),
+        ):
+            found.append([outputs_NH, *torch.autograd.grad(outputs_NH.square().sum(), wanted)])
+    errors = [(actual - expected).norm() / expected.norm() for expected, actual in zip(*found, strict=True)]
+    return float(torch.stack(errors).detach().max())  # NaN if any is
+
+
+def implementation(device: torch.device, precision: str, hidden_size: int, kernel: GRUKernel = "auto") -> str:
     """Return in words what computes GRUs on a device."""
     if device.type == "cpu":
         return kernels.status()
-    if precision == "bf16" and has_triton_kernel(device, hidden_size):
+    if precision == "bf16" and has_triton_kernel(device, hidden_size, kernel):
         return "Triton in bfloat16"
     dtype = "bfloat16" if precision == "bf16" and has_bf16_kernel(device) else "float32"
     library = "cuDNN" if device.type == "cuda" and torch.version.hip is None else f"PyTorch on {device.type}"
     return f"{library} in {dtype}"
+
+
+def agreed_implementation(world: World, device: torch.device, config: Config) -> str:
+    """Return in words what computes the GRUs of a run; one slow rank would hold up all.
+
+    Raises:
+        RunError: ranks differ, or --gru-kernel cannot be had.
+    """
+    first, *others = world.all_gather_object(
+        implementation(device, config.precision, config.hidden_size, config.gru_kernel)
+    )
+    different = [f"{other} on rank {rank}" for rank, other in enumerate(others, start=1) if other != first]
+    if different:
+        raise RunError(f"ranks compute the GRUs in different ways: {first} on rank 0, {', '.join(different)}")
+    if config.gru_kernel == "triton" and not first.startswith("Triton"):
+        raise RunError(f"--gru-kernel triton: not possible on this device in {config.precision}; it would be {first}")
+    return first
 
 
 class _Layer(torch.autograd.Function):
@@ -154,44 +193,43 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(
-        ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, keep: bool, rounded: bool, *weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, keep: bool, bf16: bool, *weights: Tensor) -> Tensor:
         weights_ih, weights_hh, biases_ih, biases_hh = (weights[kind::4] for kind in range(4))
-        rz = 2 * weights_hh[0].shape[1]
-        gates_DNG = inputs_NI.new_empty(len(weights_hh), len(inputs_NI), len(weights_hh[0]))
+        hidden = weights_hh[0].shape[1]
         count = len(inputs_NI)
-        inputs_NI = _operand_rows(inputs_NI, rounded)
+        gates_DNG = inputs_NI.new_empty(len(weights_hh), count, 3 * hidden)
+        inputs_NI = _cast_rows(inputs_NI, bf16)
         for gates_NG, weight_ih, bias_ih, bias_hh in zip(gates_DNG, weights_ih, biases_ih, biases_hh, strict=True):
-            bias = torch.cat([bias_ih[:rz] + bias_hh[:rz], bias_ih[rz:]])
-            if rounded:
-                gates_NG.copy_(torch.mm(inputs_NI, _operand(weight_ih, rounded).t())[:count]).add_(bias)
+            bias = torch.cat([bias_ih[: 2 * hidden] + bias_hh[: 2 * hidden], bias_ih[2 * hidden :]])
+            if bf16:
+                gates_NG.copy_(torch.mm(inputs_NI, _cast(weight_ih, bf16).t())[:count]).add_(bias)
             else:
                 torch.addmm(bias, inputs_NI, weight_ih.t(), out=gates_NG)
-        biases_n = [bias_hh[rz:] for bias_hh in biases_hh]
-        if _has_kernel(gates_DNG.dtype):
-            states_DNH, *kept = _kernel_forward(gates_DNG, weights_hh, biases_n, batch_sizes, keep, rounded)
-        else:
-            states_DNH, *kept = _loop_forward(gates_DNG, weights_hh, biases_n, batch_sizes)
+        states_DNH = gates_DNG.new_empty(*gates_DNG.shape[:2], hidden)
+        # h' and q. Without them, the kernel does not write the gates either.
+        kept = [torch.empty_like(states_DNH), torch.empty_like(states_DNH)] if keep else []
+        by_direction = [w.contiguous() for w in weights_hh], [b[2 * hidden :].contiguous() for b in biases_hh]
+        sizes = bf16, torch.get_num_threads(), len(weights_hh), hidden, len(batch_sizes), batch_sizes
+        kernels.call("gru_forward", *sizes, *by_direction, gates_DNG, states_DNH, *(kept or (None, None)))
         if keep:
-            ctx.rounded = rounded
-            ctx.save_for_backward(inputs_NI, batch_sizes, gates_DNG, *kept, *weights)
+            ctx.bf16, ctx.sizes = bf16, sizes
+            ctx.save_for_backward(inputs_NI, gates_DNG, *kept, *weights)
         return functools.reduce(torch.add, states_DNH)
 
     @staticmethod
     @once_differentiable
     @custom_bwd(device_type="cpu")
     def backward(ctx: Any, d_outputs_NH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        inputs_NI, batch_sizes, gates_DNG, previous_DNH, q_DNH, *weights = ctx.saved_tensors
+        inputs_NI, gates_DNG, previous_DNH, q_DNH, *weights = ctx.saved_tensors
         weights_ih, weights_hh = weights[0::4], weights[1::4]
         rz, dtype = 2 * q_DNH.shape[2], q_DNH.dtype
-        saved = d_outputs_NH.contiguous(), gates_DNG, previous_DNH, q_DNH, weights_hh, batch_sizes
-        d_gates_DNG, d_q_DNH = _kernel_backward(*saved, ctx.rounded) if _has_kernel(dtype) else _loop_backward(*saved)
+        d_gates_DNG, d_q_DNH = torch.empty_like(gates_DNG), torch.empty_like(q_DNH)
+        tensors = d_outputs_NH.contiguous(), gates_DNG, previous_DNH, q_DNH, d_gates_DNG, d_q_DNH
+        by_direction = [weight.contiguous() for weight in weights_hh]
+        kernels.call("gru_backward", *ctx.sizes, by_direction, *tensors)
         d_bias_DG, d_bias_n_DH = d_gates_DNG.sum(1), d_q_DNH.sum(1)
         count = d_gates_DNG.shape[1]
-        d_gates_DNG, d_q_DNH, previous_DNH = (
-            _operand_rows(x, ctx.rounded, 1) for x in (d_gates_DNG, d_q_DNH, previous_DNH)
-        )
+        d_gates_DNG, d_q_DNH, previous_DNH = (_cast_rows(x, ctx.bf16, 1) for x in (d_gates_DNG, d_q_DNH, previous_DNH))
         d_weights: list[Tensor | None] = []
         for direction in range(len(d_gates_DNG)):
             d_gates_NG, d_q_NH, previous_NH = d_gates_DNG[direction], d_q_DNH[direction], previous_DNH[direction]
@@ -203,118 +241,22 @@ class _Layer(torch.autograd.Function):
             d_weights += [d_weight_ih.to(dtype), d_weight_hh.to(dtype), d_bias_DG[direction], d_bias_hh]
         d_inputs_NI = None
         if ctx.needs_input_grad[0]:
-            d_inputs_NI = torch.mm(d_gates_DNG[0], _operand(weights_ih[0], ctx.rounded))[:count].to(dtype)
+            d_inputs_NI = torch.mm(d_gates_DNG[0], _cast(weights_ih[0], ctx.bf16))[:count].to(dtype)
             for d_gates_NG, weight_ih in zip(d_gates_DNG[1:], weights_ih[1:], strict=True):
-                if ctx.rounded:
-                    d_inputs_NI.add_(torch.mm(d_gates_NG, _operand(weight_ih, ctx.rounded))[:count])
+                if ctx.bf16:
+                    d_inputs_NI.add_(torch.mm(d_gates_NG, _cast(weight_ih, ctx.bf16))[:count])
                 else:
                     d_inputs_NI.addmm_(d_gates_NG, weight_ih)
         return d_inputs_NI, None, None, None, *d_weights
 
 
-def _operand(x: Tensor, rounded: bool) -> Tensor:
-    """Return x, rounded to bfloat16 if so told; in float32 where the CPU, and so torch, is slow at such products."""
-    if not rounded:
+def _cast(x: Tensor, bf16: bool) -> Tensor:
+    """Round x to bfloat16 if bf16 is set; store it in float32 where the CPU does not multiply bfloat16 natively."""
+    if not bf16:
         return x
     return x.bfloat16() if kernels.has_native_bf16() else x.bfloat16().to(x.dtype)
 
 
-def _operand_rows(x: Tensor, rounded: bool, dim: int = 0) -> Tensor:
+def _cast_rows(x: Tensor, bf16: bool, dim: int = 0) -> Tensor:
     """Return an operand whose dimension `dim` is rows of utterances, see rows.py."""
-    return pad_rows(x, torch.bfloat16, dim) if rounded and kernels.has_native_bf16() else _operand(x, rounded)
-
-
-def _loop_forward(
-    gates_DNG: Tensor, weights_hh: Sequence[Tensor], biases_n: Sequence[Tensor], batch_sizes: Tensor
-) -> tuple[Tensor, ...]:
-    """Run the recurrence. gates_DNG: the products with x before, r, z, n after. Return h, h', q [D, N, H]."""
-    hidden, sizes = weights_hh[0].shape[1], batch_sizes.tolist()
-    states_DNH = gates_DNG.new_empty(*gates_DNG.shape[:2], hidden)
-    previous_DNH, q_DNH = torch.zeros_like(states_DNH), torch.empty_like(states_DNH)
-    for direction, (weight_hh, bias_n) in enumerate(zip(weights_hh, biases_n, strict=True)):
-        by_step = (whole[direction].split(sizes) for whole in (gates_DNG, previous_DNH, q_DNH, states_DNH))
-        steps = list(zip(*by_step, strict=True))
-        weight_rz, weight_n = weight_hh[: 2 * hidden].t(), weight_hh[2 * hidden :].t()
-        before_BH = states_DNH.new_empty(0, hidden)
-        for gates_BG, previous_BH, q_BH, states_BH in reversed(steps) if direction else steps:
-            rows = min(len(before_BH), len(previous_BH))
-            previous_BH[:rows] = before_BH[:rows]
-            rz = gates_BG[:, : 2 * hidden].addmm_(previous_BH, weight_rz).sigmoid_()
-            torch.addmm(bias_n, previous_BH, weight_n, out=q_BH)
-            n = gates_BG[:, 2 * hidden :].addcmul_(rz[:, :hidden], q_BH).tanh_()
-            before_BH = torch.lerp(n, previous_BH, rz[:, hidden:], out=states_BH)
-    return states_DNH, previous_DNH, q_DNH
-
-
-def _loop_backward(
-    d_outputs_NH: Tensor,
-    gates_DNG: Tensor,
-    previous_DNH: Tensor,
-    q_DNH: Tensor,
-    weights_hh: Sequence[Tensor],
-    batch_sizes: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the sums inside the gates r, z, n [D, N, G], and of q [D, N, H]."""
-    sizes = batch_sizes.tolist()
-    r, z, n = gates_DNG.chunk(3, dim=2)
-    # For every row at once: the gradients per unit of the state's gradient, which the loop multiplies in.
-    by_n = (1 - z) * (1 - n * n)
-    d_rzq_DNG = torch.cat([by_n * q_DNH * r * (1 - r), (previous_DNH - n) * z * (1 - z), by_n * r], dim=2)
-    d_rzq_DN3H = d_rzq_DNG.unflatten(2, (3, -1))
-    d_states_DNH = torch.empty_like(previous_DNH)
-    for direction, weight_hh in enumerate(weights_hh):
-        by_step = (whole[direction].split(sizes) for whole in (d_rzq_DNG, d_rzq_DN3H, d_states_DNH, z))
-        steps = list(zip(d_outputs_NH.split(sizes), *by_step, strict=True))
-        d_before_BH = d_outputs_NH.new_zeros(sizes[0], d_outputs_NH.shape[1])
-        for d_output_BH, d_rzq_BG, d_rzq_B3H, d_state_BH, z_BH in steps if direction else reversed(steps):
-            rows = len(d_output_BH)
-            torch.add(d_output_BH, d_before_BH[:rows], out=d_state_BH)
-            d_rzq_B3H.mul_(d_state_BH.unsqueeze(1))
-            torch.mul(d_state_BH, z_BH, out=d_before_BH[:rows]).addmm_(d_rzq_BG, weight_hh)
-    d_rz, d_q = d_rzq_DNG.split([2 * r.shape[2], r.shape[2]], dim=2)
-    return torch.cat([d_rz, by_n.mul_(d_states_DNH)], dim=2), d_q
-
-
-def _kernel_forward(
-    gates_DNG: Tensor,
-    weights_hh: Sequence[Tensor],
-    biases_n: Sequence[Tensor],
-    batch_sizes: Tensor,
-    keep: bool,
-    rounded: bool,
-) -> tuple[Tensor, ...]:
-    """Do as _loop_forward, but write the gates, and return h' and q, only if they are to be kept."""
-    states_DNH = gates_DNG.new_empty(*gates_DNG.shape[:2], weights_hh[0].shape[1])
-    kept = [torch.empty_like(states_DNH), torch.empty_like(states_DNH)] if keep else []
-    by_direction = [[tensor.contiguous() for tensor in tensors] for tensors in (weights_hh, biases_n)]
-    optional = kept or (None, None)
-    sizes = _sizes(rounded, states_DNH, batch_sizes)
-    kernels.call("gru_forward", *sizes, *by_direction, gates_DNG, states_DNH, *optional)
-    return states_DNH, *kept
-
-
-def _kernel_backward(
-    d_outputs_NH: Tensor,
-    gates_DNG: Tensor,
-    previous_DNH: Tensor,
-    q_DNH: Tensor,
-    weights_hh: Sequence[Tensor],
-    batch_sizes: Tensor,
-    rounded: bool,
-) -> tuple[Tensor, Tensor]:
-    """Do as _loop_backward."""
-    d_gates_DNG, d_q_DNH = torch.empty_like(gates_DNG), torch.empty_like(q_DNH)
-    tensors = (d_outputs_NH, gates_DNG, previous_DNH, q_DNH, d_gates_DNG, d_q_DNH)
-    weights = [weight.contiguous() for weight in weights_hh]
-    kernels.call("gru_backward", *_sizes(rounded, q_DNH, batch_sizes), weights, *tensors)
-    return d_gates_DNG, d_q_DNH
-
-
-def _sizes(rounded: bool, like_DNH: Tensor, batch_sizes: Tensor) -> tuple[bool, int, int, int, int, Tensor]:
-    """Return the leading arguments common to both functions of gru.cpp."""
-    directions, _, hidden = like_DNH.shape
-    return rounded, torch.get_num_threads(), directions, hidden, len(batch_sizes), batch_sizes
-
-
-def _has_kernel(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and kernels.available()
+    return pad_rows(x, torch.bfloat16, dim) if bf16 and kernels.has_native_bf16() else _cast(x, bf16)

@@ -10,7 +10,7 @@ from torch import Tensor
 from data.packed import open_dataset
 from pytorch.distributed import World
 from pytorch.errors import RunError
-from pytorch.evaluation import evaluate
+from pytorch.evaluation import evaluate, greedy_decoder
 from pytorch.loader import Batch, Utterances
 from pytorch.trainer import Trainer
 from tests.conftest import write_packed_dataset
@@ -45,3 +45,16 @@ def test_evaluation_is_balanced_over_processes_and_no_batch_is_larger_than_in_tr
     samples = [int(utterances.num_samples[share].sum()) for share in shares]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     assert max(samples) - min(samples) <= utterances.num_samples.max()
+
+
+def test_an_utterance_whose_logits_a_kernel_gave_up_on_ends_the_evaluation_by_name(tones: Path) -> None:
+    utterances = Utterances(open_dataset(tones).split("validation"))
+
+    def forward(batch: Batch) -> tuple[Tensor, Tensor]:
+        logits_TBV = torch.zeros(5, len(batch), 29)
+        logits_TBV[3:, 0] = float("nan")  # argmax would be blank: an empty transcript
+        return logits_TBV, torch.full((len(batch),), 5)
+
+    with pytest.raises(RunError, match="not finite for 1 of 7 utterances"):
+        evaluate(forward, utterances, World(), max_batch_samples=10**9)
+    assert greedy_decoder(torch.zeros(5, 2, 29), torch.tensor([5, 3]))() == ["", ""]

@@ -58,10 +58,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
-def run(layer: nn.Module, x: Tensor) -> list[Tensor]:
+def run(layer: nn.Module, x: Tensor, batch_sizes: Tensor = BATCH_SIZES) -> list[Tensor]:
     """Outputs, and the gradients of the input and of the parameters."""
     x = x.detach().requires_grad_()
-    output = layer(PackedSequence(x, BATCH_SIZES)).data if isinstance(layer, GRU) else layer(x)
+    output = layer(PackedSequence(x, batch_sizes)).data if isinstance(layer, GRU) else layer(x)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
     wanted = [x, *layer.parameters()] if x.shape[-1] > 1 else list(layer.parameters())  # features have no gradient
     return [output, *torch.autograd.grad(output, wanted, upstream)]
@@ -83,25 +83,15 @@ def test_a_layer_and_its_gradients_are_those_of_a_cpu_in_float64(name: str, prec
 def test_the_triton_kernel_is_as_exact_as_rounding_allows_and_repeats_to_the_bit(
     hidden: int, batch: int, time: int
 ) -> None:
-    if not gru.has_triton_kernel(GPU, hidden):
+    if not gru.has_triton_kernel(GPU, hidden, "triton"):
         pytest.skip("this GPU runs cuDNN's layers")
     torch.manual_seed(0)
-    layer, lengths_B = nn.GRU(64, hidden, bidirectional=True), torch.linspace(time, 1, batch).long()
-    batch_sizes = (torch.arange(time)[:, None] < lengths_B).sum(1)
-    x_NI, d_NH = torch.randn(int(lengths_B.sum()), 64), torch.randn(int(lengths_B.sum()), hidden)
-
-    def of(layer: nn.GRU, x_NI: Tensor, triton: bool) -> list[Tensor]:
-        x_NI, weights = x_NI.requires_grad_(), list(layer.parameters())
-        if triton:
-            y_NH = gru_triton.Layer.apply(x_NI, batch_sizes, True, *weights)
-        else:
-            y_NH = layer(PackedSequence(x_NI, batch_sizes))[0].data.unflatten(1, (2, -1)).sum(1)
-        return [y_NH, *torch.autograd.grad(y_NH, [x_NI, *weights], d_NH.to(y_NH))]
-
-    from pytorch.layers import gru_triton
-
-    expected = of(copy.deepcopy(layer).double(), x_NI.double(), triton=False)
-    first, again = (of(layer.to(GPU), x_NI.to(GPU), triton=True) for _ in range(2))
+    layer, lengths_B = GRU(64, hidden), torch.linspace(time, 1, batch).long()
+    layer.kernel = "triton"
+    batch_sizes, x_NI = (torch.arange(time)[:, None] < lengths_B).sum(1), torch.randn(int(lengths_B.sum()), 64)
+    expected = run(copy.deepcopy(layer).double(), x_NI.double(), batch_sizes)
+    with torch.autocast(GPU.type, torch.bfloat16):
+        first, again = (run(layer.to(GPU), x_NI.to(GPU), batch_sizes) for _ in range(2))
     assert max(map(relative_error, first, expected)) < 1e-2
     assert all(map(torch.equal, first, again))
 

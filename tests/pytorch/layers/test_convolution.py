@@ -33,6 +33,7 @@ def test_convolution_and_its_gradients_equal_those_of_conv2d(
     x_BCFT = x_BTFC.detach().double().permute(0, 3, 2, 1).requires_grad_()
     ours, expected = convolution(x_BTFC), oracle(x_BCFT).permute(0, 3, 2, 1)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+    assert inputs > 1 or ours.is_contiguous()
 
     upstream = torch.randn_like(ours)
     ours.backward(upstream)
@@ -42,12 +43,6 @@ def test_convolution_and_its_gradients_equal_those_of_conv2d(
     if inputs > 1:
         assert x_BTFC.grad is not None
         torch.testing.assert_close(x_BTFC.grad.double().permute(0, 3, 2, 1), x_BCFT.grad, rtol=1e-4, atol=1e-4)
-
-
-def test_output_is_contiguous_with_time_first_and_channels_last() -> None:
-    output = Convolution(1, 4, (41, 11), (2, 2))(torch.randn(2, 9, 161, 1))
-    assert output.shape == (2, 5, 81, 4)
-    assert output.is_contiguous()
 
 
 @pytest.mark.parametrize("time", [1, 8])

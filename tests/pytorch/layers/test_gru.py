@@ -1,15 +1,20 @@
-"""The GRU layer against nn.GRU in float64: with the kernel and with the loop in Python. For GPUs: test_gpu.py."""
+"""The GRU layer's C++ against nn.GRU in float64. For GPUs: test_gru_triton.py, test_gpu.py."""
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from pytorch.layers import gru
+from pytorch.config import CONFIGS
+from pytorch.distributed import World
+from pytorch.errors import RunError
+from pytorch.layers import gru, kernels
 from pytorch.layers.gru import GRU
 
 INPUTS = 7
@@ -18,6 +23,8 @@ INPUTS = 7
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """On tensors this small, more threads are slower; one test takes more."""
+    if kernels.status().startswith("plain"):
+        pytest.skip(kernels.status())
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,46 +61,26 @@ def assert_like_stock(lengths: list[int], hidden_size: int) -> None:
         assert (a.double() - e).abs().max() <= 2e-6 * max(1.0, e.abs().max().item())
 
 
-@pytest.mark.parametrize("hidden_size", [1, 5, 8, 17, 24, 50, 96])
-def test_outputs_and_gradients_are_those_of_stock_gru_for_any_hidden_size(hidden_size: int, cpu_path: str) -> None:
-    assert_like_stock([23, 20, 20, 17, 11, 10, 4, 3, 1], hidden_size)
-
-
 @pytest.mark.parametrize(
     "lengths", [[1], [30], [1, 1, 1], [9] * 5, [5, 1], [12, 12, 12, 12, 1, 1, 1], [3, 9, 7]], ids=str
 )
-def test_outputs_and_gradients_are_those_of_stock_gru_for_any_lengths(lengths: list[int], cpu_path: str) -> None:
+def test_outputs_and_gradients_are_those_of_stock_gru_for_any_lengths(lengths: list[int]) -> None:
     assert_like_stock(lengths, 24)
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.integers(1, 60))
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.integers(1, 100))
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_outputs_and_gradients_are_those_of_stock_gru_for_random_shapes(
-    cpu_path: str, lengths: list[int], hidden_size: int
-) -> None:
+def test_outputs_and_gradients_are_those_of_stock_gru_for_random_shapes(lengths: list[int], hidden_size: int) -> None:
     assert_like_stock(lengths, hidden_size)
 
 
-def test_the_number_of_threads_does_not_matter(cpu_path: str) -> None:
+def test_the_number_of_threads_does_not_matter() -> None:
     for count in (1, 2, 3, 5, 8):
         torch.set_num_threads(count)
         assert_like_stock([9, 8, 8, 5, 2], 50)
 
 
-def test_gradients_in_float64_are_those_of_finite_differences() -> None:
-    torch.manual_seed(0)
-    layer, sequence = GRU(INPUTS, 3).double(), pack([4, 3, 1], torch.float64)
-    names = [name for name, _ in layer.named_parameters()]
-
-    def outputs_NH(data: Tensor, *parameters: Tensor) -> Tensor:
-        packed = PackedSequence(data, sequence.batch_sizes)
-        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (packed,)).data
-
-    parameters = [parameter.detach().clone().requires_grad_() for parameter in layer.parameters()]
-    assert torch.autograd.gradcheck(outputs_NH, (sequence.data.requires_grad_(), *parameters))
-
-
-def test_the_same_input_gives_the_same_bits(cpu_path: str) -> None:
+def test_the_same_input_gives_the_same_bits() -> None:
     torch.manual_seed(0)
     layer, sequence = GRU(INPUTS, 50), pack([40, 33, 30, 21, 9])
     expected = run(layer, sequence)
@@ -101,17 +88,7 @@ def test_the_same_input_gives_the_same_bits(cpu_path: str) -> None:
         assert all(map(torch.equal, run(layer, sequence), expected))
 
 
-def test_an_utterance_does_not_depend_on_what_else_is_in_the_batch(cpu_path: str) -> None:
-    torch.manual_seed(0)
-    layer, lengths = GRU(INPUTS, 40), [30, 28, 17, 16, 9, 2]
-    inputs_TBI = torch.randn(max(lengths), len(lengths), INPUTS)
-    outputs_TBH, _ = pad_packed_sequence(layer(pack_padded_sequence(inputs_TBI, torch.tensor(lengths))))
-    for b, length in enumerate(lengths):
-        alone = layer(pack_padded_sequence(inputs_TBI[:length, b : b + 1], torch.tensor([length])))
-        torch.testing.assert_close(outputs_TBH[:length, b], alone.data, rtol=0, atol=1e-6)
-
-
-def test_inference_gives_what_training_gives(cpu_path: str) -> None:
+def test_inference_gives_what_training_gives() -> None:
     torch.manual_seed(0)
     layer, sequence = GRU(INPUTS, 29), pack([12, 9, 9, 4])
     training = layer(sequence).data
@@ -120,27 +97,27 @@ def test_inference_gives_what_training_gives(cpu_path: str) -> None:
         assert torch.equal(layer(sequence).data, training)
 
 
-def test_a_second_backward_pass_gives_the_same_gradients(cpu_path: str) -> None:
+def test_a_second_backward_pass_gives_the_same_gradients() -> None:
     layer, sequence = GRU(INPUTS, 9), pack([5, 3])
     loss = layer(sequence).data.square().sum()
     first = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
     assert all(map(torch.equal, torch.autograd.grad(loss, list(layer.parameters())), first))
 
 
-def test_what_is_not_finite_stays_so(cpu_path: str) -> None:
+def test_what_is_not_finite_stays_so() -> None:
     layer, sequence = GRU(INPUTS, 16), pack([6, 4])
     sequence.data[2, 3] = float("nan")
     assert layer(sequence).data[2].isnan().all()
 
 
-def test_large_inputs_saturate_the_gates(cpu_path: str) -> None:
+def test_large_inputs_saturate_the_gates() -> None:
     layer, sequence = GRU(INPUTS, 16), pack([6, 4])
     outputs, *gradients = run(layer, sequence._replace(data=sequence.data * 1e4))
     assert outputs.abs().max() <= 2 and all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("hidden_size", [5, 17, 50, 96])
-def test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size: int, cpu_path: str) -> None:
+def test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size: int) -> None:
     torch.manual_seed(0)
     layer = GRU(INPUTS, hidden_size)
     stock = nn.GRU(INPUTS, hidden_size, bidirectional=True).double()
@@ -154,26 +131,33 @@ def test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size: int, cpu_pat
         assert 1e-5 < (a - e).norm() / e.norm() < 1e-2  # one rounding: up to 2 ** -9 = 2e-3
 
 
-@pytest.mark.parametrize("rounded", [False, True])
-def test_the_path_of_accelerators_gives_the_same_in_either_precision(
-    rounded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gru, "has_bf16_kernel", lambda device: True)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_without_a_kernel_nn_gru_computes_in_either_precision(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer, sequence = GRU(INPUTS, 8), pack([4, 1, 6])
-    weights = list(layer.parameters())
-    with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
-        outputs = layer._stock(sequence, weights)
-    assert outputs.dtype == (torch.bfloat16 if rounded else torch.float32)
-    outputs_NH = outputs.unflatten(1, (2, -1)).sum(1, dtype=torch.float32)
-    torch.testing.assert_close(outputs_NH, layer(sequence).data, rtol=0, atol=0.02 if rounded else 1e-6)
+    expected = run(layer, sequence)
+    monkeypatch.setattr(kernels, "load", lambda: "not wanted")
+    monkeypatch.setattr(gru, "has_bf16_kernel", lambda device: bf16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        actual = run(layer, sequence._replace(data=sequence.data.bfloat16()) if bf16 else sequence)
+    assert actual[0].dtype == torch.float32
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).norm() / e.norm() < (0.02 if bf16 else 1e-5)
 
 
-def test_state_dicts_are_those_of_stock_gru() -> None:
-    layer, stock = GRU(INPUTS, 6), nn.GRU(INPUTS, 6, bidirectional=True)
-    layer.load_state_dict(stock.state_dict())
-    stock.load_state_dict(layer.state_dict())
-    assert list(layer.state_dict()) == list(stock.state_dict())
+def test_ranks_that_compute_the_grus_in_different_ways_end_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, config = torch.device("cpu"), CONFIGS["an4"]
+    status = kernels.status()
+    assert gru.agreed_implementation(World(), device, config) == status
+    lacking = "plain PyTorch: no C++ compiler: g++ not found"
+    monkeypatch.setattr(World, "all_gather_object", lambda world, thing: [thing, thing, lacking])
+    with pytest.raises(RunError, match=f"{re.escape(status)} on rank 0, {re.escape(lacking)} on rank 2"):
+        gru.agreed_implementation(World(), device, config)
+
+
+def test_a_kernel_that_is_wanted_but_not_possible_ends_the_run() -> None:
+    with pytest.raises(RunError, match="--gru-kernel triton"):
+        gru.agreed_implementation(World(), torch.device("cpu"), replace(CONFIGS["an4"], gru_kernel="triton"))
 
 
 def test_the_order_of_the_batch_is_kept() -> None:

@@ -115,7 +115,7 @@ def test_the_number_of_threads_does_not_matter(threads: int, other_cpu: CPU, mon
 
 @pytest.mark.parametrize("hidden_size", [5, 17, 50])
 def test_bfloat16_rounds_the_operands_of_the_gru_layer_and_nothing_else(hidden_size: int, other_cpu: CPU) -> None:
-    test_gru.test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size, "kernel")
+    test_gru.test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size)
 
 
 @pytest.mark.parametrize("clamp", test_batch_norm.LIMITS)
@@ -129,7 +129,7 @@ def test_batch_norm_rounds_rows_of_bfloat16_once(other_cpu: CPU) -> None:
 
 
 def test_what_is_not_finite_stays_so(other_cpu: CPU) -> None:
-    test_gru.test_what_is_not_finite_stays_so("kernel")
+    test_gru.test_what_is_not_finite_stays_so()
     test_batch_norm.test_a_number_that_is_none_reaches_the_output("kernel")
 
 
