@@ -26,7 +26,7 @@ PREEMPTED = 75
 # Stands in for run_and_time.sh: says what it was asked for, and ends with a status of choice.
 RUN = """
 printf '%s\\n' "$@"
-for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT CORES; do eval "echo $name=\\$$name"; done
+for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT CORES RUN_ID; do eval "echo $name=\\$$name"; done
 exit "${STATUS:-0}"
 """
 
@@ -126,6 +126,7 @@ def test_slurm_starts_one_run_a_node_with_its_number_and_the_first_nodes_address
                 "MASTER_ADDR=node7",
                 "MASTER_PORT=22345",
                 "CORES=64",
+                "RUN_ID=slurm-412345-0",
             ),
         ]
 
@@ -136,9 +137,10 @@ def test_a_preempted_job_is_queued_again_and_goes_on_from_its_checkpoint(reposit
     assert (repository.parent / "requeued").read_text() == "412345\n"
     assert "--resume" not in logs["mlperf_ds2_node0.log"]
     (repository / "results" / "slurm-412345" / "checkpoint_last.pt").touch()
-    done, logs = sbatch(repository)
+    done, logs = sbatch(repository, SLURM_RESTART_COUNT="1")
     assert done.returncode == 0
     assert logs["mlperf_ds2_node0.log"].count("--resume\n") == 1
+    assert "RUN_ID=slurm-412345-1\n" in logs["mlperf_ds2_node0.log"]
     assert (repository.parent / "requeued").read_text() == "412345\n"
 
 
@@ -212,6 +214,11 @@ def test_numbers_of_nodes_and_gpus_agree_in_the_manifest() -> None:
     name, job = JOB_SET["metadata"]["name"], JOB_SET["spec"]["replicatedJobs"][0]["name"]
     assert given["MASTER_ADDR"] == f"{name}-{job}-0-0.{name}"
     assert POD["volumes"][0]["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
+
+
+def test_all_pods_of_a_job_have_its_uid_as_the_name_of_the_run() -> None:
+    (run_id,) = (variable for variable in CONTAINER["env"] if variable["name"] == "RUN_ID")
+    assert run_id["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['batch.kubernetes.io/controller-uid']"
 
 
 def test_a_preempted_pod_restarts_all_pods_without_limit_and_other_failures_with_one() -> None:

@@ -56,7 +56,8 @@ done
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # another one for each job that shares the node
 NNODES="$SLURM_JOB_NUM_NODES"
-export MASTER_ADDR MASTER_PORT NNODES
+RUN_ID="slurm-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" # another one for each time the job is queued: see docs/runs.md
+export MASTER_ADDR MASTER_PORT NNODES RUN_ID
 if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
     export NPROC_PER_NODE="$SLURM_GPUS_ON_NODE"
 fi
