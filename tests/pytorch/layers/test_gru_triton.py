@@ -29,8 +29,7 @@ INPUTS = 7
 CASES: list[tuple[int, list[int]]] = [
     (40, [4, 3, 3, 2, 1]),  # three programs a direction for the first four utterances; the third has 8 units
     (16, [3, 3, 3, 3, 2, 2, 1, 1, 1]),
-    (33, [4, 2]),
-    (24, [1]),
+    (33, [4, 1]),
     (100, [3, 2, 1]),
 ]
 
@@ -70,7 +69,7 @@ def errors(case: int) -> list[float]:
 
 
 def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run this module."""
+    """Run this module with Triton's interpreter."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.pytorch.layers.test_gru_triton", *arguments]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
