@@ -161,6 +161,7 @@ def rehearsal(hours: float) -> Corpus:
     low, high = REHEARSAL_HOURS
     if not low <= hours <= high:
         raise DataError(f"--hours is {hours:g}; the rehearsal has {low:g} to {high:g}")
+    hours = round(hours, 2)  # its name has them all
     return Corpus(
         name="rehearsal" if hours == DEFAULT_REHEARSAL_HOURS else f"rehearsal-{hours:g}h",
         folder="Rehearsal_dataset",
@@ -248,7 +249,7 @@ CORPORA["rehearsal"] = rehearsal(DEFAULT_REHEARSAL_HOURS)
 
 def find_corpus(name: str) -> Corpus:
     """Return the corpus of this name, which may be that of a rehearsal; DataError lists the names there are."""
-    if match := re.fullmatch(r"rehearsal-([0-9.e+-]+)h", name):
+    if match := re.fullmatch(r"rehearsal-(\d+(?:\.\d+)?)h", name):
         return rehearsal(float(match[1]))
     if name not in CORPORA:
         raise DataError(f"unknown corpus '{name}'; there are: {', '.join(CORPORA)}")

@@ -83,4 +83,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_made(tmp_path: Path
 def test_hours_are_for_the_rehearsal_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--hours"):
         download(Options("synthetic", hours=1, dataset_dir=tmp_path))
-    assert find_corpus("rehearsal-3h").name == "rehearsal-3h"
+    for hours in 3.0, 0.123456, 959.999:
+        assert find_corpus(rehearsal(hours).name) == rehearsal(hours)
+    with pytest.raises(DataError, match=r"unknown corpus 'rehearsal-1\.2\.3h'"):
+        find_corpus("rehearsal-1.2.3h")
