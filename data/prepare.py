@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
@@ -255,7 +254,9 @@ def _waveforms(utterances: Sequence[Utterance]) -> Iterable[tuple[np.ndarray, in
 
 def synthesizer(layout: str) -> ModuleType:
     """Return the module that speaks a corpus. It is imported here, so that eSpeak NG is needed for these alone."""
-    return import_module(f"data.synthetic.{layout}")
+    from data.synthetic import embedded, rehearsal
+
+    return {"embedded": embedded, "rehearsal": rehearsal}[layout]
 
 
 def check_place(dataset: PackedDataset, subsets: Iterable[str]) -> None:

@@ -37,8 +37,6 @@ PACKAGES = {  # third parties of a timed run; README.md says what each is for
     "tyro",
     "mlperf_logging",
 }
-COMMANDS_OF_TOOLS = {"tools.evaluate", "tools.transcribe", "tools.bench", "tools.estimate", "tools.language_model.tune"}
-
 MODULES = sorted(path for folder in ("data", "pytorch", "tools") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -57,6 +55,26 @@ def imports(path: Path, source: str) -> Iterator[str]:
             modules = [name for name in names if any((ROOT / Path(*name.split("."))).glob("__init__.py"))]
             modules += [name for name in names if (ROOT / Path(*name.split("."))).with_suffix(".py").exists()]
             yield from modules or [node.module]
+
+
+# What `python -m` can start in tools/: a module that ends with a call of main, or a package with a __main__.
+COMMANDS_OF_TOOLS = {
+    name_of(path).removesuffix(".__main__")
+    for path in MODULES
+    if path.is_relative_to(ROOT / "tools") and 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+}
+STARTS = {("pytorch.run_and_time", "tools.report")}  # when the run is over
+
+
+def started(source: str) -> Iterator[str]:
+    """Commands of tools/ that a file names in a string of its own, and functions that import by name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and node.value in COMMANDS_OF_TOOLS:
+            yield str(node.value)
+        elif isinstance(node, ast.Name | ast.Attribute):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            if name in ("import_module", "__import__"):
+                yield name
 
 
 def layer_of(module: str) -> int:
@@ -81,8 +99,11 @@ def violations(path: Path, source: str) -> list[str]:
             found.append(f"{module} imports {imported}: not one of a timed run's packages")
         elif module.startswith("pytorch.") and top == "pytorch" and layer_of(imported) >= layer_of(module):
             found.append(f"{module} imports {imported}, which is not in a lower layer")
-        elif module.startswith("tools.") and imported in COMMANDS_OF_TOOLS:
+        elif module.startswith("tools.") and imported in COMMANDS_OF_TOOLS and imported not in module:
             found.append(f"{module} imports {imported}: a command of its own")
+    for command in set(started(source)):
+        if command not in module and (module, command) not in STARTS:
+            found.append(f"{module} starts {command}: a command of its own, or a module that no import shows")
     return found
 
 
@@ -101,6 +122,9 @@ def test_a_module_imports_only_from_below(path: Path) -> None:
         ("pytorch/metrics.py", "from pytorch.config import Config"),
         ("pytorch/features.py", "import soundfile"),
         ("tools/bench.py", "from tools.evaluate import main"),
+        ("pytorch/train.py", "import importlib\nimportlib.import_module('tools' + '.bench')"),
+        ("pytorch/train.py", "command = ['-m', 'tools.bench']"),
+        ("tools/mlperf/series.py", "import subprocess\nsubprocess.run(['python', '-m', 'tools.report'])"),
     ],
 )
 def test_an_import_from_above_is_found(module: str, statement: str) -> None:
