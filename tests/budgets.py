@@ -1,6 +1,6 @@
-"""The price of complexity in figures: lines of Python in each folder, and what they may come to (CONTRIBUTING.md).
+"""The price of complexity in figures: lines of Python and C++ by folder, and what they may come to (CONTRIBUTING.md).
 
-python tests/budgets.py                 exit status 1 if a folder is over its budget
+python tests/budgets.py                 exit status 1 if one is over its budget
 """
 
 import subprocess
@@ -11,18 +11,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # What the lines buy, in data/: own speech in the shapes people have, recordings read to their end by one library, the
 # corpus `rehearsal`; in pytorch/: memory judged before it is taken, kernels for more GPUs, nothing of a run deleted.
 # Budgets only fall: a line over needs a line less elsewhere in the same commit. The aim is 2,450, 3,900, 3,700, 9,800.
-BUDGETS = {"data": 3070, "pytorch": 4940, "tools": 3960, "tests": 11480}
+BUDGETS = {"data/*.py": 3070, "pytorch/*.py": 4940, "pytorch/*.cpp": 585, "tools/*.py": 3960, "tests/*.py": 11480}
 
 
 def main() -> int:
     """Print the table; returns the exit status."""
     over = False
-    for folder, budget in BUDGETS.items():
-        command = ["git", "-C", str(ROOT), "ls-files", f"{folder}/*.py"]
+    for pattern, budget in BUDGETS.items():
+        command = ["git", "-C", str(ROOT), "ls-files", pattern]
         files = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         lines = sum((ROOT / file).read_text(encoding="utf-8").count("\n") for file in files)
         over |= lines > budget
-        print(f"{folder:<8} {lines:5,} lines of Python in {len(files):2} files; budget {budget:5,}")
+        print(f"{pattern:<14} {lines:6,} lines in {len(files):2} files; budget {budget:6,}")
     return int(over)
 
 
