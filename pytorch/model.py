@@ -142,8 +142,10 @@ def _norm_rows(x_NFC: Tensor, norm: nn.Module) -> Tensor:
 def _linear(x_NH: Tensor, layer: nn.Linear) -> Tensor:
     """Apply a linear layer to rows, which are padded as those of all products."""
     dtype = torch.get_autocast_dtype(x_NH.device.type) if torch.is_autocast_enabled(x_NH.device.type) else x_NH.dtype
-    count = padded_rows(len(x_NH), x_NH.device, dtype)
-    return layer(nn.functional.pad(x_NH, (0, 0, 0, count - len(x_NH))))[: len(x_NH)].float()
+    padding = padded_rows(len(x_NH), x_NH.device, dtype) - len(x_NH)
+    if padding == 0:  # would copy
+        return layer(x_NH).float()
+    return layer(nn.functional.pad(x_NH, (0, 0, 0, padding)))[: len(x_NH)].float()
 
 
 class _PackLayout(NamedTuple):

@@ -243,7 +243,8 @@ class Recorder(TorchDispatchMode):
             result = function(*tree_map_only(Tensor, self._as_fake, args), **kwargs)
         if name not in FREE:
             self.operations[line, name] += 1
-            moved = on_gpu[1:] + on_gpu[2:] if name == "index_copy_" else [*on_gpu, *tree_iter(result)]  # of rows only
+            moved = [*on_gpu, *([] if name == "copy_" else tree_iter(result))]
+            moved = on_gpu[1:] + on_gpu[2:] if name == "index_copy_" else moved  # of rows only
             self.bytes[line] += sum(x.nbytes for x in moved if isinstance(x, FakeTensor))
         return result
 

@@ -236,7 +236,8 @@ class _Transform:
         tiles_brjct = x.view(batch, -1, self.rows, self.phases * channels).unfold(1, self.frames, self.step)
         cut = x.new_empty(self.frames, self.rows, self.count, self.phases * channels)
         cut[:, :, : batch * self.tiles].unflatten(2, (batch, self.tiles)).copy_(tiles_brjct.permute(4, 2, 0, 1, 3))
-        cut[:, :, batch * self.tiles :] = 0
+        if self.count > batch * self.tiles:
+            cut[:, :, batch * self.tiles :] = 0
         return cut
 
     def _join(self, tiles: Tensor) -> Tensor:

@@ -17,16 +17,16 @@ from tests.fake_cuda import FAULTS, Needs
 # PyTorch's CTC loss, which is not seen here), an evaluation only for its result. Copies from memory that is not
 # page-locked are small enough for the driver to take them at once.
 LIMITS = {
-    ("adamw-fp32-plain-1", "step"): Needs(0, 8, 10_240, 232, 139.3, "float32"),
-    ("sgd-fp32-ema-1", "step"): Needs(0, 8, 10_240, 234, 140.2, "float32"),
-    ("muon-fp32-plain-8", "step"): Needs(0, 8, 10_240, 665, 155.4, "float32"),
-    ("adamw-bf16-ema-8", "step"): Needs(0, 8, 10_240, 688, 127.9, "Triton"),
-    ("sgd-bf16-plain-8", "step"): Needs(0, 8, 10_240, 682, 126.7, "Triton"),
-    ("muon-bf16-ema-1", "step"): Needs(0, 8, 10_240, 365, 128.9, "Triton"),  # that is librispeech
-    ("librispeech-16", "step"): Needs(0, 8, 3_100, 365, 23.9, "Triton"),
-    ("an4-6", "step"): Needs(0, 8, 956, 365, 0.7, "Triton"),
-    ("sgd-fp32-ema-1", "evaluation"): Needs(1, 2, 3_260, 103, 57.3, "float32"),
-    ("muon-bf16-ema-1", "evaluation"): Needs(1, 8, 32_768, 140, 42.1, "Triton"),
+    ("adamw-fp32-plain-1", "step"): Needs(0, 8, 10_240, 226, 132.3, "float32"),
+    ("sgd-fp32-ema-1", "step"): Needs(0, 8, 10_240, 228, 133.2, "float32"),
+    ("muon-fp32-plain-8", "step"): Needs(0, 8, 10_240, 659, 148.2, "float32"),
+    ("adamw-bf16-ema-8", "step"): Needs(0, 8, 10_240, 682, 123.7, "Triton"),
+    ("sgd-bf16-plain-8", "step"): Needs(0, 8, 10_240, 676, 122.6, "Triton"),
+    ("muon-bf16-ema-1", "step"): Needs(0, 8, 10_240, 359, 124.9, "Triton"),  # that is librispeech
+    ("librispeech-16", "step"): Needs(0, 8, 3_100, 359, 23.4, "Triton"),
+    ("an4-6", "step"): Needs(0, 8, 956, 359, 0.7, "Triton"),
+    ("sgd-fp32-ema-1", "evaluation"): Needs(1, 2, 3_260, 100, 54.1, "float32"),
+    ("muon-bf16-ema-1", "evaluation"): Needs(1, 8, 32_768, 137, 40.3, "Triton"),
 }
 CASES = list(dict.fromkeys(case for case, _ in LIMITS))
 Measured: TypeAlias = dict[tuple[str, str], tuple[str | None, Needs]]  # error and needs by case and name
