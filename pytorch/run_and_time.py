@@ -231,9 +231,12 @@ def _rank(config: Config, cache_clear: str, threads: int) -> int:
         signal.signal(signal.SIGINT, _interrupt_once)
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(threads)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         status = train.run_rank(config, cache_clear)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the status is decided
+    except KeyboardInterrupt:
+        status = INTERRUPTED  # torch would end without a status, which its agent would wait for
     except Exception:
         traceback.print_exc()  # torchrun would only write it into a file
         status = RANK_FAILED
@@ -275,6 +278,8 @@ def _signals_to_ranks() -> Iterator[list[int]]:
             raise KeyboardInterrupt if received[0] == signal.SIGINT else Preempted
 
     def handle(number: int, _: FrameType | None) -> None:
+        if multiprocessing.parent_process() is not None:
+            os._exit(RANK_FAILED)  # a forked rank that has no handlers of its own yet
         received.append(number)
         signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)  # for ranks that are just being started
         pass_on()
@@ -307,6 +312,7 @@ class LogCopy:
         os.set_blocking(standard_output, True)  # some parents' pipes are not: lines would be lost
         os.dup2(writing, 1)
         os.close(writing)
+        before, sys.stdout = sys.stdout, os.fdopen(1, "w", closefd=False)  # the old one may believe in a file
         with os.fdopen(standard_output, "w", encoding="utf-8", errors="surrogateescape", closefd=False) as stream:
             log = mllog.make_logger(self.file, mllog.StandardOutput(stream))
             copy = threading.Thread(target=self._copy, args=(reading, log), daemon=True)
@@ -317,6 +323,7 @@ class LogCopy:
                 with suppress(OSError):
                     os.write(1, END)
                 os.dup2(standard_output, 1)
+                sys.stdout = before
                 copy.join()
 
     def _copy(self, reading: int, log: MLLogger) -> None:

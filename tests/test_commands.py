@@ -96,7 +96,7 @@ def test_real_speech_is_prepared_verified_trained_on_and_evaluated_completely(
         "data.download --corpus synthetic --dataset-dir PATH",
         "data.verify --dataset-dir PATH",
         "pytorch.train --dataset-dir PATH",
-        "tools.run_and_time --output-dir PATH",
+        "pytorch.run_and_time --output-dir PATH",
         "tools.estimate --config an4 --dataset-dir PATH",
         "tools.transcribe PATH recording.wav",
         "tools.mlperf rcp README.md -o PATH",

@@ -63,7 +63,7 @@ def test_another_data_set_is_refused_unless_that_is_wanted(tmp_path: Path, capsy
     checkpoint.check_resumable(
         path, content, dataclasses.replace(CONFIG, resume=True, resume_with_changes=True), "another"
     )
-    assert "resumed with changes: data set digest there, another now" in capsys.readouterr().err
+    assert "resumed with changes: data set: checkpoint digest, command line another" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_the_version_before_can_be_used_but_not_resumed(

@@ -402,7 +402,7 @@ def test_changes_on_resuming_are_allowed_where_they_are_wanted(uneven: Path, tmp
     assert "learning-rate: checkpoint 0.0015, command line 0.5" in refused.stderr
     allowed = run_in(1, uneven, tmp_path, *options, "--resume-with-changes")
     assert len(values(allowed.stdout, "train_loss")) == 1
-    assert "resumed with changes: learning-rate 0.0015 there, 0.5 now" in allowed.stderr
+    assert "resumed with changes: learning-rate: checkpoint 0.0015, command line 0.5" in allowed.stderr
 
 
 def test_checkpoints_come_by_time_as_well(uneven: Path, tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_a_data_set_without_a_split_that_a_run_needs_is_an_error_that_names_it(
 
 
 def test_diverging_runs_stop_with_an_error_that_names_utterances(tones: Path, tmp_path: Path) -> None:
-    run = small_run(tones, tmp_path, "--weight-decay", "1e30", "--max-epochs", "9")
+    run = small_run(tones, tmp_path, "--weight-decay", "1e30", "--batch-size", "1")
     assert run.returncode == 1
     assert "not finite" in run.stderr
     assert "train-0" in run.stderr
