@@ -198,7 +198,7 @@ def _torchrun(config: Config, cache_clear: str, env: dict[str, int], method: str
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0" if one_node else endpoint,
         rdzv_configs={"is_host": env["NODE_RANK"] == 0},
-        local_addr="localhost" if one_node else None,
+        local_addr="localhost" if one_node else os.environ.get("PET_LOCAL_ADDR"),  # torchrun's variable
         max_restarts=env["MAX_RESTARTS"],
         start_method=method,
         logs_specs=DefaultLogsSpecs(log_dir=folder),

@@ -43,7 +43,7 @@ done
 node() {
     number="$1" run="$2"
     shift 2
-    NNODES=2 NODE_RANK="$number" NPROC_PER_NODE=1 MASTER_ADDR=10.77.0.10 MASTER_PORT=29400 MAX_RESTARTS=9 \
+    NNODES=2 NODE_RANK="$number" NPROC_PER_NODE=1 MASTER_ADDR=10.77.0.10 MASTER_PORT=29400 MAX_RESTARTS=9 RUN_ID=two-hosts \
         OMP_NUM_THREADS=1 PET_LOCAL_ADDR="10.77.0.1$number" GLOO_SOCKET_IFNAME=cable \
         ip netns exec "$name-$number" sh "$root/pytorch/run_and_time.sh" --device cpu --dataset-dir "$dataset" \
         --output-dir "$work/$run-$number" --dist-timeout-seconds 60 "$@" \
