@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pytorch.errors import RunError
 
@@ -26,16 +26,15 @@ MARGIN = 1.3  # of a predicted growth; five configurations grew by at most 1.23 
 
 def size() -> int:
     """Return the bytes of this machine's memory, or a container's limit if that is less."""
-    return min(
-        [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *(group.limit for group in _control_groups())]
-    )
+    limits = (limit for limit, _ in _control_groups())
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *limits])
 
 
 def available() -> int:
     """Return the bytes that processes may still take, of the machine's memory and of each control group's."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     free = _fields(ROOT / "proc/meminfo").get("MemAvailable", free)  # with what the page cache would give back
-    return min([free, *(group.limit - group.used for group in _control_groups())])
+    return min([free, *(limit - used for limit, used in _control_groups())])
 
 
 def reset_peak(device: torch.device) -> None:
@@ -101,15 +100,8 @@ def require(
         before, parts = now, parts // 2
 
 
-class _ControlGroup(NamedTuple):
-    """Bytes that processes of a group may take, and that they have taken, but for files that could be dropped."""
-
-    limit: int
-    used: int
-
-
-def _control_groups() -> Iterator[_ControlGroup]:
-    """Yield the limited memory control groups that this process is in, of version 2 or 1, and those around them."""
+def _control_groups() -> Iterator[tuple[int, int]]:
+    """Yield limit and use, in bytes, of the limited memory control groups around this process, of version 2 or 1."""
     try:
         lines = (ROOT / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -118,21 +110,19 @@ def _control_groups() -> Iterator[_ControlGroup]:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
             prefix = "total_" if controllers else ""
-            names = (
-                ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-            )
+            names = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
             top = ROOT / "sys/fs/cgroup" / controllers
             group = top / path.lstrip("/")
             for folder in (group, *group.parents):  # a container sees its own group as the top one
                 if not folder.is_relative_to(top):
                     break
                 try:
-                    limit, used = (int((folder / name).read_text()) for name in names)
+                    limit, used = (int((folder / f"memory.{name}").read_text()) for name in names)
                     pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                 except (OSError, ValueError):  # no such group here, or "max"
                     continue
                 files = int(pages.get(f"{prefix}inactive_file", 0)) + int(pages.get(f"{prefix}active_file", 0))
-                yield _ControlGroup(limit, max(0, used - files))
+                yield limit, max(0, used - files)  # files could be dropped
 
 
 def _fields(file: Path) -> dict[str, int]:

@@ -106,6 +106,8 @@ class _Forked(subprocess.Popen[Any]):
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
+            if options[-2]:  # start_new_session: a terminal's Ctrl-C does not reach it
+                os.setsid()
             for number, file in enumerate((options[9], options[12], options[14])):
                 if file != -1:
                     os.dup2(file, number)
