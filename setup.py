@@ -1,4 +1,4 @@
-"""Refuses `pip install .`, which would put `data`, `pytorch` and `tools` beside everyone's packages; see pyproject.toml."""
+"""Refuse `pip install .`, which would put `data`, `pytorch` and `tools` beside everyone's packages."""
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
