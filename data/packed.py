@@ -24,7 +24,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,8 +45,7 @@ class DatasetError(DataError):
     """A packed data set that is absent, unfinished, damaged or of another format version."""
 
 
-@dataclass(frozen=True, slots=True)
-class UtteranceRow:
+class UtteranceRow(NamedTuple):
     """A row of utterances.csv. `offset` is a sample of audio.npy; `sha256` is what utterance_digest returns."""
 
     id: str
@@ -138,17 +138,10 @@ class PackedDataset:
         except (OSError, ValueError) as error:
             raise DatasetError(f"cannot open {folder / AUDIO_FILE}: {error}; run verify_dataset.sh") from error
         expected = self.summary[name]
-        if len(ids) != expected.utterances or audio.dtype != np.int16 or audio.shape != (expected.samples,):
+        counts = len(ids), max(num_samples, default=0), audio.shape
+        if audio.dtype != np.int16 or counts != (expected.utterances, expected.longest_samples, (expected.samples,)):
             raise DatasetError(f"{folder} does not fit {DATASET_FILE}; run verify_dataset.sh")
-        return Subset(
-            name=name,
-            audio=audio,
-            offsets=np.array(offsets),
-            num_samples=np.array(num_samples),
-            ids=ids,
-            speakers=speakers,
-            transcripts=transcripts,
-        )
+        return Subset(name, audio, np.array(offsets), np.array(num_samples), ids, speakers, transcripts)
 
     def split(self, name: str) -> list[Subset]:
         """Open the prepared subsets of a split; an empty list where none was prepared."""
@@ -160,40 +153,29 @@ class PackedDataset:
 def read_dataset(path: Path) -> PackedDataset:
     """Read dataset.json, be the data set finished or not. DatasetError where it is absent or of another format."""
     file = path / DATASET_FILE
-    if path.exists() and not path.is_dir():
-        raise DatasetError(f"{path} is not a folder, so not a data set")
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        version = int(content["format_version"])
+        if content["format_version"] != FORMAT_VERSION:
+            raise DatasetError(
+                f"{path} has format version {content['format_version']}, this code reads version {FORMAT_VERSION}: "
+                "run download_dataset.sh with another --dataset-dir"
+            )
+        summary = {
+            name: SubsetSummary(name, **{key: value for key, value in entry.items() if key != "hours"})
+            for name, entry in content["subsets"].items()
+        }
+        splits = {split: list(content["splits"][split]) for split in SPLITS}
+        return PackedDataset(path, content["corpus"], content["synthetic"], splits, content["digest"], summary)
     except FileNotFoundError:
         raise DatasetError(
             f"no data set in {path}: run 'sh download_dataset.sh' (with --corpus NAME and --dataset-dir {path})"
         ) from None
     except OSError as error:
         raise DatasetError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DatasetError(f"{path} is not a data set of this program, by {file} ({error!r})") from error
-    if version != FORMAT_VERSION:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DatasetError(
-            f"{path} has format version {version}, this code reads version {FORMAT_VERSION}: "
-            "run download_dataset.sh with another --dataset-dir"
-        )
-    try:
-        entries = content["subsets"].items()
-        summary = {
-            name: SubsetSummary(name, **{key: value for key, value in entry.items() if key != "hours"})
-            for name, entry in entries
-        }
-        return PackedDataset(
-            path=path,
-            corpus=content["corpus"],
-            synthetic=content["synthetic"],
-            splits={split: list(content["splits"][split]) for split in SPLITS},
-            digest=content["digest"],
-            summary=summary,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{file} is damaged ({error!r}): give download_dataset.sh another --dataset-dir") from error
+            f"{path} is not a data set of this program, or {file} is damaged ({error!r}): give another --dataset-dir"
+        ) from error
 
 
 def open_dataset(path: Path) -> PackedDataset:
@@ -209,7 +191,7 @@ def open_dataset(path: Path) -> PackedDataset:
 
 def write_dataset(dataset: PackedDataset, scratch: Path | None = None) -> None:
     """Write dataset.json, whole or not at all, by way of a file in `scratch` (atomic_write)."""
-    subsets = {name: {**asdict(summary), "hours": round(summary.hours, 4)} for name, summary in dataset.summary.items()}
+    subsets = {name: asdict(summary) | {"hours": round(summary.hours, 4)} for name, summary in dataset.summary.items()}
     for entry in subsets.values():
         del entry["name"]
     content = {
@@ -236,7 +218,7 @@ def write_index(file: Path, rows: Iterable[UtteranceRow]) -> str:
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(COLUMNS)
-        writer.writerows((row.id, row.speaker, row.offset, row.num_samples, row.transcript, row.sha256) for row in rows)
+        writer.writerows(rows)
         stream.flush()
         os.fsync(stream.fileno())
     return file_digest(file, "sha256")
@@ -276,25 +258,22 @@ def content_files(subsets: Iterable[str]) -> list[str]:
 
 def dataset_digest(path: Path, subsets: Iterable[str]) -> str:
     """Return the SHA-256 (hex) of the GNU-format tarball of the subsets' files."""
-    files = content_files(subsets)
-    digest, total = hashlib.sha256(), 0
+    files, digest = content_files(subsets), hashlib.sha256()
     with progress_bar("checksum", sum((path / name).stat().st_size for name in files), "B") as bar:
-        for name in files:
-            entry = tarfile.TarInfo(name)
-            entry.size = (path / name).stat().st_size
-            # The GNU format, unlike ustar, has room for members of 8 GiB and more.
-            header = entry.tobuf(tarfile.GNU_FORMAT)
-            digest.update(header)
-            try:
-                with (path / name).open("rb") as stream:
-                    while chunk := stream.read(CHUNK_BYTES):
-                        digest.update(chunk)
-                        bar.update(len(chunk))
-            except OSError as error:
-                raise DatasetError(f"{path / name} cannot be read: {error.strerror}") from error
-            padding = -entry.size % tarfile.BLOCKSIZE
-            digest.update(bytes(padding))
-            total += len(header) + entry.size + padding
-    end = 2 * tarfile.BLOCKSIZE
-    digest.update(bytes(end + -(total + end) % tarfile.RECORDSIZE))
+
+        def write(content: bytes) -> None:
+            digest.update(content)
+            bar.update(len(content))
+
+        sink: Any = SimpleNamespace(write=write, tell=lambda: 0)
+        # The GNU format, unlike ustar, has room for members of 8 GiB and more.
+        with tarfile.TarFile(fileobj=sink, mode="w", format=tarfile.GNU_FORMAT, copybufsize=CHUNK_BYTES) as tar:
+            for name in files:
+                entry = tarfile.TarInfo(name)
+                try:
+                    with (path / name).open("rb") as stream:
+                        entry.size = os.fstat(stream.fileno()).st_size
+                        tar.addfile(entry, stream)
+                except OSError as error:
+                    raise DatasetError(f"{path / name} cannot be read: {error.strerror}") from error
     return digest.hexdigest()

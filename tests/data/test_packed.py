@@ -34,17 +34,12 @@ def test_utterances_are_sorted_by_length_and_then_by_id(dataset: PackedDataset) 
 
 def test_every_utterance_has_the_samples_and_the_transcript_of_its_archive(dataset: PackedDataset) -> None:
     subset = dataset.subset("train-clean-100")
-    assert len(subset) == len(SPOKEN)
+    assert len(subset) == len(SPOKEN) and isinstance(subset.audio, np.memmap)
     for index, name in enumerate(subset.ids):
         samples, transcript = SPOKEN[name]
         assert subset.transcripts[index] == transcript
         np.testing.assert_array_equal(subset.waveform(index), sound(samples)[:, 0])
-
-
-def test_a_waveform_is_a_view_of_the_mapped_file(dataset: PackedDataset) -> None:
-    subset = dataset.subset("dev-clean")
-    assert isinstance(subset.audio, np.memmap)
-    assert np.shares_memory(subset.waveform(1), subset.audio)
+        assert np.shares_memory(subset.waveform(index), subset.audio)
 
 
 def test_splits_hold_the_prepared_subsets(dataset: PackedDataset) -> None:
@@ -73,27 +68,6 @@ def test_the_digest_is_the_sha256_of_one_tarball(dataset: PackedDataset) -> None
     assert dataset_digest(dataset.path, dataset.subsets) == expected == dataset.digest
 
 
-def test_the_digest_of_a_file_beyond_8_gib_is_that_of_gnu_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "big").mkdir()
-    (tmp_path / "big" / INDEX_FILE).touch()
-    with (tmp_path / "big" / AUDIO_FILE).open("wb") as stream:
-        stream.truncate(9 << 30)
-    script = f"cd '{tmp_path}' && {TAR} big/audio.npy | head -c 512"
-    header = subprocess.run(["sh", "-c", script], capture_output=True, check=True).stdout
-    hashed: list[bytes] = []
-
-    class Recorder:
-        def update(self, content: bytes) -> None:
-            hashed.append(content)
-            if len(hashed) == 2:
-                raise StopIteration  # the header is there; 9 GiB of zeros need not be read
-
-    monkeypatch.setattr("data.packed.hashlib.sha256", Recorder)
-    with pytest.raises(StopIteration):
-        dataset_digest(tmp_path, ["big"])
-    assert hashed[0] == header
-
-
 def test_the_header_is_one_that_numpy_reads(tmp_path: Path) -> None:
     for samples in (0, 1, 3, 10**6):
         (tmp_path / "a.npy").write_bytes(audio_header(samples) + bytes(2 * samples))
@@ -117,20 +91,14 @@ def test_an_unfinished_data_set_does_not_open(dataset: PackedDataset) -> None:
         open_dataset(dataset.path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1}', '{"format_version": 1, "subsets": 5}'])
-def test_a_damaged_dataset_json_is_an_error_of_one_line(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"name": "other"}', '{"format_version": 1}', '{"format_version": 1, "subsets": 5}']
+)
+def test_a_dataset_json_that_is_damaged_or_of_another_program_is_said_to_be_that(tmp_path: Path, content: str) -> None:
     (tmp_path / "dataset.json").write_text(content)
-    with pytest.raises(DatasetError) as error:
+    with pytest.raises(DatasetError, match=f"^{tmp_path} is not a data set of this program, or .* is damaged") as error:
         open_dataset(tmp_path)
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"name": "other"}', '{"format_version": "1.0"}'])
-def test_the_dataset_json_of_another_program_is_said_to_be_that(tmp_path: Path, content: str) -> None:
-    (tmp_path / "dataset.json").write_text(content)
-    with pytest.raises(DatasetError, match=f"{tmp_path} is not a data set of this program") as error:
-        open_dataset(tmp_path)
-    assert "remove" not in str(error.value)
+    assert "\n" not in str(error.value) and "remove" not in str(error.value)
 
 
 def test_another_format_version_is_refused(dataset: PackedDataset) -> None:
