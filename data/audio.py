@@ -13,7 +13,6 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
@@ -22,7 +21,6 @@ import soundfile
 import soxr
 
 from data.cli import DataError
-from data.flac import FlacHeader, check_flac, md5_bytes, read_flac_header
 from data.packed import SAMPLE_RATE
 from data.pyav import open_av
 
@@ -32,18 +30,9 @@ HIGHEST_PEAK = 16.0  # of full scale: mastering and lossy codecs go beyond 1, bu
 BLOCK_SAMPLES = 1 << 13  # up to this many samples of all channels before damage are lost
 BYTE_ORDERS = {b"RIFF": "<", b"RF64": "<", b"BW64": "<", b"RIFX": ">", b"FORM": ">"}
 WAVE, UNCOMPRESSED = ("WAV", "WAVEX", "RF64"), ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")  # of libsndfile
+FLAC_BYTES = {"PCM_S8": 1, "PCM_16": 2, "PCM_24": 3}  # in a sample; libsndfile decodes no others
 # What soundfile raises for files that are damaged, or whose headers ask for absurd memory.
 SNDFILE_FAILURES = (soundfile.LibsndfileError, RuntimeError, MemoryError, ValueError, TypeError)
-
-
-@dataclass
-class Recording:
-    """An open recording."""
-
-    rate: int  # Hz
-    frames: int | None  # by a header that tells their number exactly
-    blocks: Iterator[np.ndarray]  # [frames, channels]: int16, or float32 of full scale 1
-    problem: str = ""  # that its sizes tell before it is read
 
 
 def resampled_length(frames: int, rate: int) -> int:
@@ -51,20 +40,20 @@ def resampled_length(frames: int, rate: int) -> int:
     return max(1, (2 * frames * SAMPLE_RATE + rate) // (2 * rate))
 
 
-def num_samples(file: Path) -> int:
+def num_samples(file: Path, only_rate: int | None = None) -> int:
     """Return the length at 16 kHz of a recording, by its header where that tells it.
 
-    DataError for what is not audio, is empty, or is cut short.
+    DataError for what is not audio, is empty, is cut short, or has another rate than the only one that is allowed.
     """
-    with _open(file) as recording:
-        if recording.problem:
-            raise DataError(f"{file} {recording.problem}")
-        frames = sum(map(len, _checked(file, recording))) if recording.frames is None else recording.frames
+    with _open(file) as (rate, told, blocks):
+        if only_rate not in (None, rate):
+            raise DataError(f"{file} has a rate of {rate} Hz, not {only_rate} Hz")
+        frames = sum(map(len, blocks)) if told is None else told
         if frames <= 0:
             raise DataError(f"{file} holds no audio, by its header")
-        if frames > LONGEST_S * recording.rate:
-            raise DataError(f"{file} is {frames / recording.rate:.0f} s long; cut it: {LONGEST_S} s are the most")
-        return resampled_length(frames, recording.rate)
+        if frames > LONGEST_S * rate:
+            raise DataError(f"{file} is {frames / rate:.0f} s long; cut it: {LONGEST_S} s are the most")
+        return resampled_length(frames, rate)
 
 
 def decode_audio(file: Path) -> tuple[np.ndarray, int]:
@@ -72,16 +61,16 @@ def decode_audio(file: Path) -> tuple[np.ndarray, int]:
 
     DataError says what is wrong with it.
     """
-    with _open(file, quiet=True) as recording:
-        mix = Mixer(file, recording.rate)
-        return np.concatenate([*map(mix, _checked(file, recording)), mix.end()]), mix.clipped
+    with _open(file, quiet=True) as (rate, _, blocks):
+        mix = Mixer(file, rate)
+        return np.concatenate([*map(mix, blocks), mix.end()]), mix.clipped
 
 
 def read_blocks(file: Path) -> Iterator[np.ndarray]:
     """Yield the same samples in blocks. DataError may come after some of them."""
-    with _open(file) as recording:
-        mix = Mixer(file, recording.rate)
-        yield from map(mix, _checked(file, recording))
+    with _open(file) as (rate, _, blocks):
+        mix = Mixer(file, rate)
+        yield from map(mix, blocks)
         yield mix.end()
 
 
@@ -128,10 +117,11 @@ def check_rate(name: Path | str, rate: int) -> None:
 
 
 @contextmanager
-def _open(file: Path, quiet: bool = False) -> Iterator[Recording]:
-    """Open a recording. Unless `quiet`, print which stream of several is used.
+def _open(file: Path, quiet: bool = False) -> Iterator[tuple[int, int | None, Iterator[np.ndarray]]]:
+    """Open a recording: its rate in Hz, its frames by a header that tells them exactly, and its blocks.
 
-    DataError for what nothing reads, and for rates that nobody records at.
+    A block is [frames, channels] of int16, or of float32 of full scale 1. Unless `quiet`, print which stream of several
+    is used. DataError for what nothing reads, and for rates that nobody records at; later for what is damaged.
     """
     if not file.is_file():
         raise DataError(f"{file} is missing or not a file")
@@ -139,41 +129,40 @@ def _open(file: Path, quiet: bool = False) -> Iterator[Recording]:
         raise DataError(f"{file} is empty (0 bytes)")
     with file.open("rb", buffering=0) as stream, ExitStack() as opened:
         problem = _wrong_sizes(stream, file.stat().st_size)
-        flac = read_flac_header(file)
+        stream.seek(0)
+        head = stream.read(42)
+        md5 = head[26:] if head.startswith(b"fLaC") else b""
         stream.seek(0)
         try:
             audio = opened.enter_context(soundfile.SoundFile(stream.fileno(), closefd=False))
         except SNDFILE_FAILURES as error:
-            if flac:
+            if md5:
                 raise DataError(f"{file} cannot be decoded: {error}") from error
             audio = None
-        if audio is not None and (flac or (audio.format in WAVE and audio.subtype.startswith(UNCOMPRESSED))):
-            frames = audio.frames if audio.frames < 1 << 62 else None  # as of FLAC that was written into a pipe
-            blocks = _sndfile_blocks(file, audio, flac)
-            recording = Recording(audio.samplerate, frames, blocks, problem)
+        uncompressed = audio is not None and audio.format in WAVE and audio.subtype.startswith(UNCOMPRESSED)
+        if audio is not None and (audio.format == "FLAC" or uncompressed):
+            known = audio.frames < 1 << 62 and not problem  # not of FLAC that was written into a pipe
+            rate, frames, blocks = audio.samplerate, audio.frames if known else None, _sndfile_blocks(file, audio, md5)
         else:
-            rate, blocks, note = opened.enter_context(open_av(file, stream))
-            recording = Recording(rate, None, blocks, problem)
+            frames, (rate, blocks, note) = None, opened.enter_context(open_av(file, stream))
             if note and not quiet:
                 print(f"{file}: {note}", file=sys.stderr)
-        check_rate(file, recording.rate)
-        yield recording
+        check_rate(file, rate)
+        yield rate, frames, _checked(file, rate, blocks, problem)
 
 
-def _checked(file: Path, recording: Recording) -> Iterator[np.ndarray]:
-    """Yield the blocks; DataError where samples or their number cannot be right."""
+def _checked(file: Path, rate: int, blocks: Iterator[np.ndarray], problem: str) -> Iterator[np.ndarray]:
+    """Yield the blocks; DataError where samples or their number cannot be right, or sizes have told a problem."""
     frames = 0
-    for block in recording.blocks:
+    for block in blocks:
         peak = 0.0 if block.dtype == np.int16 else float(np.abs(block).max())
         if not peak <= HIGHEST_PEAK:  # nor is it NaN
-            wrong = f"samples {peak:.0f} times full scale, after {frames / recording.rate:.2f} s"
+            wrong = f"samples {peak:.0f} times full scale, after {frames / rate:.2f} s"
             raise DataError(f"{file} has {wrong}: damaged, or integers in a file of floats?")
         frames += len(block)
         yield block
-    if recording.problem:
-        raise DataError(f"{file} {recording.problem}")
-    if frames == 0:
-        raise DataError(f"{file} holds no audio")
+    if problem or frames == 0:
+        raise DataError(f"{file} {problem or 'holds no audio'}")
 
 
 def _wrong_sizes(stream: FileIO, size: int) -> str:
@@ -196,11 +185,11 @@ def _wrong_sizes(stream: FileIO, size: int) -> str:
     return ""
 
 
-def _sndfile_blocks(file: Path, audio: soundfile.SoundFile, flac: FlacHeader | None) -> Iterator[np.ndarray]:
-    """Yield blocks of FLAC or uncompressed WAV."""
+def _sndfile_blocks(file: Path, audio: soundfile.SoundFile, md5: bytes) -> Iterator[np.ndarray]:
+    """Yield blocks of FLAC, whose samples must have this MD5 unless it is zeros or empty, or of uncompressed WAV."""
     audio.seekable = lambda: False  # else soundfile seeks after each block, and fails where the length is unknown
-    dtype = "int16" if audio.subtype == "PCM_16" else "float32"
-    frames, md5 = 0, hashlib.md5()
+    dtype = "int16" if audio.subtype == "PCM_16" else "int32" if md5 else "float32"
+    frames, digest = 0, hashlib.md5()
     while True:
         try:
             block = audio.read(max(1, BLOCK_SAMPLES // audio.channels), dtype=dtype, always_2d=True)
@@ -209,10 +198,11 @@ def _sndfile_blocks(file: Path, audio: soundfile.SoundFile, flac: FlacHeader | N
         if len(block) == 0:
             break
         frames += len(block)
-        if flac:
-            md5.update(md5_bytes(block, flac.bits))
-        yield block
+        if md5:  # of little-endian samples in the fewest bytes, which are the upper ones here
+            content = block.view(np.uint8).reshape(-1, block.itemsize)
+            digest.update(content[:, block.itemsize - FLAC_BYTES[audio.subtype] :].tobytes())
+        yield (block / 2.0**31).astype(np.float32) if dtype == "int32" else block
     if frames < audio.frames < 1 << 62:
         raise DataError(f"{file} is cut short: it holds {frames} of {audio.frames} frames")
-    if flac:
-        check_flac(file, flac, md5.digest(), frames)
+    if any(md5) and digest.digest() != md5:
+        raise DataError(f"{file}: the decoded samples do not have the MD5 of its header")

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import StringIO
@@ -25,9 +25,8 @@ from typing import Any, Literal, NamedTuple
 from data.audio import num_samples
 from data.cli import DataError, first_of
 from data.files import file_digest
-from data.readers import KNOWN_CHARACTERS, OTHER_AUDIO, Utterance, read_lines
+from data.readers import AUDIO_SUFFIXES, KNOWN, KNOWN_CHARACTERS, Utterance, read_lines
 
-AUDIO_SUFFIXES = {".flac", ".aac", ".au", ".caf", ".mp4", ".oga", ".w64", ".webm", ".wma", *OTHER_AUDIO}
 # What tools for speech call the columns of a list; the first that is there counts.
 PATH_NAMES = "path", "file_name", "audio_filepath", "audio", "wav_filename", "wav", "file", "filename", "audio_path"
 TRANSCRIPT_NAMES = "transcript", "transcription", "text", "sentence", "txt", "wrd", "normalized_text"
@@ -56,25 +55,20 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
     """Return the utterances of a list or a folder, by id. DataError says all that is wrong, equal complaints once."""
     folder, (form, rows) = (source, _read_folder(source)) if source.is_dir() else (source.parent, _read_list(source))
     found: dict[str, Row] = {}
-    first: dict[str, str] = {}  # complaint, and how many are equal, by what they have in common
-    counts: Counter[str] = Counter()
-
-    def complain(kind: str, complaint: str) -> None:
-        first.setdefault(kind, complaint)
-        counts[kind] += 1
-
+    complaints: dict[str, list[str]] = defaultdict(list)  # by what they have in common
     for row in rows:
-        for character in (each for each in row.transcript if each not in KNOWN_CHARACTERS):
-            known = "only A-Z, apostrophe and space are known"
-            complain(character, f"{row.place}: {character!r} (U+{ord(character):04X}) in the transcript; {known}")
-        if row.problem or "\0" in row.path:
-            complain(row.problem.partition(":")[0], f"{row.place}: {row.problem or 'a path with a zero byte'}")
+        unknown = [character for character in row.transcript if character not in KNOWN_CHARACTERS]
+        problems = [f"{each!r} (U+{ord(each):04X}) in the transcript: {KNOWN}" for each in unknown]
+        if row.problem:
+            problems.append(row.problem)
         elif row.path in found:
-            complain("twice", f"{row.place}: utterance {row.path} occurs twice, first in {found[row.path].place}")
+            problems.append(f"the same utterance twice: {row.path}, first in {found[row.path].place}")
         elif not row.transcript.strip():
-            complain("empty", f"{row.place}: the transcript of utterance {row.path} is empty")
+            problems.append(f"the transcript is empty: {row.path}")
         else:
             found[row.path] = row
+        for problem in problems:
+            complaints[problem.partition(": ")[0]].append(f"{row.place}: {problem}")
     files = _find_files(folder, list(found))
 
     def measure(path: str) -> Utterance | tuple[str, str]:
@@ -93,10 +87,11 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
             if isinstance(measured, Utterance):
                 utterances.append(measured)
             else:
-                complain(*measured)
-    if counts:
-        lines = [first[kind] + (f" (first of {count})" if count > 1 else "") for kind, count in counts.items()]
-        raise DataError(f"{source}, read as {form}, has {counts.total()} problems:\n{first_of(lines)}")
+                complaints[measured[0]].append(measured[1])
+    if complaints:
+        lines = [equal[0] + (f" (first of {len(equal)})" if equal[1:] else "") for equal in complaints.values()]
+        count = sum(map(len, complaints.values()))
+        raise DataError(f"{source}, read as {form}, has {count} problems:\n{first_of(lines)}")
     if not utterances:
         raise DataError(f"{source}, read as {form}, holds no utterance")
     print(f"{source}: {len(utterances)} utterances, read as {form}", file=sys.stderr)
@@ -197,14 +192,15 @@ def _read_folder(folder: Path) -> tuple[str, list[Row]]:
 def _read_kaldi(folder: Path) -> Iterator[Row]:
     if (folder / "segments").exists():
         raise DataError(f"{folder / 'segments'}: parts of recordings cannot be read; cut them out first")
-    table = {}
-    for name in ("text", *(["utt2spk"] if (folder / "utt2spk").exists() else [])):
-        table[name] = {line.split()[0]: " ".join(line.split()[1:]) for line in read_lines(folder / name)}
-    for number, line in enumerate(read_lines(folder / "wav.scp"), start=1):
-        utterance, path = (*line.split(maxsplit=1), "")[:2]
-        problem = "a command: convert what it reads to files first" if path.rstrip().endswith("|") else ""
-        transcript = table["text"].pop(utterance, "")
-        speaker = table.get("utt2spk", {}).get(utterance, "")
-        yield Row(f"wav.scp, line {number}", path.strip(), transcript, speaker, problem)
-    for utterance, transcript in table["text"].items():
-        yield Row("text", "", transcript, problem=f"no recording in wav.scp: {utterance}")
+    tables: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in ("wav.scp", "text", *(["utt2spk"] if (folder / "utt2spk").exists() else [])):
+        lines = read_lines(folder / name)
+        tables[name] = {line.split()[0]: " ".join(line.split(maxsplit=1)[1:]).strip() for line in lines}
+        if len(tables[name]) < len(lines):
+            raise DataError(f"{folder / name}: an utterance occurs twice")
+    for utterance in tables["wav.scp"] | tables["text"]:
+        path = tables["wav.scp"].get(utterance, "")
+        problem = "a command: convert what it reads to files first" if path.endswith("|") else ""
+        problem = problem if path else "no recording in wav.scp"
+        transcript, speaker = (tables[name].get(utterance, "") for name in ("text", "utt2spk"))
+        yield Row(f"utterance {utterance}", path, transcript, speaker, problem)

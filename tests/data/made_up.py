@@ -29,9 +29,7 @@ def sound(samples: int, channels: int = 1) -> np.ndarray:
 
 
 def flac(frames: np.ndarray, rate: int = 16000, subtype: str = "PCM_16") -> bytes:
-    encoded = BytesIO()
-    soundfile.write(encoded, frames, rate, format="FLAC", subtype=subtype)
-    return encoded.getvalue()
+    return encoded(frames, rate, "FLAC", subtype)
 
 
 def encoded(frames: np.ndarray, rate: int, form: str, subtype: str) -> bytes:

@@ -147,6 +147,7 @@ def test_damage_in_the_middle_is_refused_by_name(tmp_path: Path, form: tuple[str
         (encoded(sound(900), 1, "WAV", "PCM_16"), "rate of 1 Hz"),
         (encoded(sound(900), 2_000_000_000, "WAV", "PCM_16"), "rate of 2000000000 Hz"),
         (encoded(np.full((900, 1), 8000.0), 16000, "WAV", "FLOAT"), "8000 times full scale"),
+        (encoded(np.full((900, 1), 8000.0), 16000, "W64", "FLOAT"), "8000 times full scale"),
         (encoded(np.full((900, 1), np.nan), 16000, "WAV", "FLOAT"), "samples nan"),
         (with_sizes(encoded(sound(9000), 16000, "WAV", "PCM_16"), 0), "18000 bytes behind"),
         (with_sizes(encoded(sound(9000), 16000, "WAV", "PCM_16"), 36), "17964 bytes behind"),
@@ -234,15 +235,6 @@ def test_of_several_streams_one_is_read_and_said(tmp_path: Path, av: Any, capsys
     assert decode_audio(file)[0].any() == ("stream 1" in said)
 
 
-@pytest.mark.parametrize(("scale", "clipped"), [(1.5, 900), (20000.0, None)])
-def test_rules_for_samples_hold_in_containers(tmp_path: Path, scale: float, clipped: int | None, av: Any) -> None:
-    floats = encoded(np.full((900, 1), scale), 16000, "W64", "FLOAT")
-    if clipped is None:
-        refused(written(tmp_path, floats), "20000 times full scale")
-    else:
-        assert decode_audio(written(tmp_path, floats))[1] == clipped
-
-
 @pytest.mark.parametrize("subtype", ["IMA_ADPCM", "MS_ADPCM", "GSM610"])
 def test_the_last_block_of_a_block_coded_wav_ends_where_its_fact_chunk_says(
     tmp_path: Path, subtype: str, av: Any
@@ -277,57 +269,16 @@ def test_what_comes_before_damage_is_read(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read, samples[: len(read), 0])
 
 
-@pytest.mark.parametrize(("subtype", "bits"), [("PCM_16", 16), ("PCM_24", 24), ("PCM_S8", 8)])
-def test_flac_of_any_depth_is_resampled_to_the_same_tone(tmp_path: Path, subtype: str, bits: int) -> None:
-    wave = 0.4 * np.sin(2 * np.pi * 500 * np.arange(44100) / 44100)
-    waveform, _ = decode_audio(written(tmp_path, flac(np.stack([wave, wave], axis=1), 44100, subtype)))
-    assert waveform.shape == (16000,)
-    expected = 0.4 * 32768 * np.sin(2 * np.pi * 500 * np.arange(16000) / 16000)
-    assert np.abs(waveform - expected)[100:-100].max() < 40000 / 2 ** min(bits - 1, 13)
-
-
-@pytest.mark.parametrize("tag", [b"", b"ID3\4\0\0\0\0\1\0" + bytes(128)])
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "PCM_S8"])
 @pytest.mark.parametrize("md5", ["right", "absent", "wrong"])
 def test_a_flac_file_whose_samples_do_not_have_the_md5_of_its_header_is_an_error(
-    tmp_path: Path, md5: str, tag: bytes
+    tmp_path: Path, md5: str, subtype: str
 ) -> None:
-    content = bytearray(flac(sound(1000)))
+    samples = sound(1000) // 256 * 256  # which 8 bits hold
+    content = bytearray(flac(samples, subtype=subtype))
     content[26:42] = {"right": content[26:42], "absent": bytes(16), "wrong": bytes(15) + b"\1"}[md5]
-    file = written(tmp_path, tag + bytes(content))
+    file = written(tmp_path, bytes(content))
     if md5 == "wrong":
         refused(file, "MD5")
     else:
-        np.testing.assert_array_equal(decode_audio(file)[0], sound(1000)[:, 0])
-
-
-def flac_of(*parts: bytes, samples: int, known: bool = True) -> bytes:
-    """The frames of FLAC files behind the header of the first one, which tells so many samples and no MD5."""
-    first = bytearray(parts[0])
-    length = int.from_bytes(first[18:26], "big") >> 36 << 36 | (samples if known else 0)
-    starts = [part.index(b"\xff\xf8") for part in parts]
-    header = first[:18] + length.to_bytes(8, "big") + bytes(16) + first[42 : starts[0]]
-    return bytes(header) + b"".join(part[start:] for part, start in zip(parts, starts, strict=True))
-
-
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize(("rate", "subtype"), [(8000, "PCM_16"), (16000, "PCM_24"), (12345, "PCM_16")])
-def test_a_flac_file_that_changes_its_rate_or_depth_inside_is_refused(
-    tmp_path: Path, rate: int, subtype: str, known: bool
-) -> None:
-    one, other = flac(sound(9000)), flac(sound(9000) if subtype == "PCM_16" else sound(9000) / 40000, rate, subtype)
-    same = written(tmp_path, flac_of(one, one, samples=18000, known=known))
-    assert len(decode_audio(same)[0]) == num_samples(same) == 18000
-    refused(written(tmp_path, flac_of(one, other, samples=18000, known=known)), "16000 Hz", "16 bits")
-
-
-def test_any_damage_to_a_flac_file_is_an_error_or_none_to_its_samples(tmp_path: Path) -> None:
-    intact = flac(sound(3000))
-    for position in range(42, len(intact), 211):
-        for content in (intact[:position], intact[:position] + b"\x55\xaa\x55" + intact[position + 3 :]):
-            file = written(tmp_path, content)
-            try:
-                waveform, _ = decode_audio(file)
-            except DataError as error:
-                assert str(file) in str(error)
-            else:  # bytes that hold no samples, such as those of a comment
-                np.testing.assert_array_equal(waveform, sound(3000)[:, 0])
+        np.testing.assert_array_equal(decode_audio(file)[0], samples[:, 0])

@@ -17,8 +17,6 @@ from data.packed import TRANSCRIPT_CHARACTERS, open_dataset
 from data.readers import decode
 from tests.data.made_up import command, flac, sound
 
-TEXTS = {"a": "GO ON", "b": "it's me"}
-
 
 def record(folder: Path, *names: str) -> None:
     """Write half a second of noise under each name."""
@@ -92,10 +90,14 @@ SHAPES: dict[str, tuple[list[str], dict[str, str], str, str]] = {
         "",
         "CSV with header: file_name, transcription",
     ),
-    "NeMo": (
+    "NeMo and WeNet": (
         ["a.wav", "b.wav"],
-        {"m.json": json_rows(*({"audio_filepath": f"{n}.wav", "offset": 0.0, "text": t} for n, t in TEXTS.items()))},
-        "m.json",
+        {
+            "m": json_rows(
+                {"audio_filepath": "a.wav", "offset": 0.0, "text": "go on"}, {"wav": "b.wav", "txt": "it's me"}
+            )
+        },
+        "m",
         "JSON lines",
     ),
     "Kaldi": (
@@ -115,23 +117,11 @@ SHAPES: dict[str, tuple[list[str], dict[str, str], str, str]] = {
         "LibriSpeech",
     ),
     "a text beside each": (["x/a.wav", "y/b.wav"], {"x/a.txt": "go\non\n", "y/b.txt": "it's me"}, "", ".txt"),
-    "Coqui": (
-        ["a.wav", "b.wav"],
-        {"l": rows("wav_filename,wav_filesize,transcript", "a.wav,16044,go on", "b.wav,16044,it's me")},
-        "l",
-        "CSV with header: wav_filename, wav_filesize, transcript",
-    ),
     "LJ Speech": (
         ["wavs/a.wav", "wavs/b.wav"],
         {"metadata.csv": rows('a|"Go" on.|go on', "b|It's me|it's me")},
         "",
         "columns with |",
-    ),
-    "WeNet": (
-        ["a.wav", "b.wav"],
-        {"data.list": json_rows(*({"key": n, "wav": f"{n}.wav", "txt": t} for n, t in TEXTS.items()))},
-        "data.list",
-        "JSON lines",
     ),
     "SpeechBrain": (
         ["a.wav", "b.wav"],
@@ -171,19 +161,20 @@ def test_shapes_that_people_have_are_read_and_named(
         ("l", "", "holds no utterance"),
         ("l", "a.wav GO ON\n", "line 1: not 2 columns: 'a.wav GO ON'"),
         ("l", "a.wav\tA\n\tB\n", "line 2: no path"),
-        ("l", "a.wav\tA\na.wav\tB\n", "line 2: utterance a.wav occurs twice, first in line 1"),
-        ("l", "a.wav\t \n", "line 1: the transcript of utterance a.wav is empty"),
+        ("l", "a.wav\tA\na.wav\tB\n", "line 2: the same utterance twice: a.wav, first in line 1"),
+        ("l", "a.wav\t \n", "line 1: the transcript is empty: a.wav"),
         ("l", "a.wav\tNO 1\n", r"line 1: '1' \(U\+0031\) in the transcript"),
         ("l", "a.wav\tA\tB\n", "line 1: not 2 columns"),
         ("l", "none.wav\tA\n", "line 1: .*none.wav is missing or not a file"),
         ("l", "more\tA\n", "line 1: .*more is missing or not a file"),
         ("l", "cafe\u0301.wav\tA\n", r"is missing or not a file; its name is spelled 'cafe\\u0301.wav'"),
-        ("l", "a.wav\0\tA\n", "line 1: .*zero byte"),
+        ("l", "a.wav\0\tA\n", "line 1: .*a.wav\0 is missing"),
         ("l", 'path,text\na.wav,"GO\n', "line 2: unexpected end of data"),
         ("l", '{"audio": "a.wav", "text": "A"}\n{"audio"\n', "l, line 2: not a JSON object"),
         ("l", '{"audio": "a.wav", "text": "A", "offset": 1.5}\n', "line 1: part of a recording, from 1.5 on"),
         ("l", '{"text": "A"}\n', "line 1: no path: one of the fields path, file_name, audio_filepath"),
-        ("wav.scp", "u1 sox a.mp3 -t wav - |\n", "wav.scp, line 1: a command"),
+        ("wav.scp", "u1 sox a.mp3 -t wav - |\n", "utterance u1: a command"),
+        ("wav.scp", "u1 a.wav\nu1 more/b.flac\n", "wav.scp: an utterance occurs twice"),
         ("segments", "u1 r 0 1\n", "segments: parts of recordings"),
         ("x.txt", "GO ON\n", "x.txt: not one recording for a transcript: 0 for x"),
     ],

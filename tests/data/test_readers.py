@@ -48,22 +48,19 @@ def test_an4_audio_is_big_endian_and_its_transcripts_become_upper_case(tmp_path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {f"{CHAPTER}/._84-1.trans.txt": b"\0\5\x16\7\xff"},
-            r"84/1/\._84-1.trans.txt is not in the corpus: macOS's tar",
-        ),
+        ({f"{CHAPTER}/._84-1.trans.txt": b"\0\5\x16\7\xff"}, r"84/1/\._84-1.trans.txt is not UTF-8 text"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n"}, "utterance 84-1-0001 has no transcript"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0001 B\n84-1-0002 C\n"}, "84-1-0002 has no audio file"),
-        ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0000 A\n"}, "84-1-0000 occurs twice"),
+        ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0000 A\n"}, "84-1-0000 .* occurs twice"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 \n84-1-0001 B\n"}, "84-1-0000 is empty"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0001 B 2\n"}, "84-1-0001 has the character '2'"),
         ({f"{CHAPTER}/84-1.trans.txt": "84-1-0000 NAÏVE\n".encode()}, r"84-1-0000 has the character 'Ï' \(U\+00CF\)"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 \xff\n"}, "84-1.trans.txt is not UTF-8"),
         ({"LibriSpeech/dev-clean/9/9/84-1-0001.flac": flac(sound(50))}, "84-1-0001 has no transcript"),
-        ({f"{CHAPTER}/84-1-0002.wav": b""}, "84-1-0002.wav: audio of this layout is FLAC"),
-        ({f"{CHAPTER}/84-1-0001.flac": b""}, "84-1-0001 is not a FLAC file at 16000 Hz, by"),
-        ({f"{CHAPTER}/84-1-0001.flac": b"RIFF" + bytes(100)}, "84-1-0001 is not a FLAC file at 16000 Hz"),
-        ({f"{CHAPTER}/84-1-0001.flac": flac(sound(9), 8000)}, "84-1-0001 is not a FLAC file at 16000 Hz"),
+        ({f"{CHAPTER}/84-1-0002.wav": b""}, "84-1-0002 has no transcript"),
+        ({f"{CHAPTER}/84-1-0001.flac": b""}, "84-1-0001.flac is empty"),
+        ({f"{CHAPTER}/84-1-0001.flac": b"fLaC" + bytes(100)}, "84-1-0001.flac cannot be decoded"),
+        ({f"{CHAPTER}/84-1-0001.flac": flac(sound(9), 8000)}, "84-1-0001.flac has a rate of 8000 Hz"),
     ],
 )
 def test_what_is_wrong_with_an_utterance_is_named(tmp_path: Path, change: dict[str, bytes], message: str) -> None:
