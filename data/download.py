@@ -24,8 +24,8 @@ from typing import Annotated
 
 import tyro
 
-from data.cli import DataError, available_cores, exit_status, make_room_for_help
-from data.corpora import CORPORA, Archive, Corpus, CorpusSubset, find_corpus, rehearsal
+from data.cli import DataError, available_cores, exit_status
+from data.corpora import CORPORA, REPOSITORY, Archive, Corpus, CorpusSubset, find_corpus, rehearsal
 from data.fetch import ArchiveSource, VerifiedArchive, read_checksums
 from data.files import UNFINISHED, check_space, locked, work_folder
 from data.own_speech import digest, read_own_speech
@@ -59,7 +59,6 @@ class Options:
 
 
 def main() -> int:
-    make_room_for_help()
     options = tyro.cli(Options, prog="download_dataset.sh", description=Options.__doc__)
     return exit_status(lambda: download(options), None, interrupted="Interrupted. Run the same command to resume.")
 
@@ -71,17 +70,13 @@ def download(options: Options) -> PackedDataset:
     subsets = corpus.select(names)
     _check_options(options, corpus, names)
     subsets = subsets[:1] if options.manifest else subsets
-    path = options.dataset_dir or corpus.default_dataset_dir
-    if path.exists() and not path.is_dir():
-        raise DataError(f"{path} is not a folder; give another --dataset-dir")
+    path = options.dataset_dir or REPOSITORY / corpus.folder
     try:
         archives = _expected_archives(subsets, options)
         path.mkdir(parents=True, exist_ok=True)
         with locked(path, "download or verification"):
             dataset, already = _complete(path, corpus, subsets, archives, options)
     except OSError as error:
-        if error.errno == errno.EPIPE:
-            raise  # whoever read the messages has left
         limited = "; 'ulimit -f' or the file system limits a file's size" if error.errno == errno.EFBIG else ""
         raise DataError(f"{error.filename or f'writing in {path}'}: {error.strerror}{limited}") from error
     counts = ", ".join(
@@ -141,12 +136,10 @@ def _complete(
             listed = VerifiedArchive(options.manifest, archives[missing[0].name].md5, sha256)
             preparation.add_subset(listed, missing[0].name, utterances)
         elif missing and corpus.synthetic:
-            needed = sum(PACKED_BYTES_PER_HOUR * (subset.hours or 0) for subset in missing)
-            print(f"{corpus.name} takes {needed / 1e6:,.1f} MB of disk space", file=sys.stderr)
-            check_space(path, needed)
+            check_space(path, sum(PACKED_BYTES_PER_HOUR * (subset.hours or 0) for subset in missing))
             for subset in missing:
-                nothing = VerifiedArchive(Path(), "", "")
-                preparation.add_subset(nothing, subset.name, synthesizer(corpus.layout).list_utterances(corpus, subset))
+                utterances = synthesizer(corpus.layout).list_utterances(corpus, subset)
+                preparation.add_subset(VerifiedArchive(Path(), "", ""), subset.name, utterances)
         elif missing:
             source = ArchiveSource(path / "archives", work, corpus, options.mirror, options.keep_archives)
             wanted = {archives[subset.name].file: archives[subset.name] for subset in missing}

@@ -2,27 +2,27 @@
 
 An unfinished download is `<archive>.part`. Any later run, after a kill or days, resumes after its last byte, from any
 mirror; if the file has changed in the meantime, its checksum is wrong, and it is downloaded again from the start.
-urllib3 handles timeouts, redirects, retries and proxies, and has no dependencies of its own.
+urllib3 handles timeouts, redirects and proxies, and has no dependencies of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
 import re
+import shutil
 import sys
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
 
 import urllib3
-from urllib3.exceptions import HTTPError, InvalidHeader, ProtocolError, ReadTimeoutError
+from urllib3.exceptions import HTTPError, ProtocolError, TimeoutError
 from urllib3.util import Retry, make_headers, parse_url
 
 from data.cli import DataError, Progress, progress_bar
@@ -32,18 +32,13 @@ from data.files import CHUNK_BYTES, DOWNLOADS, atomic_replace, check_space
 PARALLEL_DOWNLOADS = 3
 TIMEOUT_S = urllib3.Timeout(connect=20, read=30)
 RETRIES = 5  # in a row, without progress
-LONGEST_WAIT_S = 600.0  # give up on a mirror that asks for a longer delay
-POLICY: dict[str, Any] = {
-    **{"total": None, "connect": RETRIES, "read": RETRIES, "status": RETRIES, "redirect": RETRIES, "other": 0},
-    **{"allowed_methods": None, "status_forcelist": (408, 425, 429, 500, 502, 503, 504)},
-    **{"backoff_factor": 1.0, "backoff_jitter": 1.0, "backoff_max": 60.0},
-}
+BACKOFF_S = 1.0  # before the first of them; doubled for each, up to twice as long by chance
+PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of failures after which another request may help
+REDIRECTS = Retry(None, connect=False, read=False, other=0, redirect=5)  # urllib3 follows these and retries nothing
 GZIP = b"\x1f\x8b"  # how every archive begins, and no page of a login or of an error
 MISMATCH_HINT = "(LibriSpeech was re-issued once; for a partial mirror, pass its --checksums)"
 HEADERS = {"User-Agent": "deepspeech2-benchmark", "Accept-Encoding": "identity"}
-# Of an archive's size: what its files take unpacked, and as packed 16-bit samples with their index.
-UNPACKED_RATIO = {"librispeech": 1.1, "an4": 1.5}
-PACKED_RATIO = 1.9
+UNPACKED_RATIO, PACKED_RATIO = 1.1, 1.9  # of an archive's size: its files, and their 16-bit samples with the index
 
 
 class MirrorError(DataError):
@@ -83,70 +78,45 @@ def verify_archive(file: Path, archive: Archive, progress: Progress = lambda cou
             sha256.update(chunk)
             bar.update(len(chunk))
             progress(len(chunk))
-    for digest, expected in ((md5, archive.md5), (sha256, archive.sha256)):
-        if expected not in ("", digest.hexdigest()):
-            published = f" ({archive.bytes} bytes)" if archive.bytes else ""
-            raise DataError(
-                f"{file} ({size} bytes) has {digest.name} {digest.hexdigest()}, expected {expected}{published}: "
-                f"damaged, or not the published archive {MISMATCH_HINT}"
-            )
+    if archive.md5 != md5.hexdigest():
+        published = f" ({archive.bytes} bytes)" if archive.bytes else ""
+        raise DataError(
+            f"{file} ({size} bytes) has md5 {md5.hexdigest()}, expected {archive.md5}{published}: "
+            f"damaged, or not the published archive {MISMATCH_HINT}"
+        )
     return VerifiedArchive(file, md5.hexdigest(), sha256.hexdigest())
 
 
 class ArchiveSource:
-    """The archives of a corpus: read in place, from `mirror` or `kept`, or else downloaded in `work`.
+    """The archives of a corpus: read in place, in `kept` or a local `mirror`, or else downloaded into `work`.
 
     `mirror` is the option's value: a folder, comma-separated addresses, or nothing.
     """
 
     def __init__(self, kept: Path, work: Path, corpus: Corpus, mirror: str, keep: bool) -> None:
-        self._kept, self._work, self._corpus, self._keep = kept, work, corpus, keep
         named = [part.strip() for part in mirror.split(",") if part.strip()]
         addresses = [part for part in named if part.startswith(("http://", "https://"))]
         if addresses != named and (addresses or "://" in mirror):
             raise DataError("--mirror is one folder, or addresses that begin with http:// or https://")
-        self._mirrors = addresses or list(corpus.mirrors)
-        self._local = Path(mirror) if mirror and not addresses else None
-        if keep:
-            kept.mkdir(exist_ok=True)
-            if kept.stat().st_dev != work.stat().st_dev:
-                raise DataError(f"{kept} is on another disk than its data set, so archives cannot be kept there")
+        local = bool(named) and not addresses
+        self._folder, self._mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))
+        self._work, self._keep = work, keep
 
     def archives(self, wanted: Sequence[Archive]) -> Generator[VerifiedArchive, None, None]:
-        """Yield the archives as they become available. DataError if one cannot be obtained."""
-        if self._local is None:
-            yield from self._download_all(wanted)
-            return
-        files = [self._local / archive.file for archive in wanted]
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise DataError(f"the mirror {self._local} has no file {absent[0]}")
-        self._check_space([file.stat().st_size for file in files], 0)
-        yield from map(verify_archive, files, wanted)
-
-    def drop(self, archive: VerifiedArchive) -> None:
-        """Remove an archive that is done with, or keep it if asked to; one that was read in place stays as it is."""
-        if self._work not in archive.file.parents:
-            return
-        if self._keep:
-            atomic_replace(archive.file, self._kept / archive.file.name)
-        else:
-            archive.file.unlink()
-
-    def _download_all(self, wanted: Sequence[Archive]) -> Iterator[VerifiedArchive]:
-        """Download several at a time. If one fails, the others are finished first."""
-        sizes = [archive.bytes for archive in wanted]  # 0 where --checksums replaces the published sums
-        names = [f"{archive.file}{suffix}" for archive in wanted for suffix in ("", ".part")]
-        files = [folder / name for folder in (self._kept, self._work / DOWNLOADS) for name in names]
-        present = sum(file.stat().st_size for file in files if file.exists())
-        # Archives that wait for their turn take no more than the room that their packed data will need, as an archive
-        # is smaller than that and then gone. So only one has to be counted.
-        self._check_space(sizes, max(0, (sum(sizes) if self._keep else max(sizes)) - present))
+        """Yield the archives as they become available, several at a time. If one fails, the others come first."""
+        self._check_space(wanted)
         stop = threading.Event()
         pool = ThreadPoolExecutor(PARALLEL_DOWNLOADS)
         failures = []
         try:
-            with progress_bar("archives", sum(sizes), "B") as bar:
-                futures = [pool.submit(self._download, archive, bar.update, stop) for archive in wanted]
+            with progress_bar("archives", sum(archive.bytes for archive in wanted), "B") as bar:
+
+                def progress(count: int) -> None:
+                    if stop.is_set():
+                        raise DataError("stopped")
+                    bar.update(count)
+
+                futures = [pool.submit(self._obtain, archive, progress, stop) for archive in wanted]
                 for future in as_completed(futures):
                     try:
                         verified = future.result()
@@ -160,53 +130,38 @@ class ArchiveSource:
         if failures:
             raise DataError(f"{'; '.join(failures)}; --mirror takes another address, or a folder with the archives")
 
-    def _download(self, archive: Archive, progress: Progress, stop: threading.Event) -> VerifiedArchive:
-        kept, target = self._kept / archive.file, self._work / DOWNLOADS / archive.file
-        if not os.path.lexists(kept):
-            return fetch(archive, self._mirrors, target, progress, stop)
-        try:
-            return verify_archive(kept, archive, progress)
-        except DataError as error:
-            raise DataError(f"{error}; move it away to have it downloaded") from error
+    def drop(self, archive: VerifiedArchive) -> None:
+        """Remove an archive that is done with, or keep it if asked to; one that was read in place stays as it is."""
+        if self._work in archive.file.parents and self._keep:
+            self._folder.mkdir(exist_ok=True)
+            shutil.move(archive.file, self._folder)
+        elif self._work in archive.file.parents:
+            archive.file.unlink()
 
-    def _check_space(self, sizes: Sequence[int], archives: float) -> None:
-        unpacked = UNPACKED_RATIO.get(self._corpus.layout, max(UNPACKED_RATIO.values())) * max(sizes)
-        check_space(self._kept.parent, PACKED_RATIO * sum(sizes) + archives + unpacked)
+    def _obtain(self, archive: Archive, progress: Progress, stop: threading.Event) -> VerifiedArchive:
+        file = self._folder / archive.file
+        if self._mirrors and not os.path.lexists(file):
+            return fetch(archive, self._mirrors, self._work / DOWNLOADS / archive.file, progress, stop)
+        return verify_archive(file, archive, progress)
 
-
-class _Patience(Retry):
-    """urllib3's retries with waits that `stop` interrupts. A mirror that asks for too long a wait is left."""
-
-    def __init__(self, mirror: str, stop: threading.Event, **options: Any) -> None:
-        super().__init__(**options)
-        self.mirror, self.stop = mirror, stop
-
-    def new(self, **changes: Any) -> Self:
-        return super().new(mirror=self.mirror, stop=self.stop, **changes)
-
-    def sleep(self, response: urllib3.BaseHTTPResponse | None = None) -> None:
-        wait, last = self.get_backoff_time(), self.history[-1]
-        reason = _reason(last.error) if last.error else f"HTTP status {last.status}"
-        if response is not None:
-            with suppress(InvalidHeader):
-                wait = max(wait, self.get_retry_after(response) or 0)
-        if wait > LONGEST_WAIT_S:
-            raise MirrorError(f"{reason}; the server asks for a wait of {wait:.0f} s")
-        print(f"{_without_login(self.mirror)}: {reason}; trying again in {wait:.1f} s", file=sys.stderr)
-        if self.stop.wait(wait):
-            raise DataError("stopped")
+    def _check_space(self, wanted: Sequence[Archive]) -> None:
+        files = [self._folder / archive.file for archive in wanted]
+        # An archive's size is 0 where --checksums replaces the published sums.
+        sizes = [f.stat().st_size if f.is_file() else each.bytes for f, each in zip(files, wanted, strict=True)]
+        absent = [archive.bytes for file, archive in zip(files, wanted, strict=True) if not file.is_file()]
+        present = sum(file.stat().st_size for file in (self._work / DOWNLOADS).glob("*"))
+        # Archives that wait for their turn take no more than the room that their packed data will need, as an archive
+        # is smaller than that and then gone. So only one has to be counted.
+        waiting = max(0, (sum(absent) if self._keep else max(absent, default=0)) - present)
+        check_space(self._work.parent, PACKED_RATIO * sum(sizes) + waiting + UNPACKED_RATIO * max(sizes))
 
 
 @dataclass
 class PartialDownload:
-    """The beginning of an archive on disk, `file`: what requests, runs and mirrors have brought so far.
-
-    An answer that begins anew does not touch it. That goes to the file `anew` until its sums are right.
-    """
+    """The beginning of an archive on disk, `file`: what requests, runs and mirrors have brought so far."""
 
     wanted: Archive
     file: Path
-    anew: Path
     progress: Progress
     stop: threading.Event
 
@@ -216,59 +171,60 @@ class PartialDownload:
 
     def complete(self, address: str) -> VerifiedArchive:
         """Download what is missing, and verify it. MirrorError or HTTPError if this mirror does not deliver it."""
-        fresh = retries = _Patience(address, self.stop, **POLICY)
-        begun_anew = False
+        failures, anew = 0, False
         while True:
             before = self.size
             try:
-                file = self.file if before and before == self.wanted.bytes else self._request(address, fresh)
-            except (ProtocolError, ReadTimeoutError) as error:  # in the body, where urllib3 does not retry
-                retries = (fresh if self.size > before else retries).increment("GET", address, error=error)
-                retries.sleep()
+                if not before or before != self.wanted.bytes:
+                    self._request(address)
+            except (TimeoutError, ProtocolError) as error:
+                failures = 1 if self.size > before else failures + 1
+                if failures > RETRIES:
+                    raise
+                wait = BACKOFF_S * 2 ** (failures - 1) * random.uniform(1, 2)
+                print(f"{_without_login(address)}: {_reason(error)}; trying again in {wait:.1f} s", file=sys.stderr)
+                if self.stop.wait(wait):
+                    raise DataError("stopped") from error
                 continue
             try:
-                return verify_archive(file, self.wanted)
+                return verify_archive(self.file, self.wanted)
             except DataError as error:
-                self.progress(-file.stat().st_size)
-                file.unlink()
-                # Only what comes from this mirror in one response proves it wrong.
-                if begun_anew or not before or file == self.anew:
+                self.progress(-self.size)
+                self.file.unlink()
+                if anew or not before:  # else the file has changed, or an earlier run or another mirror is to blame
                     raise MirrorError(f"its file {error}") from error
-                begun_anew = True
+                anew = True
 
-    def _request(self, address: str, retries: Retry) -> Path:
-        """Send one request for the bytes that are missing; return the file that its answer was written to."""
+    def _request(self, address: str) -> None:
+        """Send one request for the bytes that are missing, and add those of its answer that are."""
         start, published = self.size, self.wanted.bytes
-        response = _send(address, retries, start)
+        response = _send(address, start)
         try:
             if response.status == 416 and start > published:
-                return self.file  # may be complete: its sums decide
+                return  # may be complete: its sums decide
+            if response.status in PASSING:
+                raise ProtocolError(f"HTTP status {response.status}")
             if response.status not in (200, 206):
-                raise MirrorError(f"HTTP status {response.status}{_redirected(address, response)}")
+                raise MirrorError(f"HTTP status {response.status}{_redirected(response)}")
             resumed, rest = response.status == 206, response.length_remaining
             chunk = response.read1(CHUNK_BYTES) if resumed else response.read(len(GZIP))
             if not resumed and not GZIP.startswith(chunk):
                 kind = response.headers.get("Content-Type", "something else")
-                raise MirrorError(f"it sent {kind}, not a .tar.gz archive{_redirected(address, response)}")
+                raise MirrorError(f"it sent {kind}, not a .tar.gz archive{_redirected(response)}")
             length = (rest or published) + (start if resumed and rest else 0)
             if published and length != published:
                 raise MirrorError(f"its file has {length} bytes, {published} were published {MISMATCH_HINT}")
-            file = self.file if resumed or not start else self.anew
-            with file.open("ab" if resumed else "wb") as stream:
-                # read1 returns what has arrived, so that a cut costs nothing that has.
-                while chunk and stream.tell() <= (published or sys.maxsize):
-                    stream.write(chunk)
+            known = 0 if resumed else start  # at the beginning of the answer, from a server without ranges
+            with self.file.open("ab") as stream:
+                while chunk:
+                    written = stream.write(chunk[known:])
                     stream.flush()
-                    self.progress(len(chunk))
-                    if self.stop.is_set():
-                        raise DataError("stopped")
-                    chunk = response.read1(CHUNK_BYTES)
+                    self.progress(written)
+                    known = max(0, known - len(chunk))
+                    chunk = response.read1(CHUNK_BYTES)  # what has arrived, so that a cut costs nothing that has
         finally:
             # Not back into the pool: what is left of the body may be gigabytes, or never come.
             response.close()
-        if file.stat().st_size < published:
-            raise ProtocolError("the connection ended early")
-        return file
 
 
 def fetch(
@@ -279,30 +235,26 @@ def fetch(
     `target` appears when its sums are right; a size of 0 is unknown. `progress` is called with the bytes that are
     added, or, where it must start again, lost. DataError says what each mirror did wrong.
     """
-    part, anew = (target.with_name(target.name + suffix) for suffix in (".part", ".new"))
+    part = target.with_name(target.name + ".part")
     if target.exists():  # an earlier run was ended before it was prepared; perhaps it asked for another archive
         target.replace(part)
-    partial = PartialDownload(wanted, part, anew, progress, stop or threading.Event())
+    partial = PartialDownload(wanted, part, progress, stop or threading.Event())
     progress(partial.size)
     reasons = []
-    try:
-        for address in (f"{mirror.rstrip('/')}/{wanted.file}" for mirror in mirrors):
-            try:
-                verified = partial.complete(address)
-            except (MirrorError, HTTPError) as error:
-                reasons.append(f"{_without_login(address)}: {_reason(error)}")
-                print(f"warning: {reasons[-1]}", file=sys.stderr)
-                continue
-            atomic_replace(verified.file, target)
-            part.unlink(missing_ok=True)
+    for address in (f"{mirror.rstrip('/')}/{wanted.file}" for mirror in mirrors):
+        try:
+            verified = partial.complete(address)
+        except (MirrorError, HTTPError) as error:
+            reasons.append(f"{_without_login(address)}: {_reason(error)}")
+            print(f"warning: {reasons[-1]}", file=sys.stderr)
+        else:
+            atomic_replace(part, target)
             print(f"{wanted.file}: downloaded {target.stat().st_size / 1e6:,.1f} MB", file=sys.stderr)
             return replace(verified, file=target)
-    finally:
-        anew.unlink(missing_ok=True)
     raise DataError(f"no mirror delivered {wanted.file}: {'; '.join(reasons)}")
 
 
-def _send(address: str, retries: Retry, start: int) -> urllib3.BaseHTTPResponse:
+def _send(address: str, start: int) -> urllib3.BaseHTTPResponse:
     """Request a file from byte `start` on, through the proxy that http_proxy, https_proxy and no_proxy name."""
     url = parse_url(address)
     proxy = urllib.request.getproxies().get(url.scheme or "")
@@ -313,12 +265,15 @@ def _send(address: str, retries: Retry, start: int) -> urllib3.BaseHTTPResponse:
         login = urllib.parse.unquote(parse_url(proxy).auth or "")
         pool = urllib3.ProxyManager(proxy, proxy_headers=make_headers(proxy_basic_auth=login or None))
     login = urllib.parse.unquote(url.auth or "")  # which urllib3 does not send by itself
-    headers = {**HEADERS, **make_headers(basic_auth=login or None)}
-    if start:
-        headers["Range"] = f"bytes={start}-"
-    address = _without_login(address)
-    return pool.request(
-        "GET", address, headers=headers, retries=retries, timeout=TIMEOUT_S, preload_content=False, decode_content=False
+    headers = HEADERS | make_headers(basic_auth=login or None) | ({"Range": f"bytes={start}-"} if start else {})
+    return pool.urlopen(
+        "GET",
+        _without_login(address),
+        headers=headers,
+        retries=REDIRECTS,
+        timeout=TIMEOUT_S,
+        preload_content=False,
+        decode_content=False,
     )
 
 
@@ -327,12 +282,10 @@ def _without_login(address: str) -> str:
     return re.sub(r"^(\w+://)[^/]*@", r"\1", address)
 
 
-def _redirected(address: str, response: urllib3.BaseHTTPResponse) -> str:
+def _redirected(response: urllib3.BaseHTTPResponse) -> str:
     """Return where redirects led, as a part of a sentence; empty if there were none. A query may hold a secret."""
     steps = [step.redirect_location for step in response.retries.history] if response.retries else []
-    for step in filter(None, steps):
-        address = urllib.parse.urljoin(address, step)
-    return f" after a redirect to {_without_login(address.partition('?')[0])}" if any(steps) else ""
+    return f" after a redirect to {_without_login(str(steps[-1]).partition('?')[0])}" if steps else ""
 
 
 def _reason(error: Exception) -> str:

@@ -24,15 +24,7 @@ from data.download import Options, download
 from data.files import MARK
 from data.packed import DatasetError, PackedDataset, open_dataset, read_dataset
 from data.verify import validate
-from tests.data.made_up import (
-    REPOSITORY,
-    TAR,
-    an4_files,
-    command,
-    files_below,
-    librispeech_files,
-    write_mirror,
-)
+from tests.data.made_up import REPOSITORY, an4_files, command, files_below, librispeech_files, write_mirror
 from tests.data.misbehaving import Server, serving
 
 ARCHIVE = "dev-clean.tar.gz"
@@ -134,9 +126,6 @@ def test_archives_come_from_a_web_server_and_are_kept_only_on_request(
     server.requests.clear()
     assert download(keeping).digest == fetched.digest
     assert server.requests == []
-    script = f"cd '{folder}' && export LC_ALL=C && {TAR} $(ls */*.npy */*.csv) | sha256sum"
-    summed = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split()[0]
-    assert summed == fetched.digest
 
 
 # What it refuses
@@ -147,7 +136,7 @@ def test_archives_come_from_a_web_server_and_are_kept_only_on_request(
     [
         (["--corpus", "timit"], "unknown corpus 'timit'; there are: librispeech, librispeech-100"),
         (["--subsets", "dev-dirty"], "librispeech has no subset 'dev-dirty'; it has: train-clean-100"),
-        (["--subsets", "dev-clean", "--mirror", "nowhere"], "nowhere has no file dev-clean.tar.gz"),
+        (["--subsets", "dev-clean", "--mirror", "nowhere"], "nowhere/dev-clean.tar.gz: No such file"),
         (["--subsets", "dev-clean", "--mirror", "m", "--checksums", "none.txt"], "none.txt"),
         (["--subsets", "dev-clean", "--mirror", "ftp://host/a,http://host/b"], "--mirror"),
         (["--subsets", "dev-clean", "--mirror", "http://host/a,folder"], "--mirror"),
@@ -264,15 +253,14 @@ def test_decoding_processes_end_when_their_parent_is_killed(options: Options, mi
         watchdog.cancel()
 
 
-@pytest.mark.parametrize("remote", [False, True])
 def test_a_disk_that_fills_up_is_a_clear_error_and_a_rerun_finishes(
-    options: Options, mirror: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, remote: bool
+    options: Options, mirror: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     larger_mirror(mirror)
     expected = download(options).digest
     monkeypatch.setattr("data.fetch.check_space", lambda *arguments, **sizes: None)
     with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=16m", "none") as disk, serving(mirror) as server:
-        asked = replace(options, dataset_dir=disk / "dataset", mirror=server.address if remote else options.mirror)
+        asked = replace(options, dataset_dir=disk / "dataset", mirror=server.address)
         failures = 0
         for free in (0, 100_000, 600_000, 2_000_000, 3_500_000, 5_000_000, 7_000_000, 9_000_000):
             with (disk / "filler").open("wb") as stream:
@@ -326,13 +314,6 @@ def refused(folder: Path, name: str, *words: str | Path) -> None:
     assert contents(folder) == before
 
 
-def test_recordings_that_lie_where_a_subset_would_go_are_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "a.flac").write_bytes(b"no audio: nothing is read before the refusal")
-    (tmp_path / "train.tsv").write_text("train/a.flac\tHELLO\n")
-    refused(tmp_path, "train", "--corpus", "manifest", "--manifest", tmp_path / "train.tsv", "--dataset-dir", tmp_path)
-
-
 def a_folder(path: Path) -> None:
     path.mkdir(parents=True)
     for name in ("audio.npy", "utterances.csv"):
@@ -371,33 +352,31 @@ def test_empty_folders_are_reused_and_those_of_earlier_versions_left_alone(optio
     assert before.items() <= contents(folder).items()
 
 
-def test_what_the_user_puts_into_a_subset_stays_when_its_audio_is_gone(
+def test_what_the_user_puts_into_a_data_set_stays_when_its_audio_is_gone(
     options: Options, dataset: PackedDataset
 ) -> None:
     (dataset.path / "dev-clean" / "audio.npy").unlink()
     (dataset.path / "dev-clean" / "notes.txt").write_text("mine")
     refused(dataset.path, "dev-clean", *arguments(options))
     (dataset.path / "dev-clean" / "notes.txt").unlink()
+    (dataset.path / "dataset.json").rename(dataset.path / "mine.json")
+    (dataset.path / "dataset.json").symlink_to("mine.json")
+    refused(dataset.path, "dataset.json", *arguments(options))
+    (dataset.path / "mine.json").rename(dataset.path / "dataset.json")
     assert download(options).digest == dataset.digest
 
 
-@pytest.mark.parametrize("script", ["download_dataset.sh", "verify_dataset.sh"])
-def test_a_data_set_of_another_program_is_left_alone(options: Options, folder: Path, script: str) -> None:
-    def said() -> str:
-        words = arguments(options) if script.startswith("download") else ["--dataset-dir", str(folder)]
-        run = command(script, *words)
-        assert run.returncode == 1 and "remove" not in run.stdout + run.stderr
-        return run.stdout + run.stderr
-
-    folder.write_bytes(b"RIFF")
-    assert f"{folder} is not a folder" in said()
-    assert folder.read_bytes() == b"RIFF"
-    folder.unlink()
-    folder.mkdir()
-    for content in ("{}", '{"name": "other", "version": 3}', "no JSON"):
-        (folder / "dataset.json").write_text(content)
-        assert f"{folder} is not a data set of this program" in said()
-        assert list(contents(folder).values()) == [content.encode()]
+@pytest.mark.parametrize("content", [b"RIFF", b"{}", b'{"name": "other", "version": 3}'])
+def test_what_another_program_has_in_the_place_of_a_data_set_is_left_alone(
+    options: Options, folder: Path, content: bytes
+) -> None:
+    file = folder if content == b"RIFF" else folder / "dataset.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    for words in (["download_dataset.sh", *arguments(options)], ["verify_dataset.sh", "--dataset-dir", str(folder)]):
+        run = command(*words)
+        assert run.returncode == 1 and str(folder) in run.stdout + run.stderr
+        assert file.read_bytes() == content
 
 
 def test_an_archive_laid_by_hand_is_used_if_its_sum_is_right_and_stays(
@@ -407,7 +386,7 @@ def test_an_archive_laid_by_hand_is_used_if_its_sum_is_right_and_stays(
     archives = folder / "elsewhere"
     asked = replace(options, subsets="dev-clean", mirror=server.address)
     (archives / ARCHIVE).write_bytes(b"mine")
-    with pytest.raises(DataError, match=f"{folder / 'archives' / ARCHIVE} .*; move it away"):
+    with pytest.raises(DataError, match=f"{folder / 'archives' / ARCHIVE} .* has md5"):
         download(asked)
     assert (archives / ARCHIVE).read_bytes() == b"mine"
     shutil.copy(mirror / ARCHIVE, archives)
@@ -415,12 +394,6 @@ def test_an_archive_laid_by_hand_is_used_if_its_sum_is_right_and_stays(
     before = contents(archives)
     download(asked)
     assert contents(archives) == before and server.requests == []
-
-
-def test_a_link_in_the_place_of_dataset_json_is_left_alone(options: Options, dataset: PackedDataset) -> None:
-    (dataset.path / "dataset.json").rename(dataset.path / "mine.json")
-    (dataset.path / "dataset.json").symlink_to("mine.json")
-    refused(dataset.path, "dataset.json", *arguments(options))
 
 
 def test_archives_of_a_mirror_stay_even_inside_of_the_data_set(options: Options, mirror: Path, folder: Path) -> None:
