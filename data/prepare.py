@@ -14,15 +14,15 @@ import shutil
 import sys
 import tarfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
-from typing import Self
 
 import numpy as np
 
@@ -48,21 +48,6 @@ from data.readers import SPOKEN, Utterance, decode, read_utterances
 
 CONTENT = (AUDIO_FILE, INDEX_FILE)
 UTTERANCES_PER_TASK = 16
-# Speech in FLAC or 16-bit samples hardly shrinks by gzip; what grows this much on unpacking is not speech.
-MOST_EXPANSION, SMALL_BYTES = 20, 16 << 20
-
-
-class StrictTarInfo(tarfile.TarInfo):
-    """A member's header that must be one: tarfile takes a damaged header for the end of the archive."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        try:
-            return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error)) from error
 
 
 @dataclass
@@ -80,19 +65,14 @@ class Preparation:
         unpacked.mkdir()
         unpack(archive.file, unpacked)
         for subset in subsets:
-            utterances = read_utterances(unpacked, self.corpus.layout, subset)
-            if self.corpus.published(archive.md5) and subset.utterances not in (None, len(utterances)):
-                raise DataError(
-                    f"{archive.file}: {subset.name} has {len(utterances)}, not {subset.utterances} utterances"
-                )
-            self.add_subset(archive, subset.name, utterances)
+            self.add_subset(archive, subset.name, read_utterances(unpacked, self.corpus.layout, subset))
         shutil.rmtree(unpacked)
 
     def add_subset(self, archive: VerifiedArchive, name: str, utterances: Sequence[Utterance]) -> None:
         """Add one subset to the data set, which is unfinished then."""
         partial, final = self.work / name, self.dataset.path / name
         partial.mkdir()
-        summary = _pack(utterances, partial, name, archive, self.corpus.published(archive.md5), self.jobs)
+        summary = self._pack(partial, archive, utterances)
         check_place(self.dataset, [name])
         known = {**self.dataset.summary, name: summary}
         summaries = {each.name: known[each.name] for each in self.corpus.subsets if each.name in known}
@@ -106,6 +86,42 @@ class Preparation:
         atomic_replace(partial, final)
         print(f"{name}: prepared {summary.utterances} utterances", file=sys.stderr)
 
+    def _pack(self, folder: Path, archive: VerifiedArchive, utterances: Sequence[Utterance]) -> SubsetSummary:
+        """Write audio.npy and utterances.csv of the subset of the folder's name."""
+        ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.id))
+        offsets = list(accumulate((utterance.num_samples for utterance in ordered), initial=0))
+        audio = folder / AUDIO_FILE
+        audio.write_bytes(audio_header(offsets[-1]))
+        # To its full size: a limit of file size is met before anything is decoded.
+        os.truncate(audio, AUDIO_HEADER_BYTES + 2 * offsets[-1])
+        digests = [""] * len(ordered)
+        notes: list[str] = []
+        with progress_bar(f"preparing {folder.name}", len(ordered), " utterances") as bar:
+            for place, digest, note in _decode_all(audio, ordered, offsets, self.jobs):
+                digests[place] = digest
+                notes += [note] if note else []
+                bar.update(1)
+        if notes:
+            print(f"warning: {folder.name}: {len(notes)} utterances to check:\n{first_of(notes)}", file=sys.stderr)
+        rows = (
+            UtteranceRow(spoken.id, spoken.speaker, offset, spoken.num_samples, spoken.transcript, digest)
+            for spoken, offset, digest in zip(ordered, offsets[:-1], digests, strict=True)
+        )
+        with audio.open("rb") as stream:
+            os.fsync(stream.fileno())
+        return SubsetSummary(
+            name=folder.name,
+            utterances=len(ordered),
+            speakers=len({utterance.speaker for utterance in ordered}),
+            samples=offsets[-1],
+            longest_samples=ordered[-1].num_samples,
+            index_sha256=write_index(folder / INDEX_FILE, rows),
+            archive=archive.file.name,
+            archive_md5=archive.md5,
+            archive_sha256=archive.sha256,
+            official=self.corpus.published(archive.md5),
+        )
+
     def finish(self) -> PackedDataset:
         """Compute the digest of everything and with it declare the data set finished."""
         digest = dataset_digest(self.dataset.path, self.dataset.subsets)
@@ -116,26 +132,21 @@ class Preparation:
 
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a .tar.gz of plain files and folders. DataError names a member that is anything else or lies outside."""
-    room = MOST_EXPANSION * archive.stat().st_size + SMALL_BYTES
     try:
         with (
             progress_bar(f"unpacking {archive.name}", archive.stat().st_size, "B") as bar,
             archive.open("rb") as compressed,
             gzip.GzipFile(fileobj=compressed) as stream,
-            tarfile.open(fileobj=stream, mode="r|", tarinfo=StrictTarInfo) as tar,
+            tarfile.open(fileobj=stream, mode="r|") as tar,
         ):
             # Python 3.11.2, Debian 12's, has no filters. What they refuse is refused below; newer ones warn.
             tar.extraction_filter = getattr(tarfile, "data_filter", None)
             for member in tar:
-                if not (member.isfile() or member.isdir()):
-                    raise DataError(f"{archive}: refused member '{member.name}': neither a file nor a folder")
-                if member.name.startswith("/") or ".." in member.name.split("/"):
-                    raise DataError(f"{archive}: refused member '{member.name}': it lies outside the archive's folder")
-                if member.isfile() and os.path.lexists(folder / member.name):
-                    raise DataError(f"{archive}: refused member '{member.name}': it occurs twice")
-                room -= member.size
-                if room < 0:
-                    raise DataError(f"{archive}: refused member '{member.name}': too large for so small an archive")
+                outside = member.name.startswith("/") or ".." in member.name.split("/")
+                twice = member.isfile() and os.path.lexists(folder / member.name)
+                if outside or twice or not (member.isfile() or member.isdir()):
+                    why = "it occurs twice" if twice else "it is no file or folder inside of the archive"
+                    raise DataError(f"{archive}: refused member '{member.name}': {why}")
                 tar.extract(member, folder, set_attrs=False)
                 tar.members.clear()  # type: ignore[attr-defined]  # or it would remember every member
                 bar.update(compressed.tell() - bar.n)
@@ -148,94 +159,42 @@ def unpack(archive: Path, folder: Path) -> None:
         raise DataError(f"{archive} cannot be unpacked into {folder}: {error}") from error
 
 
-def _pack(
-    utterances: Sequence[Utterance], folder: Path, name: str, archive: VerifiedArchive, official: bool, jobs: int
-) -> SubsetSummary:
-    """Write audio.npy and utterances.csv of one subset into `folder`."""
-    ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.id))
-    offsets = list(accumulate((utterance.num_samples for utterance in ordered), initial=0))
-    audio = folder / AUDIO_FILE
-    with audio.open("wb") as stream:
-        stream.write(audio_header(offsets[-1]))
-        if hasattr(os, "posix_fallocate"):  # a disk that is too small is then noticed before anything is decoded
-            try:
-                os.posix_fallocate(stream.fileno(), 0, AUDIO_HEADER_BYTES + 2 * offsets[-1])
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(audio)) from error
-    digests = [""] * len(ordered)
-    notes: list[str] = []
-    with progress_bar(f"preparing {name}", len(ordered), " utterances") as bar:
-        for place, digest, note in _decode_all(audio, ordered, offsets, jobs):
-            digests[place] = digest
-            notes += [note] if note else []
-            bar.update(1)
-    if notes:
-        print(f"warning: {name}: {len(notes)} utterances to check:\n{first_of(notes)}", file=sys.stderr)
-    index_sha256 = write_index(
-        folder / INDEX_FILE,
-        (
-            UtteranceRow(spoken.id, spoken.speaker, offset, spoken.num_samples, spoken.transcript, digest)
-            for spoken, offset, digest in zip(ordered, offsets[:-1], digests, strict=True)
-        ),
-    )
-    with audio.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return SubsetSummary(
-        name=name,
-        utterances=len(ordered),
-        speakers=len({utterance.speaker for utterance in ordered}),
-        samples=offsets[-1],
-        longest_samples=ordered[-1].num_samples,
-        index_sha256=index_sha256,
-        archive=archive.file.name,
-        archive_md5=archive.md5,
-        archive_sha256=archive.sha256,
-        official=official,
-    )
-
-
 def _decode_all(
     audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int
 ) -> Iterator[tuple[int, str, str]]:
     """Decode all utterances into audio.npy, in `jobs` processes; yield of each its place, digest and a warning."""
-    tasks = list(_tasks(ordered))
-    decode_some = partial(_decode_into, audio)
-    utterances = ([ordered[place] for place in places] for places in tasks)
-    starts = ([offsets[place] for place in places] for places in tasks)
-    jobs = min(jobs, len(tasks))
-    if jobs == 1:
-        for places, decoded in zip(tasks, map(decode_some, utterances, starts), strict=True):
-            yield from ((place, *each) for place, each in zip(places, decoded, strict=True))
-        return
-    # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=die_with_parent, initargs=(os.getpid(),)) as pool:
+    groups: dict[str | int, list[int]] = {}  # a task decodes successive utterances, or makes those of one speaker
+    for place, utterance in enumerate(ordered):
+        task = utterance.speaker if utterance.encoding in SPOKEN else place // UTTERANCES_PER_TASK
+        groups.setdefault(task, []).append(place)
+    utterances = ([ordered[place] for place in places] for places in groups.values())
+    starts = ([offsets[place] for place in places] for places in groups.values())
+    decode_some: Callable[..., Iterable[list[tuple[str, str]]]] = map
+    with ExitStack() as stack:
+        if jobs > 1 and len(groups) > 1:
+            # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(min(jobs, len(groups)), context, die_with_parent, (os.getpid(),))
+            stack.callback(pool.shutdown, cancel_futures=True)  # the first error is enough
+            decode_some = pool.map
         try:
-            for places, decoded in zip(tasks, pool.map(decode_some, utterances, starts), strict=True):
-                yield from ((place, *each) for place, each in zip(places, decoded, strict=True))
+            decoded = decode_some(partial(_decode_into, audio), utterances, starts)
+            for places, each in zip(groups.values(), decoded, strict=True):
+                yield from ((place, *one) for place, one in zip(places, each, strict=True))
         except BrokenProcessPool:
             raise DataError("a decoding process was killed; if memory ran out, fewer --jobs help") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # the first error is enough
-            raise
-
-
-def _tasks(ordered: Sequence[Utterance]) -> Iterator[Sequence[int]]:
-    """Yield the places of some utterances at a time: successive ones, or of speech to be made those of one speaker."""
-    groups: dict[str, list[int]] = {}
-    for place, utterance in enumerate(ordered):
-        groups.setdefault(utterance.speaker if utterance.encoding in SPOKEN else "", []).append(place)
-    for speaker, places in groups.items():
-        size = len(places) if speaker else UTTERANCES_PER_TASK
-        yield from (places[start : start + size] for start in range(0, len(places), size))
 
 
 def _decode_into(audio: Path, utterances: Sequence[Utterance], offsets: Sequence[int]) -> list[tuple[str, str]]:
     """Decode utterances into audio.npy, from the samples `offsets` on; return of each the digest and a warning."""
-    decoded = []
+    encoding, decoded = utterances[0].encoding, []
+    if encoding in SPOKEN:
+        waveforms: Iterable = ((waveform, 0) for waveform in synthesizer(encoding).speak_utterances(utterances))
+    else:
+        waveforms = map(decode, utterances)
     # Written, not memory-mapped: a full disk is then an error and not a bus fault.
     with audio.open("r+b") as stream:
-        for utterance, offset, (samples, clipped) in zip(utterances, offsets, _waveforms(utterances), strict=True):
+        for utterance, offset, (samples, clipped) in zip(utterances, offsets, waveforms, strict=True):
             waveform = np.ascontiguousarray(samples, dtype="<i2")
             note = f"{utterance.id}: {clipped} samples were beyond full scale and were clipped" if clipped else ""
             if waveform.min() == waveform.max():
@@ -244,12 +203,6 @@ def _decode_into(audio: Path, utterances: Sequence[Utterance], offsets: Sequence
             stream.seek(AUDIO_HEADER_BYTES + 2 * offset)
             stream.write(waveform.data)
     return decoded
-
-
-def _waveforms(utterances: Sequence[Utterance]) -> Iterable[tuple[np.ndarray, int]]:
-    if utterances[0].encoding not in SPOKEN:
-        return map(decode, utterances)
-    return ((waveform, 0) for waveform in synthesizer(utterances[0].encoding).speak_utterances(utterances))
 
 
 def synthesizer(layout: str) -> ModuleType:
@@ -263,14 +216,9 @@ def check_place(dataset: PackedDataset, subsets: Iterable[str]) -> None:
     """Raise DataError where something that is not this program's lies where these subsets are to be prepared."""
     if (dataset.path / DATASET_FILE).is_symlink():
         raise not_ours(dataset.path / DATASET_FILE)
-    for name in subsets:
-        folder = dataset.path / name
-        if os.path.lexists(folder) and not _holds_only(folder, CONTENT if name in dataset.summary else ()):
+    for folder in (dataset.path / name for name in subsets):
+        known = set(CONTENT if folder.name in dataset.summary else ())
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
             raise not_ours(folder)
-
-
-def _holds_only(folder: Path, names: Collection[str]) -> bool:
-    """Return whether this is a folder, no link to one, with no entries but files of these names."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return all(entry.name in names and entry.is_file() and not entry.is_symlink() for entry in folder.iterdir())
+        if folder.exists() and {entry.name for entry in folder.iterdir()} - known:
+            raise not_ours(folder)

@@ -11,8 +11,6 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from data.cli import DataError
 from data.download import Options, download
@@ -44,17 +42,6 @@ def damaged_gzip() -> list[bytes]:
     return cut + [flipped(whole, places.randrange(len(whole)), places.randrange(8)) for _ in range(25)]
 
 
-def damaged_tar() -> list[bytes]:
-    """Archives that gzip finds intact, but not so the headers of their members."""
-    whole = tarball(*FILES.items())
-    with tarfile.open(fileobj=BytesIO(whole)) as tar:
-        headers = [member.offset for member in tar]
-    places = random.Random(2)
-    flips = [flipped(whole, places.choice(headers) + places.randrange(500), places.randrange(8)) for _ in range(25)]
-    cuts = [whole[: places.randrange(whole.rindex(b"trans.txt") + 512)] for _ in range(15)]
-    return [gzip.compress(content, 1, mtime=0) for content in flips + cuts]
-
-
 def damaged_flac() -> list[bytes]:
     """Intact archives of damaged audio."""
     whole = FILES[FIRST]
@@ -71,7 +58,7 @@ def damaged_flac() -> list[bytes]:
     return [gzip.compress(tarball(*{**FILES, FIRST: content}.items()), 1, mtime=0) for content in hostile]
 
 
-@pytest.mark.parametrize("damaged", [damaged_gzip, damaged_tar, damaged_flac])
+@pytest.mark.parametrize("damaged", [damaged_gzip, damaged_flac])
 def test_a_hostile_archive_is_an_error_that_names_a_file_or_makes_no_difference(
     options: Options, mirror: Path, tmp_path: Path, damaged: Callable[[], list[bytes]]
 ) -> None:
@@ -100,13 +87,6 @@ def test_a_name_that_occurs_twice_in_an_archive_is_refused(tmp_path: Path) -> No
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(twice))
     with pytest.raises(DataError, match=f"a.tar.gz: refused member './{transcripts}'"):
         unpack(tmp_path / "a.tar.gz", tmp_path / "in")
-
-
-def test_an_archive_that_unpacks_to_absurd_size_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "bomb.tar.gz").write_bytes(gzip.compress(tarball(("LibriSpeech/zeros", bytes(100 << 20))), 1))
-    with pytest.raises(DataError, match="refused member 'LibriSpeech/zeros': too large"):
-        unpack(tmp_path / "bomb.tar.gz", tmp_path / "in")
-    assert files_below(tmp_path) == ["bomb.tar.gz"]
 
 
 def write_archive(file: Path, *members: tuple[str, bytes, str]) -> Path:
@@ -138,27 +118,3 @@ def test_a_member_that_is_no_plain_file_inside_is_refused_by_name(
     with pytest.raises(DataError, match=f"refused member '{name}'"):
         unpack(archive, tmp_path / "in")
     assert files_below(tmp_path) == ["a.tar.gz", "in/good"]
-
-
-NAMES = st.lists(
-    st.sampled_from(["..", ".", "", "a", "LibriSpeech", "é", "x" * 300, "\n", "~", "C:", "\\"]), min_size=1
-)
-KINDS = st.sampled_from([tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
-
-
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(NAMES, KINDS, NAMES), max_size=5))
-def test_nothing_is_ever_written_outside_the_folder(
-    tmp_path: Path, members: list[tuple[list[str], bytes, list[str]]]
-) -> None:
-    inside = tmp_path / "deep" / "in"
-    inside.mkdir(parents=True, exist_ok=True)
-    archive = write_archive(
-        tmp_path / "a.tar.gz", *(("/".join(name), kind, "/".join(to)) for name, kind, to in members)
-    )
-    try:
-        unpack(archive, inside)
-    except DataError as error:
-        assert "a.tar.gz" in str(error)
-    written = [name for name in tmp_path.rglob("*") if inside not in (name, *name.parents)]
-    assert sorted(written) == [archive, tmp_path / "deep"]
