@@ -5,10 +5,9 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +21,7 @@ MAY_BE_EMPTY = ("--subsets", "--mirror", "--md5")
 INTERRUPTED = 130  # what a shell says of a program that SIGINT has ended
 READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 OUTPUT_LOST = "standard output cannot be written"
-NARROWEST = 40  # columns for which help can be laid out
-CONTROL_GROUPS, OWN_CONTROL_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container sees its own one here
 
 
 class DataError(Exception):
@@ -76,12 +74,6 @@ def require_values(arguments: Sequence[str]) -> None:
             raise DataError(f"{option} has an empty value")
         if option.startswith("-") and value.startswith("~"):
             raise DataError(f"{option} is {value}: your shell did not expand the ~; write $HOME")
-
-
-def make_room_for_help() -> None:
-    """Widen a terminal of a few columns, for which tyro would lay out help without end."""
-    if shutil.get_terminal_size().columns < NARROWEST:
-        os.environ["COLUMNS"] = str(NARROWEST)
 
 
 def exit_status(
@@ -139,28 +131,13 @@ def progress_bar(title: str, total: float | None, unit: str = "batch", *, initia
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use, by its affinity and by the quotas of its control groups."""
+    """Return how many cores this process may use, by its affinity and by the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min([cores, *(math.ceil(quota) for quota in _cpu_quotas())])
-
-
-def _cpu_quotas() -> Iterator[float]:
-    """Yield the CPU time per time that this process's control groups allow, as containers and jobs limit it."""
-    with suppress(OSError):  # no such file system
-        for line in OWN_CONTROL_GROUPS.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":  # version 2 has one tree for all
-                root, names = CONTROL_GROUPS, ["cpu.max"]
-            elif "cpu" in controllers.split(","):
-                root, names = CONTROL_GROUPS / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
-            else:
-                continue
-            group = root / path.lstrip("/")  # inside of a container perhaps the host's path, which is not there
-            for folder in {group, *group.parents, root}:
-                with suppress(OSError, ValueError):  # no quota is "max" or -1
-                    quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
-                    if quota > 0:
-                        yield quota / period
+    for names in ("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"):  # control groups of version 2, of 1
+        with suppress(OSError, ValueError):  # no such file, or no quota: "max"
+            quota, period = map(int, " ".join((CONTROL_GROUP / name).read_text() for name in names).split())
+            cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
+    return cores
 
 
 def die_with_parent(parent: int | None = None) -> None:
