@@ -95,15 +95,13 @@ def work_folder(parent: Path) -> Iterator[Path]:
 
 
 def _clear_work_folder(folder: Path) -> None:
+    downloading = any((folder / DOWNLOADS).glob("*"))
     for entry in list(folder.iterdir()):
-        if entry.name == DOWNLOADS:
-            with suppress(OSError):  # there is something in it
-                entry.rmdir()
-        elif entry.is_dir():
+        if entry.is_dir() and not (downloading and entry.name == DOWNLOADS):
             shutil.rmtree(entry)
-        elif entry.name != MARK:
+        elif not entry.is_dir() and entry.name != MARK:
             entry.unlink()
-    if [entry.name for entry in folder.iterdir()] in ([], [MARK]):
+    if not downloading:
         (folder / MARK).unlink(missing_ok=True)  # last, so that a folder that is half removed is still known
         folder.rmdir()
 

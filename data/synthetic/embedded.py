@@ -3,9 +3,11 @@
     python -m data.download --corpus synthetic
 
 Every speaker is a voice with an accent. Voices and sentences of the validation and test sets never occur in training;
-accents do. The same bytes come out of every run, for which three things are needed:
+accents do. A sentence is a template of grammar.txt, its slots filled from lists, each of which is drawn like a deck of
+cards, all of it before any of it again: each word occurs about equally often. Every run gives the same bytes, by
 
 - One process per speaker (speaking.py).
+- Of `random`, only `Random.random`: it alone is guaranteed to return the same numbers in every version of Python.
 - Integers wherever possible. Only the resampling is done in floating point, in double precision, where the last bits,
   which may differ between processors, practically never reach the rounded 16-bit sample.
 - A fixed version of espeakng-loader. Its library is compiled per platform; the reference checksum was made on x86-64.
@@ -13,19 +15,22 @@ accents do. The same bytes come out of every run, for which three things are nee
 
 from __future__ import annotations
 
+import random
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 import soxr
 
 from data.cli import progress_bar
-from data.corpora import Corpus, CorpusSubset
+from data.corpora import CORPORA, Corpus, CorpusSubset
 from data.packed import SAMPLE_RATE
 from data.readers import Utterance
-from data.synthetic.sentences import make_sentences
 from data.synthetic.voices import Line, add_noise, speak
 
 ACCENTS = ("en-us", "en", "en-gb-x-rp", "en-gb-scotland", "en-us-nyc")
@@ -40,10 +45,12 @@ VOICES = {
     "synthetic-validation": "m5 f4 Lee grandma marcelo paul rob travis",
     "synthetic-test": "m2 Alex Andrea boris kaukovalta pablo quincy shelby",
 }
-SENTENCES = {"synthetic-train": 1800, "synthetic-validation": 240, "synthetic-test": 200}
 ACCENTS_PER_VOICE = 2
 EDGE_SAMPLES = 800  # of noise alone before and after the speech
 GAIN = 0.7  # leaves room for what resampling and noise add
+_LINES = Path(__file__).with_name("grammar.txt").read_text(encoding="utf-8").splitlines()
+TEMPLATES = [line for line in _LINES if line and not line.startswith(("#", "+"))]
+SLOTS = {line.split()[1]: line.split(maxsplit=2)[2].split("|") for line in _LINES if line.startswith("+")}
 
 
 @dataclass(frozen=True)
@@ -56,13 +63,34 @@ class Speaker:
     lines: tuple[Line, ...]
 
 
+def make_sentences(count: int, seed: int, taken: set[str]) -> list[str]:
+    """Return `count` different sentences, none of them in `taken`, to which they are added."""
+    source, decks = random.Random(seed), defaultdict[str, list[str]](list)
+
+    def draw(name: str, entries: Sequence[str]) -> str:
+        deck = decks[name]
+        if not deck:
+            deck.extend(entries)
+        return deck.pop(int(source.random() * len(deck)))
+
+    sentences: list[str] = []
+    while len(sentences) < count:
+        template = draw("template", TEMPLATES)
+        sentence = re.sub(r"{(\w+)}", lambda slot: draw(slot[1], SLOTS[slot[1]]), template)
+        if sentence not in taken:
+            taken.add(sentence)
+            sentences.append(sentence)
+    return sentences
+
+
 @cache
 def build_speakers() -> dict[str, list[Speaker]]:
     """Return who says what in each subset: a pure function of this module's constants."""
     taken: set[str] = set()
     speakers: dict[str, list[Speaker]] = {}
     for index, (subset, voices) in enumerate(VOICES.items()):
-        sentences = make_sentences(SENTENCES[subset], seed=index + 1, taken=taken)
+        count = CORPORA["synthetic"].subsets[index].utterances or 0
+        sentences = make_sentences(count, seed=index + 1, taken=taken)
         pairs = [
             (voice, ACCENTS[(position + ACCENTS_PER_VOICE * turn) % len(ACCENTS)])
             for turn in range(ACCENTS_PER_VOICE)

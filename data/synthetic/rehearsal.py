@@ -12,9 +12,11 @@ There are no archives: who says what for how long is known beforehand, and is sp
 from __future__ import annotations
 
 import random
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import espeakng_loader
@@ -24,11 +26,11 @@ import soxr
 from data.corpora import Corpus, CorpusSubset, utterance_seconds
 from data.packed import SAMPLE_RATE
 from data.readers import Utterance
-from data.synthetic.sentences import draw_words
 from data.synthetic.voices import Line, add_noise, speak
 
 ACCENTS = ("en-US", "en-US-nyc", "en", "en-GB-x-rp", "en-GB-scotland")  # eSpeak NG's files of languages
 CHARACTERS_PER_SECOND = 0.116  # at a rate of one word a minute; measured on three accents, to some 5 %
+WORDS, FREQUENT_WORDS = Path(__file__).with_name("words.txt"), 2000
 FILLED, PAUSE_SECONDS = 0.93, 0.3  # how much of an utterance is planned to be speech, and what is never speech
 
 
@@ -55,6 +57,27 @@ def list_utterances(corpus: Corpus, subset: CorpusSubset) -> list[Utterance]:
         name = f"{speaker}-1-{position:04d}"
         utterances.append(Utterance(name, str(speaker), text, subset.name, samples, corpus.layout))
     return utterances
+
+
+@cache
+def word_table(held_out: bool) -> tuple[list[str], list[int]]:
+    """Return the words that may be spoken and the running sums of their counts; every tenth rare one if `held_out`."""
+    lines = [line.split() for line in WORDS.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    ranked = [(word, int(count)) for count, *words in lines for word in words]
+    spoken = [each for rank, each in enumerate(ranked) if held_out or rank < FREQUENT_WORDS or rank % 10]
+    return [word for word, _ in spoken], list(accumulate(count for _, count in spoken))
+
+
+def draw_words(seed: int, characters: int, held_out: bool) -> str:
+    """Return words, drawn by their frequency until the next would make it more than so many characters."""
+    words, sums = word_table(held_out)
+    source, text = random.Random(seed), ""
+    while True:
+        word = words[bisect(sums, source.random() * sums[-1])]
+        if len(text) + len(word) <= characters:
+            text += word + " "
+        elif text:
+            return text.rstrip()
 
 
 @cache

@@ -41,9 +41,8 @@ def main() -> None:
         file.flush()
         by_file = library.espeak_ng_SetVoiceByFile, file.name
         set_voice, name = by_file if request["definition"] else (library.espeak_SetVoiceByName, request["voice"])
-        failed = set_voice(name.encode()) != 0
-    if failed:
-        sys.exit("there is no such voice")
+        if set_voice(name.encode()) != 0:
+            sys.exit("there is no such voice")
     library.espeak_SetSynthCallback(callback)
     spoken = []
     for line in request["lines"]:

@@ -47,11 +47,7 @@ def speak(voice: str, lines: Sequence[Line], definition: str = "") -> tuple[int,
     head, _, sound = run.stdout.partition(b"\n")
     answer = json.loads(head)
     ends = np.cumsum(answer["samples"])
-    spoken = np.split(np.frombuffer(sound, dtype="<i2"), ends[:-1])
-    for speech, line in zip(spoken, lines, strict=True):
-        if speech.std() < 400:
-            raise DataError(f"eSpeak NG made next to no sound of '{line.text}' with the voice {voice}")
-    return answer["rate"], spoken
+    return answer["rate"], np.split(np.frombuffer(sound, dtype="<i2"), ends[:-1])
 
 
 def add_noise(waveform: np.ndarray, line: Line) -> np.ndarray:

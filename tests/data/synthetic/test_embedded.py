@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 
 from data.corpora import find_corpus
-from data.synthetic.embedded import build_speakers, synthesize
+from data.synthetic.embedded import build_speakers, make_sentences, synthesize
 
 TRAIN, VALIDATION, TEST = "synthetic-train", "synthetic-validation", "synthetic-test"
 
 
 def sentences(subset: str) -> list[str]:
     return [line.text for speaker in build_speakers()[subset] for line in speaker.lines]
+
+
+def test_sentences_are_short_and_different() -> None:
+    sentences = make_sentences(500, seed=1, taken=set())
+    assert len(set(sentences)) == 500
+    assert all(4 <= len(sentence.split()) <= 10 for sentence in sentences)
 
 
 def test_the_plan_has_the_counts_of_the_catalog_and_no_sentence_or_name_twice() -> None:

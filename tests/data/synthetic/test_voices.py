@@ -18,11 +18,6 @@ def test_a_voice_that_does_not_exist_is_an_error_that_names_it() -> None:
             speak("en-nowhere+m1", [LINE], definition)
 
 
-def test_a_line_that_makes_no_sound_is_an_error_that_names_it() -> None:
-    with pytest.raises(DataError, match=r"next to no sound of ' ' with the voice en-us"):
-        speak("en-us", [Line("1-1-0001", " ", 150, 50, 0, 1)])
-
-
 def test_every_voice_is_one_of_espeak_ng_without_breath() -> None:
     # eSpeak NG takes an unknown variant for the plain voice, and noise of breath is not the same from run to run.
     folder = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
