@@ -120,7 +120,11 @@ def _complete(
     path: Path, corpus: Corpus, subsets: Sequence[CorpusSubset], archives: dict[str, Archive], options: Options
 ) -> tuple[PackedDataset, bool]:
     """Add the subsets that are missing to the data set in `path`; return it, and whether there was nothing to do."""
-    dataset = _present_state(path, corpus)
+    dataset = PackedDataset(path, corpus.name, corpus.synthetic, corpus.splits([]))
+    if (path / DATASET_FILE).exists():
+        dataset = read_dataset(path)
+    if dataset.corpus != corpus.name:
+        raise DataError(f"{path} holds the corpus {dataset.corpus}, not {corpus.name}: give another --dataset-dir")
     missing = [subset for subset in subsets if not _is_prepared(dataset, subset.name, archives[subset.name].md5)]
     check_place(dataset, [subset.name for subset in missing])
     complete = dataset.digest != "" and not missing
@@ -150,15 +154,6 @@ def _complete(
                     preparation.add_archive(archive, members)
                     source.drop(archive)
         return preparation.finish(), False
-
-
-def _present_state(path: Path, corpus: Corpus) -> PackedDataset:
-    if not (path / DATASET_FILE).exists():
-        return PackedDataset(path, corpus.name, corpus.synthetic, corpus.splits([]))
-    dataset = read_dataset(path)
-    if dataset.corpus != corpus.name:
-        raise DataError(f"{path} holds the corpus {dataset.corpus}, not {corpus.name}: give another --dataset-dir")
-    return dataset
 
 
 def _is_prepared(dataset: PackedDataset, name: str, md5: str) -> bool:

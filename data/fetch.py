@@ -27,7 +27,7 @@ from urllib3.util import Retry, make_headers, parse_url
 
 from data.cli import DataError, Progress, progress_bar
 from data.corpora import Archive, Corpus
-from data.files import CHUNK_BYTES, DOWNLOADS, atomic_replace, check_space
+from data.files import CHUNK_BYTES, DOWNLOADS, atomic_replace, check_space, read_lines
 
 PARALLEL_DOWNLOADS = 3
 TIMEOUT_S = urllib3.Timeout(connect=20, read=30)
@@ -56,12 +56,8 @@ class VerifiedArchive:
 
 def read_checksums(file: Path) -> dict[str, str]:
     """Return MD5 sums by file name, from a file in the format of md5sum."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the checksums {file}: {error}") from error
     sums = {}
-    for line in filter(str.strip, lines):
+    for line in read_lines(file):
         match = re.fullmatch(r"\s*([0-9a-f]{32})\s+\*?(\S.*?)\s*", line, re.IGNORECASE)
         if match is None:
             raise DataError(f"{file}: not an md5sum line: {line!r}")

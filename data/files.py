@@ -106,6 +106,19 @@ def _clear_work_folder(folder: Path) -> None:
         folder.rmdir()
 
 
+def read_text(file: Path) -> str:
+    """Return the text of a file, without a byte order mark. DataError where it cannot be read or is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read as UTF-8 text: {getattr(error, 'strerror', error)}") from error
+
+
+def read_lines(file: Path) -> list[str]:
+    """Return the lines of a text that are not blank. DataError as of read_text."""
+    return [line for line in read_text(file).split("\n") if line.strip()]
+
+
 def file_digest(file: Path, algorithm: str) -> str:
     """Return the digest of a file's content in hexadecimal; `algorithm` is one of hashlib's."""
     with file.open("rb") as stream:

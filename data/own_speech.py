@@ -24,8 +24,8 @@ from typing import Any, Literal, NamedTuple
 
 from data.audio import num_samples
 from data.cli import DataError, first_of
-from data.files import file_digest
-from data.readers import AUDIO_SUFFIXES, KNOWN, KNOWN_CHARACTERS, Utterance, read_lines
+from data.files import file_digest, read_lines, read_text
+from data.readers import AUDIO_SUFFIXES, KNOWN, KNOWN_CHARACTERS, Utterance
 
 # What tools for speech call the columns of a list; the first that is there counts.
 PATH_NAMES = "path", "file_name", "audio_filepath", "audio", "wav_filename", "wav", "file", "filename", "audio_path"
@@ -112,10 +112,7 @@ def _find_files(folder: Path, paths: Sequence[str]) -> dict[str, Path]:
 
 def _read_list(file: Path) -> tuple[str, list[Row]]:
     """Return what a list is by its first line, JSON or columns with or without header, and its rows."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the list {file}: {error}") from error
+    text = read_text(file)
     start = text.lstrip("\n").partition("\n")[0]
     if start.startswith("{"):
         rows = []

@@ -20,6 +20,7 @@ import numpy as np
 from data.audio import decode_audio, num_samples
 from data.cli import DataError
 from data.corpora import CorpusSubset
+from data.files import read_lines
 from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
 
 AUDIO_SUFFIXES = {".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".mp4", ".aac", ".aiff", ".au", ".caf"}
@@ -87,16 +88,6 @@ def check_transcript(text: str, name: str, file: Path) -> str:
     if not transcript:
         raise DataError(f"{file}: the transcript of utterance {name} is empty")
     return transcript
-
-
-def read_lines(file: Path) -> list[str]:
-    """Return the lines of a text that are not blank. DataError where it is missing or is not UTF-8."""
-    try:
-        return [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-    except FileNotFoundError:
-        raise DataError(f"{file} is missing") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 text: {error}") from error
 
 
 def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:

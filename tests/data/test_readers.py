@@ -48,14 +48,14 @@ def test_an4_audio_is_big_endian_and_its_transcripts_become_upper_case(tmp_path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"{CHAPTER}/._84-1.trans.txt": b"\0\5\x16\7\xff"}, r"84/1/\._84-1.trans.txt is not UTF-8 text"),
+        ({f"{CHAPTER}/._84-1.trans.txt": b"\0\5\x16\7\xff"}, r"84/1/\._84-1.trans.txt cannot be read as UTF-8"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n"}, "utterance 84-1-0001 has no transcript"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0001 B\n84-1-0002 C\n"}, "84-1-0002 has no audio file"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0000 A\n"}, "84-1-0000 .* occurs twice"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 \n84-1-0001 B\n"}, "84-1-0000 is empty"),
         ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 A\n84-1-0001 B 2\n"}, "84-1-0001 has the character '2'"),
         ({f"{CHAPTER}/84-1.trans.txt": "84-1-0000 NAÏVE\n".encode()}, r"84-1-0000 has the character 'Ï' \(U\+00CF\)"),
-        ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 \xff\n"}, "84-1.trans.txt is not UTF-8"),
+        ({f"{CHAPTER}/84-1.trans.txt": b"84-1-0000 \xff\n"}, "84-1.trans.txt cannot be read as UTF-8"),
         ({"LibriSpeech/dev-clean/9/9/84-1-0001.flac": flac(sound(50))}, "84-1-0001 has no transcript"),
         ({f"{CHAPTER}/84-1-0002.wav": b""}, "84-1-0002 has no transcript"),
         ({f"{CHAPTER}/84-1-0001.flac": b""}, "84-1-0001.flac is empty"),
