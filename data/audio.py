@@ -1,6 +1,6 @@
 """Recordings of any format: how long they are, and their samples at 16 kHz mono.
 
-libsndfile reads FLAC and uncompressed WAV; PyAV, which has FFmpeg in it, everything else. Content decides, not a name.
+libsndfile reads FLAC with an MD5 and uncompressed WAV; PyAV, which has FFmpeg in it, everything else. Content decides, not a name.
 A recording is read to its end, with silence in the gaps of its time stamps, or refused by name with a reason.
 data/README.md lists the damage that no reader can see. No other program is run, and no other file is read.
 """
@@ -140,7 +140,8 @@ def _open(file: Path, quiet: bool = False) -> Iterator[tuple[int, int | None, It
                 raise DataError(f"{file} cannot be decoded: {error}") from error
             audio = None
         uncompressed = audio is not None and audio.format in WAVE and audio.subtype.startswith(UNCOMPRESSED)
-        if audio is not None and (audio.format == "FLAC" or uncompressed):
+        checked = audio is not None and audio.format == "FLAC" and any(md5)  # else libsndfile overlooks a change of rate
+        if audio is not None and (checked or uncompressed):
             known = audio.frames < 1 << 62 and not problem  # not of FLAC that was written into a pipe
             rate, frames, blocks = audio.samplerate, audio.frames if known else None, _sndfile_blocks(file, audio, md5)
         else:
@@ -186,7 +187,7 @@ def _wrong_sizes(stream: FileIO, size: int) -> str:
 
 
 def _sndfile_blocks(file: Path, audio: soundfile.SoundFile, md5: bytes) -> Iterator[np.ndarray]:
-    """Yield blocks of FLAC, whose samples must have this MD5 unless it is zeros or empty, or of uncompressed WAV."""
+    """Yield blocks of FLAC, whose samples must have this MD5, or of uncompressed WAV, which has none."""
     audio.seekable = lambda: False  # else soundfile seeks after each block, and fails where the length is unknown
     dtype = "int16" if audio.subtype == "PCM_16" else "int32" if md5 else "float32"
     frames, digest = 0, hashlib.md5()
@@ -204,5 +205,5 @@ def _sndfile_blocks(file: Path, audio: soundfile.SoundFile, md5: bytes) -> Itera
         yield (block / 2.0**31).astype(np.float32) if dtype == "int32" else block
     if frames < audio.frames < 1 << 62:
         raise DataError(f"{file} is cut short: it holds {frames} of {audio.frames} frames")
-    if any(md5) and digest.digest() != md5:
+    if md5 and digest.digest() != md5:
         raise DataError(f"{file}: the decoded samples do not have the MD5 of its header")

@@ -1,4 +1,4 @@
-"""Recordings of all formats but FLAC and uncompressed WAV, by PyAV, which has FFmpeg in it: strictly, or not at all."""
+"""Recordings that libsndfile does not check, by PyAV, which has FFmpeg in it: strictly, or not at all."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def open_av(file: Path, stream: FileIO) -> Iterator[tuple[int, Iterator[np.ndarr
         import av
     except ImportError:
         advice = "install PyAV by pip install -e '.[recordings]', or convert it"
-        raise DataError(f"{file} is neither FLAC nor uncompressed WAV; {advice}") from None
+        raise DataError(f"{file} is neither FLAC with an MD5 nor uncompressed WAV; {advice}") from None
     av.logging.set_level(av.logging.WARNING)
     av.logging.set_skip_repeated(False)
     stream.seek(0)
