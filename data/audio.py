@@ -1,7 +1,7 @@
 """Recordings of any format: how long they are, and their samples at 16 kHz mono.
 
-libsndfile reads FLAC with an MD5 and uncompressed WAV; PyAV, which has FFmpeg in it, everything else. Content decides, not a name.
-A recording is read to its end, with silence in the gaps of its time stamps, or refused by name with a reason.
+libsndfile reads FLAC with an MD5 and uncompressed WAV; PyAV, which has FFmpeg in it, everything else. Content
+decides, not a name. A recording is read to its end, with silence in the gaps of its time stamps, or refused by name with a reason.
 data/README.md lists the damage that no reader can see. No other program is run, and no other file is read.
 """
 
@@ -140,7 +140,7 @@ def _open(file: Path, quiet: bool = False) -> Iterator[tuple[int, int | None, It
                 raise DataError(f"{file} cannot be decoded: {error}") from error
             audio = None
         uncompressed = audio is not None and audio.format in WAVE and audio.subtype.startswith(UNCOMPRESSED)
-        checked = audio is not None and audio.format == "FLAC" and any(md5)  # else libsndfile overlooks a change of rate
+        checked = audio is not None and audio.format == "FLAC" and any(md5)  # a change of rate, too
         if audio is not None and (checked or uncompressed):
             known = audio.frames < 1 << 62 and not problem  # not of FLAC that was written into a pipe
             rate, frames, blocks = audio.samplerate, audio.frames if known else None, _sndfile_blocks(file, audio, md5)
