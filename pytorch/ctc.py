@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,9 +26,15 @@ def encode(transcript: str) -> list[int]:
         raise ValueError(f"character {error.args[0]!r} in transcript {transcript!r} has no label") from None
 
 
-def min_ctc_frames(transcript: str) -> int:
-    """Return the minimum number of frames CTC needs: one per label plus one blank between repeated labels."""
-    return len(transcript) + sum(a == b for a, b in pairwise(transcript))
+def min_ctc_frames(transcripts: Sequence[str]) -> np.ndarray:
+    """Return int64 [N], the fewest frames CTC needs for each: one per label plus one blank between repeated labels."""
+    lengths = np.array([len(transcript) for transcript in transcripts], dtype=np.int64)
+    ends = lengths.cumsum()
+    # One pass over all letters: a corpus has hundreds of thousands of transcripts, and this is on the clock.
+    letters = np.frombuffer("".join(transcripts).encode("ascii", "replace"), dtype=np.uint8)
+    repeated = np.append(letters[1:] == letters[:-1], False)
+    repeated[ends - 1] = False  # the letter after it is another transcript's
+    return lengths + np.bincount(np.searchsorted(ends, np.flatnonzero(repeated), side="right"), minlength=len(lengths))
 
 
 def collapse(best_TB: Tensor, frames_B: Tensor) -> list[str]:

@@ -46,7 +46,7 @@ def greedy_decoder(logits_TBV: Tensor, frames_B: Tensor) -> Callable[[], list[st
 
 
 class Hypothesis(NamedTuple):
-    """What the model made of an utterance."""
+    """One utterance's reference and hypothesis, and the errors in it."""
 
     id: str
     subset: str
@@ -85,12 +85,11 @@ class Evaluation:
             log.event("validation_errors", name, metadata=metadata)
 
     def log_transcripts(self, log: MLLogger) -> None:
-        """Log the three worst utterances, four in the middle and the three best by WER: what the figure looks like."""
+        """Log the three worst utterances, four in the middle and the three best, as examples of what this WER means."""
         ranked = sorted(self.hypotheses, key=lambda each: (-each.errors.wer, each.id))
-        last, middle = len(ranked) - 1, len(ranked) // 2
-        positions = np.unique(np.clip([0, 1, 2, *range(middle - 2, middle + 2), last - 2, last - 1, last], 0, last))
-        for position in positions.tolist():
-            each = ranked[position]
+        middle = len(ranked) // 2
+        examples = [*ranked[:3], *ranked[middle - 2 : middle + 2], *ranked[-3:]] if len(ranked) > 10 else ranked
+        for each in examples:
             metadata = {"subset": each.subset, "reference": each.reference, "hypothesis": each.hypothesis}
             log.event("transcript", each.id, metadata={**metadata, "wer": each.errors.wer})
 
@@ -125,12 +124,13 @@ def evaluate(
     """
     mine = np.sort(split_balanced(utterances, np.arange(len(utterances)), world.size)[world.rank])
     batches = [mine[batch] for batch in batch_by_padded_size(utterances.num_samples[mine], max_batch_samples)]
-    found: dict[int, Hypothesis] = {}
+    counted: list[tuple[int, Hypothesis]] = []
 
     def count(batch: Batch, transcripts: Callable[[], list[str]]) -> None:
         for index, reference, transcript in zip(batch.indices.tolist(), batch.transcripts, transcripts(), strict=True):
             errors = count_errors(reference, transcript)
-            found[index] = Hypothesis(utterances.id(index), utterances.subset(index), reference, transcript, errors)
+            name, subset = utterances.id(index), utterances.subset(index)
+            counted.append((index, Hypothesis(name, subset, reference, transcript, errors)))
 
     decoding: deque[tuple[Batch, Callable[[], list[str]]]] = deque()
     stopped = False
@@ -144,7 +144,7 @@ def evaluate(
             bar.update()
     for each in decoding:
         count(*each)
-    gathered = world.all_gather_object((stopped, list(found.items())))
+    gathered = world.all_gather_object((stopped, counted))
     if any(stopped for stopped, _ in gathered):
         return None
     everything = sorted(item for _, items in gathered for item in items)

@@ -13,6 +13,7 @@ Lengths stay on the CPU and follow from `num_samples_B` and the drawn tempo alon
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,17 +51,17 @@ class Augmentation:
     time_masks: np.ndarray  # [B, masks, 2]: first frame, length; as fractions of the utterance's frames
 
 
-def draw_augmentation(config: Config, seeds: np.ndarray, tempo_limits: np.ndarray) -> Augmentation:
+def draw_augmentation(config: Config, seeds: Iterable[Sequence[int]], tempo_limits: np.ndarray) -> Augmentation:
     """Draw the augmentation of a batch, each utterance from its own generator.
 
     Args:
         config: ranges to draw from.
-        seeds: integers [B, K]; row b alone decides what utterance b gets, whoever shares its batch.
+        seeds: B sequences of integers; the b-th alone decides what utterance b gets, whoever shares its batch.
         tempo_limits: float [B], tempo above which the utterance would have too few frames for its transcript.
     """
     tempo, gain, frequency, time = [], [], [], []
     for seed, limit in zip(seeds, tempo_limits, strict=True):
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed.tolist())))
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
         tempo.append(min(random.uniform(config.tempo_min, config.tempo_max), limit))
         gain.append(10 ** (random.uniform(config.gain_min_db, config.gain_max_db) / 20))
         widths = random.integers(0, config.frequency_mask_bins, config.frequency_masks, endpoint=True)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ class Utterances:
         self.num_samples: np.ndarray = samples[order]
         self._subset = np.repeat(np.arange(len(subsets)), [len(subset) for subset in subsets])[order]
         self._position = np.concatenate([np.arange(len(subset)) for subset in subsets])[order]
+        self.min_ctc_frames = np.concatenate([min_ctc_frames(subset.transcripts) for subset in subsets])[order]
 
     def __len__(self) -> int:
         return len(self.num_samples)
@@ -71,8 +72,7 @@ class Utterances:
 
     def ctc_feasible(self) -> np.ndarray:
         """Return bool [N]: whether CTC can spell the transcript in the utterance's output frames."""
-        frames = output_frames(frame_counts(torch.from_numpy(self.num_samples))).numpy()
-        return np.array([min_ctc_frames(self.transcript(index)) for index in range(len(self))]) <= frames
+        return self.min_ctc_frames <= output_frames(frame_counts(torch.from_numpy(self.num_samples))).numpy()
 
 
 @dataclass(frozen=True)
@@ -128,21 +128,22 @@ class TrainingLoader:
         """Yield, for steps [start, stop) of an epoch, the global batch's utterances and this rank's microbatches."""
         config, world = self.config, self.world
         steps = epoch_batches(self.utterances, self.included, config.batch_size, config.seed, epoch)[start:stop]
+        # A step's batch is split into ranks x accumulation microbatches. Rank r has those numbered r, r + ranks, ...,
+        # so the same utterances are in a step for any number of ranks. With 2 ranks and accumulation over 2:
+        #   step 0:  0 rank 0 | 1 rank 1 | 2 rank 0 | 3 rank 1        step 1:  0 rank 0 | ...
         parts = config.num_microbatches(world.size)
-        mine = [  # rank r has microbatches r, r + world.size, ...
-            microbatch
-            for indices in steps
-            for microbatch in split_balanced(self.utterances, indices, parts)[world.rank :: world.size]
-        ]
+        mine = [split_balanced(self.utterances, step, parts)[world.rank :: world.size] for step in steps]
         augment = (config, epoch) if epoch >= config.augment_from_epoch else None
         make = partial(make_batch, self.utterances, device=self.device, augment=augment)
         self.data_wait_seconds = 0.0
-        with closing(prefetch(mine, make)) as batches:
-            for indices in steps:
+        # The reader works through all microbatches of the epoch in one row, ahead of the step that is being computed;
+        # each step takes its own from the front.
+        with closing(prefetch(chain.from_iterable(mine), make)) as batches:
+            for step, own in zip(steps, mine, strict=True):
                 asked = time.monotonic()
-                microbatches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+                microbatches = [next(batches) for _ in own]
                 self.data_wait_seconds += time.monotonic() - asked
-                yield indices, microbatches
+                yield step, microbatches
 
 
 def epoch_batches(
@@ -209,7 +210,8 @@ def make_batch(
         augment: configuration and epoch to draw augmentation for; None for evaluation.
     """
     num_samples_B = torch.from_numpy(utterances.num_samples[indices])
-    frames = padded_frames(int(frame_counts(num_samples_B).max()), device)
+    frames_B = frame_counts(num_samples_B)
+    frames = padded_frames(int(frames_B.max()), device)
     samples = max(int(num_samples_B.max()), (frames - 1) * HOP_LENGTH)
     waveforms_BS = torch.empty(len(indices), samples, dtype=torch.int16, pin_memory=supports_async_copy(device))
     # NumPy, since a torch operation on this much in the reader's thread would start a second pool of OpenMP threads;
@@ -221,30 +223,24 @@ def make_batch(
     augmentation = None
     if augment is not None:
         config, epoch = augment
-        seeds = np.stack([np.full(len(indices), config.seed), np.full(len(indices), epoch), indices], axis=1)
-        augmentation = draw_augmentation(config, seeds, _tempo_limits(num_samples_B, transcripts))
-    targets = torch.tensor([label for labels in encoded for label in labels], dtype=torch.int64)
+        seeds = [(config.seed, epoch, index) for index in indices.tolist()]
+        # CTC still needs its frames: needed <= output_frames(floor((frames - 1) / tempo) + 1) holds up to
+        # tempo = (frames - 1) / (stride (needed - 1)). The last factor keeps rounding on the safe side.
+        needed_B = utterances.min_ctc_frames[indices]
+        limits_B = np.maximum(frames_B.numpy() - 1, 1) / np.maximum(TIME_STRIDE * (needed_B - 1), 1) * (1 - 1e-9)
+        augmentation = draw_augmentation(config, seeds, limits_B)
     return Batch(
         indices=indices,
         waveforms_BS=prefetch_to_device(waveforms_BS, device),
         num_samples_B=num_samples_B,
-        targets=prefetch_to_device(targets, device),
+        targets=prefetch_to_device(torch.tensor(list(chain.from_iterable(encoded)), dtype=torch.int64), device),
         target_lengths_B=torch.tensor([len(labels) for labels in encoded], dtype=torch.int64),
         transcripts=transcripts,
         augmentation=augmentation,
     )
 
 
-def _tempo_limits(num_samples_B: Tensor, transcripts: Sequence[str]) -> np.ndarray:
-    """Return the fastest tempo at which CTC still has the frames that each transcript needs."""
-    frames_B = frame_counts(num_samples_B).numpy()
-    needed_B = np.array([min_ctc_frames(transcript) for transcript in transcripts])
-    # From needed <= output_frames(floor((frames - 1) / tempo) + 1): tempo <= (frames - 1) / (stride (needed - 1)).
-    # The last factor keeps rounding on the safe side.
-    return np.maximum(frames_B - 1, 1) / np.maximum(TIME_STRIDE * (needed_B - 1), 1) * (1 - 1e-9)
-
-
-def prefetch(batches: Sequence[np.ndarray], make: Callable[[np.ndarray], Batch]) -> Generator[Batch, None, None]:
+def prefetch(batches: Iterable[np.ndarray], make: Callable[[np.ndarray], Batch]) -> Generator[Batch, None, None]:
     """Yield batches in order, made in a background thread some batches ahead."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
         remaining = iter(batches)

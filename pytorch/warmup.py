@@ -107,7 +107,7 @@ def random_batch(config: Config, num_samples_B: Tensor, device: torch.device) ->
     lengths_B = (num_samples_B * LABELS_PER_SECOND // SAMPLE_RATE).clamp(min=1)
     targets = torch.from_numpy(generator.integers(1, len(LABELS), int(lengths_B.sum())))
     own_tempo = replace(config, tempo_min=1.0, tempo_max=1.0)
-    augmentation = draw_augmentation(own_tempo, np.arange(count)[:, None], np.full(count, math.inf))
+    augmentation = draw_augmentation(own_tempo, [[number] for number in range(count)], np.full(count, math.inf))
     return Batch(
         indices=np.arange(count),
         waveforms_BS=prefetch_to_device(waveforms_BS, device),

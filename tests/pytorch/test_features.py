@@ -45,11 +45,11 @@ def test_features_are_the_normalized_log1p_magnitude_of_torch_stft() -> None:
 def test_features_of_an_utterance_do_not_depend_on_the_others_in_its_batch() -> None:
     lengths = [3000, 16000, 9999, 320]
     waveforms, samples = random_batch(lengths)
-    is_distributed, frames = LogSpectrogram()(waveforms, samples)
+    together, frames = LogSpectrogram()(waveforms, samples)
     for row, length in enumerate(lengths):
         alone, _ = LogSpectrogram()(waveforms[row : row + 1, :length], samples[row : row + 1])
-        torch.testing.assert_close(is_distributed[row, :, : frames[row]], alone[0], rtol=1e-5, atol=1e-5)
-        assert is_distributed[row, :, frames[row] :].abs().sum() == 0
+        torch.testing.assert_close(together[row, :, : frames[row]], alone[0], rtol=1e-5, atol=1e-5)
+        assert together[row, :, frames[row] :].abs().sum() == 0
 
 
 def test_digital_silence_gives_finite_features() -> None:
@@ -66,24 +66,17 @@ def test_tempo_changes_the_length_and_keeps_the_pitch() -> None:
         assert abs(frames.item() - 201 / tempo) <= 1
         assert changed.shape[-1] == frames.item()
         assert set(changed[0, :, 2:-2].argmax(0).tolist()) == {20}  # 1000 Hz in bins of 50 Hz
-
-
-def test_tempo_one_changes_nothing() -> None:
-    magnitude = torch.rand(2, FREQUENCY_BINS, 30)
-    changed, frames = change_tempo(magnitude, torch.tensor([30, 20]), torch.ones(2, dtype=torch.float64))
-    torch.testing.assert_close(changed[0], magnitude[0])
-    torch.testing.assert_close(changed[1, :, :20], magnitude[1, :, :20])
-    assert frames.tolist() == [30, 20]
+        assert tempo != 1 or torch.allclose(changed, magnitude)
 
 
 def draw(seeds: list[list[int]], limit: float = np.inf) -> Augmentation:
-    return draw_augmentation(CONFIG, np.array(seeds), np.full(len(seeds), limit))
+    return draw_augmentation(CONFIG, seeds, np.full(len(seeds), limit))
 
 
 def test_augmentation_is_a_function_of_each_utterances_seed_alone() -> None:
-    is_distributed, alone = draw([[1, 2, 3], [1, 2, 4]]), draw([[1, 2, 4]])
+    together, alone = draw([[1, 2, 3], [1, 2, 4]]), draw([[1, 2, 4]])
     for field in dataclasses.fields(Augmentation):
-        first, second = getattr(is_distributed, field.name)
+        first, second = getattr(together, field.name)
         assert np.array_equal(second, getattr(alone, field.name)[0])
         assert not np.array_equal(first, second)
 
@@ -97,9 +90,6 @@ def test_augmentation_stays_within_its_ranges() -> None:
     assert drawn.frequency_masks.sum(-1).max() <= FREQUENCY_BINS
     assert drawn.time_masks[..., 1].max() <= CONFIG.time_mask_fraction
     assert drawn.time_masks.sum(-1).max() <= 1
-
-
-def test_tempo_never_exceeds_what_the_transcript_allows() -> None:
     assert draw([[7, 1, index] for index in range(50)], limit=1.01).tempo.max() <= 1.01
 
 
