@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -110,30 +109,3 @@ def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:
         return copy
 
     return read
-
-
-def supports_async_copy(device: torch.device) -> bool:
-    """Return whether a device copies from page-locked memory while it computes."""
-    return device.type in ("cuda", "xpu")
-
-
-def prefetch_to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device while it computes, and wait for the copy; see `record_stream`."""
-    if not supports_async_copy(device):
-        return tensor.to(device)
-    set_device(device)  # each thread has its own; leaving the stream would else set up the first GPU in every process
-    with _copy_stream(device) as stream:
-        copy = tensor.pin_memory().to(device, non_blocking=True)
-    stream.synchronize()
-    return copy
-
-
-def record_stream(tensor: Tensor) -> None:
-    """Keep the memory of a prefetched tensor until the work queued so far on the current stream is done."""
-    if supports_async_copy(tensor.device):
-        tensor.record_stream(torch.accelerator.current_stream(tensor.device))
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.Stream:
-    return torch.Stream(device)

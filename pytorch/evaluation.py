@@ -135,7 +135,7 @@ def evaluate(
     decoding: deque[tuple[Batch, Callable[[], list[str]]]] = deque()
     stopped = False
     with progress_bar("evaluation", len(batches), shown=world.is_main) as bar:
-        for batch in prefetch(batches, partial(make_batch, utterances, device=device)):
+        for batch in prefetch(batches, partial(make_batch, utterances, device=device), device):
             if stopped := stop_requested():
                 break
             decoding.append((batch, decoder(*forward(batch))))

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 
@@ -24,7 +24,6 @@ from torch import Tensor
 from data.packed import Subset
 from pytorch.config import Config
 from pytorch.ctc import encode, min_ctc_frames
-from pytorch.device import prefetch_to_device, record_stream, supports_async_copy
 from pytorch.distributed import World
 from pytorch.errors import RunError
 from pytorch.features import HOP_LENGTH, Augmentation, draw_augmentation, frame_counts, padded_frames
@@ -80,15 +79,20 @@ class Batch:
     """Utterances padded to the longest. `targets` are the label indices of all transcripts end to end."""
 
     indices: np.ndarray  # [B], positions in Utterances
-    waveforms_BS: Tensor  # int16, on the device
+    waveforms_BS: Tensor  # int16
     num_samples_B: Tensor  # int64, CPU
-    targets: Tensor  # int64, on the device
+    targets: Tensor  # int64
     target_lengths_B: Tensor  # int64, CPU
     transcripts: list[str]
     augmentation: Augmentation | None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with waveforms and targets on a device. The host waits only for pageable memory."""
+        waveforms_BS, targets = (x.to(device, non_blocking=x.is_pinned()) for x in (self.waveforms_BS, self.targets))
+        return replace(self, waveforms_BS=waveforms_BS, targets=targets)
 
 
 class TrainingLoader:
@@ -138,7 +142,7 @@ class TrainingLoader:
         self.data_wait_seconds = 0.0
         # The reader works through all microbatches of the epoch in one row, ahead of the step that is being computed;
         # each step takes its own from the front.
-        with closing(prefetch(chain.from_iterable(mine), make)) as batches:
+        with closing(prefetch(chain.from_iterable(mine), make, self.device)) as batches:
             for step, own in zip(steps, mine, strict=True):
                 asked = time.monotonic()
                 microbatches = [next(batches) for _ in own]
@@ -201,19 +205,20 @@ def make_batch(
     device: torch.device = CPU,
     augment: tuple[Config, int] | None = None,
 ) -> Batch:
-    """Read a batch.
+    """Read a batch, on the CPU.
 
     Args:
         utterances: where from.
         indices: int [B], positions in `utterances`.
-        device: where the waveforms and targets go; the copy is done when this returns.
+        device: where the batch will be computed.
         augment: configuration and epoch to draw augmentation for; None for evaluation.
     """
     num_samples_B = torch.from_numpy(utterances.num_samples[indices])
     frames_B = frame_counts(num_samples_B)
     frames = padded_frames(int(frames_B.max()), device)
     samples = max(int(num_samples_B.max()), (frames - 1) * HOP_LENGTH)
-    waveforms_BS = torch.empty(len(indices), samples, dtype=torch.int16, pin_memory=supports_async_copy(device))
+    pinned = device.type in ("cuda", "xpu")  # page-locked: these devices then copy while the host goes on
+    waveforms_BS = torch.empty(len(indices), samples, dtype=torch.int16, pin_memory=pinned)
     # NumPy, since a torch operation on this much in the reader's thread would start a second pool of OpenMP threads;
     # with more threads than cores, the pools' threads sleep at every barrier instead of spinning.
     for waveform, count, index in zip(waveforms_BS.numpy(), num_samples_B.tolist(), indices, strict=True):
@@ -231,27 +236,26 @@ def make_batch(
         augmentation = draw_augmentation(config, seeds, limits_B)
     return Batch(
         indices=indices,
-        waveforms_BS=prefetch_to_device(waveforms_BS, device),
+        waveforms_BS=waveforms_BS,
         num_samples_B=num_samples_B,
-        targets=prefetch_to_device(torch.tensor(list(chain.from_iterable(encoded)), dtype=torch.int64), device),
+        targets=torch.tensor(list(chain.from_iterable(encoded)), dtype=torch.int64, pin_memory=pinned),
         target_lengths_B=torch.tensor([len(labels) for labels in encoded], dtype=torch.int64),
         transcripts=transcripts,
         augmentation=augmentation,
     )
 
 
-def prefetch(batches: Iterable[np.ndarray], make: Callable[[np.ndarray], Batch]) -> Generator[Batch, None, None]:
-    """Yield batches in order, made in a background thread some batches ahead."""
+def prefetch(
+    batches: Iterable[np.ndarray], make: Callable[[np.ndarray], Batch], device: torch.device = CPU
+) -> Generator[Batch, None, None]:
+    """Yield batches in order, on a device, made in a background thread some batches ahead."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
         remaining = iter(batches)
         pending = deque(reader.submit(make, indices) for indices in islice(remaining, PREFETCHED_BATCHES))
         try:
             while pending:
                 pending.extend(reader.submit(make, indices) for indices in islice(remaining, 1))
-                batch = pending.popleft().result()
-                for tensor in (batch.waveforms_BS, batch.targets):
-                    record_stream(tensor)
-                yield batch
+                yield pending.popleft().result().to(device)
         finally:
             for future in pending:
                 future.cancel()

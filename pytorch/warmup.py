@@ -18,7 +18,7 @@ from torch import Tensor
 from pytorch import memory
 from pytorch.config import Config, Precision
 from pytorch.ctc import LABELS
-from pytorch.device import copy_to_cpu_async, explain_oom, prefetch_to_device
+from pytorch.device import copy_to_cpu_async, explain_oom
 from pytorch.features import SAMPLE_RATE, draw_augmentation
 from pytorch.loader import Batch
 from pytorch.trainer import Trainer
@@ -110,10 +110,10 @@ def random_batch(config: Config, num_samples_B: Tensor, device: torch.device) ->
     augmentation = draw_augmentation(own_tempo, [[number] for number in range(count)], np.full(count, math.inf))
     return Batch(
         indices=np.arange(count),
-        waveforms_BS=prefetch_to_device(waveforms_BS, device),
+        waveforms_BS=waveforms_BS,
         num_samples_B=num_samples_B,
-        targets=prefetch_to_device(targets, device),
+        targets=targets,
         target_lengths_B=lengths_B,
         transcripts=[""] * count,
         augmentation=augmentation,
-    )
+    ).to(device)
