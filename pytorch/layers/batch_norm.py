@@ -49,14 +49,14 @@ class BatchNorm(nn.BatchNorm1d):
         """Normalize rows [N, C]."""
         if not self.training or not (distributed.is_distributed() or _has_kernel(input)):
             return self.clip(super().forward(input))
-        limits = NO_LIMITS if input.is_cuda else self.clamp  # CUDA's kernels do not clip
+        limits = self.clamp if _has_kernel(input) else NO_LIMITS  # only the C++ clips
         output, mean_C, variance_C, count = _SyncBatchNorm.apply(input, self.weight, self.bias, self.eps, limits)
         with torch.no_grad():
             momentum = self.momentum or 0.0
             self.get_buffer("running_mean").lerp_(mean_C, momentum)
             self.get_buffer("running_var").lerp_(variance_C * (count / (count - 1).clamp(min=1)), momentum)
             self.get_buffer("num_batches_tracked").add_(1)
-        return self.clip(output) if input.is_cuda else output
+        return output if limits == self.clamp else self.clip(output)
 
     def clip(self, output: Tensor) -> Tensor:
         """Return the output within the limits."""
@@ -64,7 +64,10 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class _SyncBatchNorm(torch.autograd.Function):
-    """Output [N, C], mean [C], variance [C] (both float32) and number of rows, which is a tensor."""
+    """Output [N, C], mean [C], variance [C] (both float32) and number of rows, which is a tensor.
+
+    Where there is C++, the output is clipped, and `clamp` says to what.
+    """
 
     @staticmethod
     def forward(
@@ -141,8 +144,7 @@ def _output(x_NC: Tensor, normal: _Affine) -> Tensor:
     if x_NC.is_cuda:
         ones_C = torch.ones_like(normal.mean_C)
         return torch.batch_norm_elemt(x_NC, normal.scale_C, normal.bias_C, normal.mean_C, ones_C, 0.0)
-    deviation_NC = x_NC.float() - normal.mean_C
-    return (deviation_NC * normal.scale_C + normal.bias_C).clamp(normal.low, normal.high).to(x_NC.dtype)
+    return ((x_NC.float() - normal.mean_C) * normal.scale_C + normal.bias_C).to(x_NC.dtype)
 
 
 def _sums(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,8 +158,8 @@ def _sums(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor) -> tuple[Tensor, T
         reduce = torch.batch_norm_backward_reduce
         sum_C, product_C, *_ = reduce(d_output_NC, x_NC, normal.mean_C, inverse_C, normal.scale_C, *what)
         return sum_C.double(), product_C.double()
-    d_NC, deviation_NC = _within_limits(x_NC, normal, d_output_NC)
-    return d_NC.sum(0).double(), (d_NC * deviation_NC).sum(0).double()
+    d_NC = d_output_NC.float()
+    return d_NC.sum(0).double(), (d_NC * (x_NC.float() - normal.mean_C)).sum(0).double()
 
 
 def _gradient(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor, offset_C: Tensor, slope_C: Tensor) -> Tensor:
@@ -170,12 +172,4 @@ def _gradient(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor, offset_C: Tens
         ones_C = torch.ones_like(normal.mean_C)
         sums = offset_C, slope_C, ones_C[:1].int()  # over one row, since they are means already
         return torch.batch_norm_backward_elemt(d_output_NC, x_NC, normal.mean_C, ones_C, normal.scale_C, *sums)
-    d_NC, deviation_NC = _within_limits(x_NC, normal, d_output_NC)
-    return (normal.scale_C * (d_NC - offset_C - slope_C * deviation_NC)).to(x_NC.dtype)
-
-
-def _within_limits(x_NC: Tensor, normal: _Affine, d_output_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Return d and x - mean."""
-    deviation_NC = x_NC.float() - normal.mean_C
-    y_NC = deviation_NC * normal.scale_C + normal.bias_C
-    return d_output_NC.float() * ((y_NC > normal.low) & (y_NC < normal.high)), deviation_NC
+    return (normal.scale_C * (d_output_NC.float() - offset_C - slope_C * (x_NC.float() - normal.mean_C))).to(x_NC.dtype)

@@ -28,15 +28,12 @@ Axes: N packed rows, D directions, H hidden units, G = 3H gates in the order r, 
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import PackedSequence
 
 from pytorch.config import Config, GRUKernel
@@ -60,7 +57,7 @@ class GRU(nn.GRU):
     def forward(self, sequence: PackedSequence, offsets: Tensor | None = None) -> PackedSequence:  # type: ignore[override]
         """Map rows of [N, input_size] to [N, hidden_size], in float32 (or float64), autocast or not.
 
-        Offsets [T + 1] are each time step's first row, int32 on the device. They are computed if they are not given.
+        Offsets [T + 1] are each time step's first row, int32 on the device. Triton computes those that are not given.
         """
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
         device = sequence.data.device
@@ -71,35 +68,25 @@ class GRU(nn.GRU):
         elif torch.is_autocast_enabled(device.type) and has_triton_kernel(device, self.hidden_size, self.kernel):
             from pytorch.layers import gru_triton
 
-            if offsets is None:
-                offsets = pad(sequence.batch_sizes.cumsum(0), (1, 0)).int().to(device)
             with torch.autocast(device.type, enabled=False):
                 outputs_NH = gru_triton.Layer.apply(sequence.data, sequence.batch_sizes, offsets, keep, *weights)
         else:
-            outputs_N2H = self._stock(sequence, weights).unflatten(-1, (2, self.hidden_size))
-            outputs_NH = outputs_N2H.sum(1, dtype=weights[0].dtype)
+            bf16 = torch.is_autocast_enabled(device.type) and has_bf16_kernel(device)
+            dtype = torch.bfloat16 if bf16 else weights[0].dtype
+            rounded = [x.to(dtype) for x in (sequence.data, *weights)]
+            outputs_NX = _stock_gru(rounded[0], sequence.batch_sizes, rounded[1:], self.training)
+            outputs_NH = outputs_NX.unflatten(1, (2, -1)).sum(1, dtype=weights[0].dtype)
         return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
 
-    def _stock(self, sequence: PackedSequence, weights: Sequence[Tensor]) -> Tensor:
-        """Compute nn.GRU's outputs, both directions side by side, in bfloat16 where autocast and cuDNN have that.
 
-        Autocast's own wrapper of CUDA's recurrent layers rounds to float16, whatever it was asked for.
-        """
-        device = sequence.data.device
-        bf16 = torch.is_autocast_enabled(device.type) and has_bf16_kernel(device)
-        data, *weights = (x.to(torch.bfloat16 if bf16 else weights[0].dtype) for x in (sequence.data, *weights))
-        with torch.autocast(device.type, enabled=False), _ignore_non_contiguous_weights_warning():
-            state_DBH = data.new_zeros(2, int(sequence.batch_sizes[0]), self.hidden_size)
-            options = True, 1, 0.0, self.training, True  # bias, layers, dropout, training, bidirectional
-            return torch._VF.gru(data, sequence.batch_sizes, state_DBH, weights, *options)[0]  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _ignore_non_contiguous_weights_warning() -> Iterator[None]:
-    """cuDNN warns that it packs bfloat16 copies of weights, as they are not contiguous; that costs little."""
-    with warnings.catch_warnings():
+def _stock_gru(inputs_NI: Tensor, batch_sizes: Tensor, weights: list[Tensor], training: bool) -> Tensor:
+    """Return nn.GRU's outputs [N, 2H] in the inputs' data type; under autocast, CUDA's would round to float16."""
+    state_2BH = inputs_NI.new_zeros(2, int(batch_sizes[0]), weights[1].shape[1])
+    options = True, 1, 0.0, training, True  # bias, layers, dropout, training, bidirectional
+    with torch.autocast(inputs_NI.device.type, enabled=False), warnings.catch_warnings():
+        # cuDNN packs copies of the weights, as they are not contiguous; that costs little.
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
-        yield
+        return torch._VF.gru(inputs_NI, batch_sizes, state_2BH, weights, *options)[0]  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -111,10 +98,10 @@ def has_bf16_kernel(device: torch.device) -> bool:
     cuDNN does from version 9.13 on, on GPUs of compute capability 8 and higher. Otherwise PyTorch would silently take
     some kernels for each time step.
     """
-    layer = nn.GRU(8, 8, device=device, dtype=torch.bfloat16)
-    with torch.autocast(device.type, enabled=False), _ignore_non_contiguous_weights_warning():
-        outputs, _ = layer(torch.zeros(2, 1, 8, device=device, dtype=torch.bfloat16))
-    return outputs.grad_fn.name().startswith(("CudnnRnn", "MiopenRnn"))
+    layer = nn.GRU(8, 8, bidirectional=True, device=device, dtype=torch.bfloat16)
+    inputs_NI = torch.zeros(1, 8, device=device, dtype=torch.bfloat16)
+    outputs_NX = _stock_gru(inputs_NI, torch.tensor([1]), layer._flat_weights, training=True)  # type: ignore[arg-type]
+    return outputs_NX.grad_fn.name().startswith(("CudnnRnn", "MiopenRnn"))  # type: ignore[union-attr]
 
 
 @functools.cache
@@ -148,14 +135,14 @@ def _trial_error(device: torch.device, hidden_size: int, batch_sizes: Tensor) ->
 
     layer, rows = nn.GRU(8, hidden_size, bidirectional=True, device=device), int(batch_sizes.sum())
     inputs_NI = torch.linspace(-9, 9, rows * 8, device=device).sin().view(rows, 8).requires_grad_()
-    offsets = pad(batch_sizes.cumsum(0), (1, 0)).int().to(device)
-    wanted, found = [inputs_NI, *layer.parameters()], []
+    weights: list[Tensor] = list(layer.parameters())
+    found = []
     with torch.autocast(device.type, enabled=False):
         for outputs_NH in (
-            layer(PackedSequence(inputs_NI, batch_sizes))[0].data.unflatten(1, (2, -1)).sum(1),
-            gru_triton.Layer.apply(inputs_NI, batch_sizes, offsets, True, *layer.parameters()),
+            _stock_gru(inputs_NI, batch_sizes, weights, training=True).unflatten(1, (2, -1)).sum(1),
+            gru_triton.Layer.apply(inputs_NI, batch_sizes, None, True, *weights),
         ):
-            found.append([outputs_NH, *torch.autograd.grad(outputs_NH.square().sum(), wanted)])
+            found.append([outputs_NH, *torch.autograd.grad(outputs_NH.square().sum(), [inputs_NI, *weights])])
     errors = [(actual - expected).norm() / expected.norm() for expected, actual in zip(*found, strict=True)]
     return float(torch.stack(errors).detach().max())  # NaN if any is
 
@@ -177,15 +164,14 @@ def agreed_implementation(world: World, device: torch.device, config: Config) ->
     Raises:
         RunError: ranks differ, or --gru-kernel cannot be had.
     """
-    first, *others = world.all_gather_object(
-        implementation(device, config.precision, config.hidden_size, config.gru_kernel)
-    )
-    different = [f"{other} on rank {rank}" for rank, other in enumerate(others, start=1) if other != first]
-    if different:
-        raise RunError(f"ranks compute the GRUs in different ways: {first} on rank 0, {', '.join(different)}")
-    if config.gru_kernel == "triton" and not first.startswith("Triton"):
-        raise RunError(f"--gru-kernel triton: not possible on this device in {config.precision}; it would be {first}")
-    return first
+    mine = implementation(device, config.precision, config.hidden_size, config.gru_kernel)
+    names = world.all_gather_object(mine)
+    if len(set(names)) > 1:
+        by_rank = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(names))
+        raise RunError(f"ranks compute the GRUs in different ways: {by_rank}")
+    if config.gru_kernel == "triton" and not mine.startswith("Triton"):
+        raise RunError(f"--gru-kernel triton: not possible on this device in {config.precision}; it would be {mine}")
+    return mine
 
 
 class _Layer(torch.autograd.Function):

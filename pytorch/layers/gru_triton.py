@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 
 def _tiles(U: int, K: int, AHEAD: int, num_warps: int = 4) -> dict[str, int]:
@@ -254,15 +255,17 @@ def supported(device: torch.device, hidden: int, untested: bool) -> bool:
 
 
 class Layer(torch.autograd.Function):
-    """The layer on a GPU; offsets [T + 1] are those of batch_sizes [T], as int32 on the GPU.
+    """The layer on a GPU; offsets [T + 1] are those of batch_sizes [T], as int32 on the GPU; None has them computed.
 
     `weights` are, for each direction, W_ih [3H, I], W_hh [3H, H], b_ih [3H], b_hh [3H].
     """
 
     @staticmethod
     def forward(
-        ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, offsets: Tensor, keep: bool, *weights: Tensor
+        ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, offsets: Tensor | None, keep: bool, *weights: Tensor
     ) -> Tensor:
+        if offsets is None:
+            offsets = pad(batch_sizes.cumsum(0), (1, 0)).int().to(inputs_NI.device)
         ih_0, hh_0, bias_ih_0, bias_hh_0, ih_1, hh_1, bias_ih_1, bias_hh_1 = weights
         hidden, ctx.input_dtype = hh_0.shape[1], inputs_NI.dtype
         # Triton's interpreter, on a CPU, has no products of bfloat16

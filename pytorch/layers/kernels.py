@@ -12,14 +12,15 @@ import hashlib
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+NUMBERS: dict[type, Any] = {bool: ctypes.c_bool, int: ctypes.c_long, float: ctypes.c_float}
 SOURCES = [Path(__file__).with_name(name) for name in ("gru.cpp", "batch_norm.cpp")]
 
 
@@ -76,32 +77,23 @@ def load() -> ctypes.CDLL | str:
         return f"no kernel for this CPU ({machine}, {capability}): it needs AVX2"
     everything = [*(source.read_bytes() for source in SOURCES), " ".join([machine, *flags]).encode()]
     key = hashlib.sha256(b"".join(everything)).hexdigest()[:16]
+    compiler = os.environ.get("CXX") or "g++"
     cache = os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions"
     try:
-        folder = Path(cache).expanduser()
-    except RuntimeError as error:  # no HOME, and no entry in the password file
-        return f"no folder for the library; set TORCH_EXTENSIONS_DIR: {error}"
-    library = folder / f"deepspeech2_{key}" / f"{capability}.so"
-    try:
-        compiler, *options = shlex.split(os.environ.get("CXX") or "g++")
-    except ValueError as error:
-        return f"CXX={os.environ['CXX']!r} is not a command: {error}"
-    try:
+        library = Path(cache).expanduser() / f"deepspeech2_{key}" / f"{capability}.so"
         if not library.exists():
-            if not shutil.which(compiler):
-                return f"no C++ compiler: {compiler} not found (apt-get install g++, or set CXX)"
             library.parent.mkdir(parents=True, exist_ok=True)
             # Several processes may do this at once: a finished file takes its place in one step.
             with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
                 built = Path(scratch, library.name)
-                command = [compiler, *options, *flags, "-o", str(built), *map(str, SOURCES)]
+                command = [*shlex.split(compiler), *flags, "-o", str(built), *map(str, SOURCES)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
                 built.replace(library)
         return ctypes.CDLL(str(library))
     except subprocess.CalledProcessError as error:
         return f"{shlex.join(error.cmd)} failed: {error.stderr.strip()}"
-    except OSError as error:
-        return f"no library in {folder} (TORCH_EXTENSIONS_DIR): {error}"
+    except (OSError, RuntimeError, ValueError) as error:  # no compiler, no place for it, no home, CXX is not a command
+        return f"no library: {error}; install g++ or set CXX ({compiler}), TORCH_EXTENSIONS_DIR ({cache})"
 
 
 def call(name: str, *arguments: bool | int | float | Tensor | list[Tensor] | None) -> None:
@@ -116,12 +108,8 @@ def call(name: str, *arguments: bool | int | float | Tensor | list[Tensor] | Non
 
 
 def _passed(argument: bool | int | float | Tensor | list[Tensor] | None) -> ctypes._SimpleCData | ctypes.Array:
-    if isinstance(argument, bool):
-        return ctypes.c_bool(argument)
-    if isinstance(argument, int):
-        return ctypes.c_long(argument)
-    if isinstance(argument, float):
-        return ctypes.c_float(argument)
     if isinstance(argument, list):
         return (ctypes.c_void_p * len(argument))(*(tensor.data_ptr() for tensor in argument))
-    return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    if isinstance(argument, Tensor | None):
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    return NUMBERS[type(argument)](argument)

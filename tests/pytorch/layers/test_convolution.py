@@ -1,3 +1,5 @@
+from typing import TypeAlias
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,8 @@ from torch import nn
 from pytorch.layers import kernels
 from pytorch.layers.convolution import Convolution
 
-SHAPES = [  # in, out, kernel, stride, frequencies
+Shape: TypeAlias = tuple[int, int, tuple[int, int], tuple[int, int], int]
+SHAPES: list[Shape] = [  # in, out, kernel, stride, frequencies
     (1, 4, (41, 11), (2, 2), 161),
     (1, 5, (7, 3), (1, 1), 10),
     (4, 4, (21, 11), (2, 1), 81),
@@ -15,16 +18,10 @@ SHAPES = [  # in, out, kernel, stride, frequencies
 ]
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "kernel", "stride", "frequencies"), SHAPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("time", [1, 2, 37])
-def test_convolution_and_its_gradients_equal_those_of_conv2d(
-    inputs: int,
-    outputs: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    frequencies: int,
-    time: int,
-) -> None:
+def test_convolution_and_its_gradients_equal_those_of_conv2d(shape: Shape, time: int) -> None:
+    inputs, outputs, kernel, stride, frequencies = shape
     torch.manual_seed(0)
     convolution = Convolution(inputs, outputs, kernel, stride)
     oracle = nn.Conv2d(inputs, outputs, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False).double()
@@ -65,15 +62,9 @@ def test_padding_changes_no_output(padding: int) -> None:
     torch.testing.assert_close(convolution(padded_BTFC)[:, :50], convolution(x_BTFC), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("inputs", "outputs", "kernel", "stride", "frequencies"), SHAPES)
-def test_under_bfloat16_autocast_it_is_off_by_rounding_alone(
-    inputs: int,
-    outputs: int,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    frequencies: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.parametrize("shape", SHAPES)
+def test_under_bfloat16_autocast_it_is_off_by_rounding_alone(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, outputs, kernel, stride, frequencies = shape
     monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)  # where it does not, this is slow
     torch.manual_seed(0)
     convolution = Convolution(inputs, outputs, kernel, stride)

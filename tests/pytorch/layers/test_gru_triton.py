@@ -42,10 +42,9 @@ def run(layer: nn.GRU, sequence: PackedSequence, stock: bool) -> list[Tensor]:
     if stock:
         outputs_NH = layer(sequence._replace(data=data))[0].data.unflatten(1, (-1, layer.hidden_size)).sum(1)
     else:
-        offsets = torch.nn.functional.pad(sequence.batch_sizes.cumsum(0), (1, 0)).int()
-        outputs_NH = gru_triton.Layer.apply(data, sequence.batch_sizes, offsets, True, *weights)
+        outputs_NH = gru_triton.Layer.apply(data, sequence.batch_sizes, None, True, *weights)
         with torch.no_grad():
-            inference_NH = gru_triton.Layer.apply(data, sequence.batch_sizes, offsets, False, *weights)
+            inference_NH = gru_triton.Layer.apply(data, sequence.batch_sizes, None, False, *weights)
             assert torch.equal(outputs_NH, inference_NH)
     d_outputs_NH = torch.randn(outputs_NH.shape, generator=torch.Generator().manual_seed(0)).to(outputs_NH)
     return [outputs_NH.detach(), *torch.autograd.grad(outputs_NH, [data, *weights], d_outputs_NH)]
@@ -137,11 +136,7 @@ COMPILED = [*itertools.product(SHARED_MEMORY, (False, True), [0]), ((9, 0), Fals
 
 @pytest.mark.parametrize(("capability", "backward", "units"), COMPILED)
 def test_weights_stay_in_shared_memory_and_programs_see_what_others_wrote(
-    capability: tuple[int, int],
-    backward: bool,
-    units: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int], backward: bool, units: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     import triton

@@ -22,19 +22,14 @@ def fresh_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     kernels.load.cache_clear()
 
 
-def test_a_missing_compiler_is_told(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    expected = "plain PyTorch: no C++ compiler: no-such-compiler not found (apt-get install g++, or set CXX)"
-    assert kernels.status() == expected
-    assert GRU(3, 4)(pack_sequence([torch.ones(2, 3)])).data.shape == (2, 4)
-
-
-@pytest.mark.parametrize("command", [" ", '"g++'])
-def test_a_command_that_does_not_parse_is_named(
+@pytest.mark.parametrize("command", ["no-such-compiler", " ", '"g++'])
+def test_a_compiler_that_cannot_be_started_is_named_and_done_without(
     fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setenv("CXX", command)
-    assert f"CXX={command!r}" in kernels.status()
+    assert kernels.status().startswith("plain PyTorch: no library: ")
+    assert f"install g++ or set CXX ({command})" in kernels.status()
+    assert GRU(3, 4)(pack_sequence([torch.ones(2, 3)])).data.shape == (2, 4)
 
 
 def test_a_compiler_error_is_told_and_leaves_nothing(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +43,7 @@ def test_a_compiler_error_is_told_and_leaves_nothing(fresh_kernel: Path, monkeyp
 
 def test_a_cache_that_cannot_be_written_is_told(fresh_kernel: Path) -> None:
     fresh_kernel.touch()
-    assert f"no library in {fresh_kernel} (TORCH_EXTENSIONS_DIR)" in kernels.status()
+    assert f"TORCH_EXTENSIONS_DIR ({fresh_kernel})" in kernels.status()
 
 
 def test_an_older_cpu_is_told(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
