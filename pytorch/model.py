@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from pytorch.ctc import BLANK, LABELS
+from pytorch.layers import kernels
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.layers.convolution import Convolution
 from pytorch.layers.gru import GRU
-from pytorch.layers.rows import padded_rows
+from pytorch.layers.rows import pad_rows
 
 GRU_LAYERS = 5
 TIME_STRIDE = 2
@@ -93,7 +94,12 @@ class DeepSpeech2(nn.Module):
         for gru, norm in zip(self.grus, self.norms, strict=True):
             packed = gru(packed, layout.offsets)
             packed = PackedSequence(norm(packed.data), layout.batch_sizes)
-        logits_NV = _linear(packed.data, self.classifier)
+        x_NH = packed.data
+        dtype = torch.bfloat16 if kernels.autocast_is_bf16(x_NH.device.type) else x_NH.dtype
+        rows_NH = pad_rows(x_NH, dtype)
+        logits_NV = self.classifier(rows_NH).float()
+        if len(rows_NH) > len(x_NH):  # a GPU has no such rows, and would copy the gradient of the slice
+            logits_NV = logits_NV[: len(x_NH)]
 
         index_into_TB_N = layout.time_N * batch + layout.utterance_N
         logits_TBV = logits_NV.new_zeros(time * batch, len(LABELS)).index_copy_(0, index_into_TB_N, logits_NV)
@@ -139,17 +145,16 @@ def _norm_rows(x_NFC: Tensor, norm: nn.Module) -> Tensor:
     return norm(x_NFC.flatten(0, 1)).view_as(x_NFC)
 
 
-def _linear(x_NH: Tensor, layer: nn.Linear) -> Tensor:
-    """Apply a linear layer to rows, which are padded as those of all products."""
-    dtype = torch.get_autocast_dtype(x_NH.device.type) if torch.is_autocast_enabled(x_NH.device.type) else x_NH.dtype
-    padding = padded_rows(len(x_NH), x_NH.device, dtype) - len(x_NH)
-    if padding == 0:  # would copy
-        return layer(x_NH).float()
-    return layer(nn.functional.pad(x_NH, (0, 0, 0, padding)))[: len(x_NH)].float()
-
-
 class _PackLayout(NamedTuple):
-    """Which utterance and time step each row of a packed sequence is."""
+    """Which utterance and time step each row of a packed sequence is: by time step, the longest utterance first.
+
+    Utterance 0 has the 2 frames a0 and a1, utterance 1 has the 3 frames b0, b1 and b2:
+
+        row          0   1 | 2   3 | 4        batch_sizes  2 2 1
+        frame        b0  a0| b1  a1| b2       offsets      0 2 4 5
+        utterance_N  1   0 | 1   0 | 1
+        time_N       0   0 | 1   1 | 2
+    """
 
     utterance_N: Tensor
     time_N: Tensor
@@ -158,7 +163,7 @@ class _PackLayout(NamedTuple):
 
 
 def _pack_layout(frames_B: Tensor, device: torch.device) -> _PackLayout:
-    """Return the rows of a PackedSequence with these frame counts (CPU): by time step, the longest utterance first.
+    """Return the rows of a PackedSequence with these frame counts (CPU).
 
     What has N elements is made on the device, from what has B or T: a larger copy from the CPU would wait for it.
     """

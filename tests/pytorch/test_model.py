@@ -29,7 +29,10 @@ def model(features: torch.Tensor) -> DeepSpeech2:
 def test_reference_configuration_has_the_stated_topology_and_parameter_count() -> None:
     config = CONFIGS["librispeech"]
     model = DeepSpeech2(config.conv_channels, config.hidden_size)
-    assert sum(parameter.numel() for parameter in model.parameters()) == 41_187_904
+    wider_input = (1312 - 672) * 3 * 800 * 2  # 'same' padding keeps 41 frequencies, not 21, for the first GRU layer
+    conv_biases = 2 * 32  # taken out again by the batch norm after them
+    in_2018 = 38_115_968
+    assert sum(parameter.numel() for parameter in model.parameters()) == in_2018 + wider_input - conv_biases
     assert [(tuple(m.weight.shape), m.stride) for m in model.modules() if isinstance(m, nn.Conv2d)] == [
         ((32, 1, 41, 11), (2, 2)),
         ((32, 32, 21, 11), (2, 1)),
@@ -39,19 +42,6 @@ def test_reference_configuration_has_the_stated_topology_and_parameter_count() -
         (800, 800, True)
     ] * 4
     assert tuple(model.classifier.weight.shape) == (29, 800)
-
-
-def test_parameter_count_follows_from_that_of_the_2018_reference() -> None:
-    wider_input = (1312 - 672) * 3 * 800 * 2  # 'same' padding keeps 41 frequencies, not 21, for the first GRU layer
-    conv_biases = 2 * 32  # taken out again by the batch norm after them
-    assert 38_115_968 + wider_input - conv_biases == 41_187_904
-
-
-def test_every_named_configuration_has_the_same_topology() -> None:
-    shapes = {
-        tuple(type(m).__name__ for m in DeepSpeech2(c.conv_channels, c.hidden_size).modules()) for c in CONFIGS.values()
-    }
-    assert len(shapes) == 1
 
 
 def test_output_has_one_frame_for_two_of_the_input_rounded_up() -> None:
@@ -83,9 +73,7 @@ def test_more_padding_changes_no_training_loss_gradient_or_running_statistic(fea
         logits, frames = model(nn.functional.pad(features, (0, padding)), FRAMES)
         loss = ctc_loss(logits, frames, torch.arange(1, 6), torch.ones(5, dtype=torch.int64))
         loss.backward()
-        gradients = torch.cat(
-            [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
-        )
+        gradients = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
         statistics = torch.cat([buffer.flatten().float() for buffer in model.buffers()])
         results.append((loss.detach(), gradients, statistics))
     for narrow, wide in zip(*results, strict=True):
