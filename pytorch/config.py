@@ -234,6 +234,10 @@ def _named(name: str, dataset: str, **values: Any) -> Config:
     return Config(config=name, dataset_dir=ROOT / dataset, output_dir=ROOT / "results" / name, **values)
 
 
+# For corpora of a few minutes, of which an epoch has a hundred steps or so
+_TINY: dict[str, Any] = {"batch_size": 6, "max_epochs": 20, "warmup_steps": 30, "time_masks": 2}
+_TINY |= {"gain_min_db": 0.0, "gain_max_db": 0.0}
+
 # Widths and schedules differ; topology, features, labels, loss and metric never do.
 CONFIGS: dict[str, Config] = {
     "librispeech": _named("librispeech", "LibriSpeech_dataset"),
@@ -266,31 +270,21 @@ CONFIGS: dict[str, Config] = {
         "AN4_dataset",
         hidden_size=128,
         conv_channels=8,
-        batch_size=6,
         lr_decay_epochs=20,
-        max_epochs=20,
-        warmup_steps=30,
-        gain_min_db=0.0,
-        gain_max_db=0.0,
         frequency_mask_bins=20,
-        time_masks=2,
+        **_TINY,
     ),
     "synthetic": _named(
         "synthetic",
         "Synthetic_dataset",
         hidden_size=168,
         conv_channels=4,
-        batch_size=6,
         lr_decay_epochs=8,
-        max_epochs=20,
-        warmup_steps=30,
         augment_from_epoch=1,
         tempo_min=0.9,
         tempo_max=1.1,
-        gain_min_db=0.0,
-        gain_max_db=0.0,
         frequency_mask_bins=10,
-        time_masks=2,
+        **_TINY,
     ),
     # MLPerf v0.5 speech recognition, of 2018. Its tempo and gain came from one `sox` process per utterance;
     # ours are computed on the device.
@@ -299,10 +293,8 @@ CONFIGS: dict[str, Config] = {
         "LibriSpeech_dataset",
         optimizer="sgd",
         learning_rate=3e-4,
-        beta1=0.9,
         weight_decay=0.0,
         schedule="anneal",
-        lr_gamma=1.1,
         warmup_steps=0,
         gradient_clip_norm=200.0,
         ema_decay=0.0,

@@ -72,11 +72,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[nn.Parameter],
-        lr: float,
-        weight_decay: float,
-        compute_dtype: torch.dtype = torch.float32,
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, compute_dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.compute_dtype = compute_dtype
