@@ -6,11 +6,11 @@
     python -m tests.fake_cuda faults                     # a step with each of FAULTS
 
 Needs gcc and a PyTorch built for CUDA. CUDA's runtime is a stub (RUNTIME) with one H100; messages between ranks are
-left out. Launches of Triton's kernels are counted, not done. Tensors on the CPU are real, those on the GPU have shape
-and type only (FakeTensorMode). So devices, types and shapes are checked as on a GPU, but there are no values: whatever
-needs one, such as item(), bool(), nonzero() or a mask as an index, is an error. Copied to the CPU, they are zeros. What
-an operation does inside, such as cuDNN's loop over time or CTC's copies of its lengths, is not seen; nor is waiting by
-asking an event again and again.
+left out. Launches of Triton's kernels are counted, not done; cuDNN's GRUs, which fp32 would need, are missing. Tensors
+on the CPU are real, those on the GPU have shape and type only (FakeTensorMode). So devices, types and shapes are
+checked as on a GPU, but there are no values: whatever needs one, such as item(), bool(), nonzero() or a mask as an
+index, is an error. Copied to the CPU, they are zeros. What an operation does inside, such as CTC's copies of its
+lengths, is not seen; nor is waiting by asking an event again and again.
 """
 
 import ctypes
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -117,15 +116,23 @@ def start(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=ROOT, env=environment, text=True, **options)
 
 
+class Event(NamedTuple):
+    """Something that the GPU is asked for, or that it has to be waited for."""
+
+    kind: str  # "wait", "copy" from page-locked memory, "pageable copy" or "operation" that has a kernel
+    line: str  # of pytorch/
+    what: str  # name of the operation, or the reason to wait
+    bytes: int = 0  # copied, or read and written by the operation at least
+
+
 class Needs(NamedTuple):
     """What a step or an evaluation needs of the GPU; in the tests also the most that it may."""
 
-    waits: int  # for the GPU
-    pageable_copies: int  # to the GPU, of memory that is not page-locked
+    waits: int
+    pageable_copies: int
     pageable_bytes: int  # of the largest of them
-    operations: int  # that have kernels
-    gigabytes: float  # read and written by them at least
-    gru: str  # the type in which cuDNN computes the recurrent layers, or Triton
+    operations: int
+    gigabytes: float  # of operations
 
 
 # Operations without a kernel.
@@ -134,7 +141,7 @@ FREE |= {"empty_strided", "expand", "lift_fresh", "new_empty", "new_empty_stride
 FREE |= {"slice", "split", "split_with_sizes", "squeeze", "transpose", "unbind", "unfold", "unsqueeze", "view"}
 COPIES = {"_to_copy", "to", "copy_"}
 LENGTHS_ON_CPU = {"_ctc_loss", "_ctc_loss_backward"}
-ONE_TYPE = {"mm", "addmm", "bmm", "baddbmm", "convolution", "_cudnn_rnn"}
+ONE_TYPE = {"mm", "addmm", "bmm", "baddbmm"}
 
 
 def ctc(log_probabilities_TBV: Tensor, targets: Tensor, frames_B: Any, lengths_B: Any, *_: Any) -> tuple[Tensor, ...]:
@@ -142,10 +149,6 @@ def ctc(log_probabilities_TBV: Tensor, targets: Tensor, frames_B: Any, lengths_B
     with unset_fake_temporarily():
         states = 2 * int(max(lengths_B)) + 1
     return log_probabilities_TBV.new_empty(batch), log_probabilities_TBV.new_empty(batch, time, states)
-
-
-def cudnn_backward(data: Tensor, weights: list[Tensor], _stride: int, _buffer: Tensor, hx: Tensor, *_: Any) -> tuple:
-    return torch.empty_like(data), torch.empty_like(hx), None, [torch.empty_like(weight) for weight in weights]
 
 
 def by_channel(rows_NC: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -157,49 +160,33 @@ def by_channel(rows_NC: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 STAND_INS: dict[str, Callable[..., Any]] = {
     "_ctc_loss": ctc,
     "_ctc_loss_backward": lambda _gradient, log_probabilities, *_: torch.empty_like(log_probabilities),
-    "_cudnn_rnn_backward": cudnn_backward,
     "_fused_sgd_": lambda *_: None,
     "batch_norm_stats": by_channel,
-    "batch_norm_gather_stats_with_counts": by_channel,
     "batch_norm_elemt": lambda rows, *_: torch.empty_like(rows),
     "batch_norm_backward_reduce": lambda _gradient, rows, *_: (*by_channel(rows), None, None),
     "batch_norm_backward_elemt": lambda gradient, *_: torch.empty_like(gradient),
-    "record_stream": lambda *_: None,
 }
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps tensors on the CPU real and those on the GPU fake, and counts what is done with the latter by line."""
+    """Keeps tensors on the CPU real and those on the GPU fake, and notes what is done with the latter."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self.operations: Counter[tuple[str, str]] = Counter()  # by line and name
-        self.bytes: Counter[str] = Counter()  # by line
-        self.copies: Counter[tuple[str, bool, int]] = Counter()  # by line, whether from page-locked memory, and bytes
-        self.waits: Counter[tuple[str, str]] = Counter()  # by line and reason
-        self.gru: set[str] = set()
+        self.events: list[Event] = []
 
     def needs(self) -> Needs:
-        """Return what was counted."""
-        pageable = [size for (_, pinned, size), count in self.copies.items() if not pinned for _ in range(count)]
-        operations, size = self.operations.total(), self.bytes.total() / 1e9
-        gru = ", ".join(sorted(self.gru))
-        return Needs(self.waits.total(), len(pageable), max(pageable, default=0), operations, round(size, 1), gru)
+        """Return what was noted, in figures."""
+        count = Counter(event.kind for event in self.events)
+        largest = max((event.bytes for event in self.events if event.kind == "pageable copy"), default=0)
+        size = sum(event.bytes for event in self.events if event.kind == "operation")
+        return Needs(count["wait"], count["pageable copy"], largest, count["operation"], round(size / 1e9, 1))
 
     def print(self) -> None:
-        """Print what was counted, line by line."""
-        for (line, reason), count in self.waits.items():
-            print(f"  wait: {reason} x {count}, {line}")
-        for (line, pinned, size), count in sorted(self.copies.items(), key=lambda item: -item[0][2]):
-            print(f"  copy: {size:>12,} B x {count} from {'page-locked' if pinned else 'PAGEABLE'} memory, {line}")
-        for line, size in self.bytes.most_common():
-            names = {name: count for (where, name), count in self.operations.items() if where == line}
-            print(f"  {size / 1e9:8.3f} GB  {line:48} {', '.join(f'{name} {n}' for name, n in names.items())}")
+        """Print what was noted; what moves most bytes comes first."""
+        for event, count in sorted(Counter(self.events).items(), key=lambda item: -item[0].bytes * item[1]):
+            print(f"  {event.bytes * count / 1e9:8.3f} GB  {event.line:48} {event.kind}: {event.what} x {count}")
 
     def __enter__(self) -> Self:
         self.fake.__enter__()
@@ -220,7 +207,6 @@ class Recorder(TorchDispatchMode):
                 return function(*args, **kwargs)
         if name.startswith("_use_"):  # another CTC: cuDNN's takes only int32
             return "cudnn" in name and all(x.dtype == torch.int32 for x in args[1:4])
-        line = source_line()
         if name in COPIES and (on_cpu or device == "cpu"):
             from_gpu = device == "cpu" or (name == "copy_" and args[0] is on_cpu[0])
             if not (args[2] if name == "copy_" and len(args) > 2 else kwargs.get("non_blocking", False)):
@@ -230,35 +216,30 @@ class Recorder(TorchDispatchMode):
                     return args[0]
                 if from_gpu:
                     return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-                self.copies[line, on_cpu[-1].is_pinned(), on_cpu[-1].nbytes] += 1
+                kind = "copy" if on_cpu[-1].is_pinned() else "pageable copy"
+                self.events.append(Event(kind, source_line(), name, on_cpu[-1].nbytes))
         elif name not in LENGTHS_ON_CPU and any(x.ndim for x in on_cpu):
             raise RuntimeError(f"{name} of tensors on the CPU and on the GPU")
         if name in ONE_TYPE and len({x.dtype for x in on_gpu}) > 1:
             raise RuntimeError(f"{name} of tensors of different types")
-        if name == "_cudnn_rnn":
-            self.gru.add(str(args[0].dtype).removeprefix("torch."))
         if name in STAND_INS:
             result = STAND_INS[name](*args)
         else:
             result = function(*tree_map_only(Tensor, self._as_fake, args), **kwargs)
         if name not in FREE:
-            self.operations[line, name] += 1
             moved = [*on_gpu, *([] if name == "copy_" else tree_iter(result))]
             moved = on_gpu[1:] + on_gpu[2:] if name == "index_copy_" else moved  # of rows only
-            self.bytes[line] += sum(x.nbytes for x in moved if isinstance(x, FakeTensor))
+            self.operation(name, *moved)
         return result
 
     def wait(self, reason: str) -> None:
-        """Note that the thread that computes, or one of autograd's, waits; threads that read ahead may."""
-        if type(threading.current_thread()) is not threading.Thread:
-            self.waits[source_line(), reason] += 1
+        """Note that a thread waits for the GPU."""
+        self.events.append(Event("wait", source_line(), reason))
 
-    def launch(self, name: str, *arguments: Any, **_: Any) -> None:
-        """Count a launch of a Triton kernel, and each of its tensors as read or written once."""
-        self.gru.add("Triton")
-        line = source_line()
-        self.operations[line, name] += 1
-        self.bytes[line] += sum(x.nbytes for x in arguments if isinstance(x, FakeTensor))
+    def operation(self, name: str, *arguments: Any, **_: Any) -> None:
+        """Note an operation, such as a launch of a Triton kernel, which reads or writes each of its tensors once."""
+        size = sum(x.nbytes for x in arguments if isinstance(x, FakeTensor))
+        self.events.append(Event("operation", source_line(), name, size))
 
     def _as_fake(self, tensor: Tensor) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
@@ -271,20 +252,6 @@ def source_line(frames: Iterable[tuple[FrameType, int]] = ()) -> str:
         if path.is_relative_to(ROOT / "pytorch"):
             return f"{path.relative_to(ROOT / 'pytorch')}:{line} {frame.f_code.co_name}"
     return "(backward)"
-
-
-def cudnn_gru(data: Tensor, *given: Any) -> Any:
-    """Compute torch._VF.gru as cuDNN does: in float16 under autocast, whatever that asks for."""
-    if isinstance(given[1], Tensor):
-        batch_sizes, hx, weights, _biases, layers, dropout, training, bidirectional = given
-        sizes, batch_first = batch_sizes.tolist(), False
-    else:
-        hx, weights, _biases, layers, dropout, training, bidirectional, batch_first = given
-        sizes = []
-    if torch.is_autocast_enabled("cuda"):
-        data, hx, *weights = (tensor.half() for tensor in (data, hx, *weights))
-    options = 3, hx.shape[2], 0, layers, batch_first, dropout, training, bidirectional, sizes, None
-    return torch.ops.aten._cudnn_rnn(data, weights, 4, weights[0].detach(), hx, None, *options)[:2]
 
 
 def all_reduce(_state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -301,12 +268,6 @@ def fake_gpu() -> Iterator[Recorder]:
     recorder = Recorder()
     on_wait = ctypes.CFUNCTYPE(None)(lambda: recorder.wait("synchronization"))
     ctypes.CDLL(os.environ["LD_PRELOAD"]).on_wait(on_wait)
-    run = threading.Thread.run
-
-    def run_with_fake_gpu(thread: threading.Thread) -> None:
-        with recorder:
-            run(thread)
-
     with ExitStack() as stack:
         for target, name, value in (
             (fake_tensor, "init_gpu_context", lambda _: None),
@@ -315,11 +276,9 @@ def fake_gpu() -> Iterator[Recorder]:
             (nn.init, "orthogonal_", lambda tensor, gain=1: tensor),  # would take seconds
             (nn.parallel.distributed, "_verify_param_shape_across_processes", lambda *_, **__: None),
             (nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
-            (torch._VF, "gru", cudnn_gru),
             (gru, "has_triton_kernel", lambda device, hidden, _kernel: gru_triton.supported(device, hidden, False)),
-            (gru_triton, "_forward", defaultdict(lambda: partial(recorder.launch, "gru_forward"))),
-            (gru_triton, "_backward", defaultdict(lambda: partial(recorder.launch, "gru_backward"))),
-            (threading.Thread, "run", run_with_fake_gpu),
+            (gru_triton, "_forward", defaultdict(lambda: partial(recorder.operation, "gru_forward"))),
+            (gru_triton, "_backward", defaultdict(lambda: partial(recorder.operation, "gru_backward"))),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield stack.enter_context(recorder)
@@ -329,11 +288,9 @@ def fake_gpu() -> Iterator[Recorder]:
 FAULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "nothing": (lambda logits: None, ""),
     "item": (lambda logits: logits.sum().item(), "aten._local_scalar_dense"),
-    "nonzero": (lambda logits: logits.nonzero(), "aten.nonzero"),
     "tensor left on the CPU": (lambda logits: logits + torch.ones(29), "add of tensors on the CPU and on the GPU"),
     "matrices of two types": (lambda logits: logits[0] @ logits[0].double().t(), "mm of tensors of different types"),
-    "blocking copy to the GPU": (lambda logits: torch.ones(1).pin_memory().to(logits.device), "waits"),
-    "blocking copy from the GPU": (lambda logits: logits.cpu(), "waits"),
+    "blocking copy": (lambda logits: logits.cpu(), "waits"),
     "synchronization": (lambda logits: torch.cuda.synchronize(), "waits"),
     "pageable copy": (lambda logits: torch.ones(2**20).to("cuda", non_blocking=True), "pageable_bytes: 4194304"),
     "more operations": (lambda logits: [logits + 1 for _ in range(100)], "operations"),
@@ -395,7 +352,7 @@ def main(arguments: list[str]) -> None:
     """Print for each case and what it measures a line of JSON: names, error, needs."""
 
     def measure(name: str, action: Callable[[], Any]) -> None:
-        recorder.clear()
+        recorder.events.clear()
         error = None
         try:
             action()
