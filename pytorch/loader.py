@@ -257,5 +257,4 @@ def prefetch(
                 pending.extend(reader.submit(make, indices) for indices in islice(remaining, 1))
                 yield pending.popleft().result().to(device)
         finally:
-            for future in pending:
-                future.cancel()
+            reader.shutdown(cancel_futures=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pytorch.config import Config
-from pytorch.layers import kernels
+from pytorch.device import has_bf16
 from pytorch.model import DeepSpeech2
 
 GATES = 3
@@ -52,8 +52,8 @@ def make_optimizers(config: Config, model: DeepSpeech2) -> list[torch.optim.Opti
         torch.optim.AdamW(adam_params, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
     ]
     if muon_params:
-        native = muon_params[0].device.type == "cuda" or kernels.has_native_bf16()
-        compute_dtype = torch.bfloat16 if config.precision == "bf16" and native else torch.float32
+        bf16 = config.precision == "bf16" and has_bf16(muon_params[0].device)
+        compute_dtype = torch.bfloat16 if bf16 else torch.float32
         optimizers.append(Muon(muon_params, config.learning_rate, config.weight_decay, compute_dtype))
     return optimizers
 

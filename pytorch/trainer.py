@@ -18,7 +18,6 @@ from pytorch.ctc import ctc_loss
 from pytorch.device import copy_to_cpu_async, widest_float
 from pytorch.distributed import World, all_reduce_sum
 from pytorch.features import LogSpectrogram
-from pytorch.layers import kernels
 from pytorch.loader import Batch
 from pytorch.model import DeepSpeech2
 from pytorch.optimizer import make_optimizers
@@ -39,8 +38,6 @@ class Trainer:
         self.model = DeepSpeech2(config.conv_channels, config.hidden_size).to(device)
         for layer in self.model.grus:
             layer.kernel = config.gru_kernel  # type: ignore[assignment]
-        if device.type == "cpu":
-            kernels.load()  # compiles them, the first time
         self.ddp_model: nn.Module = self.model
         if self.world.size > 1:
             with warnings.catch_warnings():  # newer versions call it forward_sync_buffers
