@@ -1,8 +1,8 @@
 """Recordings of any format: how long they are, and their samples at 16 kHz mono.
 
 libsndfile reads FLAC with an MD5 and uncompressed WAV; PyAV, which has FFmpeg in it, everything else. Content
-decides, not a name. A recording is read to its end, with silence in the gaps of its time stamps, or refused by name with a reason.
-data/README.md lists the damage that no reader can see. No other program is run, and no other file is read.
+decides, not a name. A recording is read to its end, with silence in the gaps of its time stamps, or refused by name
+with a reason. data/README.md lists the damage that no reader can see. No other program is run, no other file read.
 """
 
 from __future__ import annotations

@@ -176,7 +176,7 @@ CORPORA = {
         ),
         Corpus(
             name="mini-librispeech",  # overlaps LibriSpeech, for smoke runs only
-            folder="Mini_dataset",
+            folder="Mini-LibriSpeech_dataset",
             mirrors=openslr_mirrors(31),
             subsets=(
                 # No utterance counts and only rough hours are published for these two, so none are checked.

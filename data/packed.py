@@ -135,7 +135,7 @@ class PackedDataset:
             num_samples.append(row.num_samples)
         try:
             audio = np.load(folder / AUDIO_FILE, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a damaged header may be any error of Python's parser
             raise DatasetError(f"cannot open {folder / AUDIO_FILE}: {error}; run verify_dataset.sh") from error
         expected = self.summary[name]
         counts = len(ids), max(num_samples, default=0), audio.shape
@@ -165,8 +165,9 @@ def read_dataset(path: Path) -> PackedDataset:
         splits = {split: list(content["splits"][split]) for split in SPLITS}
         return PackedDataset(path, content["corpus"], content["synthetic"], splits, content["digest"], summary)
     except FileNotFoundError:
+        corpus = path.name.removesuffix("_dataset").lower() if path.name.endswith("_dataset") else "NAME"
         raise DatasetError(
-            f"no data set in {path}: run 'sh download_dataset.sh' (with --corpus NAME and --dataset-dir {path})"
+            f"no data set in {path}: run 'sh download_dataset.sh --corpus {corpus} --dataset-dir {path}'"
         ) from None
     except OSError as error:
         raise DatasetError(f"cannot read {file}: {error.strerror}") from error

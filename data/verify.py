@@ -64,6 +64,8 @@ def verify(options: Options) -> bool:
         with locked(dataset.path, "download", shared=True):
             problems = validate(dataset, quick=options.quick)
     except (DataError, OSError) as error:
+        if not (options.dataset_dir / DATASET_FILE).exists():
+            raise
         problems = [str(error)]
     if problems:
         print("WARNING: Dataset Checksum Failed.")

@@ -109,15 +109,11 @@ class Config:
     dist_timeout_seconds: float = _field(600.0, DURATION, scope="session")
     """Seconds that ranks wait for each other before one counts as lost."""
     device: Device = _field("auto", scope="machine")
-    """Where to compute; auto: the GPU if there is one. cuda is for NVIDIA's and AMD's GPUs, xpu for Intel's, mps for
-    Apple's."""
+    """Where to compute; auto: the GPU if there is one. cuda: NVIDIA and AMD; xpu: Intel; mps: Apple."""
     precision: Precision = _field("auto")
-    """Precision of the operands and results of matrix products and convolutions (accumulation, loss, weights and
-    optimizer state are always fp32); auto: bf16 on a GPU that has it; on a CPU that has it, the faster of the two,
-    measured before the clock starts. fp32 allows TF32 on GPUs that have it."""
+    """Of matrix products and convolutions; auto: bf16 where a GPU has it, on a CPU if it measures faster."""
     gru_kernel: GRUKernel = _field("auto", scope="session")
-    """What computes the GRUs on an NVIDIA GPU in bf16; auto: Triton on GPUs on which it was tested, those of compute
-    capability 9.0 (H100, H200), and cuDNN on others."""
+    """What computes the GRUs on an NVIDIA GPU in bf16; auto: Triton on an H100 or H200, cuDNN on others."""
     seed: int = _field(1, SEED, event=constants.SEED, free_in_closed=True)
     """Determines initial weights, data order and augmentation; use a new one for every run."""
     target_wer: float = _field(BENCHMARK_WER, NON_NEGATIVE, scope="limit")
@@ -246,7 +242,7 @@ CONFIGS: dict[str, Config] = {
     ),
     "mini": _named(
         "mini",
-        "Mini_dataset",
+        "Mini-LibriSpeech_dataset",
         target_wer=85.0,
         hidden_size=256,
         conv_channels=16,

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.corpora import CORPORA
 from data.packed import (
     AUDIO_FILE,
     INDEX_FILE,
@@ -79,8 +80,9 @@ def test_the_index_is_csv_that_survives_commas_quotes_and_line_ends(tmp_path: Pa
 
 
 def test_an_absent_data_set_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"no data set in .*: run 'sh download_dataset.sh'"):
-        open_dataset(tmp_path)
+    for corpus in (corpus for corpus in CORPORA.values() if corpus.folder):
+        with pytest.raises(DatasetError, match=f"no data set in .*: .*--corpus {corpus.name} "):
+            open_dataset(tmp_path / corpus.folder)
 
 
 def test_an_unfinished_data_set_does_not_open(dataset: PackedDataset) -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import docstring_parser
 import pytest
 
 from pytorch.config import CONFIGS, Config, parse_config
@@ -25,6 +26,13 @@ def test_every_field_can_be_changed_on_the_command_line() -> None:
             value = getattr(CONFIGS["mini"], field.name)
             given = "3" if value is None else str(value)
             assert getattr(parse("--config=an4", f"--{field.name.replace('_', '-')}", given), field.name) is not None
+
+
+def test_help_is_one_line_for_each_field() -> None:
+    """tyro would keep the line breaks, so that help breaks inside of a sentence."""
+    documented = [each for each in docstring_parser.parse_from_object(Config).params if each.description]
+    assert len(documented) >= len(dataclasses.fields(Config)) - 1
+    assert [each.arg_name for each in documented if "\n" in (each.description or "")] == []
 
 
 def test_the_reference_of_2018_is_a_configuration() -> None:

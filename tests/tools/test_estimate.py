@@ -158,6 +158,6 @@ def test_what_keeps_processes_from_starting_is_said_once(
 
 
 def test_a_corpus_without_published_durations_needs_its_data_set(tmp_path: Path) -> None:
-    config = replace(CONFIGS["mini"], dataset_dir=tmp_path / "Mini_dataset")
-    with pytest.raises(DatasetError, match=r"no data set in .*Mini_dataset: run 'sh download_dataset.sh'"):
+    config = replace(CONFIGS["mini"], dataset_dir=tmp_path / "Mini-LibriSpeech_dataset")
+    with pytest.raises(DatasetError, match=r"no data set in .*: run 'sh download_dataset.sh --corpus mini-librispeech"):
         estimate.open_utterances(config, None, World())
