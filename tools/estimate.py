@@ -51,7 +51,7 @@ CHARACTERS_PER_SECOND = 14  # counted in 249 utterances of train-clean-100
 EPOCHS = {  # to the target, at which batch size, and where that is from
     "librispeech": (5, 128, "extrapolated: 3 to 6 with batch 128, see docs/recipes.md"),
     "librispeech-2018": (9, 64, "published for this optimizer with batch 64: WER 23.3 after 8"),
-    "rehearsal": (2, 8, "measured: one run on 5 h, see docs/recipes.md"),
+    "rehearsal": (2, 8, "measured: five runs on 5 h, see docs/recipes.md"),
 }
 BATCH_OF_TWICE_THE_EPOCHS = 3600  # epochs grow as 1 + batch size / this, see docs/scaling.md
 TRAINING_SECONDS, STRETCH_SECONDS, EVALUATION_SECONDS = 75, 2, 10
