@@ -40,7 +40,7 @@ CURVES = {  # panel: logs in read-speech.tar.xz, and the recipe of each
 }
 CHANGES = {  # one change at a time, all with seed 2
     "2.5h_muon_seed_2": "Muon, augmented from epoch 1 on",
-    "2.5h_10_epochs_muon_no_masks_seed_2": "no masks, cosine of 10 epochs, not 60",
+    "2.5h_10_epochs_muon_no_masks_seed_2": "no masks, cosine of 10 epochs",
     "2.5h_muon-warmup-200_seed_2": "warm-up of 200 steps, not 100",
     "2.5h_muon-shuffled_seed_2": "epoch 1 in random order",
     "2.5h_muon-lr075_seed_2": "learning rate 7.5e-4, not 1.5e-3",
@@ -107,7 +107,7 @@ def main() -> None:
     lines = [plt.Line2D([], [], color=color, label=recipe) for color, recipe in RECIPES.items()]
     top.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
     draw_changes(bottom.subplots(), cers)
-    figure.savefig(ROOT / "docs" / "recipes.svg", metadata={"Date": None})
+    figure.savefig(ROOT / "docs" / "recipes.svg", bbox_inches="tight", pad_inches=0.2, metadata={"Date": None})
 
 
 if __name__ == "__main__":
