@@ -100,15 +100,13 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop, Clock(), time.monotonic())
     if resumed_from is not None:
         restore(run, resumed_from)
-    if config.tensorboard is not None and world.is_main:
-        log.logger.addHandler(mllog.TensorBoard(config.tensorboard, run.state.step))
     restarted = resumed_from is not None and run_id() is not None and resumed_from["launch"] == run_id()
     if world.is_main and not (restarted or run.target_reached):  # by torchrun: the run and its log continue
         put_away_earlier_run(run, keep_checkpoints=resumed_from is not None)
     if resumed_from is None:
         run.save()  # proves that the disk can be written
     log.end(constants.INIT_STOP)
-    if failures := mllog.failures(log):  # both must have taken all lines so far: standard output and TensorBoard
+    if failures := mllog.failures(log):  # both must have taken all lines so far: standard output
         raise RunError(failures[0])
     return run
 
