@@ -1,4 +1,4 @@
-"""Memory: how much there is, how much this process takes, and whether a batch will fit, before it is tried.
+"""Memory: how much there is, and how much this process takes.
 
 A GPU that has too little raises an error. Linux grants a process more than there is, and kills it when it uses that.
 """
@@ -6,13 +6,12 @@ A GPU that has too little raises an error. Linux grants a process more than ther
 from __future__ import annotations
 
 import os
+import resource
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from pytorch.errors import RunError
 
 if TYPE_CHECKING:
     import torch  # slow to import: not for those who only read logs
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from pytorch.distributed import World
 
 ROOT = Path("/")  # of /proc and /sys
-NOISE = 64 << 20  # bytes of growth that libraries may have taken for themselves
-MARGIN = 1.3  # of a predicted growth; five configurations grew by at most 1.23 of it
 
 
 def size() -> int:
@@ -37,18 +34,8 @@ def available() -> int:
     return min([free, *(limit - used for limit, used in _control_groups())])
 
 
-def reset_peak(device: torch.device) -> None:
-    """Begin to measure `peak` anew."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):  # not Linux, or not allowed: the peak is that since the start of the process
-        (ROOT / "proc/self/clear_refs").write_text("5")
-
-
 def peak(device: torch.device) -> int:
-    """Return the most bytes that tensors have taken of a GPU, or else this process of the machine, since `reset_peak`.
+    """Return the most bytes that tensors have taken of a GPU so far, or else this process of the machine.
 
     Mapped files, such as the data set, are left out: Linux takes their memory back when it needs it. 0 where unknown.
     """
@@ -60,44 +47,25 @@ def peak(device: torch.device) -> int:
     return fields.get("VmHWM", 0) - fields.get("RssFile", 0)
 
 
-def require(
-    run: Callable[[int], object], largest: int, small: int, world: World, device: torch.device, advice: str
-) -> None:
-    """Judge whether `run(largest)` will fit into memory, from its peaks at smaller sizes; on accelerators do nothing.
+@contextmanager
+def limited(world: World) -> Iterator[None]:
+    """On Linux, let this process take no more memory than there is: more raises an error, as on a GPU.
 
-    From each size to the next, twice as large, the peak grows twice as much as before. This ends before a size is tried
-    for which there is too little, or as soon as not even half of all growth to come would fit. It also ends where all
-    that the process holds might grow in proportion to the size, and would fit. All ranks must do this at the same time.
-
-    Args:
-        run: takes a size.
-        largest: size to be judged.
-        small: size that surely fits; the first one to be tried is no larger, and at most a 64th of the largest.
-        world: the ranks.
-        device: where `run` computes.
-        advice: what to do where it will not fit.
-
-    Raises:
-        RunError: it will not fit; begins with the advice.
+    All ranks must do this at the same time. They share what their nodes have.
     """
-    if device.type != "cpu" or sys.platform != "linux":
+    if sys.platform != "linux":
+        yield
         return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
     neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.size > 1 else 1
-    before, parts = 0, max(64, 1 << (largest // small).bit_length())
-    while parts > 1:
-        reset_peak(device)
-        run(max(1, largest // parts))
-        now = peak(device)
-        measured = world.all_gather_object((now, now - before, now + available() // neighbors))
-        now, growth, room = min(measured, key=lambda each: each[2] - each[0])  # where least is left
-        if now * parts < room:
-            return
-        rest = 2 * growth * (parts - 1)  # of the growth, in proportion
-        hopeless = growth > NOISE and now + rest // 2 > room
-        if before and (hopeless or now + int(MARGIN * 2 * growth) > room):
-            needed, there = (now + rest) / 2**30, room / 2**30
-            raise RunError(f"{advice} (about {needed:.1f} GiB; available: {there:.1f} GiB)")
-        before, parts = now, parts // 2
+    room = min(world.all_gather_object(available())) // neighbors
+    limits = _fields(ROOT / "proc/self/status").get("VmData", 0) + room, *before
+    lowest = min(limit for limit in limits if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (lowest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _control_groups() -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -68,22 +68,21 @@ def warm_up(trainer: Trainer, max_samples: int) -> None:
         f"{2 * config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
     )
 
-    def step(samples: int) -> Batch:
-        """Train on a batch of so many samples in all: its utterances are shorter, or if need be fewer."""
-        length = min(num_samples, max(samples // count, SAMPLE_RATE // 10))
-        lengths_B = torch.full((min(count, max(1, samples // length)),), length)
-        batch = random_batch(config, lengths_B, device)
+    def step(count: int, num_samples: int) -> Batch:
+        batch = random_batch(config, torch.full((count,), num_samples), device)
         microbatches = [batch] * config.gradient_accumulation_steps
         trainer.train_step(microbatches, config.batch_size, config.learning_rate)()
         return batch
 
     with _restored(trainer), explain_oom(advice):
-        memory.require(step, count * num_samples, 60 * SAMPLE_RATE, world, device, advice)
-        for _ in range(2 if world.size > 1 else 1):  # DDP rebuilds its buckets before the second step
-            batch = step(count * num_samples)
-        trainer.eval_model.eval()
-        with torch.no_grad():
-            copy_to_cpu_async(trainer.evaluate_logits(replace(batch, augmentation=None))[0].argmax(2))()
+        if device.type == "cpu" or world.size > 1:
+            # Starts threads, which nothing may keep from starting. DDP rebuilds its buckets before the second step.
+            step(1, SAMPLE_RATE)
+        with memory.limited(world) if device.type == "cpu" else nullcontext():
+            batch = step(count, num_samples)
+            trainer.eval_model.eval()
+            with torch.no_grad():
+                copy_to_cpu_async(trainer.evaluate_logits(replace(batch, augmentation=None))[0].argmax(2))()
 
 
 @contextmanager
