@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from pytorch import distributed
 from pytorch.config import Precision
 from pytorch.errors import RunError
 from pytorch.layers import kernels
@@ -105,7 +104,7 @@ def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:
     copied.record(torch.accelerator.current_stream(tensor.device))
 
     def read() -> Tensor:
-        distributed.wait_for(copied)
+        copied.synchronize()
         return copy
 
     return read

@@ -6,7 +6,6 @@ environment; `gloo` carries messages between CPUs, `nccl` those between GPUs.
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import sys
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,12 +23,10 @@ from pytorch.errors import RankFailure
 
 Anything = TypeVar("Anything")
 
-_store: dist.Store | None = None  # where ranks leave a note when they have lost contact
-_sums: Any = None  # of `all_reduce_sum`, so that small messages do not queue behind gradients
-_stop_time = math.inf  # time.monotonic() when this process received a signal to stop
-_timeout_seconds = math.inf
-STOP_SECONDS = 30.0  # for a step to end after a signal to stop, which torchrun sends when it has lost a rank
-REPORT_SECONDS = 5.0  # for the other ranks to note a failure, too
+REPORT_SECONDS = 5.0  # for the other ranks to lose contact, too
+
+_sums: Any = None  # group of `all_reduce_sum`, so that small messages do not queue behind gradients
+_store: dist.Store | None = None  # where ranks that have lost contact say so
 
 
 def torchrun_env(name: str, default: int) -> int:
@@ -63,14 +59,13 @@ class World:
         Raises:
             RankFailure: the others did not connect.
         """
-        global _store, _sums, _timeout_seconds
+        global _sums, _store
         if torchrun_env("WORLD_SIZE", 1) == 1:
             return cls()
         timeout = timedelta(seconds=timeout_seconds)
         backend = "gloo"
         if device_type != "cpu":
             backend = f"cpu:gloo,{device_type}:{dist.get_default_backend_for_device(device_type)}"  # NCCL for cuda
-        _timeout_seconds = timeout_seconds
         try:
             _store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
@@ -128,30 +123,6 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def wait_for(event: torch.Event) -> None:
-    """Wait for an event on this rank's accelerator.
-
-    If another rank is lost, synchronize() blocks until NCCL's watchdog aborts the process, and SIGTERM would not be
-    handled; so poll.
-
-    Raises:
-        DistError: it did not come in time, or another rank has failed.
-    """
-    if not is_distributed():
-        event.synchronize()
-        return
-    started = looked = time.monotonic()
-    while not event.query():
-        time.sleep(0.0005)
-        now = time.monotonic()
-        if now > min(started + _timeout_seconds, max(started, _stop_time) + STOP_SECONDS):
-            raise dist.DistError("the device did not end the step")
-        if now > looked + 1:
-            looked = now
-            if _failed_ranks():
-                raise dist.DistError("another rank has failed")
-
-
 class StopSignal:
     """Handles SIGTERM and SIGUSR1 by setting `requested`: the step under way is finished and saved."""
 
@@ -162,50 +133,28 @@ class StopSignal:
 
     def request(self, *_: object) -> None:
         """Handle a signal."""
-        global _stop_time
-        self.requested, _stop_time = True, time.monotonic()
+        self.requested = True
 
 
 @contextmanager
 def report_lost_ranks() -> Iterator[None]:
-    """Turn a failed exchange into a RankFailure that names the ranks which do not report one too within seconds."""
+    """Turn a failed message between CPUs into a RankFailure that names the ranks which do not lose contact as well.
+
+    A failed message between GPUs ends the process: NCCL's watchdog aborts it.
+    """
     try:
         yield
-    except BaseException as error:
-        about_contact = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
-        if not (is_distributed() and about_contact and isinstance(error, RuntimeError)):
-            _note_failure()  # others may wait for this rank
+    except RuntimeError as error:
+        if _store is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         missing = "unknown, because the process that keeps the list is among them"
         with suppress(RuntimeError):
-            missing = ", ".join(map(str, _unresponsive_ranks())) or "none, but one has failed"
+            _store.set(f"lost-contact/{dist.get_rank()}", "")
+            time.sleep(REPORT_SECONDS)
+            ranks = range(dist.get_world_size())
+            missing = ", ".join(str(rank) for rank in ranks if not _store.check([f"lost-contact/{rank}"])) or "none"
         text = f"rank {dist.get_rank()}: lost contact; ranks that hang or are gone: {missing} ({_first_line(error)})"
         raise RankFailure(text) from error
-
-
-def _unresponsive_ranks() -> list[int]:
-    if _store is None:
-        raise RuntimeError("no store")
-    _note_failure()
-    time.sleep(REPORT_SECONDS)
-    failed = _failed_ranks()
-    return [rank for rank in range(dist.get_world_size()) if rank not in failed]
-
-
-def _note_failure() -> None:
-    if _store is not None and is_distributed():
-        with suppress(RuntimeError):  # the process that keeps the list is gone
-            _store.set(_failure_key(dist.get_rank()), "")
-
-
-def _failed_ranks() -> list[int]:
-    """Return the ranks that have noted a failure; RuntimeError if the process that keeps the list is gone."""
-    assert _store is not None
-    return [rank for rank in range(dist.get_world_size()) if _store.check([_failure_key(rank)])]
-
-
-def _failure_key(rank: int) -> str:
-    return f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{rank}"
 
 
 def _first_line(error: Exception) -> str:

@@ -436,7 +436,9 @@ def test_a_worker_that_hangs_is_named(uneven: Path, tmp_path: Path) -> None:
     hangs = _workers(run)[1]
     os.kill(hangs, signal.SIGSTOP)
     assert run.stderr is not None
-    assert "lost contact; ranks that hang or are gone: 1" in run.stderr.readline()
+    while "lost contact" not in (line := run.stderr.readline()):
+        assert line
+    assert "ranks that hang or are gone: 1 " in line
     os.kill(hangs, signal.SIGKILL)  # as torchrun does after 30 s
     assert finish(run).returncode not in (0, PREEMPTED)
 
