@@ -1,8 +1,8 @@
 """Checkpoints: what a run needs to resume, and a trained model to be used.
 
-A checkpoint is a dictionary of plain values and tensors, read with `weights_only=True`, that holds the SHA-256 digest
-of its own content. It is written beside its final path, flushed to disk and renamed, so a file at the final path is
-whole; one that was damaged there is found out, and the one before it is used. A run keeps three:
+A checkpoint is a dictionary of plain values and tensors, read with `weights_only=True`. It is written beside its final
+path, flushed to disk and renamed, so a file at the final path is whole; one that was damaged there is found out by the
+checksums of its format (zip), and the one before it is used. A run keeps three:
 
     checkpoint_last.pt      the newest
     checkpoint_previous.pt  the one before it
@@ -13,14 +13,14 @@ Nothing of an earlier run in the folder is deleted: a new run moves its files in
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,6 @@ def save(config: Config, dataset_digest: str, state: TrainState, tensors: dict[s
         "progress": dataclasses.asdict(state),
         **tensors,
     }
-    content["digest"] = _digest(content)
     folder = config.output_dir
     path = folder / LAST
     partial = path.with_name(path.name + ".partial")
@@ -100,21 +99,14 @@ def save(config: Config, dataset_digest: str, state: TrainState, tensors: dict[s
             _link_or_copy(path, folder / PREVIOUS)
         atomic_replace(partial, path)  # which makes the folder's other names durable too
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             partial.unlink()
         raise RunError(f"{path}: the checkpoint could not be written: {error}") from error
 
 
 def mark_best(folder: Path) -> None:
-    """Keep the newest checkpoint as the best one, too.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    try:
-        _link_or_copy(folder / LAST, folder / BEST)
-    except OSError as error:
-        raise RunError(f"{folder / BEST}: the checkpoint could not be written: {error}") from error
+    """Keep the newest checkpoint as the best one, too; OSError if it cannot be written."""
+    _link_or_copy(folder / LAST, folder / BEST)
 
 
 def _link_or_copy(path: Path, second: Path) -> None:
@@ -130,85 +122,50 @@ def _link_or_copy(path: Path, second: Path) -> None:
     partial.rename(second)
 
 
-def put_away(folder: Path, others: Sequence[str], *, keep_checkpoints: bool = False) -> Path | None:
-    """Move an earlier run's files into a folder of their own; nothing that was put away before is touched.
-
-    Nothing is moved if that run had not begun: it left no more than its first checkpoint, which holds no training.
+def put_away(folder: Path, names: Iterable[str]) -> Path | None:
+    """Move files of an earlier run into a folder of their own; nothing that was put away before is touched.
 
     Args:
         folder: the output folder.
-        others: names of files that belong to that run, beside its checkpoints.
-        keep_checkpoints: whether the checkpoints stay, since the run is continued.
+        names: of files in it; some may be absent.
 
     Returns:
-        Where the files are now; None if none was moved.
+        Where the files are now; None if there was none.
 
     Raises:
-        RunError: they cannot be moved; then none is.
+        OSError: they cannot be moved.
     """
-    # LAST goes first: a start that is killed in between leaves files that still tell the next one of a run.
-    names = [*others] if keep_checkpoints else [LAST, PREVIOUS, BEST, *others]
-    files = [name for name in names if (folder / name).exists()]
-    if not set(files) - {LAST}:
+    files = [folder / name for name in names if os.path.lexists(folder / name)]
+    if not files:
         return None
-    folders = (PREVIOUS_RUN if number == 1 else f"{PREVIOUS_RUN}-{number}" for number in count(1))
-    away = next(folder / name for name in folders if not os.path.lexists(folder / name))
-    moved: list[str] = []
-    try:
-        away.mkdir()
-        for name in files:
-            (folder / name).rename(away / name)
-            moved.append(name)
-        return away
-    except OSError as error:
-        for name in moved:
-            (away / name).rename(folder / name)
-        raise RunError(f"{away}: cannot move the earlier run's files there: {error.strerror}") from error
-
-
-def _digest(content: Any) -> str:
-    """Return the SHA-256 of plain values and tensors: of all keys, types, shapes and bytes, in order."""
-    digest = hashlib.sha256()
-
-    def add(thing: Any) -> None:
-        if isinstance(thing, dict):
-            for key, value in thing.items():
-                digest.update(f"{key!r}:".encode())
-                add(value)
-        elif isinstance(thing, (list, tuple)):
-            for value in thing:
-                add(value)
-        elif isinstance(thing, torch.Tensor):
-            digest.update(f"{thing.dtype}{tuple(thing.shape)}".encode())
-            digest.update(thing.detach().cpu().contiguous().numpy().tobytes())
-        else:
-            digest.update(repr(thing).encode())
-
-    add(content)
-    return digest.hexdigest()
+    names_of_folders = (PREVIOUS_RUN if number == 1 else f"{PREVIOUS_RUN}-{number}" for number in count(1))
+    away = next(folder / name for name in names_of_folders if not os.path.lexists(folder / name))
+    away.mkdir()
+    for file in files:
+        file.rename(away / file.name)
+    return away
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        RunError: it is absent, damaged, or of another format version or label set.
+        RunError: it is absent, damaged, or of another format version.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
+            damaged = archive.testzip()
         content = torch.load(path, map_location="cpu", weights_only=True)
-        version, labels = content["format_version"], content.get("labels")
-        whole = content.pop("digest", None) == _digest(content)
+        version = content["format_version"]
     except FileNotFoundError:
         raise RunError(f"{path}: checkpoint not found") from None
-    except Exception as error:  # the digest is in the file, so it is read first; damaged bytes may do anything then
+    except Exception as error:  # damaged bytes may do anything
         why = getattr(error, "strerror", None) or type(error).__name__
         raise RunError(f"{path}: not a checkpoint of this project, or damaged ({why})") from error
     if version not in READABLE_VERSIONS:
         raise RunError(f"{path}: checkpoint format {version}; this version reads formats {READABLE_VERSIONS}")
-    if labels != LABELS:
-        raise RunError(f"{path}: its labels are {labels!r}, expected {LABELS!r}")
-    if not whole:
-        raise RunError(f"{path}: damaged: its content does not match its digest")
+    if damaged is not None:
+        raise RunError(f"{path}: damaged: the checksum of {damaged} does not match")
     return content
 
 
@@ -221,56 +178,56 @@ def find_resumable(config: Config, dataset_digest: str, world: World) -> dict[st
     Raises:
         RunError: there is none though --resume asks for one, or it is of another configuration or data set.
     """
-    path, content, failure = config.output_dir / LAST, None, None
+    content, failure = None, None
     restarted = torchrun_env("TORCHELASTIC_RESTART_COUNT", 0) > 0 or torchrun_env("GROUP_WORLD_SIZE", 1) > 1  # perhaps
     if world.local_rank == 0 and (config.resume or restarted):
         try:
-            path, content = load_newest(config.output_dir)
+            content = load_newest(config.output_dir)
         except RunError as error:
             failure = error
-    of_this_run = content is not None and run_id() is not None and content["launch"] == run_id()
-    if not (of_this_run or config.resume):
+    if content is not None and not (config.resume or is_of_this_run(content)):
         content = None
-    candidates = world.all_gather_object((of_this_run, content["progress"]["step"] if content is not None else -1))
-    newest = candidates.index(max(candidates))
-    if candidates[newest][1] < 0:
+    mine = (is_of_this_run(content), content["progress"]["step"]) if content is not None else (False, -1)
+    candidates = world.all_gather_object(mine)
+    newest = max(candidates)
+    content = world.broadcast_object(content, src=candidates.index(newest))
+    if content is None:  # without --resume: ranks start for the first time, or were lost before the first checkpoint
         if config.resume:
-            raise failure or RunError(f"{path}: checkpoint not found")
-        return None  # the ranks start for the first time, or one was lost before the first checkpoint
-    content = world.broadcast_object(content, src=newest)
-    assert content is not None
-    check_resumable(path, content, config, dataset_digest)
-    world.print_once(f"Resuming from {path}: step {content['progress']['step']}.")
+            raise failure or RunError(f"{config.output_dir / LAST}: checkpoint not found")
+        return None
+    check_resumable(content, config, dataset_digest)
+    world.print_once(f"Resuming from {config.output_dir}: step {content['progress']['step']}.")
     return content
 
 
-def load_newest(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Return a run's newest checkpoint that is whole, and its path; say so if it is not the last one written.
+def is_of_this_run(content: dict[str, Any]) -> bool:
+    """Return whether a checkpoint was written by this run, before torchrun restarted its ranks."""
+    return run_id() is not None and content.get("launch") == run_id()
+
+
+def load_newest(folder: Path) -> dict[str, Any]:
+    """Return a run's newest checkpoint that is whole; say so if it is not the last one written.
 
     Raises:
         RunError: there is none, or none that is whole.
     """
-    path, previous = folder / LAST, folder / PREVIOUS
     try:
-        return path, load(path)
+        return load(folder / LAST)
     except RunError as error:
-        if not previous.exists():
+        if not (folder / PREVIOUS).exists():
             raise
-        print(f"{error}; falling back to {previous.name}", file=sys.stderr)
-        return previous, load(previous)
+        print(f"{error}; falling back to {PREVIOUS}", file=sys.stderr)
+        return load(folder / PREVIOUS)
 
 
-def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset_digest: str) -> None:
+def check_resumable(content: dict[str, Any], config: Config, dataset_digest: str) -> None:
     """Refuse to resume from a checkpoint of another configuration or data set.
 
     Raises:
         RunError: names each difference.
     """
     if content["format_version"] != FORMAT_VERSION:
-        raise RunError(
-            f"{path}: checkpoint format {content['format_version']} (this version writes {FORMAT_VERSION}) can be "
-            "evaluated or transcribed with, not resumed"
-        )
+        raise RunError(f"a checkpoint of format {content['format_version']} can be evaluated, but not resumed")
     saved, current = content["config"], config.to_dict()
     if current["precision"] == "auto":  # stays what it was chosen to be
         current["precision"] = saved["precision"]
@@ -278,20 +235,13 @@ def check_resumable(path: Path, content: dict[str, Any], config: Config, dataset
     differences = [
         f"{name.replace('_', '-')}: checkpoint {saved.get(name)}, command line {current[name]}" for name in different
     ]
-    again = "".join(f" --{name.replace('_', '-')} {saved.get(name)}" for name in different)
-    if set(fields_of("model")).intersection(different):
-        raise RunError(
-            f"{path}: cannot be resumed with this configuration, since its weights or the state of its optimizer "
-            f"would not fit: {'; '.join(differences)}. To continue with its options:{again}"
-        )
     if content["dataset_digest"] != dataset_digest:
         differences.append(f"data set: checkpoint {content['dataset_digest'][:12]}, command line {dataset_digest[:12]}")
     if not differences:
         return
-    if config.resume_with_changes:
-        print(f"{path}: resumed with changes: {'; '.join(differences)}", file=sys.stderr)
+    fits = set(fields_of("model")).isdisjoint(different)
+    if fits and config.resume_with_changes:
+        print(f"Resumed with changes: {'; '.join(differences)}", file=sys.stderr)
         return
-    raise RunError(
-        f"{path}: cannot be resumed with this configuration: {'; '.join(differences)}. To resume anyway: "
-        "--resume-with-changes"
-    )
+    hint = "--resume-with-changes resumes anyway" if fits else "the weights or the optimizer's state would not fit"
+    raise RunError(f"{config.output_dir}: cannot be resumed with this configuration: {'; '.join(differences)}. {hint}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from pytorch import checkpoint, machine, mllog
 from pytorch.checkpoint import TrainState
 from pytorch.config import Config, Precision, fields_of
 from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
-from pytorch.distributed import StopSignal, World, run_id, torchrun_env
+from pytorch.distributed import StopSignal, World, torchrun_env
 from pytorch.errors import RunError
 from pytorch.layers import gru
 from pytorch.mllog import Clock
@@ -100,9 +102,8 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop, Clock(), time.monotonic())
     if resumed_from is not None:
         restore(run, resumed_from)
-    restarted = resumed_from is not None and run_id() is not None and resumed_from["launch"] == run_id()
-    if world.is_main and not (restarted or run.target_reached):  # by torchrun: the run and its log continue
-        put_away_earlier_run(run, keep_checkpoints=resumed_from is not None)
+    if world.is_main and not run.target_reached:
+        put_away_earlier_run(config.output_dir, resumed_from)
     if resumed_from is None:
         run.save()  # proves that the disk can be written
     log.end(constants.INIT_STOP)
@@ -121,8 +122,6 @@ def restore(run: TrainingRun, content: dict[str, Any]) -> None:
     run.state = state = TrainState(**{**content["progress"], "resumed": True})
     run.trainer.load_state_dict(content, state.step)
     run.log.event("resumed", True, metadata={k: v for k, v in vars(state).items() if v is not None})
-    if not (config.output_dir / checkpoint.BEST).exists():
-        state.best_wer = None  # the next evaluation's is the best of those that are kept
     saved = content["config"]["batch_size"], content["config"]["seed"], content["dataset_digest"]
     if state.step_in_epoch and saved != (config.batch_size, config.seed, run.dataset.digest):
         run.world.print_once(f"Epoch {state.epoch} starts from its beginning: its batches have changed.")
@@ -135,14 +134,16 @@ def restore(run: TrainingRun, content: dict[str, Any]) -> None:
         raise RunError(f"--max-epochs {config.max_epochs}: already reached; increase it to continue")
 
 
-def put_away_earlier_run(run: TrainingRun, keep_checkpoints: bool) -> None:
+def put_away_earlier_run(folder: Path, resumed_from: dict[str, Any] | None) -> None:
     """Move an earlier run's files out of the output folder, or only its log and report if it is continued here."""
-    folder = checkpoint.put_away(run.config.output_dir, (mllog.LOG, mllog.REPORT), keep_checkpoints=keep_checkpoints)
-    if folder is None:
-        return
-    what = "log" if keep_checkpoints else "run"
-    hint = "" if keep_checkpoints else "; to continue one, use --resume"
-    run.world.print_once(f"The earlier {what} in this folder is now in {folder}{hint}.")
+    if resumed_from is not None and checkpoint.is_of_this_run(resumed_from):
+        return  # torchrun has restarted the ranks: the log continues, too
+    what, names = "log", [mllog.LOG, mllog.REPORT]
+    if resumed_from is None:
+        what, names = "run", [checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST, *names]
+    away = checkpoint.put_away(folder, names)
+    if away is not None:
+        print(f"The earlier {what} in this folder is now in {away} (--resume continues a run).", file=sys.stderr)
 
 
 def check_agreement(world: World, config: Config, dataset: PackedDataset) -> None:

@@ -1,10 +1,8 @@
-"""Checkpoints: what is refused, that damage is always found out, and that an earlier run's are kept."""
+"""Checkpoints: what is refused, and that damage is always found out."""
 
 import dataclasses
-import errno
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +11,9 @@ from torch import nn
 from pytorch import checkpoint
 from pytorch.checkpoint import TrainState
 from pytorch.config import CONFIGS
-from pytorch.ctc import LABELS
 from pytorch.errors import RunError
+from tests.conftest import write_packed_dataset
+from tests.pytorch.test_train import run_here, values
 
 CONFIG = CONFIGS["synthetic"]
 
@@ -47,23 +46,48 @@ def test_whatever_bytes_are_damaged_the_file_is_whole_or_refused(tmp_path: Path)
         assert all(torch.equal(after["model"][name], before["model"][name]) for name in before["model"])
 
 
-def test_a_file_of_other_labels_is_refused(tmp_path: Path) -> None:
-    path = save(tmp_path)
-    content: dict[str, Any] = torch.load(path, weights_only=True)
-    torch.save({**content, "labels": "_AB"}, path)
-    with pytest.raises(RunError, match=f"its labels are '_AB', expected {LABELS!r}"):
-        checkpoint.load(path)
+def test_another_configuration_or_data_set_is_refused_unless_that_is_wanted(
+    tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(tones, tmp_path, "--max-steps", "1", "--target-wer", "0") == 1
+    other = write_packed_dataset(tmp_path / "other", {"train": 5, "validation": 2}, seed=9)
+    options = ["--max-steps", "2", "--target-wer", "0", "--learning-rate", "0.5", "--resume"]
+    capsys.readouterr()
+    assert run_here(other, tmp_path, *options) == 1
+    refusal = capsys.readouterr().err
+    assert run_here(other, tmp_path, *options, "--resume-with-changes") == 1
+    output, said = capsys.readouterr()
+    for text in (refusal, said):
+        assert "learning-rate: checkpoint 0.0015, command line 0.5; data set: checkpoint " in text
+    assert len(values(output, "train_loss")) == 1
 
 
-def test_another_data_set_is_refused_unless_that_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = save(tmp_path)
-    content = checkpoint.load(path)
-    with pytest.raises(RunError, match="data set: checkpoint digest, command line another"):
-        checkpoint.check_resumable(path, content, CONFIG, "another")
-    checkpoint.check_resumable(
-        path, content, dataclasses.replace(CONFIG, resume=True, resume_with_changes=True), "another"
-    )
-    assert "resumed with changes: data set: checkpoint digest, command line another" in capsys.readouterr().err
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_hyperparameters_of_the_optimizer_may_change_on_resuming_but_not_its_kind_nor_the_models_size(
+    optimizer: str, tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = ["--target-wer", "0", "--optimizer", optimizer]
+    options = [*first, "--resume", "--resume-with-changes", "--max-steps", "2"]
+    run_here(tones, tmp_path, *first, "--max-steps", "1")
+    for option, value in (("--hidden-size", "12"), ("--conv-channels", "3"), ("--optimizer", "sgd")):
+        assert run_here(tones, tmp_path, *options, option, value) == 1
+        said = capsys.readouterr().err
+        assert f"{option.removeprefix('--')}: checkpoint " in said and "would not fit" in said
+    run_here(tones, tmp_path, *options, "--weight-decay", "0.5", "--beta1", "0.7")
+    saved = checkpoint.load(tmp_path / checkpoint.LAST)["optimizers"]
+    groups = [group for each in saved for group in each["param_groups"]]
+    assert {group["weight_decay"] for group in groups} == {0.5}
+    assert tuple(groups[0]["betas"]) == (0.7, 0.98)
+
+
+def test_a_missing_or_damaged_checkpoint_is_refused_by_name(
+    tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(tones, tmp_path, "--resume") == 1
+    assert "checkpoint_last.pt: checkpoint not found" in capsys.readouterr().err
+    (tmp_path / checkpoint.LAST).write_bytes(b"no checkpoint")
+    assert run_here(tones, tmp_path, "--resume") == 1
+    assert "checkpoint_last.pt: not a checkpoint" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_the_version_before_can_be_used_but_not_resumed(
@@ -73,51 +97,5 @@ def test_a_checkpoint_of_the_version_before_can_be_used_but_not_resumed(
     path = save(tmp_path)
     monkeypatch.undo()
     content = checkpoint.load(path)
-    with pytest.raises(RunError, match=r"format 3 .* not resumed"):
-        checkpoint.check_resumable(path, content, CONFIG, "digest")
-
-
-@pytest.mark.parametrize("moves", [1, 2, 3])
-def test_a_start_that_is_killed_while_it_puts_files_away_loses_none(
-    moves: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = [checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST, "last_run.log"]
-    for name in names:
-        (tmp_path / name).write_text(name)
-    moved: list[Path] = []
-    rename = Path.rename
-
-    def killed(path: Path, target: Path) -> Path:
-        if len(moved) == moves:
-            raise KeyboardInterrupt
-        moved.append(path)
-        return rename(path, target)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(Path, "rename", killed)
-        checkpoint.put_away(tmp_path, ["last_run.log"])
-    assert checkpoint.put_away(tmp_path, ["last_run.log"]) == tmp_path / f"{checkpoint.PREVIOUS_RUN}-2"
-    kept = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent != tmp_path]
-    assert sorted(path.read_text() for path in kept) == sorted(names)
-
-
-def test_files_that_cannot_be_put_away_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [checkpoint.LAST, checkpoint.BEST, "last_run.log"]
-    for name in names:
-        (tmp_path / name).write_text(name)
-    rename = Path.rename
-
-    def failing(path: Path, target: Path) -> Path:
-        if path == tmp_path / "last_run.log":
-            raise OSError(errno.EACCES, "Permission denied")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(RunError, match="Permission denied"):
-        checkpoint.put_away(tmp_path, ["last_run.log"])
-    assert all((tmp_path / name).read_text() == name for name in names)
-
-
-def test_a_run_that_left_only_its_first_checkpoint_holds_no_training(tmp_path: Path) -> None:
-    (tmp_path / checkpoint.LAST).write_text("")
-    assert checkpoint.put_away(tmp_path, ["last_run.log"]) is None
+    with pytest.raises(RunError, match=r"format 3 .*not resumed"):
+        checkpoint.check_resumable(content, CONFIG, "digest")

@@ -20,7 +20,7 @@ from torch import nn
 
 from pytorch import checkpoint
 from pytorch.distributed import World
-from pytorch.errors import PREEMPTED, RunError
+from pytorch.errors import PREEMPTED
 from pytorch.layers.batch_norm import BatchNorm
 from pytorch.loader import Utterances, split_balanced
 from tests.conftest import write_packed_dataset
@@ -383,26 +383,6 @@ def test_a_damaged_newest_checkpoint_is_found_out_and_the_one_before_is_used(
     rest = values(second.stdout, "train_loss")
     assert len(rest) >= 11  # the checkpoint before it is of the end of that epoch, too: written before the evaluation
     assert rest == values(undisturbed.run(1, EPOCHS)[0], "train_loss")[-len(rest) :]
-
-
-def test_a_checkpoint_whose_content_was_changed_is_refused(uneven: Path, tmp_path: Path) -> None:
-    run_in(1, uneven, tmp_path, "--target-wer", "0", "--max-steps", "1")
-    content = torch.load(tmp_path / checkpoint.LAST, weights_only=True)
-    content["model"]["classifier.weight"][0, 0] += 1
-    torch.save(content, tmp_path / "changed.pt")
-    with pytest.raises(RunError, match="does not match its digest"):
-        checkpoint.load(tmp_path / "changed.pt")
-
-
-def test_changes_on_resuming_are_allowed_where_they_are_wanted(uneven: Path, tmp_path: Path) -> None:
-    run_in(1, uneven, tmp_path, "--target-wer", "0", "--max-steps", "2")
-    options = ["--target-wer", "0", "--max-steps", "3", "--resume", "--learning-rate", "0.5"]
-    refused = run_in(1, uneven, tmp_path, *options)
-    assert refused.returncode == 1
-    assert "learning-rate: checkpoint 0.0015, command line 0.5" in refused.stderr
-    allowed = run_in(1, uneven, tmp_path, *options, "--resume-with-changes")
-    assert len(values(allowed.stdout, "train_loss")) == 1
-    assert "resumed with changes: learning-rate: checkpoint 0.0015, command line 0.5" in allowed.stderr
 
 
 def test_checkpoints_come_by_time_as_well(uneven: Path, tmp_path: Path) -> None:

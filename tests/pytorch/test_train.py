@@ -202,24 +202,6 @@ def test_the_evaluated_weights_are_the_moving_average_of_the_trained_ones(tones:
         torch.testing.assert_close(contents[1]["model"][name], decay * first[name] + (1 - decay) * second[name])
 
 
-def test_resuming_another_configuration_is_refused_with_the_difference(tones: Path, tmp_path: Path) -> None:
-    small_run(tones, tmp_path, "--max-steps", "1")
-    run = small_run(tones, tmp_path, "--resume", "--learning-rate", "0.5")
-    assert run.returncode == 1
-    assert "learning-rate: checkpoint 0.0015, command line 0.5" in run.stderr
-    other = write_packed_dataset(tmp_path / "other", {"train": 5, "validation": 2}, seed=9)
-    assert "data set" in small_run(other, tmp_path, "--resume").stderr
-
-
-def test_a_damaged_or_missing_checkpoint_is_refused_by_name(tones: Path, tmp_path: Path) -> None:
-    assert "checkpoint not found" in small_run(tones, tmp_path, "--resume").stderr
-    (tmp_path / "checkpoint_last.pt").write_bytes(b"no checkpoint")
-    run = small_run(tones, tmp_path, "--resume")
-    assert run.returncode == 1
-    assert "checkpoint_last.pt: not a checkpoint" in run.stderr
-    assert "Traceback" not in run.stderr
-
-
 def test_an_output_folder_that_cannot_be_made_is_an_error_before_training(tones: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     run = small_run(tones, tmp_path / "file", "--max-steps", "1")
@@ -238,7 +220,7 @@ def test_a_checkpoint_that_cannot_be_written_is_found_out_before_training_and_co
     assert run.returncode == 1
     assert "could not be written" in run.stderr
     assert not values(run.stdout, "run_start")
-    assert (tmp_path / "checkpoint_last.pt").read_bytes() == b"before"
+    assert (tmp_path / checkpoint.PREVIOUS_RUN / "checkpoint_last.pt").read_bytes() == b"before"
     assert "Traceback" not in run.stderr
 
 
@@ -364,27 +346,6 @@ def test_a_run_resumed_with_other_batches_trains_its_epoch_from_the_beginning(to
     assert epochs == [1, 2, 3]
     assert len(values(run.stdout, "train_loss")) == 3 * 2
     assert "Epoch 1 starts from its beginning" in run.stderr
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_hyperparameters_of_the_optimizer_may_change_on_resuming_but_not_its_kind_nor_the_models_size(
-    optimizer: str, tones: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first = ["--target-wer", "0", "--optimizer", optimizer]
-    options = [*first, "--resume", "--resume-with-changes", "--max-steps", "2"]
-    run_here(tones, tmp_path, *first, "--max-steps", "1")
-    for option, value in (("--hidden-size", "12"), ("--conv-channels", "3"), ("--optimizer", "sgd")):
-        assert run_here(tones, tmp_path, *options, option, value) == 1
-        said = capsys.readouterr().err
-        assert (
-            f"would not fit: {option.removeprefix('--')}: " in said
-            and f"To continue with its options: {option} " in said
-        )
-    run_here(tones, tmp_path, *options, "--weight-decay", "0.5", "--beta1", "0.7")
-    saved = checkpoint.load(tmp_path / checkpoint.LAST)["optimizers"]
-    groups = [group for each in saved for group in each["param_groups"]]
-    assert {group["weight_decay"] for group in groups} == {0.5}
-    assert tuple(groups[0]["betas"]) == (0.7, 0.98)
 
 
 def test_a_run_told_to_stop_in_an_evaluation_ends_at_once_and_resumed_evaluates_that_epoch_first(
