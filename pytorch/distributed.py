@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from pytorch.errors import RankFailure
+from pytorch.errors import SIGNALS, RankFailure
 
 Anything = TypeVar("Anything")
 
@@ -124,16 +124,28 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 class StopSignal:
-    """Handles SIGTERM and SIGUSR1 by setting `requested`: the step under way is finished and saved."""
+    """Handles SIGTERM and SIGUSR1 by setting `requested`: the step under way is finished and saved.
+
+    SIGINT raises KeyboardInterrupt, but once: a terminal sends Ctrl-C to a rank and to its parent, which passes it on.
+    Until here, the parent has blocked these signals.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self.request)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, _interrupt_once)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def request(self, *_: object) -> None:
         """Handle a signal."""
         self.requested = True
+
+
+def _interrupt_once(*_: object) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextmanager

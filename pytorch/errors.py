@@ -7,6 +7,7 @@ import signal
 
 from data.cli import DataError
 
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # that end a run
 RANK_FAILED = os.EX_IOERR  # 74
 PREEMPTED = os.EX_TEMPFAIL  # 75
 

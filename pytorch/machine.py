@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +31,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
     packages = "torch", "numpy", "mlperf-logging"
     found: dict[str, Any] = {
-        "processor": next(iter(cpuinfo().get("model name", [])), platform.processor() or platform.machine()),
+        "processor": _processor(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "memory_gib": round(memory.size() / 2**30, 1),
@@ -49,25 +48,19 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def cpuinfo() -> dict[str, list[str]]:
-    """Return each field of /proc/cpuinfo with its value for each logical CPU; empty where there is no such file."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return {}
-    found: dict[str, list[str]] = {}
-    for name, separator, value in (line.partition(":") for line in lines):
-        if separator:
-            found.setdefault(name.strip(), []).append(value.strip())
-    return found
+def _processor() -> str:
+    with suppress(OSError):
+        if model := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return model[1]
+    return platform.processor() or platform.machine()
 
 
-def cpu_seconds(processes: Iterable[int]) -> dict[str, float]:
-    """Return the time, since the machine's start, of the CPUs that this process may use, and that of some processes.
+def cpu_seconds() -> dict[str, float]:
+    """Return the time, since the machine's start, of the CPUs that this process may use, and that of the process.
 
     Returns:
-        "all", "busy", and "stolen" by the hypervisor for other machines; "own" of the processes, and their
-        "switches": involuntary context switches. Empty where /proc/stat does not have them.
+        "all", "busy", and "stolen" by the hypervisor for other machines; "own" of this process and its children that
+        have ended. Empty where /proc/stat does not have them.
     """
     try:
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
@@ -77,18 +70,10 @@ def cpu_seconds(processes: Iterable[int]) -> dict[str, float]:
     of_cpus = [[int(value) for value in values[:8]] for name, *values in lines if name in names]
     if not of_cpus:  # some containers renumber the CPUs in /proc/stat
         return {}
-    ticks = os.sysconf("SC_CLK_TCK")
-    user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = (np.sum(of_cpus, 0) / ticks).tolist()
+    ticks = np.sum(of_cpus, 0) / os.sysconf("SC_CLK_TCK")
+    user, nice, system, idle, waiting, interrupts, soft_interrupts, stolen = ticks.tolist()
     busy = user + nice + system + interrupts + soft_interrupts
-    own = switches = 0
-    for process in processes:
-        with suppress(OSError, StopIteration):  # it has just ended
-            folder = Path("/proc", str(process))
-            own += sum(map(int, (folder / "stat").read_text().rpartition(")")[2].split()[11:15]))  # with its children
-            status = (folder / "status").read_text().splitlines()
-            switches += next(int(line.split()[1]) for line in status if line.startswith("nonvoluntary_ctxt_switches"))
-    all_seconds = busy + idle + waiting + stolen
-    return {"all": all_seconds, "busy": busy, "stolen": stolen, "own": own / ticks, "switches": switches}
+    return {"all": busy + idle + waiting + stolen, "busy": busy, "stolen": stolen, "own": sum(os.times()[:4])}
 
 
 def git_revision() -> tuple[str, bool | None]:

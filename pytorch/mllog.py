@@ -1,8 +1,7 @@
 """The run's log, MLPerf events through `mlperf-logging`, one `:::MLLOG` line each; and the benchmark's clock.
 
-The log goes to standard output, which run_and_time.py copies to last_run.log.
-
-A destination that fails before the clock starts is an error. One that fails later is named once on standard error.
+The log goes to standard output and, once the clock has started, to last_run.log in the output folder.
+A destination that fails is named once on standard error, and the run goes on.
 """
 
 from __future__ import annotations
@@ -13,9 +12,8 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 from mlperf_logging.mllog import constants
 from mlperf_logging.mllog.mllog import MLLogger
@@ -57,34 +55,33 @@ class Sink(logging.Handler, ABC):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name, self.error = name, ""
+        self.name, self._failed = name, False
 
     @abstractmethod
     def write(self, line: str) -> None:
         """Write a line; OSError if that fails."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.error:
+        if self._failed:
             return
         try:
             self.write(record.getMessage())
         except OSError as error:
-            self.error = f"{self.name} cannot be written: {error.strerror or error}"
-            print(f"warning: {self.error}", file=sys.stderr)
+            self._failed = True
+            print(f"warning: {self.name} cannot be written: {error.strerror or error}", file=sys.stderr)
 
 
 class StandardOutput(Sink):
-    """Standard output, or another stream."""
+    """Standard output."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__("standard output")
-        self._stream = stream or sys.stdout
 
     def write(self, line: str) -> None:
         try:
-            print(line, file=self._stream, flush=True)
+            print(line, flush=True)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())  # takes what is still to be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be written
             raise
 
 
@@ -93,19 +90,16 @@ class LogFile(Sink):
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path))
-        self.path, self.started = path, False
+        self._path = path
         self._held: list[str] = []
         self._file: IO[str] | None = None
 
     def write(self, line: str) -> None:
         if self._file is None:
             self._held.append(line)
-            if f'"{constants.INIT_START}"' in line and self.path.exists():
-                self.path.open("a").close()  # fails while that is an error
             if f'"{constants.RUN_START}"' not in line:
                 return
-            self.started = True
-            self._file = self.path.open("a", encoding="utf-8", errors="surrogateescape")
+            self._file = self._path.open("a", encoding="utf-8")
             line = "\n".join(self._held)
         self._file.write(line + "\n")
         self._file.flush()
@@ -117,11 +111,6 @@ def make_logger(*sinks: Sink) -> MLLogger:
     for sink in sinks:
         logger.addHandler(sink)
     return MLLogger(logger, root_dir=str(ROOT))
-
-
-def failures(log: MLLogger) -> list[str]:
-    """Return which sinks could not be written, and why."""
-    return [sink.error for sink in log.logger.handlers if isinstance(sink, Sink) and sink.error]
 
 
 def log_submission(
@@ -187,14 +176,3 @@ def _choice(variable: str, default: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         raise RunError(f"{variable} is {value!r}; it must be one of {', '.join(allowed)}")
     return value
-
-
-def log_cache_clear(log: MLLogger, reasons: Sequence[str]) -> None:
-    """Log whether the data set was evicted from the page cache on every node, and if not, why.
-
-    Args:
-        log: where to.
-        reasons: of every rank, why its node's cache may still hold the data set; empty if it does not.
-    """
-    why = "; ".join(dict.fromkeys(filter(None, reasons)))
-    log.event(constants.CACHE_CLEAR, not why, metadata={"reason": why} if why else {})

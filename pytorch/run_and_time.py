@@ -8,19 +8,9 @@ One rank or many take the same path, on every node of a run:
 1. Parse the command line, lock the output folder, evict the data set from the page cache.
 2. Start the ranks with torchrun's agent. They are forked from a server that has imported train.py, so that a start, or
    a restart after a rank was lost, takes no time. SIGTERM, SIGUSR1 and Ctrl-C are passed on to them.
-3. Copy their standard output, which is the log, to this process's and, once the clock has started, to last_run.log. Add
-   how much CPU time others took. A run survives a closed pipe or a full disk.
-4. Write the report.
+3. Write the report.
 
-Environment variables:
-
-    NPROC_PER_NODE  ranks on this node (default: one per GPU, but no more than a batch has utterances; or one)
-    NNODES          nodes, on each of which this is started (default: 1)
-    NODE_RANK       number of this node, from 0 (default: 0)
-    MASTER_ADDR     name or address of node 0 (default: localhost)
-    MASTER_PORT     free port there (default: 29500)
-    MAX_RESTARTS    how many times all ranks restart from the newest checkpoint after one was lost (default: 0)
-    RUN_ID          name of the run, new for every run and the same on all nodes; several nodes need it to restart
+Environment variables, which docs/runs.md explains, say how many ranks there are on how many nodes.
 
 The exit status is that of the ranks; 1 if one of them was lost.
 """
@@ -28,6 +18,7 @@ The exit status is that of the ranks; 1 if one of them was lost.
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -35,23 +26,20 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import FrameType
 
-from mlperf_logging.mllog import constants
-from mlperf_logging.mllog.mllog import MLLogger
-
-from data.cli import INTERRUPTED, available_cores, exit_status
+from data.cli import INTERRUPTED, available_cores, die_with_parent, exit_status
 from data.files import locked
 from data.packed import open_dataset
 from pytorch import machine, mllog
 from pytorch.config import Config, parse_config
-from pytorch.errors import PREEMPTED, RANK_FAILED, Preempted, RunError
+from pytorch.errors import PREEMPTED, RANK_FAILED, SIGNALS, Preempted, RunError
 
 VARIABLES = {  # default, lowest and highest value
     "NPROC_PER_NODE": (0, 0, 1024),
@@ -60,9 +48,6 @@ VARIABLES = {  # default, lowest and highest value
     "MASTER_PORT": (29500, 1, 65535),
     "MAX_RESTARTS": (0, 0, 65535),
 }
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-END_LINE = "\0\n"  # after all that ranks print
-END = f"\n{END_LINE}".encode()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,19 +62,22 @@ def _run(arguments: list[str]) -> int:
         description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target.",
     )
     env = variables()
-    log = LogCopy(config.output_dir / mllog.LOG)
+    log = config.output_dir / mllog.LOG
+    with suppress(OSError):  # closed
+        os.set_blocking(1, True)  # some parents' pipes are not: lines would be lost
     # On a file system that nodes share, one lock is enough; and more would refuse the run itself.
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with locked(config.output_dir, "run") if env["NODE_RANK"] == 0 else nullcontext():
-        cache_clear = machine.clear_cache(open_dataset(config.dataset_dir))
-        try:
-            with log.from_ranks():
-                status = _launch(config, cache_clear, env)
-        except RunError as error:
-            raise RunError(log.failure or error) from error
-    if status in (0, 1) and log.file.started:
-        _write_report(log.file.path)
+        cache_clear, before = machine.clear_cache(open_dataset(config.dataset_dir)), _modified(log)
+        statuses = _launch(config, cache_clear, env)
+    status = max(statuses.values())
+    if 0 in statuses and status in (0, 1) and _modified(log) != before:
+        _write_report(log)
     return status
+
+
+def _modified(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def variables() -> dict[str, int]:
@@ -132,8 +120,8 @@ def _number(name: str) -> int:
     return int(value)
 
 
-def _launch(config: Config, cache_clear: str, env: dict[str, int]) -> int:
-    """Start the ranks of this node and wait for them; return their exit status."""
+def _launch(config: Config, cache_clear: str, env: dict[str, int]) -> dict[int, int]:
+    """Start the ranks of this node and wait for them; return the exit status of each."""
     # The GNU C library returns large blocks to the system when they are freed; on a CPU each step then waits for the
     # same memory to be mapped again, a page at a time.
     os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
@@ -144,23 +132,19 @@ def _launch(config: Config, cache_clear: str, env: dict[str, int]) -> int:
     os.environ.setdefault("NCCL_MAX_CTAS", "16")
     # Otherwise a rejoining node waits forever: node 0 publishes its store's address only in the first rendezvous round.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    try:
-        folder = tempfile.TemporaryDirectory()
-    except OSError as error:
-        raise RunError(f"there is no folder for temporary files ({error.strerror}); set TMPDIR") from error
-    with folder, _signals_to_ranks() as received:
+    received = _pass_signals_on()
+    with tempfile.TemporaryDirectory() as folder:
         try:
             method = _start_server()
-            statuses = _torchrun(config, cache_clear, env, method, folder.name)
-        except RunError as error:
+            statuses = _torchrun(config, cache_clear, env, method, folder)
+        except (RunError, RuntimeError) as error:  # Python turns an interrupted import into a RuntimeError
             if not received:
                 raise
-            # A rank that a signal reaches before it can handle it is killed; so it has not failed.
-            print(error, file=sys.stderr)
-            statuses = [INTERRUPTED if received[0] == signal.SIGINT else PREEMPTED]
-    if PREEMPTED in statuses:
+            print(error, file=sys.stderr)  # ranks were killed by a second Ctrl-C, or did not all stop in time
+            statuses = {0: INTERRUPTED if received[0] == signal.SIGINT else PREEMPTED}
+    if PREEMPTED in statuses.values():
         raise Preempted
-    return max(statuses)
+    return statuses
 
 
 def _start_server() -> str:
@@ -169,7 +153,7 @@ def _start_server() -> str:
     if method == "forkserver":
         multiprocessing.set_forkserver_preload(["pytorch.train"])
         resource_tracker.ensure_running()  # which unblocks signals
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for ranks, too, until they can handle them
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for ranks, too, until they have a StopSignal
         try:
             forkserver.ensure_running()
         finally:
@@ -177,10 +161,10 @@ def _start_server() -> str:
     return method
 
 
-def _torchrun(config: Config, cache_clear: str, env: dict[str, int], method: str, folder: str) -> list[int]:
-    """Run torchrun's agent; return the ranks' exit statuses. RunError if ranks failed, or did not find each other."""
+def _torchrun(config: Config, cache_clear: str, env: dict[str, int], method: str, folder: str) -> dict[int, int]:
+    """Run torchrun's agent; return its ranks' exit statuses. RunError if ranks failed, or did not find each other."""
     import torch
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
@@ -205,7 +189,7 @@ def _torchrun(config: Config, cache_clear: str, env: dict[str, int], method: str
         signals_to_handle="SIGQUIT",  # the others are handled here: the agent would not let ranks return their status
     )
     try:
-        return list(elastic_launch(launch, _rank)(config, cache_clear, threads).values())
+        return elastic_launch(launch, _rank)(config, cache_clear, threads)
     except ChildFailedError as error:
         failures = (f"rank {rank} ended with status {failed.exitcode}" for rank, failed in error.failures.items())
         raise RunError(f"ranks of the run failed: {', '.join(failures)}; see their messages above") from error
@@ -213,8 +197,6 @@ def _torchrun(config: Config, cache_clear: str, env: dict[str, int], method: str
         cause = (str(error.__cause__ or error).splitlines() or [""])[0]
         where = f"no connection at {endpoint} (MASTER_ADDR, MASTER_PORT)"
         raise RunError(f"{where}; is the port free, and node 0 up? {cause}") from error
-    except SignalException as error:
-        raise RunError(str(error)) from error
 
 
 def _rank(config: Config, cache_clear: str, threads: int) -> int:
@@ -226,13 +208,10 @@ def _rank(config: Config, cache_clear: str, threads: int) -> int:
 
     from pytorch import train
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _interrupt_once)
+    die_with_parent()
     if not os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(threads)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         status = train.run_rank(config, cache_clear)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the status is decided
     except KeyboardInterrupt:
@@ -245,127 +224,45 @@ def _rank(config: Config, cache_clear: str, threads: int) -> int:
     return status
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent has ended: a rank would work on unseen."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(RANK_FAILED)
+def _pass_signals_on() -> list[int]:
+    """From now on, pass the first signal on to each rank. Return the list to which signals are added when they come.
 
-
-def _interrupt_once(*_: object) -> None:
-    """Handle Ctrl-C, which a terminal sends to a rank and to its parent, who passes it on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def _signals_to_ranks() -> Iterator[list[int]]:
-    """Pass signals on to the ranks; yield the list of those received. A second Ctrl-C kills the ranks."""
+    A second Ctrl-C, or ten seconds after the first, kills the ranks: one may wait for another that has ended.
+    """
     received: list[int] = []
     reached: set[int | None] = set()  # ranks that the first one was passed on to
 
-    def pass_on(*_: object) -> None:
-        ranks = multiprocessing.active_children()
-        for rank in ranks:
-            if received.count(signal.SIGINT) > 1:
-                rank.kill()
-            elif rank.pid is not None and rank.pid not in reached:
-                with suppress(ProcessLookupError):
-                    os.kill(rank.pid, received[0])
-            reached.add(rank.pid)
-        if not reached:  # none has started yet
+    def handle(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if not reached and not multiprocessing.active_children():  # none has started yet
             raise KeyboardInterrupt if received[0] == signal.SIGINT else Preempted
 
-    def handle(number: int, _: FrameType | None) -> None:
-        if multiprocessing.parent_process() is not None:
-            os._exit(RANK_FAILED)  # a forked rank that has no handlers of its own yet
-        received.append(number)
-        signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)  # for ranks that are just being started
-        pass_on()
+    def pass_on() -> None:
+        while not received:
+            time.sleep(0.1)
+        kill_time = time.monotonic() + 10 if received[0] == signal.SIGINT else math.inf
+        while True:  # also for ranks that are just being started
+            kill = received.count(signal.SIGINT) > 1 or time.monotonic() > kill_time
+            for rank in multiprocessing.active_children():
+                if kill:
+                    rank.kill()
+                elif rank.pid is not None and rank.pid not in reached:
+                    with suppress(ProcessLookupError):
+                        os.kill(rank.pid, received[0])
+                reached.add(rank.pid)
+            time.sleep(0.1)
 
-    # but for what nohup, or a shell that starts this in the background, has it ignore
-    handlers = {number: handle for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, pass_on)
-    try:
-        yield received
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class LogCopy:
-    """Copies what ranks print, the log, to standard output and to a file; adds how much CPU time others took."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = mllog.LogFile(path)
-        self.failure = ""  # what could not be written before the clock started
-        self._cpu_seconds: dict[str, float] = {}  # when it started
-
-    @contextmanager
-    def from_ranks(self) -> Iterator[None]:
-        """Copy what this process and those that it starts print."""
-        sys.stdout.flush()
-        standard_output, (reading, writing) = os.dup(1), os.pipe()
-        os.set_blocking(standard_output, True)  # some parents' pipes are not: lines would be lost
-        os.dup2(writing, 1)
-        os.close(writing)
-        before, sys.stdout = sys.stdout, os.fdopen(1, "w", closefd=False)  # the old one may believe in a file
-        with os.fdopen(standard_output, "w", encoding="utf-8", errors="surrogateescape", closefd=False) as stream:
-            log = mllog.make_logger(self.file, mllog.StandardOutput(stream))
-            copy = threading.Thread(target=self._copy, args=(reading, log), daemon=True)
-            copy.start()
-            try:
-                yield
-            finally:
-                with suppress(OSError):
-                    os.write(1, END)
-                os.dup2(standard_output, 1)
-                sys.stdout = before
-                copy.join()
-
-    def _copy(self, reading: int, log: MLLogger) -> None:
-        with os.fdopen(reading, encoding="utf-8", errors="surrogateescape") as lines:
-            for line in lines:
-                if line == END_LINE:
-                    return
-                if line.strip():
-                    log.logger.info(line.rstrip("\n"))
-                if f'"{constants.RUN_START}"' in line:
-                    self._cpu_seconds = _cpu_seconds()
-                elif f'"{constants.RUN_STOP}"' in line and '"exception"' not in line:
-                    self._log_cpu_taken(log)
-                elif not self.file.started and (failures := mllog.failures(log)):
-                    self.failure = failures[0]
-                    for rank in multiprocessing.active_children():
-                        rank.kill()
-
-    def _log_cpu_taken(self, log: MLLogger) -> None:
-        """Log the share of CPU time used by other programs while the clock ran; warn if the time is invalid."""
-        used = {name: value - self._cpu_seconds.get(name, value) for name, value in _cpu_seconds().items()}
-        if not used.get("all"):  # no Linux, or a sandbox that does not count
-            return
-        others, stolen = max(0.0, used["busy"] - used["own"]) / used["all"], used["stolen"] / used["all"]
-        metadata = {"stolen": stolen, "involuntary_context_switches": int(used["switches"])}
-        log.event("cpu_taken", others, metadata=metadata)  # as fractions of all
-        if others + stolen > machine.MAX_CPU_TAKEN:
-            took = f"Other programs took {others:.0%} of this machine's CPU time, and its hypervisor {stolen:.0%}"
-            print(f"{took}: the run's time is not a valid benchmark result.", file=sys.stderr)
-
-
-def _cpu_seconds() -> dict[str, float]:
-    return machine.cpu_seconds([os.getpid(), *(rank.pid for rank in multiprocessing.active_children() if rank.pid)])
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it, or a shell that starts this in the background
+            signal.signal(number, handle)
+    threading.Thread(target=pass_on, daemon=True).start()
+    return received
 
 
 def _write_report(log: Path) -> None:
     """Write the report beside the log, in a process of its own: if it fails, the run has not."""
-    if not log.exists():
-        print(f"{log} is gone: there is no report", file=sys.stderr)
-        return
     command = [sys.executable, "-m", "tools.report", str(log), "--output", str(log.with_name(mllog.REPORT))]
-    with suppress(KeyboardInterrupt):
+    with suppress(KeyboardInterrupt, Preempted):
         subprocess.run(command, stdout=sys.stderr)
 
 

@@ -73,7 +73,8 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
         RankFailure: the other ranks did not connect.
     """
     stop = StopSignal()
-    log = mllog.make_logger(*([mllog.StandardOutput()] if torchrun_env("RANK", 0) == 0 else []))
+    sinks = [mllog.StandardOutput(), mllog.LogFile(config.output_dir / mllog.LOG)]
+    log = mllog.make_logger(*(sinks if torchrun_env("RANK", 0) == 0 else []))
     log.start(constants.INIT_START)
 
     # The kind of device decides how ranks connect. Asking for the last one checks that every local rank has one.
@@ -86,7 +87,8 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     config = dataclasses.replace(config, precision=select_precision(config.precision, device))
     check_agreement(world, config, dataset)
     check_batches(world, config, dataset)
-    mllog.log_cache_clear(log, world.all_gather_object(cache_clear))
+    reasons = "; ".join(dict.fromkeys(filter(None, world.all_gather_object(cache_clear))))
+    log.event(constants.CACHE_CLEAR, not reasons, metadata={"reason": reasons} if reasons else {})
     resumed_from = checkpoint.find_resumable(config, dataset.digest, world)
 
     torch.manual_seed(config.seed)
@@ -107,8 +109,6 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     if resumed_from is None:
         run.save()  # proves that the disk can be written
     log.end(constants.INIT_STOP)
-    if failures := mllog.failures(log):  # both must have taken all lines so far: standard output
-        raise RunError(failures[0])
     return run
 
 

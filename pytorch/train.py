@@ -66,7 +66,7 @@ def train(config: Config, cache_clear: str) -> bool:
 
     # One instant is the clock's start in RESULT and in the log, whatever time its line takes to be written; so at the
     # end. The clock has RESULT's seconds; MLPerf's score is the difference of the two lines' time stamps.
-    reached, started_at = False, datetime.now()
+    reached, started_at, cpu_before = False, datetime.now(), machine.cpu_seconds()
     run.log.start(constants.RUN_START, time_ms=run.clock.start(before=state.elapsed_seconds))
     try:
         with explain_oom("memory ran out; use a smaller --batch-size, or more --gradient-accumulation-steps"):
@@ -77,6 +77,7 @@ def train(config: Config, cache_clear: str) -> bool:
         status = constants.SUCCESS if reached else constants.ABORTED
         raised = {"exception": type(error).__name__} if (error := sys.exception()) else {}
         run.log.end(constants.RUN_STOP, metadata={"status": status, **raised}, time_ms=stopped_ms)
+    log_cpu_taken(run, cpu_before)
     evaluation.log_transcripts(run.log)
 
     try:
@@ -271,6 +272,19 @@ def evaluate_epoch(run: TrainingRun, validation: Utterances, stats: EpochStats) 
         f"clock {run.clock.seconds():.0f} s (evaluation {fraction:.0%})"
     )
     return evaluation
+
+
+def log_cpu_taken(run: TrainingRun, before: dict[str, float]) -> None:
+    """Log the share of rank 0's node's CPU time used by others while the clock ran; warn if the time is invalid."""
+    used = {name: value - before.get(name, value) for name, value in machine.cpu_seconds().items()}
+    own = sum(run.world.all_gather_object(used.get("own", 0.0))[: torchrun_env("LOCAL_WORLD_SIZE", 1)])
+    if not used.get("all"):  # no Linux, or a sandbox that does not count
+        return
+    others, stolen = max(0.0, used["busy"] - own) / used["all"], used["stolen"] / used["all"]
+    run.log.event("cpu_taken", others, metadata={"stolen": stolen})  # as fractions of all
+    if others + stolen > machine.MAX_CPU_TAKEN:
+        took = f"Other programs took {others:.0%} of this machine's CPU time, and its hypervisor {stolen:.0%}"
+        run.world.print_once(f"{took}: the run's time is not a valid benchmark result.")
 
 
 def raise_preempted(run: TrainingRun) -> NoReturn:

@@ -20,9 +20,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
+from multiprocessing import popen_fork
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pytorch.errors import SIGNALS
 from tests.conftest import ROOT
 
 _server: socket.socket | None = None
@@ -115,12 +117,23 @@ class _Forked(subprocess.Popen[Any]):
         self._child_created = True
 
 
+_launch = popen_fork.Popen._launch  # type: ignore[attr-defined]
+
+
+def _launch_rank(rank: object, process: object) -> None:
+    """Fork a rank that has signals blocked, as from a fork server; it does not return from here."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    _launch(rank, process)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def _serve() -> None:
     modules = ["pytorch.train", "torch.distributed.run", "torch._dynamo", "torch.onnx"]  # most of them imported late
     for module in [*modules, "pytorch.run_and_time", "tools.report.__main__"]:
         importlib.import_module(module)
     subprocess.Popen = _Forked  # type: ignore[misc]
     multiprocessing.set_start_method("fork")  # of ranks
+    popen_fork.Popen._launch = _launch_rank  # type: ignore[attr-defined]
     gc.freeze()  # so that no collection touches, and copies, what all processes share
     tests = socket.socket(fileno=0)
     while True:

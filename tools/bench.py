@@ -19,7 +19,6 @@ directly.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -242,7 +241,7 @@ Other programs took {others:.0%} of the CPU time meanwhile. `python -m tools.est
 
 def page(options: Options, device: torch.device) -> str:
     """Return BENCHMARKS.md, with the figures of this machine."""
-    before, rows = machine.cpu_seconds([os.getpid()]), []
+    before, rows = machine.cpu_seconds(), []
     for name, changes in CASES.items():
         chosen = replace(options, **changes)  # type: ignore[arg-type]
         row = measure(config_of(chosen), chosen, device)
@@ -250,7 +249,7 @@ def page(options: Options, device: torch.device) -> str:
         speed = f"{row['audio_seconds_per_second']:.0f}", f"{row['fraction_of_peak']:.0%}"
         figures += [f"{row['speedup']:.1f} x", *speed]
         rows.append(f"| {name} | {' | '.join(figures)} |")
-    spent = {name: value - before[name] for name, value in machine.cpu_seconds([os.getpid()]).items()}
+    spent = {name: value - before[name] for name, value in machine.cpu_seconds().items()}
     taken = max(0.0, spent.get("busy", 0.0) - spent.get("own", 0.0)) + spent.get("stolen", 0.0)
     commit, changed = machine.git_revision()
     return PAGE.format(

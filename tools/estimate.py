@@ -196,9 +196,9 @@ def estimate(config: Config, options: Options, device: torch.device, world: Worl
 
     epochs, epochs_source = (options.epochs, "given") if options.epochs else epochs_to_target(config)
     firsts = sorted(epoch for epoch in {1, 2, config.augment_from_epoch} if epoch <= epochs)
-    before = machine.cpu_seconds([os.getpid()])
+    before = machine.cpu_seconds()
     times = time_epochs(trainer, loader, firsts)
-    spent = {name: value - before[name] for name, value in machine.cpu_seconds([os.getpid()]).items()}
+    spent = {name: value - before[name] for name, value in machine.cpu_seconds().items()}
     ours = sum(world.all_gather_object(spent.get("own", 0.0)))
     samples, to_evaluate = int(train.num_samples[loader.included].sum()), int(validation.num_samples.sum())
     stride = max(1, round(min(times) / samples * to_evaluate / 3 / EVALUATION_SECONDS))  # it takes about a third

@@ -356,18 +356,6 @@ def test_a_single_process_told_to_stop_saves_in_the_middle_of_the_epoch(
     assert right["progress"]["elapsed_seconds"] > _seconds(second.stdout)
 
 
-def test_a_resumed_run_never_ends_with_the_line_of_a_result(uneven: Path, tmp_path: Path) -> None:
-    stopped = start(1, uneven, tmp_path, "--target-wer", "1000")
-    _wait_for(stopped, "train_loss", 1)
-    stopped.terminate()  # before the first evaluation
-    assert finish(stopped).returncode == PREEMPTED
-    run = run_in(1, uneven, tmp_path, "--target-wer", "1000", "--resume")
-    assert run.returncode == 0, run.stderr
-    assert values(run.stdout, "resumed") == [True]
-    assert run.stdout.splitlines()[-1].startswith("RESUMED,DEEPSPEECH2,")
-    assert "RESULT" not in run.stdout
-
-
 def test_a_damaged_newest_checkpoint_is_found_out_and_the_one_before_is_used(
     uneven: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:

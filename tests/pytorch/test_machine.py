@@ -1,7 +1,6 @@
-"""The machine that a run is on: page cache, CPU time, commit, user, memory."""
+"""The machine that a run is on: page cache, CPU time, commit, user."""
 
 import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -39,13 +38,10 @@ def test_a_data_set_is_dropped_from_the_page_cache(tmp_path: Path) -> None:
 
 
 def test_the_cpu_time_of_others_is_told_from_that_of_a_process() -> None:
-    def seconds() -> dict[str, float]:
-        return this_machine.cpu_seconds([os.getpid(), 2**22 + 1])  # there is no such process
-
-    before, begun, used = seconds(), time.monotonic(), time.process_time()
+    before, begun, used = this_machine.cpu_seconds(), time.monotonic(), time.process_time()
     while time.process_time() < used + 0.3:
         pass
-    spent = {name: value - before[name] for name, value in seconds().items()}
+    spent = {name: value - before[name] for name, value in this_machine.cpu_seconds().items()}
     elapsed = time.monotonic() - begun
     assert 0.2 < spent["own"] < 1.2 * elapsed + 0.05
     assert spent["own"] < spent["busy"] + 0.1
@@ -54,33 +50,14 @@ def test_the_cpu_time_of_others_is_told_from_that_of_a_process() -> None:
 
 def test_cpus_that_are_counted_anew_have_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {12345})
-    assert this_machine.cpu_seconds([os.getpid()]) == {}
+    assert this_machine.cpu_seconds() == {}
 
 
-def git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), "-c", "user.name=me", "-c", "user.email=me@localhost", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def test_the_commit_is_that_of_the_repository_and_it_is_known_whether_files_differ(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("DEEPSPEECH2_COMMIT", raising=False)
-    monkeypatch.setattr(this_machine, "ROOT", tmp_path)
-    assert this_machine.git_revision() == ("unknown", None)
-    git(tmp_path, "init", "--quiet")
-    assert this_machine.git_revision() == ("unknown", None)  # there is no commit yet
-    (tmp_path / "file").write_text("")
-    git(tmp_path, "add", "file")
-    git(tmp_path, "commit", "--quiet", "--message", "first")
-    commit = git(tmp_path, "rev-parse", "HEAD")
-    assert this_machine.git_revision() == (commit, False)
-    (tmp_path / "file").write_text("changed")
-    assert this_machine.git_revision() == (commit, True)
-    monkeypatch.setenv("DEEPSPEECH2_COMMIT", "f" * 40 + "-dirty")
-    assert this_machine.git_revision() == ("f" * 40, True)
-    monkeypatch.setenv("DEEPSPEECH2_COMMIT", "f" * 40)
-    assert this_machine.git_revision() == ("f" * 40, False)
+@pytest.mark.parametrize(("dirty", "changed"), [("", False), ("-dirty", True)])
+def test_an_image_says_which_commit_it_was_made_of(dirty: str, changed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a repository is tested with that of an image, in tests/test_container.py."""
+    monkeypatch.setenv("DEEPSPEECH2_COMMIT", "f" * 40 + dirty)
+    assert this_machine.git_revision() == ("f" * 40, changed)
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

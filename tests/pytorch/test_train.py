@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.files import locked
-from pytorch import checkpoint, train
+from pytorch import checkpoint, machine, train
 from pytorch.errors import PREEMPTED, RunError
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.layers import kernels
@@ -59,6 +59,7 @@ def test_a_run_that_reaches_the_target_ends_with_status_zero_and_the_result_line
     run, _ = reached
     assert run.returncode == 0, run.stderr
     assert "A LibriSpeech result needs 23." in run.stderr
+    assert "epoch   1" in run.stderr and "tones-validation" in run.stderr
     fields = run.stdout.splitlines()[-1].split(",")
     assert fields[:3] == ["RESULT", "DEEPSPEECH2", "5"]
     stamps = {event["key"]: event["time_ms"] for event in events(run.stdout)}
@@ -83,14 +84,7 @@ def test_the_log_has_the_official_events_in_order(reached: tuple[subprocess.Comp
     assert by_key["run_stop"]["status"] == "success"
     assert by_key["eval_accuracy"]["epoch_num"] == 1
     assert by_key["eval_accuracy"]["utterances"] == 7
-
-
-def test_progress_goes_to_standard_error_with_the_wer_of_each_subset(
-    reached: tuple[subprocess.CompletedProcess[str], Path],
-) -> None:
-    run, _ = reached
-    assert "epoch   1" in run.stderr
-    assert "tones-validation" in run.stderr
+    assert 0 < by_key["eval_stop"]["evaluation_fraction_of_run"] < 1
 
 
 def test_losses_that_are_read_late_are_the_same(
@@ -119,14 +113,6 @@ def test_bfloat16_trains_as_float32_does_but_for_rounding(tones: Path, tmp_path:
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
     if not kernels.has_native_bf16():
         assert "--precision bf16: this device has no bf16 arithmetic" in run.stderr
-
-
-def test_the_log_says_how_much_of_the_run_was_evaluation(
-    reached: tuple[subprocess.CompletedProcess[str], Path],
-) -> None:
-    run, _ = reached
-    (stop,) = [event for event in events(run.stdout) if event["key"] == "eval_stop"]
-    assert 0 < stop["metadata"]["evaluation_fraction_of_run"] < 1
 
 
 def test_checkpoints_of_the_best_and_the_last_epoch_load_as_plain_weights(
@@ -371,6 +357,39 @@ def test_a_run_told_to_stop_in_an_evaluation_ends_at_once_and_resumed_evaluates_
     assert first + log() == whole
     left, right = (checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "parts"))
     assert all(torch.equal(left["model"][name], right["model"][name]) for name in left["model"])
+
+
+def test_a_resumed_run_never_ends_with_the_line_of_a_result(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", lambda *_, **__: None)  # as if told to stop
+        assert run_here(tones, tmp_path, "--target-wer", "1000") == PREEMPTED
+    assert run_here(tones, tmp_path, "--target-wer", "1000", "--resume") == 0
+    output = capsys.readouterr().out
+    assert values(output, "resumed") == [True]
+    assert output.splitlines()[-1].startswith("RESUMED,DEEPSPEECH2,")
+    assert "RESULT" not in output
+
+
+@pytest.mark.parametrize(("others", "warned"), [(0.0, False), (0.5, True)])
+def test_a_run_that_shares_its_cpus_says_so(
+    others: float,
+    warned: bool,
+    tones: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun = {"all": 100.0, "busy": 50.0, "stolen": 10.0, "own": 5.0}
+    ended = {"all": 200.0, "busy": 50.0 + 40.0 + 100 * others, "stolen": 11.0, "own": 45.0}
+    readings = iter([begun, ended])
+    monkeypatch.setattr(machine, "cpu_seconds", lambda: next(readings))
+    run_here(tones, tmp_path, "--max-steps", "1")
+    output, errors = capsys.readouterr()
+    (event,) = (event for event in events(output) if event["key"] == "cpu_taken")
+    assert (event["value"], event["metadata"]["stolen"]) == (pytest.approx(others), pytest.approx(0.01))
+    assert ("Other programs took 50%" in errors) == warned
 
 
 def test_two_runs_in_one_output_folder_do_not_disturb_each_other(
