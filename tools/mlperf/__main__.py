@@ -21,10 +21,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from data.cli import exit_status
 from pytorch.errors import RunError
+from tools.cli import command
 from tools.mlperf import check, compare, rcp, score
-from tools.mlperf.package import package_problems
+from tools.mlperf.package import check_package
 from tools.mlperf.runlog import RunLog
 from tools.mlperf.series import run_series
 from tools.output_files import write_output
@@ -47,7 +47,7 @@ def check_logs(logs: Logs, division: Literal["closed", "open"] | None = None, pa
     passed = True
     for path in _some(logs):  # each of them is looked at
         try:
-            lines, accepted = package_problems(path) if package else check.describe(path, division)
+            lines, accepted = check_package(path) if package else check.describe(path, division)
         except RunError as error:
             lines, accepted = [str(error)], False
         print(*lines, sep="\n")
@@ -63,7 +63,7 @@ def score_logs(logs: Logs) -> bool:
     Args:
         logs: logs of runs, 3 or more
     """
-    found = score.score(_some(logs))
+    found = score.score(check.load_valid(_some(logs)))
     print(score.report(found))
     return found.seconds is not None
 
@@ -119,12 +119,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; return the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    run, program = tyro.extras.subcommand_cli_from_dict, "python -m tools.mlperf"
-    return exit_status(lambda: run(COMMANDS, prog=program, description=__doc__, args=arguments), arguments)
-
+main = command("tools.mlperf", __doc__, COMMANDS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlperf_logging.compliance_checker import mlp_compliance
-from mlperf_logging.compliance_checker.mlp_parser import parse_file
 from mlperf_logging.mllog import constants
 
 from data.corpora import CORPORA
@@ -84,23 +83,11 @@ def describe(path: Path, division: str | None = None) -> tuple[list[str], bool]:
 
 
 def load_valid(paths: list[Path]) -> list[RunLog]:
-    """Read the logs of several runs, which may have missed their target.
-
-    Raises:
-        RunError: one of them is wrong otherwise; or two are the same run.
-    """
-    logs: list[RunLog] = []
-    for path in paths:
-        log, found = check(path)
-        if wrong := [each for each in found if not each.missed_target]:
-            raise RunError(str(wrong[0]))
-        for other in logs:
-            if log.seed == other.seed:
-                raise RunError(f"{path}: seed {log.seed} is also that of {other.path}; each run needs its own")
-            if [step.loss for step in log.steps] == [step.loss for step in other.steps]:
-                raise RunError(f"{path}: its losses are those of {other.path}: one run under two seeds")
-        logs.append(log)
-    return logs
+    """Read the logs of several runs, which may have missed their target; RunError where one is wrong otherwise."""
+    checked = [check(path) for path in paths]
+    if wrong := [each for _, found in checked for each in found if not each.missed_target]:
+        raise RunError(str(wrong[0]))
+    return [log for log, _ in checked]
 
 
 def notes(log: RunLog) -> list[str]:
@@ -132,6 +119,16 @@ def ineligibility(log: RunLog) -> str:
 
 
 # --- a line: the rules files
+
+
+class _Line(NamedTuple):
+    """An event as the rules see it, under the package's names."""
+
+    lineno: int  # of the event, counted from 0
+    timestamp: int
+    key: str
+    value: dict[str, Any]
+    full_string: str = ""  # for messages of the package, which are not shown
 
 
 class _Checker(mlp_compliance.ComplianceChecker):
@@ -166,9 +163,10 @@ def _names_us(line: Any) -> bool:
 
 def broken_rules(log: RunLog, rules: Path | str, ruleset: str = NEWEST) -> list[Violation]:
     """Return what breaks a rules file, which is ours or one of the package's, each reason once."""
-    lines, errors = parse_file(str(log.path), ruleset=ruleset)
-    if errors:
-        return [Violation(log.path, None, f"mlperf-logging cannot read {len(errors)} of its lines")]
+    lines = [
+        _Line(number, event.time_ms, event.key, {"value": event.value, "metadata": event.metadata})
+        for number, event in enumerate(log.events)
+    ]
     checker = _Checker(ruleset)
     checker.check_loglines(lines, str(rules))
     found = []

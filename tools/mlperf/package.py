@@ -40,8 +40,8 @@ class _Checker:
         return not found
 
 
-def package_problems(folder: Path) -> tuple[list[str], bool]:
-    """Return what the package checker says of a submission's tree, in lines, and whether it accepts it.
+def check_package(folder: Path) -> tuple[list[str], bool]:
+    """Let the package checker look at a submission's tree, and say why on standard error. Return verdict and success.
 
     Raises:
         RunError: the folder is no submission, or a file that the checker needs is missing or damaged.
@@ -49,10 +49,6 @@ def package_problems(folder: Path) -> tuple[list[str], bool]:
     names = {path.name for path in folder.glob("results/*/*") if path.is_dir()}  # a small series has its own
     if not names:
         raise RunError(f"{folder}: no submission: it has no folder results/<system>/<series>")
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage().strip().partition("\n")[0])  # type: ignore[method-assign]
-    logging.getLogger().addHandler(handler)
     try:
         with (
             patch.object(package_checker, "get_allowed_benchmarks", lambda *_: names),
@@ -67,10 +63,8 @@ def package_problems(folder: Path) -> tuple[list[str], bool]:
         raise RunError(f"{error.filename}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{folder}: MLCommons' package checker fails: {error!r:.200}") from error
-    finally:
-        logging.getLogger().removeHandler(handler)
     verdict = "passes MLCommons' package checker" if passed else "refused by MLCommons' package checker"
-    return [*said, f"{folder}: {verdict} under the rules of {NEWEST}"], passed
+    return [f"{folder}: {verdict} under the rules of {NEWEST}"], passed
 
 
 def _check_directory(folder: str, *_: object, **__: object) -> tuple[bool, str, float]:

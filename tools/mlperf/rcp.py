@@ -19,9 +19,9 @@ from mlperf_logging.rcp_checker.rcp_checker import RCP_Checker, check_directory,
 from pytorch.config import HYPERPARAMETERS
 from pytorch.errors import RunError
 from pytorch.mllog import BENCHMARK
-from tools.mlperf.check import NEWEST
+from tools.mlperf.check import NEWEST, load_valid
 from tools.mlperf.runlog import RunLog
-from tools.mlperf.score import RUNS, read_series
+from tools.mlperf.score import RUNS, one_series
 
 RUNS_OF_A_POINT = 2 * RUNS  # that the rules ask for
 EPOCHS = "Epochs to converge"
@@ -36,10 +36,10 @@ def make_points(paths: list[Path]) -> Points:
         RunError: a log breaks the open rules; a run missed the target; runs of one batch size differ in more than the
             seed, share a seed, or are too few; or runs are of several data sets or targets.
     """
-    by_batch_size: dict[int, list[Path]] = {}
-    for path in paths:
-        by_batch_size.setdefault(RunLog.read(path).batch_size or 0, []).append(path)
-    series = [read_series(paths) for _, paths in sorted(by_batch_size.items())]
+    by_batch_size: dict[int, list[RunLog]] = {}
+    for log in load_valid(paths):
+        by_batch_size.setdefault(log.batch_size or 0, []).append(log)
+    series = [one_series(logs) for _, logs in sorted(by_batch_size.items())]
     for run in (run for runs in series for run in runs):
         if not run.reached:
             raise RunError(f"{run.path}: the run did not reach its target; every seed of a reference must")
@@ -120,7 +120,7 @@ def check_convergence(paths: list[Path], reference: Path) -> tuple[bool, str]:
     Raises:
         RunError: a log breaks the open rules, the runs are no series, or the points are of something else.
     """
-    points, runs = read_points(reference), read_series(paths)
+    points, runs = read_points(reference), one_series(load_valid(paths))
     if different := _differences([*(point["Subject"] for point in points.values()), _subject(runs[0])]):
         raise RunError(f"{reference}: its points are not comparable with these runs; they differ in {different}")
     with tempfile.TemporaryDirectory() as folder, _REGISTERED, reference.open(encoding="utf-8") as file:

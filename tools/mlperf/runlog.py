@@ -85,14 +85,11 @@ class Result(NamedTuple):
     seconds: int
 
 
-@dataclass(frozen=True)
-class Step:
-    """An optimizer step; loss, learning rate and gradient norm are None where it was skipped as not finite."""
+class Step(NamedTuple):
+    """An optimizer step; its loss is None where it was skipped as not finite."""
 
     number: int
     loss: float | None
-    learning_rate: float | None
-    gradient_norm: float | None
 
 
 @dataclass(frozen=True)
@@ -100,29 +97,22 @@ class Epoch:
     """An epoch, or the part of one that a run got to. Times are seconds on the clock, of this process only."""
 
     number: int
-    started: float
-    trained: float | None  # when its training had ended
     evaluated: float | None  # when its evaluation had ended
     step: int | None  # steps of the run when its training had ended
-    finished: bool | None  # False: max_steps ended it early
     loss: float | None  # mean over its steps
     throughput: dict[str, float]  # seconds, utterances_per_second, audio_seconds_per_second, data_wait_fraction
     wer: float | None  # percent, corpus WER of all validation utterances: the benchmark's figure
     errors: dict[str, ErrorCounts]  # of each validation subset, and of "all"
 
 
-@dataclass(frozen=True)
-class Dataset:
+class Dataset(NamedTuple):
     """What the run trained on."""
 
     digest: str
     corpus: str
-    official: bool  # whether all archives were the published ones
-    synthetic: bool
 
 
-@dataclass(frozen=True)
-class Transcript:
+class Transcript(NamedTuple):
     """A validation utterance of the last evaluation, as the model understood it; wer in percent."""
 
     id: str
@@ -151,7 +141,6 @@ class RunLog:
         self.seed: int | None = self.value(constants.SEED, int)
         self.batch_size: int | None = self.value(constants.GLOBAL_BATCH_SIZE, int)
         self.target_wer: float | None = self.value("configuration", float, "target_wer")
-        self.max_epochs: int | None = self.value("configuration", int, "max_epochs")
         self.environment: dict[str, Any] = self.metadata("environment")  # hardware and software
         self.commit: str | None = self.value("git_commit", str)  # "unknown" where git did not know it
         self.dirty: bool | None = self.metadata("git_commit").get("uncommitted_changes")
@@ -163,14 +152,15 @@ class RunLog:
         self.reached = self.status == constants.SUCCESS  # the target, as the run says
         self.resumed = bool(self.all("resumed"))  # from a checkpoint: never an uninterrupted result
         self.seconds_before = float(self.value("resumed", float, "elapsed_seconds") or 0)  # on the clock, if resumed
-        self.seconds = self._between(constants.RUN_START, constants.RUN_STOP)  # the time to target, if it was reached
-        self.init_seconds = self._between(constants.INIT_START, constants.INIT_STOP)  # off the clock
+        self.seconds = self.clock(self.first(constants.RUN_STOP))  # the time to target, if it was reached
         self.cpu_taken: float = self.value("cpu_taken", float) or 0.0  # fraction that other programs took
         self.cpu_stolen: float = self.value("cpu_taken", float, "stolen") or 0.0  # and the hypervisor
-        self.steps = [_step(event) for event in self.events if event.key in ("train_loss", "skipped_step")]
-        self._step_lines = [event.line for event in self.events if event.key in ("train_loss", "skipped_step")]
-        self.epochs = self._epochs()  # in the order of their beginning
+        stepped = [event for event in self.events if event.key in ("train_loss", "skipped_step")]
+        self.steps = [_step(event) for event in stepped]
+        self.epochs = self._epochs([event.line for event in stepped])  # in the order of their beginning
         self.transcripts = [_transcript(event) for event in self.all("transcript")]  # from the worst to the best
+        datasets = [Dataset(event.typed(str) or "", event.typed(str, "corpus") or "") for event in self.all("dataset")]
+        self.dataset = datasets[0] if datasets else None
 
     @classmethod
     def read(cls, path: Path) -> RunLog:
@@ -225,19 +215,10 @@ class RunLog:
         event = self.first(key)
         return {} if event is None else event.metadata
 
-    def clock(self, event: Event) -> float:
-        """Return the seconds on this process's clock at an event (negative before it started)."""
-        start = self.first(constants.RUN_START) or self.events[0]
-        return (event.time_ms - start.time_ms) / 1000
-
-    @property
-    def dataset(self) -> Dataset | None:
-        """What the run trained on."""
-        event = self.first("dataset")
-        if event is None:
-            return None
-        official, synthetic = (event.metadata.get(name) is True for name in ("official_archives", "synthetic"))
-        return Dataset(event.typed(str) or "", event.typed(str, "corpus") or "", official, synthetic)
+    def clock(self, event: Event | None) -> float | None:
+        """Return the seconds on this process's clock at an event; None without the event, or if it never started."""
+        start = self.first(constants.RUN_START)
+        return None if event is None or start is None else (event.time_ms - start.time_ms) / 1000
 
     @property
     def last_evaluation(self) -> Epoch | None:
@@ -255,43 +236,35 @@ class RunLog:
         seconds = sum(part["seconds"] for part in parts)
         return sum(part[name] * part["seconds"] for part in parts) / seconds if seconds else None
 
-    def _between(self, first: str, last: str) -> float | None:
-        start, stop = self.first(first), self.first(last)
-        return None if start is None or stop is None else (stop.time_ms - start.time_ms) / 1000
-
-    def _epochs(self) -> list[Epoch]:
-        by_epoch: dict[int, list[Event]] = {}
+    def _epochs(self, step_lines: list[int]) -> list[Epoch]:
+        by_epoch: dict[int, dict[str, list[Event]]] = {}
         for event in self.events:
             if constants.EPOCH_NUM in event.metadata:
-                by_epoch.setdefault(event.typed(int, constants.EPOCH_NUM), []).append(event)
+                of_epoch = by_epoch.setdefault(event.typed(int, constants.EPOCH_NUM), {})
+                of_epoch.setdefault(event.key, []).append(event)
         starts = [(event, event.metadata.get(constants.EPOCH_NUM, 0)) for event in self.all(constants.EPOCH_START)]
-        return [self._epoch(number, start, by_epoch.get(number, [])) for start, number in starts]
+        return [self._epoch(number, start, by_epoch.get(number, {}), step_lines) for start, number in starts]
 
-    def _epoch(self, number: int, start: Event, events: list[Event]) -> Epoch:
-        first = {event.key: event for event in reversed(events)}
-        stop, evaluated = first.get(constants.EPOCH_STOP), first.get(constants.EVAL_STOP)
-        accuracy = first.get(constants.EVAL_ACCURACY)
-        rates = {} if stop is None else {name: stop.typed(float, name) for name in RATES if name in stop.metadata}
-        if stop is None or bisect(self._step_lines, start.line) == bisect(self._step_lines, stop.line):
-            rates = {}  # no step was made: the run was resumed when only the evaluation was left
+    def _epoch(self, number: int, start: Event, events: dict[str, list[Event]], step_lines: list[int]) -> Epoch:
+        keys = constants.EPOCH_STOP, constants.EVAL_STOP, constants.EVAL_ACCURACY
+        stop, evaluated, accuracy = (next(iter(events.get(key, [])), None) for key in keys)
+        rates = {}
+        # Without a step, it was resumed when only the evaluation was left: it has no rates.
+        if stop is not None and bisect(step_lines, start.line) < bisect(step_lines, stop.line):
+            rates = {name: stop.typed(float, name) for name in RATES if name in stop.metadata}
         return Epoch(
             number=number,
-            started=self.clock(start),
-            trained=None if stop is None else self.clock(stop),
-            evaluated=None if evaluated is None else self.clock(evaluated),
+            evaluated=self.clock(evaluated),
             step=None if stop is None else stop.typed(int, "step"),
-            finished=None if stop is None else stop.metadata.get("finished"),
             loss=None if stop is None else stop.typed(float, "loss"),
             throughput=rates,
             wer=None if accuracy is None else accuracy.typed(float),
-            errors={event.typed(str): _error_counts(event) for event in events if event.key == "validation_errors"},
+            errors={event.typed(str): _error_counts(event) for event in events.get("validation_errors", [])},
         )
 
 
 def _event(path: Path, line: int, text: str) -> Event:
     fields = json.loads(text)
-    if "\\ud" in text.lower():  # half a character, as of a variable that is not UTF-8, cannot be written to a page
-        fields = json.loads(json.dumps(fields, ensure_ascii=False).encode(errors="replace"))
     metadata = {name: value for name, value in (fields["metadata"] or {}).items() if name not in CALLER}
     event = Event(path, line, int(fields["time_ms"]), fields["key"], fields["value"], metadata)
     hash(event.key)
@@ -300,9 +273,8 @@ def _event(path: Path, line: int, text: str) -> Event:
 
 def _step(event: Event) -> Step:
     if event.key == "skipped_step":
-        return Step(event.typed(int) or 0, None, None, None)
-    rate, norm = event.typed(float, "learning_rate"), event.typed(float, "gradient_norm")
-    return Step(event.typed(int, "step_num") or 0, event.typed(float), rate, norm)
+        return Step(event.typed(int) or 0, None)
+    return Step(event.typed(int, "step_num") or 0, event.typed(float))
 
 
 def _transcript(event: Event) -> Transcript:

@@ -7,14 +7,14 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import combinations
 from typing import Any
 
 from mlperf_logging.mllog import constants
 
 from pytorch.config import fields_of
 from pytorch.errors import RunError
-from tools.mlperf.check import load_valid, notes
+from tools.mlperf.check import notes
 from tools.mlperf.runlog import RunLog
 
 MIN_RUNS = 3  # fastest, slowest, and one that counts
@@ -36,6 +36,15 @@ class Score:
     seconds: float | None  # the score; None where too many runs missed the target, or there are too few
     missed: list[RunLog]
 
+    @property
+    def verdict(self) -> str:
+        """The score, or why there is none."""
+        if len(self.runs) < MIN_RUNS:
+            return f"No score: the fastest and the slowest run are dropped, so {MIN_RUNS} runs are needed."
+        if self.seconds is None:
+            return f"No score: {len(self.missed)} runs did not reach the target; at most {MAX_MISSED} may."
+        return f"Score: {self.seconds:.1f} s, the mean without the fastest and the slowest of {len(self.runs)} runs."
+
 
 def comparability_key(log: RunLog) -> dict[str, Any]:
     """Return what must be the same in all runs of a series; None where the log does not know it."""
@@ -54,25 +63,28 @@ def differences(logs: Sequence[RunLog]) -> dict[str, list[Any]]:
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
-def read_series(paths: list[Path], fewest: int = MIN_RUNS) -> list[RunLog]:
-    """Read the logs of a series, sorted by seed.
+def one_series(logs: list[RunLog], fewest: int = MIN_RUNS) -> list[RunLog]:
+    """Return the valid logs of one series (check.load_valid), sorted by seed.
 
     Raises:
-        RunError: a log breaks the open rules (other than by missing the target), runs share a seed, differ in more than
-            the seed, or are fewer than `fewest`.
+        RunError: runs share a seed or all losses, differ in more than the seed, or are fewer than `fewest`.
     """
-    if len(paths) < fewest:
-        raise RunError(f"{len(paths)} logs; a score drops the fastest and the slowest run, so it needs {fewest}")
-    logs = load_valid(paths)
+    if len(logs) < fewest:
+        raise RunError(f"{len(logs)} logs; a score drops the fastest and the slowest run, so it needs {fewest}")
+    for log, other in combinations(logs, 2):
+        if log.seed == other.seed:
+            raise RunError(f"{other.path}: seed {log.seed} is also that of {log.path}; each run needs its own")
+        if log.steps == other.steps:
+            raise RunError(f"{other.path}: its losses are those of {log.path}: one run under two seeds")
     found = [f"{name} ({', '.join(dict.fromkeys(map(str, values)))})" for name, values in differences(logs).items()]
     if found:
         raise RunError(f"these are runs of several configurations; they differ in {', '.join(found)}")
     return sorted(logs, key=lambda log: log.seed or 0)
 
 
-def score(paths: list[Path], fewest: int = MIN_RUNS) -> Score:
-    """Score the runs of a series. Raises what `read_series` does."""
-    runs = read_series(paths, fewest)
+def score(logs: list[RunLog], fewest: int = MIN_RUNS) -> Score:
+    """Score the runs of a series. Raises what `one_series` does."""
+    runs = one_series(logs, fewest)
     missed = [run for run in runs if not run.reached]
     times = sorted(run.seconds if run.reached and run.seconds is not None else math.inf for run in runs)
     scored = len(missed) <= MAX_MISSED and len(runs) >= MIN_RUNS
@@ -80,7 +92,7 @@ def score(paths: list[Path], fewest: int = MIN_RUNS) -> Score:
 
 
 def report(found: Score) -> str:
-    """Return the score as text, a line for each run first."""
+    """Return what a reader must know: a line for each run, the spread, the score or why there is none, and notes."""
     lines = [f"{'seed':>6}  {'epochs':>6}  {'last WER':>8}  {'seconds':>9}  log"]
     for run in found.runs:
         took = f"{run.seconds or 0:9.1f}" if run.reached else "no target"
@@ -96,24 +108,13 @@ def report(found: Score) -> str:
             deviation = statistics.stdev(values) if len(values) > 1 else 0.0
             spread = f"{statistics.fmean(values):.1f} +- {deviation:.1f} ({min(values):.1f} to {max(values):.1f})"
             lines.append(f"{name} to target of {len(values)} runs, mean +- standard deviation: {spread}")
-    return "\n".join([*lines, *verdict(found)])
-
-
-def verdict(found: Score) -> list[str]:
-    """Return the score or why there is none, and what a reader must know besides."""
-    runs = found.runs
-    if len(runs) < MIN_RUNS:
-        lines = [f"No score: the fastest and the slowest run are dropped, so {MIN_RUNS} runs are needed."]
-    elif found.seconds is None:
-        lines = [f"No score: {len(found.missed)} runs did not reach the target; at most {MAX_MISSED} may."]
-    else:
-        lines = [f"Score: {found.seconds:.1f} s, the mean without the fastest and the slowest of {len(runs)} runs."]
+    lines.append(found.verdict)
     if found.missed:
         lines.append(f"Runs that did not reach the target: {len(found.missed)}.")
-    if len(runs) < RUNS:
-        lines.append(f"Note: the rules ask for {RUNS} runs; these are {len(runs)}.")
-    if len(commits := sorted({str(run.commit) for run in runs})) > 1:
+    if len(found.runs) < RUNS:
+        lines.append(f"Note: the rules ask for {RUNS} runs; these are {len(found.runs)}.")
+    if len(commits := sorted({str(run.commit) for run in found.runs})) > 1:
         lines.append(f"Note: the runs are of several commits: {', '.join(commits)}.")
-    for note, count in Counter(note for run in runs for note in notes(run)).items():
-        lines.append(f"Note: {note}{'' if count == len(runs) else f' ({count} of {len(runs)} runs)'}.")
-    return [*lines, f"On {runs[0].value(constants.SUBMISSION_PLATFORM)}."]
+    for note, count in Counter(note for run in found.runs for note in notes(run)).items():
+        lines.append(f"Note: {note}{'' if count == len(found.runs) else f' ({count} of {len(found.runs)} runs)'}.")
+    return "\n".join([*lines, f"On {found.runs[0].value(constants.SUBMISSION_PLATFORM)}."])

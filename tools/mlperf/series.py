@@ -103,7 +103,7 @@ def run_series(
             print(f"Run {number + 1} of {runs} (seed {config.seed + number}): {outcome}", file=sys.stderr, flush=True)
     if not logs:
         return False
-    found = score([log.path for log in logs], fewest=1)
+    found = score(logs, fewest=1)
     print(report(found), f"A page about these runs: python -m tools.report {folder}", sep="\n")
     return len(logs) == runs and (found.seconds is not None or (runs < MIN_RUNS and not found.missed))
 
@@ -160,7 +160,8 @@ def _run(folder: Path, number: int, options: list[str], config: Config, logs: li
     with path.open("xb") as file:
         # In a session of its own: else a terminal's Ctrl-C would reach it twice.
         command = [*COMMAND, *options, "--output-dir", str(output_dir)]
-        process = subprocess.Popen(command, stdout=file, pass_fds=[lock], start_new_session=True)
+        variables = {**os.environ, "DEEPSPEECH2_CONTINUE": "The series repeats this run."}  # not with --resume
+        process = subprocess.Popen(command, stdout=file, pass_fds=[lock], start_new_session=True, env=variables)
         status, signals = _wait(process)
     told_to_end = KeyboardInterrupt if status == INTERRUPTED or signal.SIGINT in signals else Preempted
     if status in (PREEMPTED, INTERRUPTED):

@@ -11,15 +11,13 @@ status: 0, or 1 if a log is damaged or the page cannot be written; the reason is
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from data.cli import exit_status
 from pytorch.errors import RunError
+from tools.cli import command
 from tools.output_files import write_output
 from tools.report.render import render
 from tools.report.runs import find_logs, read_series
@@ -45,11 +43,7 @@ def report(
     print(f"Report: {output}")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit status."""
-    work = partial(tyro.cli, report, args=arguments, prog="python -m tools.report", description=__doc__)
-    return exit_status(work, arguments)
-
+main = command("tools.report", __doc__, report)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,9 +11,9 @@ from pathlib import Path
 from pytorch.config import fields_of
 from pytorch.errors import Preempted, RunError
 from pytorch.machine import MAX_CPU_TAKEN
-from tools.mlperf.check import check, clock_problem
+from tools.mlperf.check import Violation, check, clock_problem
 from tools.mlperf.runlog import TOKEN, RunLog
-from tools.mlperf.score import MIN_RUNS, comparability_key, differences, score, verdict
+from tools.mlperf.score import MIN_RUNS, comparability_key, differences, score
 
 ENDS = {Preempted.__name__: "interrupted by a signal, and saved", "KeyboardInterrupt": "stopped by Ctrl-C"}
 
@@ -24,7 +24,7 @@ class Run:
 
     label: str
     log: RunLog
-    refusals: list[str]
+    refusals: list[Violation]
 
     @property
     def seconds(self) -> float | None:
@@ -92,7 +92,7 @@ def read_series(logs: Mapping[Path, str]) -> list[Series]:
     groups: dict[tuple[str, int], list[Run]] = {}
     for path, name in logs.items():
         log, violations = check(path)
-        refusals = [each.reason for each in violations if not each.missed_target]
+        refusals = [each for each in violations if not each.missed_target]
         run = Run(name or str(log.config_name or "unknown configuration"), log.last_start(), refusals)
         key = repr((run.label, log.commit, log.resumed, comparability_key(log)))
         groups.setdefault((key, repeats[f"{key}{log.seed}"]), []).append(run)
@@ -101,18 +101,20 @@ def read_series(logs: Mapping[Path, str]) -> list[Series]:
     for label, group in zip(_labels([group[0] for group in groups.values()]), groups.values(), strict=True):
         group.sort(key=lambda run: run.log.seed or 0)
         runs = [replace(run, label=f"{label}, seed {run.log.seed}" if len(group) > 1 else label) for run in group]
-        series.append(Series(label, runs, *_score([run.log.path for run in runs])))
+        series.append(Series(label, runs, *_score(runs)))
     return series
 
 
-def _score(paths: list[Path]) -> tuple[float | None, str]:
-    if len(paths) < MIN_RUNS:
+def _score(runs: list[Run]) -> tuple[float | None, str]:
+    if len(runs) < MIN_RUNS:
         return None, ""
+    if refusals := [each for run in runs for each in run.refusals]:
+        return None, f"No score: {refusals[0]}."
     try:
-        found = score(paths)
+        found = score([run.log for run in runs])
     except RunError as error:
         return None, f"No score: {error}."
-    return found.seconds, verdict(found)[0] if found.seconds is None else ""
+    return found.seconds, found.verdict if found.seconds is None else ""
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

@@ -9,7 +9,7 @@ from tools.mlperf.check import MISSED_TARGET, notes
 from tools.mlperf.score import RUNS, differences
 from tools.report.runs import Run, Series
 
-MOST_NAMED = 3  # runs or series that a warning names; of more it gives the number
+MOST_NAMED = 3  # runs that a warning names; of more it gives the number
 NUMBER = re.compile(r"(?<![\w.-])\d+(?:,\d{3})*(?:\.\d+)?(?![\w-])")  # not in a digest or a file's name
 
 
@@ -35,7 +35,7 @@ def _warnings(series: Series, run: Run) -> list[str]:
     log = run.log
     found = []
     if run.refusals:
-        found.append(f"The checker (python -m tools.mlperf check) refuses the log: {run.refusals[0]}.")
+        found.append(f"The checker (python -m tools.mlperf check) refuses the log: {run.refusals[0].reason}.")
     if not log.reached:
         target = "" if log.target_wer is None else f" of {log.target_wer:g}"
         found.append(f"The target WER{target} was not reached: {run.outcome}.")
@@ -59,12 +59,9 @@ def _with_ranges(texts: Sequence[str]) -> str:
 
 
 def _labels(runs: set[Run], series: Sequence[Series]) -> str:
-    """Return which runs these are: "" for all, the names of a few series or runs, else how many."""
-    names = list[str]()
-    for each in series:
-        these = [run.label for run in each.runs if run in runs]
-        names += [each.label] if len(these) == len(each.runs) else these
-    total = sum(len(each.runs) for each in series)
-    if len(runs) == total:
+    """Return which runs these are: "" for all, the names of a few, else how many."""
+    everyone = [run for each in series for run in each.runs]
+    if len(runs) == len(everyone):
         return ""
-    return "; ".join(names) if len(names) <= MOST_NAMED else f"{len(runs)} of {total} runs"
+    names = [run.label for run in everyone if run in runs]
+    return "; ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} of {len(everyone)} runs"

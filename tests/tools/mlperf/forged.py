@@ -46,10 +46,6 @@ class Forged:
     def remove(self, key: str, number: int = 0) -> None:
         del self.events[self.positions(key)[number]]
 
-    def repeat(self, key: str, number: int = 0) -> None:
-        position = self.positions(key)[number]
-        self.events.insert(position, json.loads(json.dumps(self.events[position])))
-
     def swap(self, key: str, other: str) -> None:
         """Exchange two events, but for their times."""
         left, right = self.positions(key)[0], self.positions(other)[0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from pytorch.config import CONFIGS
 from pytorch.metrics import count_errors
 from tests.tools.mlperf.forged import Forged, made_up
+from tools.report.runs import Series, read_series
 
 TRAINING = 281241  # utterances of LibriSpeech
 SUBSETS = {"dev-clean": 2703, "dev-other": 2864}
@@ -20,6 +22,11 @@ SAID = [
     ("GOOD NIGHT", "GOOD NIGHT"),
     ("SO THEY SAY", "SO THEY SAY"),
 ]
+
+
+def series_of(folder: Path, *logs: Forged) -> list[Series]:
+    """The series of these logs."""
+    return read_series({log.write(folder / f"{number}.log"): "" for number, log in enumerate(logs)})
 
 
 def add(log: Forged, after: str, key: str, value: Any, number: int = 0, seconds: float = 0.0, **metadata: Any) -> None:
@@ -43,7 +50,6 @@ def made_up_log(
     dirty: bool = False,
     cleared: bool = True,
     resumed: float | None = None,
-    official: bool = True,
     synthetic: bool = False,
     others: float = 0.01,
 ) -> Forged:
@@ -57,7 +63,7 @@ def made_up_log(
         seconds_of_epoch=20.0,
     )
     log.edit("configuration", **(config or {}))
-    log.edit("dataset", official_archives=official, synthetic=synthetic)
+    log.edit("dataset", synthetic=synthetic)
     log.edit("git_commit", ("0123456789abcdef" * 3)[:40], uncommitted_changes=dirty)
     if not cleared:
         log.edit("cache_clear", False, reason="audio.npy is still cached")

@@ -73,8 +73,12 @@ def test_a_submission_that_keeps_all_rules_passes(tree: Path, capsys: pytest.Cap
     ids=["a log", "seeds", "too fast", "no points", "too few", "half a description", "no description", "no results"],
 )
 def test_a_submission_is_refused_with_its_reason(
-    spoil: Callable[[Path], object], said: str, tree: Path, capsys: pytest.CaptureFixture[str]
+    spoil: Callable[[Path], object],
+    said: str,
+    tree: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     spoil(tree)
     assert main(["check", str(tree), "--package"]) == 1
-    assert said in capsys.readouterr().out
+    assert said in caplog.text + capsys.readouterr().out

@@ -96,21 +96,3 @@ def test_committed_points_are_read_by_the_packages_checker_and_are_those_of_comm
     sizes = {run.configuration["batch_size"] for run in archived}
     mine = [*archived, *(run for run in single if run.configuration["batch_size"] not in sizes)]
     assert make_points([run.path for run in mine]) == content
-
-
-def test_an_output_that_is_a_log_is_refused_and_a_link_is_followed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`-o *.txt`, the name forgotten, would be the loss of a log."""
-    paths = series(tmp_path, [2, 2, 2, 2])
-    link, target = tmp_path / "link", tmp_path / "rcp.json"
-    link.symlink_to(target)
-    before = [path.read_bytes() for path in paths]
-    for output, said in ((paths[0], "the log of a run"), (tmp_path, "Is a directory")):
-        assert main(["rcp", "-o", str(output), *texts(paths[1:])]) == 1
-        assert said in capsys.readouterr().err
-    assert [path.read_bytes() for path in paths] == before
-    for _ in range(2):  # points may be made anew
-        assert main(["rcp", "-o", str(link), *texts(paths)]) == 0
-    assert link.is_symlink()
-    assert list(json.loads(target.read_text())) == ["deepspeech2_ref_10"]

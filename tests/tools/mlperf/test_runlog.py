@@ -95,12 +95,6 @@ def test_a_value_that_was_edited_by_hand_is_an_error_that_names_its_line(tmp_pat
     assert refused > 100
 
 
-def test_text_that_is_not_unicode_can_be_written_to_a_page(tmp_path: Path) -> None:
-    log = made_up_log(epochs=1, steps=1)
-    log.edit("submission_platform", "caf\udce9 box")
-    assert read(log, tmp_path).value("submission_platform").encode() == b"caf? box"
-
-
 def test_an_epoch_without_a_step_has_no_rate_and_means_are_weighted_by_time(tmp_path: Path) -> None:
     """A run is resumed when only the evaluation is left; another epoch takes 3 times as long."""
     log = made_up_log(epochs=3, steps=4)

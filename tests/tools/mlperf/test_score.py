@@ -11,7 +11,8 @@ from pytorch.errors import RunError
 from tests.tools.mlperf.forged import Forged, made_up
 from tests.tools.mlperf.test_runlog import COMMITTED
 from tools.mlperf.__main__ import main
-from tools.mlperf.score import score
+from tools.mlperf.check import load_valid
+from tools.mlperf.score import Score, score
 
 
 def small(seed: int = 1, **changes: object) -> Config:
@@ -47,6 +48,10 @@ def series(folder: Path, epochs: list[int], batch_size: int = 10, missed: int = 
     return write(folder, logs)
 
 
+def scored(paths: list[Path]) -> Score:
+    return score(load_valid(paths))
+
+
 def texts(paths: list[Path]) -> list[str]:
     return [str(path) for path in paths]
 
@@ -56,7 +61,7 @@ def test_the_score_is_the_mean_time_without_the_fastest_and_the_slowest(
 ) -> None:
     times = [50.0, 130.0, 90.0, 70.0]
     paths = write(tmp_path, [log_of(small(seed), seconds_of_epoch=time) for seed, time in enumerate(times)])
-    found = score(paths)
+    found = scored(paths)
     assert found.seconds == pytest.approx(2 * (80.0 + 10))  # two epochs, with their evaluations
     assert main(["score", *texts(paths)]) == 0
     output = capsys.readouterr().out
@@ -71,7 +76,7 @@ def test_one_run_that_misses_the_target_counts_as_the_slowest_and_two_leave_no_s
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = series(tmp_path / "one", [2, 3, 4, 2], missed=1)
-    assert score(one).seconds == pytest.approx((3 + 4) / 2 * 110)
+    assert scored(one).seconds == pytest.approx((3 + 4) / 2 * 110)
     assert main(["score", *texts(one)]) == 0
     assert "Runs that did not reach the target: 1." in capsys.readouterr().out
     two = series(tmp_path / "two", [2, 3, 4, 2], missed=2)
@@ -82,23 +87,22 @@ def test_one_run_that_misses_the_target_counts_as_the_slowest_and_two_leave_no_s
 def test_runs_with_one_seed_or_one_run_under_two_seeds_are_refused(tmp_path: Path) -> None:
     paths = series(tmp_path, [2, 2, 2])
     with pytest.raises(RunError, match=r"result_0.txt: seed 1 is also that of .*result_0.txt"):
-        score([*paths, paths[0]])
+        scored([*paths, paths[0]])
     forged = Forged.of(paths[0])
     forged.edit("seed", 9)
     forged.edit("configuration", seed=9)
     forged.result = (forged.result or "").replace(",1,", ",9,", 1)
     with pytest.raises(RunError, match="one run under two seeds"):
-        score([*paths, forged.write(tmp_path / "again.txt")])
+        scored([*paths, forged.write(tmp_path / "again.txt")])
 
 
 def test_runs_of_several_configurations_are_refused_and_it_says_how_they_differ(tmp_path: Path) -> None:
     logs = [log_of(small(1)), log_of(small(2, hidden_size=80)), log_of(small(3))]
     logs[2].edit("number_of_ranks", 8)
     logs[2].edit("dataset", "1" * 64)
-    with pytest.raises(
-        RunError, match=r"differ in hidden_size \(168, 80\), data set \(0+, 1+\), number_of_ranks \(1, 8\)"
-    ):
-        score(write(tmp_path, logs))
+    differing = r"differ in hidden_size \(168, 80\), data set \(0+, 1+\), number_of_ranks \(1, 8\)"
+    with pytest.raises(RunError, match=differing):
+        scored(write(tmp_path, logs))
 
 
 def test_runs_of_several_commits_are_scored_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,20 +7,18 @@ from typing import Any
 import pytest
 
 from tests.tools.mlperf.forged import Forged
-from tests.tools.mlperf.made_up_logs import SUBSETS, add, made_up_log
+from tests.tools.mlperf.made_up_logs import SUBSETS, add, made_up_log, series_of
 from tests.tools.mlperf.test_score import series
 from tools.report.charts import POINTS, charts, epoch_rows
 from tools.report.runs import read_series
 
 
 def charts_of(folder: Path, *logs: Forged) -> dict[str, dict[str, Any]]:
-    paths = [log.write(folder / f"{number}.log") for number, log in enumerate(logs)]
-    return {chart["title"]: chart for chart in charts(read_series(dict.fromkeys(paths, "")))}
+    return {chart["title"]: chart for chart in charts(series_of(folder, *logs))}
 
 
 def rows_of(log: Forged, folder: Path) -> list[dict[str, Any]]:
-    ((run,),) = (each.runs for each in read_series({log.write(folder / "run.log"): ""}))
-    return list(epoch_rows(run).values())
+    return list(epoch_rows(series_of(folder, log)[0].runs[0]).values())
 
 
 def points(chart: dict[str, Any]) -> list[list[float]]:

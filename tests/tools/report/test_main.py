@@ -56,10 +56,19 @@ def test_what_is_no_log_is_an_error_of_one_line_and_leaves_the_page_that_is_ther
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "garbage.log", "report.html"]
 
 
-def test_a_log_is_never_replaced(tmp_path: Path) -> None:
+def test_a_log_is_never_replaced_and_a_link_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`-o *.log`, the name forgotten, would be the loss of a log."""
     log = made_up_log().write(tmp_path / "run.log")
-    (tmp_path / "link").symlink_to(log)
+    link, page, folder = tmp_path / "link", tmp_path / "page.html", tmp_path / "folder"
+    link.symlink_to(log)
+    folder.mkdir()
     before = log.read_text()
-    for output in (log, tmp_path / "link", log / "report.html"):
+    for output in (log, link, log / "report.html", folder):
         assert main([str(log), "-o", str(output)]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
     assert log.read_text() == before
+    link.unlink()
+    link.symlink_to(page)
+    for _ in range(2):  # a page may be made anew
+        assert main([str(log), "-o", str(link)]) == 0
+    assert link.is_symlink() and page.read_text().endswith("</html>")
