@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -42,7 +44,6 @@ from pytorch.optimizer import learning_rate
 from pytorch.setup import TrainingRun, max_train_samples, setup
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps whose loss or gradient is not finite; more mean that the run has diverged
-INTERRUPTED = "Interrupted. --resume continues from the last checkpoint."
 
 
 def train(config: Config, cache_clear: str) -> bool:
@@ -223,8 +224,7 @@ def record_step(run: TrainingRun, step: int, lr: float, loss: float, grad_norm: 
         state.skipped_in_a_row = 0
         state.losses_in_epoch += 1
         state.sum_of_losses_in_epoch += loss
-        metadata = {"step_num": step, "learning_rate": lr, "gradient_norm": grad_norm}
-        run.log.event("train_loss", loss, metadata=metadata)
+        run.log.event("train_loss", loss, metadata={"step_num": step, "learning_rate": lr, "gradient_norm": grad_norm})
         return
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
@@ -289,9 +289,13 @@ def log_cpu_taken(run: TrainingRun, before: dict[str, float]) -> None:
 
 def raise_preempted(run: TrainingRun) -> NoReturn:
     """Say how to continue, and end the run."""
-    saved = f"checkpoint saved at step {run.state.step}"
-    run.world.print_once(f"Received SIGTERM or SIGUSR1: {saved}. Continue with --resume.")
+    run.world.print_once(f"Received SIGTERM or SIGUSR1: checkpoint saved at step {run.state.step}. {how_to_continue()}")
     raise Preempted
+
+
+def how_to_continue() -> str:
+    """Return what to do after a signal. A series, which has no resumed runs, gives other words."""
+    return os.environ.get("DEEPSPEECH2_CONTINUE") or "Continue with --resume."
 
 
 def print_result(run: TrainingRun, reached: bool, started_at: datetime) -> None:
@@ -309,12 +313,8 @@ def print_result(run: TrainingRun, reached: bool, started_at: datetime) -> None:
 
 def run_rank(config: Config, cache_clear: str) -> int:
     """Train as one rank; return the exit status, after whatever was raised is printed as one line."""
-
-    def work() -> bool:
-        with report_lost_ranks():
-            return train(config, cache_clear)
-
-    status = exit_status(work, interrupted=INTERRUPTED if torchrun_env("RANK", 0) == 0 else "")
+    work = report_lost_ranks()(partial(train, config, cache_clear))
+    status = exit_status(work, interrupted=f"Interrupted. {how_to_continue()}" if torchrun_env("RANK", 0) == 0 else "")
     shutdown()
     return status
 
@@ -330,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
         with locked(config.output_dir, "run") if torchrun_env("RANK", 0) == 0 else nullcontext():
             return run_rank(config, cache_clear="pytorch.train leaves the page cache as it is")
 
-    return exit_status(work, interrupted=INTERRUPTED)
+    return exit_status(work, interrupted=f"Interrupted. {how_to_continue()}")
 
 
 if __name__ == "__main__":
