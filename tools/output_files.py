@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
-from data.files import atomic_replace, atomic_write
+from data.files import atomic_replace
 from pytorch.errors import RunError
 
 
@@ -49,13 +49,12 @@ def write_output(path: Path, text: str) -> None:
             return
         path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            with path.open("rb") as file:
-                if any(b":::MLLOG " in line for line in file):
-                    raise RunError(f"{path}: this is the log of a run, which is not replaced; choose another name")
-        atomic_write(path, text)
+        if path.exists() and b":::MLLOG " in path.read_bytes():
+            raise RunError(f"{path}: this is the log of a run, which is not replaced; choose another name")
     except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from error
+        raise RunError(f"{path} cannot be written: {error.strerror}") from error
+    with output_file(path) as stream:
+        stream.write(text)
 
 
 @contextmanager

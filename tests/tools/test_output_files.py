@@ -17,11 +17,7 @@ from tests.tools.conftest import Trained
     ("module", "arguments"),
     [
         ("tools.evaluate", ["none.pt", "--dataset-dir", "none", "--output"]),
-        ("tools.transcribe", ["none.pt", "none.wav", "--output-dir"]),
         ("tools.report", ["none.log", "--output"]),
-        ("tools.language_model", ["estimate", "--dataset-dir", "none", "--output"]),
-        ("tools.language_model", ["download", "--name", "3-gram", "--output-dir"]),
-        ("tools.language_model.tune", ["none.pt", "--dataset-dir", "none", "--lm"]),
         ("tools.mlperf", ["rcp", "none.log", "--output"]),
         ("data.verify", ["--dataset-dir"]),
     ],

@@ -1,7 +1,6 @@
-"""N-gram language models: estimated from the training transcripts of a data set, or downloaded.
+"""N-gram language models, estimated from the training transcripts of a data set.
 
     python -m tools.language_model estimate --dataset-dir AN4_dataset --output an4.arpa
-    python -m tools.language_model download --name 3-gram.pruned.3e-7
 
 The estimate is interpolated Witten-Bell smoothing (S. F. Chen and J. Goodman, "An empirical study of smoothing
 techniques for language modeling", 1999, section 2.6): after a history h that was seen c(h) times with N(h) different
@@ -22,27 +21,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from data.cli import DataError, exit_status, progress_bar
-from data.corpora import REPOSITORY, Archive, openslr_mirrors
-from data.fetch import fetch
-from data.files import DOWNLOADS, atomic_replace, file_digest, locked, work_folder
 from data.packed import open_dataset
 from pytorch.errors import RunError
+from tools.cli import command
 from tools.output_files import output_file, prepare_outputs
 
 START, END, UNKNOWN = "<s>", "</s>", "<unk>"
-# Of openslr.org/11: n-grams of the books that LibriSpeech's readers did not read, gzipped ARPA files. None was ever
-# downloaded with this: other projects check these MD5 sums.
-LIBRISPEECH_MODELS = {
-    "3-gram.pruned.3e-7": "8f67ec741827742eee05799ab7605b50",
-    "3-gram.pruned.1e-7": "9a0f1325bcaf3a0f7b7be4be10823c2a",
-    "3-gram": "74cbb837e582378c26c602e1c8cbcb9c",
-    "4-gram": "6abdcd5b055bd482e4f9defe91d40408",
-}
 
 Ngram = tuple[str, ...]
 
@@ -61,32 +46,8 @@ class Estimate:
     """replace the file if it exists"""
 
 
-@dataclass(frozen=True)
-class Download:
-    """Download one of the language models of LibriSpeech (openslr.org/11)."""
-
-    name: Annotated[str, tyro.conf.arg(help=f"which one: {', '.join(LIBRISPEECH_MODELS)}")]
-    mirror: str = ""
-    """comma-separated addresses, tried in this order; empty: those of OpenSLR"""
-    md5: str = ""
-    """MD5 that the file must have, instead of the published file's"""
-    output_dir: Path = REPOSITORY / "language_models"
-    """folder for the file"""
-
-
-def main() -> int:
-    """Run the command line; return the exit status."""
-    options = tyro.cli(Estimate | Download, prog="python -m tools.language_model", description=__doc__)  # type: ignore[arg-type]
-    return exit_status(lambda: estimate(options) if isinstance(options, Estimate) else download(options), None)
-
-
 def estimate(options: Estimate) -> None:
-    """Write the ARPA file, whole or not at all.
-
-    Raises:
-        RunError: the order is not valid, the file exists or cannot be written, or there are no training transcripts.
-        DataError: the data set is absent or damaged.
-    """
+    """Write the ARPA file, whole or not at all."""
     if not 2 <= options.order <= 6:
         raise RunError(f"--order is {options.order}; it must be from 2 to 6, as KenLM reads no others")
     prepare_outputs([options.output], options.overwrite)
@@ -147,37 +108,7 @@ def arpa_lines(model: list[dict[Ngram, tuple[float, float]]]) -> Iterator[str]:
     yield "\\end\\"
 
 
-def download(options: Download) -> None:
-    """Download a language model, whose MD5 says whether it is whole; resume an unfinished download.
-
-    Raises:
-        RunError: there is no model of this name, or another file has its place.
-        DataError: no mirror delivered it whole, or it cannot be written.
-    """
-    if options.name not in LIBRISPEECH_MODELS:
-        raise RunError(f"--name {options.name}: unknown language model; one of {', '.join(LIBRISPEECH_MODELS)}")
-    archive = Archive(f"{options.name}.arpa.gz", md5=options.md5.lower() or LIBRISPEECH_MODELS[options.name])
-    mirrors = [part.strip() for part in options.mirror.split(",") if part.strip()] or openslr_mirrors(11)
-    target = options.output_dir / archive.file
-    if target.exists():
-        if (md5 := file_digest(target, "md5")) != archive.md5:
-            raise RunError(f"{target} has MD5 {md5}, not {archive.md5}: remove it to download it again")
-    else:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        with (
-            locked(options.output_dir, "download"),
-            work_folder(options.output_dir) as work,
-            progress_bar(archive.file, None, unit="B") as bar,
-        ):
-            downloaded = work / DOWNLOADS / archive.file
-            try:
-                model = fetch(archive, mirrors, downloaded, bar.update)
-            except OSError as error:
-                raise DataError(f"cannot write {downloaded}: {error.strerror}") from error
-            print(f"{archive.file}: MD5 {model.md5}, SHA-256 {model.sha256}", file=sys.stderr)
-            atomic_replace(downloaded, target)
-    print(f"{target} is complete", file=sys.stderr)
-
+main = command("tools.language_model", __doc__, {"estimate": Estimate}, estimate)
 
 if __name__ == "__main__":
     sys.exit(main())

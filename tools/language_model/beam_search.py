@@ -1,6 +1,6 @@
 """Beam search over CTC outputs with an n-gram language model.
 
-    decode = BeamSearch(LanguageModel(Path("an4.arpa")), alpha=1.0, beta=1.0, beam=100)
+    decode = beam_search(LanguageModel(Path("an4.arpa")), alpha=1.0, beta=1.0, beam=100)
     transcript = decode(emission_TV)
 
 A transcript's score is log p(labels | audio) + alpha * log p(words) + beta * number of words, as in Deep Speech (arXiv
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
@@ -26,6 +28,7 @@ from torch import Tensor
 from pytorch.ctc import BLANK, LABELS, encode
 from pytorch.errors import RunError
 from pytorch.evaluation import Decoder
+from tools.cli import require_positive
 from tools.recognizer import copy_emissions, greedy
 
 SCORE_THRESHOLD = 50.0  # nats by which a kept transcript may be worse than the best one at an output frame
@@ -58,13 +61,25 @@ class Decoding:
         for name, value in (("alpha", self.alpha), ("beta", self.beta)):
             if not math.isfinite(value):
                 raise RunError(f"--{name} is {value}; it must be a finite number")
-        if self.beam < 1:
-            raise RunError(f"--beam is {self.beam}; it must be a positive integer")
+        require_positive(beam=self.beam)
         if self.lm is None:
             if self != Decoding():
                 raise RunError("--alpha, --beta and --beam are for decoding with a language model: give --lm as well")
             return greedy
-        return BeamSearch(LanguageModel(self.lm), self.alpha, self.beta, self.beam)
+        return beam_search(LanguageModel(self.lm), self.alpha, self.beta, self.beam)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Have nobody see what C++ writes to standard error: while it reads a model, KenLM draws a line of asterisks."""
+    before, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def decode_each(decode: Decode) -> Decoder:
@@ -105,45 +120,43 @@ class LanguageModel:
         self.unknown = indices.get_index("<unk>")
         self.spellings = list(spelled.values())  # by index
         try:
-            self.model = KenLM(str(path), indices)
+            with _silent():
+                self.kenlm = KenLM(str(path), indices)
         except (RuntimeError, UnicodeDecodeError) as error:
             raise RunError(f"{path}: KenLM cannot read it: {str(error).splitlines()[-1]}") from error
         self.words = decoder.Trie(len(LABELS), _SPACE)
-        start = self.model.start(False)
+        start = self.kenlm.start(False)
         for index, spelling in enumerate(self.spellings):
             # A space ends every word, so that a word and its beginnings differ.
-            self.words.insert(encode(f"{spelling} "), index, self.model.score(start, index)[1])
+            self.words.insert(encode(f"{spelling} "), index, self.kenlm.score(start, index)[1])
         self.words.smear(decoder.SmearingMode.MAX)
 
 
-class BeamSearch:
-    """The decoder for one language model and one pair of weights."""
+def beam_search(model: LanguageModel, alpha: float, beta: float, beam: int) -> Decode:
+    """Return the decoder for one language model and one pair of weights."""
+    library = model.library
+    options = library.LexiconDecoderOptions(
+        beam_size=beam,
+        beam_size_token=len(LABELS),
+        beam_threshold=SCORE_THRESHOLD,
+        lm_weight=alpha * math.log(10),  # KenLM's logarithms are decimal
+        word_score=beta,
+        unk_score=-math.inf,
+        sil_score=0.0,
+        log_add=True,
+        criterion_type=library.CriterionType.CTC,
+    )
+    decoder = library.LexiconDecoder(options, model.words, model.kenlm, _SPACE, BLANK, model.unknown, [], False)
+    # One frame more, in which a space or nothing costs nothing: the last word must end too.
+    end_1V = torch.full((1, len(LABELS)), -1e4)
+    end_1V[0, [BLANK, _SPACE]] = 0.0
 
-    def __init__(self, language_model: LanguageModel, alpha: float, beta: float, beam: int) -> None:
-        library = language_model.library
-        options = library.LexiconDecoderOptions(
-            beam_size=beam,
-            beam_size_token=len(LABELS),
-            beam_threshold=SCORE_THRESHOLD,
-            lm_weight=alpha * math.log(10),  # KenLM's logarithms are decimal
-            word_score=beta,
-            unk_score=-math.inf,
-            sil_score=0.0,
-            log_add=True,
-            criterion_type=library.CriterionType.CTC,
-        )
-        self._language_model = language_model  # the decoder does not keep it alive
-        words, model, unknown = language_model.words, language_model.model, language_model.unknown
-        self._decoder: Any = library.LexiconDecoder(options, words, model, _SPACE, BLANK, unknown, [], False)
-
-    def __call__(self, emission_TV: Tensor) -> str:
-        """Return the best transcript of an emission: float32 [T, V] on the CPU."""
-        # One frame more, in which a space or nothing costs nothing: the last word must end too.
-        end_1V = torch.full((1, len(LABELS)), -1e4)
-        end_1V[0, [BLANK, _SPACE]] = 0.0
+    def decode(emission_TV: Tensor) -> str:
         emission_TV = torch.cat([emission_TV, end_1V]).contiguous()
-        best = self._decoder.decode(emission_TV.data_ptr(), *emission_TV.shape)[0]
-        return " ".join(self._language_model.spellings[index] for index in best.words if index >= 0)
+        best = decoder.decode(emission_TV.data_ptr(), *emission_TV.shape)[0]
+        return " ".join(model.spellings[index] for index in best.words if index >= 0)  # which keeps the model alive
+
+    return decode
 
 
 def read_words(path: Path) -> list[str]:

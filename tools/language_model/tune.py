@@ -23,13 +23,13 @@ import numpy as np
 import tyro
 from torch import Tensor
 
-from data.cli import exit_status, progress_bar
+from data.cli import progress_bar
 from data.packed import open_dataset
 from pytorch.config import Device
-from pytorch.errors import RunError
 from pytorch.loader import Utterances
 from pytorch.metrics import count_errors
-from tools.language_model.beam_search import BeamSearch, LanguageModel, decode_each
+from tools.cli import command, require_positive
+from tools.language_model.beam_search import LanguageModel, beam_search, decode_each
 from tools.recognizer import Recognizer, greedy, select_subsets
 
 ALPHAS, BETAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0), (0.0, 1.0, 2.0, 4.0)
@@ -58,22 +58,9 @@ class Options:
     """where to compute; auto: the GPU if there is one"""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; return the exit status."""
-    options = tyro.cli(Options, args=arguments, prog="python -m tools.language_model.tune", description=__doc__)
-    return exit_status(lambda: tune(options), arguments)
-
-
 def tune(options: Options) -> None:
-    """Print the rates and the best pair.
-
-    Raises:
-        RunError: checkpoint, language model or options will not do.
-        DataError: the data set is absent or damaged, or has no such subset.
-    """
-    for name, value in (("batch-size", options.batch_size), ("beam", options.beam)):
-        if value < 1:
-            raise RunError(f"--{name} is {value}; it must be a positive integer")
+    """Print the rates and the best pair."""
+    require_positive(batch_size=options.batch_size, beam=options.beam)
     utterances = Utterances(select_subsets(open_dataset(options.dataset_dir), options.split))
     recognizer = Recognizer.load(options.checkpoint, options.device)
     language_model = LanguageModel(options.lm)
@@ -92,7 +79,7 @@ def tune(options: Options) -> None:
         pairs = [pair for pair in product(alphas, betas) if pair[0] >= 0 and pair not in errors_by_pair]
         with progress_bar("decoding", len(pairs), unit="pair") as bar:
             for alpha, beta in pairs:
-                decode = BeamSearch(language_model, alpha, beta, options.beam)
+                decode = beam_search(language_model, alpha, beta, options.beam)
                 errors = [
                     count_errors(reference, decode(emission_TV)).word_errors
                     for reference, emission_TV in zip(references, emissions, strict=True)
@@ -129,6 +116,8 @@ def leave_one_out(errors_PN: np.ndarray, groups: Sequence[str]) -> int:
         total += int(errors_PN[errors_PN[:, ~inside_N].sum(1).argmin(), inside_N].sum())
     return total
 
+
+main = command("tools.language_model.tune", __doc__, Options, tune)
 
 if __name__ == "__main__":
     sys.exit(main())
