@@ -18,24 +18,22 @@ directly.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from data.cli import exit_status
 from pytorch import machine
-from pytorch.config import CONFIGS, Config, Device, Precision
+from pytorch.config import Config, Device, Precision
 from pytorch.device import faster_precision, select_device, select_precision
 from pytorch.errors import RunError
 from pytorch.features import SAMPLE_RATE, frame_counts
@@ -46,6 +44,7 @@ from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.trainer import Trainer
 from pytorch.warmup import random_batch, time_precisions
+from tools.cli import command, config_of, print_figures, require_positive
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 
@@ -58,8 +57,8 @@ class Options:
     """named configuration"""
     hidden_size: int | None = None
     """units per direction of a GRU layer; None: the configuration's"""
-    batch_size: int | None = None
-    """utterances of a batch; None: 8"""
+    batch_size: int = 8
+    """utterances of a batch"""
     shortest_seconds: float = 2.0
     """duration of the shortest utterance"""
     longest_seconds: float = 4.0
@@ -74,36 +73,27 @@ class Options:
     """measure all cases of BENCHMARKS.md, and print that page"""
 
 
-class Stock(nn.Module):
-    """A layer of torch's own in the place of one of ours, with the parameters of that."""
-
-    def __init__(self, ours: Any) -> None:
-        super().__init__()
-        self.ours = ours
+def stock_convolution(layer: Convolution, input_BTFC: Tensor) -> Tensor:
+    return nn.Conv2d.forward(layer, input_BTFC.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
 
 
-class StockConvolution(Stock):
-    def forward(self, input_BTFC: Tensor) -> Tensor:
-        return nn.Conv2d.forward(self.ours, input_BTFC.permute(0, 3, 2, 1)).permute(0, 3, 2, 1).contiguous()
+def stock_batch_norm(layer: BatchNorm, input_NC: Tensor) -> Tensor:
+    return layer.clip(nn.BatchNorm1d.forward(layer, input_NC))
 
 
-class StockBatchNorm(Stock):
-    def forward(self, input_NC: Tensor) -> Tensor:
-        return self.ours.clip(nn.BatchNorm1d.forward(self.ours, input_NC))
+def stock_gru(layer: GRU, sequence: PackedSequence, _offsets: Tensor | None = None) -> PackedSequence:
+    outputs_NH = nn.GRU.forward(layer, sequence)[0].data.unflatten(1, (2, -1)).sum(1)
+    return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
 
 
-class StockGRU(Stock):
-    def forward(self, sequence: PackedSequence, _offsets: Tensor | None = None) -> PackedSequence:
-        outputs_NH = nn.GRU.forward(self.ours, sequence)[0].data.unflatten(1, (2, -1)).sum(1)
-        return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
+STOCK: dict[type, Callable[..., Any]] = {Convolution: stock_convolution, BatchNorm: stock_batch_norm, GRU: stock_gru}
 
 
 def use_stock_layers(model: DeepSpeech2) -> None:
-    """Replace the layers of a model by torch's own; the parameters stay the same tensors."""
-    stock: dict[type, type[Stock]] = {Convolution: StockConvolution, BatchNorm: StockBatchNorm, GRU: StockGRU}
-    for name, layer in list(model.named_modules()):
-        if type(layer) in stock:
-            model.set_submodule(name, stock[type(layer)](layer))
+    """Have the layers of a model compute what torch's own do, of which they are subclasses."""
+    for layer in model.modules():
+        if type(layer) in STOCK:
+            layer.forward = partial(STOCK[type(layer)], layer)
 
 
 def batches_of(config: Config, options: Options, device: torch.device) -> list[Batch]:
@@ -113,18 +103,18 @@ def batches_of(config: Config, options: Options, device: torch.device) -> list[B
     return [batches[-1], *batches]
 
 
-class Workload:
-    """A model in training, ready to step."""
+def trainer_of(config: Config, device: torch.device, precision: Precision, *, stock: bool = False) -> Trainer:
+    """Return a model in training, of our layers or of torch's own."""
+    torch.manual_seed(0)
+    trainer = Trainer(replace(config, precision=precision, ema_decay=0.0), device)
+    if stock:
+        use_stock_layers(trainer.model)
+    return trainer
 
-    def __init__(self, config: Config, device: torch.device, precision: Precision, *, stock: bool = False) -> None:
-        torch.manual_seed(0)
-        self.trainer = Trainer(replace(config, precision=precision, ema_decay=0.0), device)
-        if stock:
-            use_stock_layers(self.trainer.model)
 
-    def step(self, batch: Batch) -> None:
-        """Take a whole training step."""
-        self.trainer.train_step([batch], len(batch), self.trainer.config.learning_rate)
+def step(trainer: Trainer, batch: Batch) -> None:
+    """Take a whole training step."""
+    trainer.train_step([batch], len(batch), trainer.config.learning_rate)
 
 
 def time_interleaved(
@@ -156,23 +146,21 @@ def matmul_flops(device: torch.device, precision: Precision, repetitions: int) -
 def measure(config: Config, options: Options, device: torch.device) -> dict[str, Any]:
     """Return the figures of a configuration: its step in each precision, with stock layers, and the machine's limit."""
     batches = batches_of(config, options, device)
-    ours = {precision: Workload(config, device, precision) for precision in PRECISIONS}
+    trainers: dict[str, Trainer] = {precision: trainer_of(config, device, precision) for precision in PRECISIONS}
     auto = select_precision("auto", device)
     if auto == "auto":
-        auto = faster_precision(time_precisions(ours["fp32"].trainer))  # as a run does
-    stock = Workload(config, device, "fp32", stock=True)
-    variants: dict[str, Callable[[Batch], None]] = {"stock": stock.step}
-    variants |= {precision: workload.step for precision, workload in ours.items()}
+        auto = faster_precision(time_precisions(trainers["fp32"]))  # as a run does
+    variants: dict[str, Trainer] = {"stock": trainer_of(config, device, "fp32", stock=True), **trainers}
     if has_triton_kernel(device, config.hidden_size, "triton"):  # proved on this GPU or not
         for kernel in ("cudnn", "triton"):
-            variants[f"bf16_{kernel}_gru"] = Workload(replace(config, gru_kernel=kernel), device, "bf16").step
-    times = time_interleaved(variants, batches, device)
+            variants[f"bf16_{kernel}_gru"] = trainer_of(replace(config, gru_kernel=kernel), device, "bf16")
+    times = time_interleaved({name: partial(step, each) for name, each in variants.items()}, batches, device)
     speech = [float(batch.num_samples_B.sum()) / SAMPLE_RATE for batch in batches[1:]]
     mean = statistics.mean(speech)  # of a batch; a disturbed step changes the median time for each second little
     seconds = {name: mean * statistics.median(np.divide(times[name], speech)) for name in times}
-    step, peak = seconds[auto], matmul_flops(device, auto, options.repetitions)
+    auto_seconds, peak = seconds[auto], matmul_flops(device, auto, options.repetitions)
     frames = [float(output_frames(frame_counts(batch.num_samples_B)).sum()) for batch in batches[1:]]
-    flops = training_flops(ours[auto].trainer.model, statistics.mean(frames))
+    flops = training_flops(trainers[auto].model, statistics.mean(frames))
     return {
         "config": config.config,
         "hidden_size": config.hidden_size,
@@ -182,24 +170,14 @@ def measure(config: Config, options: Options, device: torch.device) -> dict[str,
         "recurrent_layers": implementation(device, auto, config.hidden_size),
         "auto_precision": auto,
         **{f"{name}_step_ms": 1000 * value for name, value in seconds.items()},
-        "auto_step_ms": 1000 * step,
-        "speedup": seconds["stock"] / step,
+        "auto_step_ms": 1000 * auto_seconds,
+        "speedup": seconds["stock"] / auto_seconds,
         "fp32_speedup": seconds["stock"] / seconds["fp32"],
-        "audio_seconds_per_second": mean / step,
+        "audio_seconds_per_second": mean / auto_seconds,
         "gemm_peak_gflops": peak / 1e9,
-        "achieved_gflops": flops / step / 1e9,
-        "fraction_of_peak": flops / step / peak,
+        "achieved_gflops": flops / auto_seconds / 1e9,
+        "fraction_of_peak": flops / auto_seconds / peak,
     }
-
-
-def lines(row: dict[str, Any]) -> str:
-    """Return the figures as lines for people."""
-    found = []
-    for name, value in row.items():
-        if isinstance(value, float):
-            value = f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-        found.append(f"{name:<32}{value}")
-    return "\n".join(found)
 
 
 def training_flops(model: DeepSpeech2, frames: float) -> float:
@@ -221,7 +199,7 @@ CASES = {  # rows of the page: what differs from `librispeech` with utterances o
     "`librispeech`, batch 8": {},
     "`librispeech`, batch 16": {"batch_size": 16, "shortest_seconds": 11.0, "longest_seconds": 14.0},
 }
-PAGE = """\
+HEADER = """\
 # Benchmarks
 
 Written by `python -m tools.bench --table` on {date}, at commit {commit}. Every figure is *measured*, on this machine:
@@ -233,75 +211,43 @@ would select. Stock is the same model from torch's own layers, in fp32. "x real 
 trains on in a second. "Of the limit" compares its operations with those of one large matrix product, measured as well.
 
 | step | stock | fp32 | bf16 | auto | speedup | x real time | of the limit |
-|---|---|---|---|---|---|---|---|
-{rows}
+|---|---|---|---|---|---|---|---|"""
+ROW = (
+    "| {name} | {stock_step_ms:.1f} | {fp32_step_ms:.1f} | {bf16_step_ms:.1f} | {auto_precision} | {speedup:.1f} x | "
+    "{audio_seconds_per_second:.0f} | {fraction_of_peak:.0%} |"
+)
 
-Other programs took {others:.0%} of the CPU time meanwhile. `python -m tools.estimate` says how long a run takes."""
 
-
-def page(options: Options, device: torch.device) -> str:
-    """Return BENCHMARKS.md, with the figures of this machine."""
-    before, rows = machine.cpu_seconds(), []
+def print_page(options: Options, device: torch.device) -> None:
+    """Print BENCHMARKS.md, with the figures of this machine."""
+    before = machine.cpu_seconds()
+    commit, changed = machine.git_revision()
+    described = [f"- {name}: {value}" for name, value in machine.describe_machine(device).items()]
+    facts = {"date": f"{datetime.now():%Y-%m-%d}", "machine": "\n".join(described), "repetitions": options.repetitions}
+    print(HEADER.format(commit=commit[:10] + (" with uncommitted changes" if changed else ""), **facts))
     for name, changes in CASES.items():
         chosen = replace(options, **changes)  # type: ignore[arg-type]
-        row = measure(config_of(chosen), chosen, device)
-        figures = [f"{row[f'{key}_step_ms']:.1f}" for key in ("stock", "fp32", "bf16")] + [row["auto_precision"]]
-        speed = f"{row['audio_seconds_per_second']:.0f}", f"{row['fraction_of_peak']:.0%}"
-        figures += [f"{row['speedup']:.1f} x", *speed]
-        rows.append(f"| {name} | {' | '.join(figures)} |")
+        print(ROW.format(name=name, **measure(config_of(chosen), chosen, device)), flush=True)
     spent = {name: value - before[name] for name, value in machine.cpu_seconds().items()}
     taken = max(0.0, spent.get("busy", 0.0) - spent.get("own", 0.0)) + spent.get("stolen", 0.0)
-    commit, changed = machine.git_revision()
-    return PAGE.format(
-        date=f"{datetime.now():%Y-%m-%d}",
-        commit=commit[:10] + (" with uncommitted changes" if changed else ""),
-        machine="\n".join(f"- {name}: {value}" for name, value in machine.describe_machine(device).items()),
-        repetitions=options.repetitions,
-        rows="\n".join(rows),
-        others=taken / (spent.get("all") or 1.0),
-    )
+    others = f"Other programs took {taken / (spent.get('all') or 1.0):.0%} of the CPU time meanwhile."
+    print(f"\n{others} `python -m tools.estimate` says how long a run takes.")
 
 
-def config_of(options: Options) -> Config:
-    """Return the configuration to measure.
-
-    Raises:
-        RunError: there is none of that name, or a number is against its constraint.
-    """
-    if options.config not in CONFIGS:
-        raise RunError(f"--config {options.config}: unknown; one of {', '.join(CONFIGS)}")
-    if options.repetitions < 1:
-        raise RunError(f"--repetitions is {options.repetitions}; it must be a positive integer")
+def benchmark(options: Options) -> None:
+    """Measure and print."""
+    require_positive(repetitions=options.repetitions)
     if not 0 < options.shortest_seconds <= options.longest_seconds < 1000:
         seconds = f"{options.shortest_seconds} to {options.longest_seconds}"
         raise RunError(f"--shortest-seconds to --longest-seconds is {seconds}; it must be in (0, 1000), shortest first")
-    given: dict[str, Any] = {
-        "hidden_size": options.hidden_size,
-        "batch_size": 8 if options.batch_size is None else options.batch_size,
-    }
-    return replace(CONFIGS[options.config], **{name: value for name, value in given.items() if value is not None})
-
-
-def benchmark(options: Options) -> int:
-    """Measure and print; return the exit status.
-
-    Raises:
-        RunError: there is no such configuration or device, or a number is against its constraint.
-    """
     config, device = config_of(options), select_device(options.device)
     if options.table:
-        print(page(options, device))
-        return 0
-    row = measure(config, options, device)
-    print(json.dumps(row, indent=2) if options.json else lines(row))
-    return 0
+        print_page(options, device)
+    else:
+        print_figures(measure(config, options, device), options.json)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; return the exit status."""
-    options = tyro.cli(Options, args=arguments, prog="python -m tools.bench", description=__doc__)
-    return exit_status(lambda: benchmark(options))
-
+main = command("tools.bench", __doc__, Options, benchmark)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -28,13 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 
-from data.cli import exit_status, progress_bar
+from data.cli import progress_bar
 from data.corpora import CORPORA, DURATIONS, utterance_seconds
 from data.packed import Subset, open_dataset
 from pytorch import machine, memory, run_and_time
-from pytorch.config import CONFIGS, ROOT, Config, Device
+from pytorch.config import ROOT, Config, Device
 from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
 from pytorch.distributed import World, report_lost_ranks, shutdown
 from pytorch.errors import RunError
@@ -45,6 +44,7 @@ from pytorch.setup import check_batches
 from pytorch.train import max_pending_steps
 from pytorch.trainer import Trainer
 from pytorch.warmup import time_precisions, warm_up
+from tools.cli import command, config_of, print_figures, require_positive
 
 TEXT = "THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG "
 CHARACTERS_PER_SECOND = 14  # counted in 249 utterances of train-clean-100
@@ -244,44 +244,26 @@ def sentence(row: dict[str, Any]) -> str:
     )
 
 
-def start_ranks(processes: int, arguments: Sequence[str]) -> int:
-    """Run this command in several processes of torchrun's; return the exit status."""
+def start_ranks(processes: int) -> int:
+    """Run this command line in several processes of torchrun's; return the exit status."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks print their own errors
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-    )
+    here: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    config = LaunchConfig(1, 1, processes, run_id=uuid.uuid4().hex, max_restarts=0, **here)
     try:
-        elastic_launch(config, sys.executable)("-m", "tools.estimate", *arguments)
+        elastic_launch(config, sys.executable)("-m", "tools.estimate", *sys.argv[1:])
     except ChildFailedError:
         return 1
     return 0
 
 
-def run(options: Options, arguments: Sequence[str]) -> int:
-    """Estimate, in as many processes as a run would have here, and print; return the exit status.
-
-    Raises:
-        RunError: there is no such configuration or device, or a number is against its constraint.
-        DataError: see `estimate`.
-    """
-    if options.config not in CONFIGS:
-        raise RunError(f"--config {options.config}: unknown; one of {', '.join(CONFIGS)}")
-    if options.epochs is not None and options.epochs < 1:
-        raise RunError(f"--epochs is {options.epochs}; it must be a positive integer")
-    names = "device", "hidden_size", "batch_size", "gradient_accumulation_steps"
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    config = replace(CONFIGS[options.config], **given)
+def run(options: Options) -> int:
+    """Estimate, in as many processes as a run would have here, and print; return the exit status."""
+    require_positive(epochs=1 if options.epochs is None else options.epochs)
+    config = config_of(options)
     device = select_device(config.device)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         if (machines := run_and_time.variables()["NNODES"]) > 1:
@@ -290,27 +272,21 @@ def run(options: Options, arguments: Sequence[str]) -> int:
             last = select_device(config.device, processes - 1)
             world = World(size=processes)  # what would keep each of them from starting is said once
             TrainingLoader(open_utterances(config, options.dataset_dir, world)[0], config, world, last)
-            return start_ranks(processes, arguments)
-    with report_lost_ranks():
-        world = World.init(device.type, config.dist_timeout_seconds)
-        row = estimate(config, options, select_device(config.device, world.local_rank), world)
-    if world.is_main and options.json:
-        print(json.dumps(row, indent=2))
-    elif world.is_main:
-        for name, value in row.items():
-            print(f"{name:<32}{value:.4g}" if isinstance(value, float) else f"{name:<32}{value}")
-        print(f"\n{sentence(row)}")
+            return start_ranks(processes)
+    try:
+        with report_lost_ranks():
+            world = World.init(device.type, config.dist_timeout_seconds)
+            row = estimate(config, options, select_device(config.device, world.local_rank), world)
+    finally:
+        shutdown()
+    if world.is_main:
+        print_figures(row, options.json)
+        if not options.json:
+            print(f"\n{sentence(row)}")
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command line; return the exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    options = tyro.cli(Options, args=arguments, prog="python -m tools.estimate", description=__doc__)
-    status = exit_status(lambda: run(options, arguments))
-    shutdown()
-    return status
-
+main = command("tools.estimate", __doc__, Options, run)
 
 if __name__ == "__main__":
     sys.exit(main())

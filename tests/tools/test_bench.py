@@ -1,19 +1,17 @@
 import dataclasses
 import json
-from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pytorch.config import CONFIGS
-from pytorch.errors import RunError
 from pytorch.layers import kernels
 from pytorch.model import DeepSpeech2
 from pytorch.warmup import random_batch
 from tests.processes import run_module_for_text
 from tools import bench
-from tools.bench import Options, StockGRU, Workload, batches_of, benchmark, training_flops
+from tools.bench import Options, batches_of, benchmark, trainer_of, training_flops
 
 CONFIG = dataclasses.replace(CONFIGS["synthetic"], hidden_size=16, conv_channels=2, batch_size=3)
 CPU = torch.device("cpu")
@@ -38,7 +36,7 @@ def test_the_page_has_a_row_of_each_case_with_machine_and_commit(
 ) -> None:
     tiny = {"hidden_size": 8, "batch_size": 1, "shortest_seconds": 0.2, "longest_seconds": 0.5}
     monkeypatch.setattr(bench, "CASES", {"first": tiny, "second": {**tiny, "config": "an4"}})
-    assert benchmark(Options(table=True, repetitions=2, device="cpu")) == 0
+    benchmark(Options(table=True, repetitions=2, device="cpu"))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) < 150
     for name in ("first", "second"):
@@ -46,20 +44,6 @@ def test_the_page_has_a_row_of_each_case_with_machine_and_commit(
         assert all(float(milliseconds) > 0 for milliseconds in row[1:4])
     assert any(line.startswith("- processor: ") for line in lines)
     assert "{" not in "".join(lines)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        ({"config": "nonsense"}, "--config nonsense"),
-        ({"repetitions": 0}, "--repetitions is 0"),
-        ({"batch_size": 0}, "--batch-size is 0"),
-        ({"hidden_size": -1}, "--hidden-size is -1"),
-    ],
-)
-def test_an_impossible_value_is_an_error_that_names_it(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(RunError, match=said):
-        benchmark(Options(**wrong))
 
 
 def test_every_step_has_a_batch_of_another_length() -> None:
@@ -72,13 +56,13 @@ def test_every_step_has_a_batch_of_another_length() -> None:
 
 def test_the_stock_model_that_ours_is_compared_with_computes_the_same() -> None:
     batch = random_batch(CONFIG, torch.tensor([8000, 12000, 16000]), CPU)
-    ours, theirs = Workload(CONFIG, CPU, "fp32"), Workload(CONFIG, CPU, "fp32", stock=True)
-    assert isinstance(theirs.trainer.model.grus[0], StockGRU)
-    losses = [workload.trainer.loss(batch) for workload in (ours, theirs)]
+    ours, theirs = trainer_of(CONFIG, CPU, "fp32"), trainer_of(CONFIG, CPU, "fp32", stock=True)
+    assert all("forward" in vars(layer) for layer in theirs.model.grus)  # replaced
+    losses = [trainer.loss(batch) for trainer in (ours, theirs)]
     torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
     for loss in losses:
         loss.backward()
-    for mine, stock in zip(ours.trainer.model.parameters(), theirs.trainer.model.parameters(), strict=True):
+    for mine, stock in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         assert mine.grad is not None and stock.grad is not None
         # Not their weights after a step: an optimizer's first one makes large differences of small ones.
         assert (mine.grad - stock.grad).norm() < 1e-2 * stock.grad.norm()
@@ -86,7 +70,7 @@ def test_the_stock_model_that_ours_is_compared_with_computes_the_same() -> None:
 
 def test_operations_are_those_that_torch_counts_in_stock_layers() -> None:
     batch = random_batch(CONFIG, torch.tensor([16000]), CPU)  # 101 frames, 51 output frames
-    trainer = Workload(CONFIG, CPU, "fp32", stock=True).trainer
+    trainer = trainer_of(CONFIG, CPU, "fp32", stock=True)
     features = trainer.spectrogram(batch.waveforms_BS, batch.num_samples_B)
     with FlopCounterMode(display=False) as counter:
         trainer.model(*features)[0].sum().backward()

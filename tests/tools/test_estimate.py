@@ -1,21 +1,19 @@
 """How long training would take: `python -m tools.estimate`."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
-import torch
 
 from data.corpora import DURATIONS, PERCENTILES
 from data.packed import DatasetError
 from pytorch.config import CONFIGS
 from pytorch.distributed import World
 from pytorch.features import SAMPLE_RATE
-from pytorch.loader import Batch, TrainingLoader, epoch_batches
+from pytorch.loader import TrainingLoader, epoch_batches
 from pytorch.trainer import Trainer
 from tests.conftest import write_packed_dataset
 from tests.processes import run_module_for_text
@@ -69,42 +67,30 @@ def test_made_up_utterances_have_the_published_number_hours_percentiles_and_tran
     assert characters == pytest.approx(14 * validation.num_samples.sum() / SAMPLE_RATE, rel=0.1)
 
 
-class Clock:
-    """Stands for the module `time`: passes only while a step is taken."""
-
-    now = 1.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-
-class MadeUpTrainer(Trainer):
-    """Takes steps of a known duration."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.random = clock, np.random.default_rng(0)
-        self.config, self.device, self.model = CONFIGS["librispeech"], torch.device("cpu"), torch.nn.Module()  # type: ignore[assignment]
-
-    def train_step(self, microbatches: Sequence[Batch], *_: Any) -> Any:
-        self.clock.now += seconds_of(microbatches[0].num_samples_B.numpy()) * self.random.uniform(0.9, 1.1)
-        return lambda: None
-
-
 def seconds_of(num_samples_B: np.ndarray) -> float:
-    """A fixed part, one that grows with the speech, and one that grows with the longest utterance."""
+    """Of a step: a fixed part, one that grows with the speech, and one that grows with the longest utterance."""
     return 0.1 + num_samples_B.sum() / SAMPLE_RATE / 400 + num_samples_B.max() / SAMPLE_RATE / 50
 
 
 def test_seconds_per_epoch_are_the_sum_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(estimate, "time", clock)
-    utterances = estimate.published_utterances(["dev-clean", "dev-other"])
+    utterances, random = estimate.published_utterances(["dev-clean", "dev-other"]), np.random.default_rng(0)
     loader = TrainingLoader(utterances, replace(CONFIGS["librispeech"], batch_size=32), World())
-    found = estimate.time_epochs(MadeUpTrainer(clock), loader, [1, 2])
-    assert clock.now < 100
-    for epoch, seconds in zip((1, 2), found, strict=True):
+    timed = list[float]()
+
+    def steps(epoch: int) -> list[np.ndarray]:
         batches = epoch_batches(utterances, loader.included, 32, loader.config.seed, epoch)
-        exact = sum(seconds_of(utterances.num_samples[indices]) for indices in batches)
+        return [utterances.num_samples[indices] for indices in batches]
+
+    def time_steps(_trainer: Trainer, _loader: TrainingLoader, epoch: int, start: int, stop: int) -> tuple[int, float]:
+        taken = steps(epoch)[start:stop]
+        timed.extend(seconds_of(step) * random.uniform(0.9, 1.1) for step in taken)
+        return sum(int(step.sum()) for step in taken), sum(timed[-len(taken) :])
+
+    monkeypatch.setattr(estimate, "time_steps", time_steps)
+    found = estimate.time_epochs(cast(Trainer, None), loader, [1, 2])
+    assert sum(timed) < 100
+    for epoch, seconds in zip((1, 2), found, strict=True):
+        exact = sum(map(seconds_of, steps(epoch)))
         assert exact > 120
         assert seconds == pytest.approx(exact, rel=0.05)
 
@@ -120,37 +106,25 @@ def test_epochs_to_the_target_depend_on_the_batch_size() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--config", "nonsense"], "--config nonsense"),
-        (["--dataset-dir", "{tmp_path}"], "no data set in {tmp_path}"),
-        (["--dataset-dir", "{no_validation}"], "{no_validation} has no validation subset"),
-        (["--epochs", "0"], "--epochs is 0"),
-        (["--batch-size", "0"], "--batch-size is 0"),
-        ([*TINY, "--config", "librispeech", "--batch-size", "200000"], "--gradient-accumulation-steps"),
-    ],
-)
-def test_what_cannot_be_estimated_is_an_error_of_one_line(options: list[str], said: str, tmp_path: Path) -> None:
-    names = {"tmp_path": tmp_path, "no_validation": write_packed_dataset(tmp_path / "half", {"train": 8})}
-    run = run_module_for_text("tools.estimate", *[option.format(**names) for option in options])
-    assert (run.returncode, run.stdout) == (1, "")
-    assert said.format(**names) in run.stderr
-    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize(
     ("options", "environment", "said", "times"),
     [
+        (["--config", "nonsense"], {}, "--config nonsense", 1),
+        (["--dataset-dir", "no_validation"], {}, "no_validation has no validation subset", 1),
+        (["--epochs", "0"], {}, "--epochs is 0", 1),
+        (["--batch-size", "200000", "--config", "librispeech"], {}, "--gradient-accumulation-steps", 1),
         (["--dataset-dir", "nowhere"], in_processes(2), "no data set in nowhere", 1),
         (["--batch-size", "1"], in_processes(2), "--batch-size 1", 1),
         (["--batch-size", "20000000"], in_processes(2), "--gradient-accumulation-steps", 2),  # as a run does, each rank
         ([], {"NNODES": "2"}, "NNODES is 2", 1),
     ],
 )
-def test_what_keeps_processes_from_starting_is_said_once(
-    options: list[str], environment: dict[str, str], said: str, times: int, tones: Path
+def test_what_cannot_be_estimated_is_said_in_one_line(
+    options: list[str], environment: dict[str, str], said: str, times: int, tones: Path, tmp_path: Path
 ) -> None:
-    run = run_module_for_text("tools.estimate", *TINY, "--dataset-dir", tones, *options, environment=environment)
+    write_packed_dataset(tmp_path / "no_validation", {"train": 8})
+    dataset = [] if "--config" in options else ["--dataset-dir", tones]
+    where: dict[str, Any] = {"environment": environment, "folder": tmp_path}
+    run = run_module_for_text("tools.estimate", *TINY, *dataset, *options, **where)
     assert (run.returncode, run.stdout) == (1, "")
     lines = run.stderr.splitlines()
     assert len(lines) == times, run.stderr
