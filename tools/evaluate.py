@@ -37,15 +37,14 @@ import Levenshtein
 import numpy as np
 import tyro
 
-from data.cli import exit_status
 from data.packed import open_dataset
 from pytorch.config import Device
 from pytorch.distributed import World, report_lost_ranks, shutdown, torchrun_env
-from pytorch.errors import RunError
 from pytorch.evaluation import Hypothesis, greedy_decoder
 from pytorch.features import SAMPLE_RATE
 from pytorch.loader import Utterances
 from pytorch.metrics import ErrorCounts
+from tools.cli import command, require_positive
 from tools.language_model.beam_search import Decoding, decode_each
 from tools.output_files import output_file, prepare_outputs
 from tools.recognizer import Recognizer, greedy, select_subsets, speed
@@ -53,6 +52,8 @@ from tools.recognizer import Recognizer, greedy, select_subsets, speed
 BOOTSTRAP_SETS = 10_000
 BOOTSTRAP_SEED = 0
 _TIMEOUT_S = 3600.0  # for the other processes, which may have more to search
+SUMMARY, UTTERANCES = "summary.json", "utterances.jsonl"
+SIDES = {"ref": "reference", "hyp": "hypothesis"}
 
 Interval = tuple[float, float]
 Spoken = tuple[str, Hypothesis]  # speaker, empty where not known, and what was made of an utterance
@@ -81,32 +82,15 @@ class Options:
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; return the exit status."""
-    options = tyro.cli(Options, args=arguments, prog="python -m tools.evaluate", description=__doc__)
-    return exit_status(lambda: evaluate(options), arguments)
-
-
 def evaluate(options: Options) -> None:
-    """Recognize, score and report.
-
-    Raises:
-        RunError: checkpoint, options or output folder will not do.
-        DataError: the data set is absent or damaged, or has no such subset.
-        RankFailure: another process is lost.
-    """
-    if options.batch_size < 1:
-        raise RunError(f"--batch-size is {options.batch_size}; it must be a positive integer")
+    """Recognize, score and report."""
+    require_positive(batch_size=options.batch_size)
     dataset = open_dataset(options.dataset_dir)
     utterances = Utterances(select_subsets(dataset, options.split))
     names = [subset.name for subset in utterances.subsets]
     if options.output is not None:
-        files = [
-            "summary.json",
-            "utterances.jsonl",
-            *(f"{name}.{side}.trn" for name in names for side in ("ref", "hyp")),
-        ]
-        prepare_outputs([options.output / file for file in files], options.overwrite)
+        files = [f"{name}.{side}.trn" for name in names for side in SIDES]
+        prepare_outputs([options.output / file for file in (*files, SUMMARY, UTTERANCES)], options.overwrite)
     decode = options.decoding.make()
     local_rank = torchrun_env("LOCAL_RANK", 0)
     recognizer = Recognizer.load(options.checkpoint, options.device, options.precision, local_rank)
@@ -148,17 +132,18 @@ def write_files(
     folder: Path, summary: dict[str, Any], everything: list[Spoken], by_subset: dict[str, list[Spoken]]
 ) -> None:
     """Write the files of `--output`; RunError where one cannot be written."""
-    with output_file(folder / "utterances.jsonl") as stream:
+    with output_file(folder / UTTERANCES) as stream:
         for speaker, found in everything:
             pair = {"subset": found.subset, "id": found.id, "speaker": speaker}
             stream.write(json.dumps(pair | {"reference": found.reference, "hypothesis": found.hypothesis}) + "\n")
     for subset, spoken in by_subset.items():
         ids = trn_ids(spoken)
-        for side, field in ("ref", "reference"), ("hyp", "hypothesis"):
-            texts = [getattr(found, field) for _, found in spoken]
+        for side, field in SIDES.items():
             with output_file(folder / f"{subset}.{side}.trn") as stream:
-                stream.writelines(f"{text} ({id})\n" for text, id in zip(texts, ids, strict=True))
-    with output_file(folder / "summary.json") as stream:
+                stream.writelines(
+                    f"{getattr(found, field)} ({id})\n" for (_, found), id in zip(spoken, ids, strict=True)
+                )
+    with output_file(folder / SUMMARY) as stream:
         stream.write(json.dumps(summary, indent=2) + "\n")
 
 
@@ -170,9 +155,9 @@ def score(spoken: Sequence[Spoken]) -> dict[str, Any]:
     errors = [found.errors for _, found in spoken]
     total = sum(errors, ErrorCounts())
     counts_N4 = np.array([[e.word_errors, e.words, e.character_errors, e.characters] for e in errors])
-    wer_interval, cer_interval = bootstrap_intervals(counts_N4)
     speakers, speaker_N = np.unique([speaker for speaker, _ in spoken], return_inverse=True)
     known = "" not in speakers
+    wer_interval, cer_interval = bootstrap_intervals(counts_N4)
     over_speakers: tuple[Interval | None, Interval | None] = (None, None)
     if known and len(speakers) > 1:
         by_speaker_K4 = np.zeros((len(speakers), 4), dtype=np.int64)
@@ -221,26 +206,22 @@ def bootstrap_intervals(counts_N4: np.ndarray) -> tuple[Interval, Interval]:
 
 def table(scores: dict[str, dict[str, Any]]) -> str:
     """Return the figures as text, a line for each subset and one for all."""
-
-    def cells(name: str, figures: dict[str, Any]) -> list[str]:
-        known = figures["speakers"] is not None
-
-        def interval(key: str) -> str:
-            limits = figures[key]
-            return f"{limits[0]:.2f}-{limits[1]:.2f}" if limits else "one speaker" if known else "not known"
-
-        counts = [name, figures["utterances"], figures["speakers"] if known else "not known", figures["words"]]
-        wer = [f"{figures['wer']:.2f}", interval("wer_interval"), interval("wer_interval_over_speakers")]
-        edits = [*figures["word_edits"].values(), f"{figures['mean_utterance_wer']:.2f}"]
-        cer = [f"{figures['cer']:.2f}", interval("cer_interval"), interval("cer_interval_over_speakers")]
-        return [str(cell) for cell in (*counts, *wer, *edits, *cer)]
-
     header = ["", "utterances", "speakers", "words", "WER", "95% utterances", "95% speakers", "ins", "del", "sub"]
-    header += ["mean WER", "CER", "95% utterances", "95% speakers"]
-    rows = [header, *(cells(name, figures) for name, figures in scores.items())]
+    rows = [[*header, "mean WER", "CER", "95% utterances", "95% speakers"]]
+    for name, figures in scores.items():
+        none = "not known" if figures["speakers"] is None else "one speaker"
+        row = [name, figures["utterances"], figures["speakers"] or none, figures["words"]]
+        for rate in ("wer", "cer"):
+            limits = figures[f"{rate}_interval"], figures[f"{rate}_interval_over_speakers"]
+            row += [f"{figures[rate]:.2f}", *(f"{each[0]:.2f}-{each[1]:.2f}" if each else none for each in limits)]
+            row += [*figures["word_edits"].values(), f"{figures['mean_utterance_wer']:.2f}"] if rate == "wer" else []
+        rows.append(list(map(str, row)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, aligned, strict=True))
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    return "\n".join(lines)
 
 
 def trn_ids(spoken: Sequence[Spoken]) -> list[str]:
@@ -255,6 +236,8 @@ def trn_ids(spoken: Sequence[Spoken]) -> list[str]:
         ids.append(f"{label}-{quote(found.id.removeprefix(f'{speaker}-') if prefixed else found.id, safe='')}")
     return ids
 
+
+main = command("tools.evaluate", __doc__, Options, evaluate)
 
 if __name__ == "__main__":
     sys.exit(main())

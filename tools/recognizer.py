@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchaudio.functional import forced_align
 
 from data.cli import DataError
@@ -114,11 +115,11 @@ class Recognizer:
         Raises:
             RunError: they do not fit into memory together.
         """
-        num_samples_B = torch.tensor([len(waveform) for waveform in waveforms])
-        waveforms_BS = torch.zeros(len(waveforms), int(num_samples_B.max()), dtype=torch.int16)
-        for row, waveform in enumerate(waveforms):
-            waveforms_BS[row, : len(waveform)] = torch.from_numpy(np.array(waveform, dtype=np.int16))
-        return copy_emissions(*self.forward(waveforms_BS, num_samples_B))()
+        if not waveforms:
+            return []
+        rows = [torch.from_numpy(np.array(waveform, dtype=np.int16)) for waveform in waveforms]
+        num_samples_B = torch.tensor([len(row) for row in rows])
+        return copy_emissions(*self.forward(pad_sequence(rows, batch_first=True), num_samples_B))()
 
     def evaluate(
         self, utterances: Utterances, batch_size: int, decoder: Decoder = greedy_decoder, world: World | None = None

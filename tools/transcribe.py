@@ -16,8 +16,8 @@ nothing was heard), srt and vtt (captions).
 Times come from the most probable CTC path; a confidence is the geometric mean of the network's probabilities over a
 word's frames (recognizer.py): it ranks words, but is not a probability of being right.
 
-Exit status: 0; 1 if something went wrong: a file that cannot be read to its end is named, what was recognized of it is
-written, and the others are still transcribed; 2 the command line was not understood; 130 interrupted.
+A file that cannot be read to its end is named, what was recognized of it is written, and the others are still
+transcribed; the exit status is 1 then.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from data.cli import DataError, exit_status, progress_bar
+from data.cli import DataError, progress_bar
 from pytorch.config import Device
 from pytorch.errors import RunError
+from tools.cli import command, require_positive
 from tools.language_model.beam_search import Decode, Decoding
 from tools.output_files import output_file, prepare_outputs
 from tools.recognizer import Recognizer, Word, align, speed
@@ -80,34 +82,73 @@ class Options:
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recording:
-    """Something to transcribe: its name in messages, where its transcript goes in --output-dir, and how to read it."""
+    """Something to transcribe: it joins the segments and writes the transcript, on standard output at once."""
 
-    name: str
-    transcript: Path
+    options: Options
+    name: str  # in messages
+    relative: Path  # of the transcript in --output-dir, but for its suffix
     segments: Callable[[], Iterator[Segment]]
+    named: bool = False  # whether its name must stand in each line of text
+    seconds: float = 0.0  # that were recognized
+    words: int = 0  # that were written
+    _held: list[Word] | None = None  # of the last segment, whose end waits for the next one
+    _parts: list[str] = field(default_factory=list)  # of the transcript
+    _captions: int = 0
 
+    @property
+    def transcript(self) -> Path:
+        """The file, where there is an --output-dir."""
+        return (self.options.output_dir or Path()) / self.relative.with_suffix(SUFFIXES[self.options.format])
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; return the exit status."""
-    options = tyro.cli(Options, args=arguments, prog="python -m tools.transcribe", description=__doc__)
-    return exit_status(lambda: transcribe(options), arguments)
+    def events(self) -> Iterator[tuple[Recording, Segment | DataError]]:
+        """Yield the segments, and at the end what was wrong with the recording, if anything was."""
+        try:
+            for segment in self.segments():
+                yield self, segment
+        except DataError as error:
+            yield self, error
 
+    def add(self, segment: Segment, words: list[Word]) -> float:
+        """Take the next segment of the recording, with its words; return its seconds between its cuts."""
+        before, self.seconds = self.seconds, segment.end if segment.cut is None else segment.cut
+        if self._held is not None:
+            held, words = join(before, self._held, words)
+            self._write(held)
+        self._held = words
+        if segment.cut is None:
+            self._write(words)
+            self._finish()
+        return self.seconds - before
 
-def transcribe(options: Options) -> bool:
-    """Transcribe everything; return whether nothing was wrong with any recording.
+    def _finish(self) -> None:
+        if self.options.format == "json" and not self._parts:
+            self._put(as_json(self.name, 0.0, self.seconds, []))
+        if self.options.format == "vtt" and not self._parts:
+            self._put("WEBVTT\n\n")
+        if self.options.output_dir is not None:
+            with output_file(self.transcript) as stream:
+                stream.writelines(self._parts)
 
-    Raises:
-        RunError: checkpoint, options or output folder will not do.
-        DataError: a folder holds no audio.
-    """
-    if options.batch_size < 1:
-        raise RunError(f"--batch-size is {options.batch_size}; it must be a positive integer")
-    recordings = find_recordings(options)
-    decode = options.decoding.make()
-    recognizer = Recognizer.load(options.checkpoint, options.device)
-    return _transcribe_all(options, recordings, recognizer, decode)
+    def _write(self, words: Sequence[Word]) -> None:
+        self.words += len(words)
+        if not words:
+            return
+        if self.options.format == "json":
+            self._put(as_json(self.name, words[0].start, words[-1].end, words))
+        elif self.options.format == "text":
+            start = f"{_one_line(self.name)}\t" if self.named else ""
+            self._put(start + " ".join(word.text for word in words) + "\n")
+        else:
+            for caption in captions(words):
+                self._captions += 1
+                self._put(as_caption(self.options.format, self._captions, caption))
+
+    def _put(self, text: str) -> None:
+        self._parts.append(text)
+        if self.options.output_dir is None:
+            print(text, end="", flush=True)
 
 
 def find_recordings(options: Options) -> list[Recording]:
@@ -130,6 +171,8 @@ def find_recordings(options: Options) -> list[Recording]:
             recordings += [_file(options, file, file.relative_to(path)) for file in _audio_files(path)]
         else:
             recordings.append(_file(options, path, Path(path.name)))
+    for recording in recordings:
+        recording.named = len(recordings) > 1 and options.output_dir is None
     if options.output_dir is None:
         if len(recordings) > 1 and options.format in ("srt", "vtt"):
             raise RunError(f"--format {options.format} of several recordings needs an --output-dir")
@@ -166,7 +209,7 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _file(options: Options, path: Path, relative: Path) -> Recording:
-    return Recording(str(path), _transcript(options, relative), lambda: segments(read_file(path)))
+    return Recording(options, str(path), relative, lambda: segments(read_file(path)))
 
 
 def _standard_input(options: Options) -> Recording:
@@ -188,47 +231,29 @@ def _standard_input(options: Options) -> Recording:
             except DataError as error:
                 raise DataError(str(error).replace(str(path), name)) from error
 
-    return Recording(name, _transcript(options, Path("stdin")), parts)
+    return Recording(options, name, Path("stdin"), parts)
 
 
-def _transcript(options: Options, relative: Path) -> Path:
-    return (options.output_dir or Path()) / relative.with_suffix(SUFFIXES[options.format])
-
-
-def _transcribe_all(options: Options, recordings: Sequence[Recording], recognizer: Recognizer, decode: Decode) -> bool:
-    """Read segments of all recordings in turn, recognize them in batches, and write them in the same order."""
-    started = time.monotonic()
-    failures, heard_seconds = 0, 0.0
-    pending: list[tuple[_Writer, Segment | DataError | None]] = []  # a recording ends with what was wrong with it
-
-    def write_pending() -> None:
-        nonlocal failures
-        words = iter(recognize(recognizer, decode, [event for _, event in pending if isinstance(event, Segment)]))
-        for writer, event in pending:
-            if isinstance(event, Segment):
-                writer.add(event, next(words))
-                continue
-            writer.finish()
-            if event is not None:
-                failures += 1
-                bar.write(f"error: {_one_line(str(event))}", file=sys.stderr)
-        pending.clear()
-
+def transcribe(options: Options) -> bool:
+    """Recognize all recordings' segments in batches, write them in order, and return whether nothing was wrong."""
+    require_positive(batch_size=options.batch_size)
+    recordings = find_recordings(options)
+    decode = options.decoding.make()
+    recognizer = Recognizer.load(options.checkpoint, options.device)
+    started, failures = time.monotonic(), 0
+    events = (event for recording in recordings for event in recording.events())
     with progress_bar("transcribing", None, unit="s of audio") as bar:
-        for recording in recordings:
-            writer = _Writer(options, recording, named=len(recordings) > 1)
-            reached = 0.0
-            for event in _events(recording):
-                pending.append((writer, event))
-                if isinstance(event, Segment):
-                    end = event.end if event.cut is None else event.cut
-                    bar.update(end - reached)
-                    heard_seconds += end - reached
-                    reached = end
-                if sum(isinstance(event, Segment) for _, event in pending) == options.batch_size:
-                    write_pending()
-        write_pending()
-    seconds = time.monotonic() - started
+        while batch := list(islice(events, options.batch_size)):
+            words = iter(recognize(recognizer, decode, [event for _, event in batch if isinstance(event, Segment)]))
+            for recording, event in batch:
+                if isinstance(event, DataError):
+                    failures += 1
+                    bar.write(f"error: {_one_line(str(event))}", file=sys.stderr)
+                    continue
+                bar.update(recording.add(event, next(words)))
+                if event.cut is None and not recording.words:
+                    bar.write(f"{_one_line(recording.name)}: no word was recognized", file=sys.stderr)
+    seconds, heard_seconds = time.monotonic() - started, sum(recording.seconds for recording in recordings)
     if heard_seconds:
         told = f"{speed(heard_seconds, seconds)}, {recognizer.precision}"
         print(f"{heard_seconds:.1f} s of audio in {seconds:.1f} s: {told}", file=sys.stderr)
@@ -237,81 +262,17 @@ def _transcribe_all(options: Options, recordings: Sequence[Recording], recognize
     return not failures
 
 
-def _events(recording: Recording) -> Iterator[Segment | DataError | None]:
-    problem = None
-    try:
-        yield from recording.segments()
-    except DataError as error:
-        problem = error
-    yield problem
-
-
 def recognize(recognizer: Recognizer, decode: Decode, parts: Sequence[Segment]) -> list[list[Word]]:
     """Return the words of segments, with times in their recordings."""
-    voiced = [part for part in parts if not part.silent]
-    emissions = iter(recognizer.emissions([part.waveform for part in voiced]) if voiced else [])
+    emissions = iter(recognizer.emissions([part.waveform for part in parts if not part.silent]))
     words: list[list[Word]] = []
     for part in parts:
-        aligned = []
+        words.append([])
         if not part.silent:
             emission_TV = next(emissions)
-            aligned = align(decode(emission_TV), emission_TV)
-        words.append(
-            [replace(word, start=part.start + word.start, end=min(part.end, part.start + word.end)) for word in aligned]
-        )
+            for word in align(decode(emission_TV), emission_TV):
+                words[-1].append(replace(word, start=part.start + word.start, end=min(part.end, part.start + word.end)))
     return words
-
-
-@dataclass
-class _Writer:
-    """Joins the segments of one recording, and writes its transcript: at its end, or at once on standard output."""
-
-    options: Options
-    recording: Recording
-    named: bool  # whether its name must stand in each line of text
-    _held: tuple[Segment, list[Word]] | None = None  # a segment whose end waits for the next one
-    _parts: list[str] = field(default_factory=list)  # of the transcript
-    _captions: int = 0
-
-    def add(self, segment: Segment, words: list[Word]) -> None:
-        """Take the next segment of the recording, with its words."""
-        if self._held is not None:
-            before, held = self._held
-            assert before.cut is not None
-            held, words = join(before.cut, held, words)
-            self._write(held)
-        self._held = segment, words
-
-    def finish(self) -> None:
-        """Write the transcript of a recording that has ended, if anything of it could be read."""
-        if self._held is None:
-            return
-        self._write(self._held[1])
-        if self.options.format == "json" and not self._parts:
-            self._put(as_json(self.recording.name, 0.0, self._held[0].end, []))
-        if self.options.format == "vtt" and not self._parts:
-            self._put("WEBVTT\n\n")
-        if self.options.output_dir is not None:
-            with output_file(self.recording.transcript) as stream:
-                stream.writelines(self._parts)
-
-    def _write(self, words: Sequence[Word]) -> None:
-        if not words:
-            return
-        if self.options.format == "json":
-            self._put(as_json(self.recording.name, words[0].start, words[-1].end, words))
-        elif self.options.format == "text":
-            start = f"{_one_line(self.recording.name)}\t" if self.named and self.options.output_dir is None else ""
-            self._put(start + " ".join(word.text for word in words) + "\n")
-        else:
-            for caption in captions(words):
-                self._captions += 1
-                self._put(as_caption(self.options.format, self._captions, caption))
-
-    def _put(self, text: str) -> None:
-        self._parts.append(text)
-        if self.options.output_dir is None:
-            print(text, end="", flush=True)
 
 
 def _one_line(text: str) -> str:
@@ -365,6 +326,8 @@ def _clock(seconds: float, mark: str) -> str:
     minutes, rest = divmod(milliseconds, 60_000)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest // 1000:02d}{mark}{rest % 1000:03d}"
 
+
+main = command("tools.transcribe", __doc__, Options, transcribe)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,14 +18,14 @@ TRAINING += ["--frequency-masks", "0", "--time-masks", "0", "--tempo-min", "1", 
 TRAINING += ["--target-wer", "0.5"]
 
 
-def speak(words: list[str], seed: int, longest_pause: float = 0.45) -> tuple[np.ndarray, list[tuple[float, float]]]:
+def speak(words: list[str], seed: int) -> tuple[np.ndarray, list[tuple[float, float]]]:
     """int16 samples at 16 kHz with pauses between the words, and the start and end of each word in seconds."""
     random = np.random.default_rng(seed)
     parts: list[np.ndarray] = []
     times = []
     length = 0
     for word in words:
-        pause = np.zeros(int(RATE * random.uniform(0.15, longest_pause)))
+        pause = np.zeros(int(RATE * random.uniform(0.15, 0.45)))
         samples = int(RATE * random.uniform(0.3, 0.4))
         tone = 8000 * np.sin(np.arange(samples) * 2 * np.pi * 200 * (1 + WORDS.index(word)) / RATE)
         times.append(((length + len(pause)) / RATE, (length + len(pause) + samples) / RATE))

@@ -22,11 +22,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.conftest import ROOT, SPEECH
+from tests.conftest import ROOT
 from tests.processes import Popen, run_module
 from tests.tools.conftest import Trained
 from tests.tools.speaking import RATE, random_words, speak
-from tools.segments import read_file
 from tools.transcribe import main
 
 LONG = random_words(150, 5)
@@ -74,21 +73,6 @@ def test_words_have_the_times_at_which_they_were_spoken_and_confidences(long: li
     assert errors.max() < 0.5
     assert all(0 < word["confidence"] <= 1 for word in words)
     assert all(piece["text"] == " ".join(word["word"] for word in piece["words"]) for piece in long)
-
-
-@pytest.mark.parametrize("rate", [8000, 16000, 44100])
-@pytest.mark.parametrize("channels", [1, 2])
-def test_any_rate_and_channels_give_the_same_transcript(
-    rate: int, channels: int, sentence: tuple[Path, str], trained: Trained, tmp_path: Path
-) -> None:
-    import soxr
-
-    file, expected = sentence
-    samples = soxr.resample(soundfile.read(file)[0], RATE, rate)
-    frames = np.stack([2 * samples, np.zeros_like(samples)], axis=1) if channels == 2 else samples
-    soundfile.write(tmp_path / "other.flac", frames, rate)
-    run = command(trained.checkpoint, tmp_path / "other.flac")
-    assert run.stdout.decode() == f"{expected}\n"
 
 
 def test_standard_input_is_a_file_or_raw_audio(sentence: tuple[Path, str], trained: Trained) -> None:
@@ -200,114 +184,60 @@ def test_folders_are_searched_and_each_recording_gets_a_file_of_its_own(
         (["a.wav", "b.wav", "--format", "srt"], "needs an --output-dir"),
         (["a.wav", "a.flac", "--output-dir", "out"], "would both be written"),
         (["a.wav", "--batch-size", "0"], "--batch-size is 0"),
-        (["a.wav", "--lm", "nowhere.arpa"], "nowhere.arpa"),
+        (["FOLDER"], "FOLDER is a folder without audio files"),
     ],
 )
 def test_what_cannot_be_done_is_an_error_of_one_line(
-    arguments: list[str], message: str, trained: Trained, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(trained.checkpoint), *arguments, "--device", "cpu"]) == 1
+    words = [word.replace("FOLDER", str(tmp_path)) for word in (*arguments, message)]
+    assert main([str(trained.checkpoint), *words[:-1], "--device", "cpu"]) == 1
     said = capsys.readouterr().err
-    assert message in said
+    assert words[-1] in said
     assert said.count("\n") == 1
 
 
-def test_an_empty_folder_and_an_absent_checkpoint_are_named(
-    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([str(trained.checkpoint), str(tmp_path)]) == 1
-    assert f"{tmp_path} is a folder without audio files" in capsys.readouterr().err
-    assert main([str(tmp_path / "none.pt"), "a.wav"]) == 1
-    assert "none.pt: checkpoint not found" in capsys.readouterr().err
-
-
 def hostile_files(folder: Path) -> list[Path]:
-    """100 files that claim to be audio."""
+    """Files that claim to be audio."""
     folder.mkdir()
-    places = random.Random(4)
-    speech = speak(random_words(3, 8), 8)[0]
-    made: dict[str, bytes] = {}
-
-    def encoded(name: str, frames: np.ndarray, rate: int, **options: str) -> bytes:
-        soundfile.write(folder / name, frames, rate, **options)
-        made[name] = (folder / name).read_bytes()
-        return made[name]
-
-    wholes = {suffix: encoded(f"whole.{suffix}", speech, 16000) for suffix in ("wav", "flac", "ogg", "mp3", "aiff")}
-    for suffix, whole in wholes.items():
-        for number in range(7):
-            made[f"truncated{number}.{suffix}"] = whole[: places.randrange(len(whole))]
-            at = places.randrange(min(len(whole), 200))
-            made[f"flipped{number}.{suffix}"] = (
-                whole[:at] + bytes([whole[at] ^ 1 << places.randrange(8)]) + whole[at + 1 :]
-            )
-        made[f"empty.{suffix}"] = b""
-        made[f"text.{suffix}"] = b"This is not audio.\n" * 500
-    for rate in (1, 7, 999, 1000, 4001, 96000, 384000, 2**31 - 1):
-        encoded(f"rate{rate}.wav", speech[:2000], rate)
-    for name, value in (("nan", np.nan), ("infinity", np.inf), ("huge", 1e30)):
-        floats = speech.astype(np.float32) / 32768
-        floats[1000] = value
-        encoded(f"{name}.wav", floats, 16000, subtype="FLOAT")
-    encoded("all_nan.wav", np.full(9000, np.nan), 16000, subtype="DOUBLE")
-    encoded("channels32.wav", np.repeat(speech[:, None], 32, axis=1), 16000)
-    encoded("channels255.w64", np.repeat(speech[:500, None], 255, axis=1), 8000, format="W64")
-    encoded("no_frames.wav", speech[:0], 16000)
-    encoded("one_sample.wav", speech[:1], 16000)
-    encoded("one_sample.flac", speech[:1], 48000)
-    encoded("constant.wav", np.full(48000, 1234, dtype=np.int16), 16000)
-    encoded("rate.flac", speech, 655350)
-    header = wholes["wav"]
-    made["absurd_length.wav"] = header[:40] + b"\xff\xff\xff\xff" + header[44:]
-    made["absurd_flac.flac"] = (
-        wholes["flac"][:18] + (16000 << 44 | 15 << 36 | (1 << 36) - 1).to_bytes(8, "big") + wholes["flac"][26:]
-    )
-    made["zeros.flac"] = bytes(5000)
-    made["noise.mp3"] = speech.tobytes()
-    made["noise.gsm"] = speech.tobytes()
-    for name, content in made.items():
-        (folder / name).write_bytes(content)
-    (folder / "folder.wav").mkdir()
+    places, speech = random.Random(4), speak(random_words(3, 8), 8)[0]
+    for suffix in ("wav", "flac", "ogg", "mp3", "aiff"):
+        soundfile.write(folder / f"whole.{suffix}", speech, RATE)
+        whole = (folder / f"whole.{suffix}").read_bytes()
+        for number in range(3):
+            (folder / f"truncated{number}.{suffix}").write_bytes(whole[: places.randrange(len(whole))])
+            flipped = bytearray(whole)
+            flipped[places.randrange(200)] ^= 1 << places.randrange(8)
+            (folder / f"flipped{number}.{suffix}").write_bytes(flipped)
+        (folder / f"empty.{suffix}").touch()
+        (folder / f"text.{suffix}").write_text("This is not audio.\n" * 500)
+    for name, samples, rate in (
+        ("rate7", speech, 7),
+        ("no_frames", speech[:0], RATE),
+        ("one_sample", speech[:1], RATE),
+        ("constant", np.full(48000, 1234, dtype=np.int16), RATE),
+    ):
+        soundfile.write(folder / f"{name}.wav", samples, rate)
+    soundfile.write(folder / "nan.wav", np.full(9000, np.nan), RATE, subtype="DOUBLE")
     (folder / "nowhere.wav").symlink_to("missing")
     os.mkfifo(folder / "pipe.wav")
     return sorted(folder.iterdir())
 
 
-def test_each_of_a_hundred_hostile_inputs_gives_a_transcript_or_an_error_that_names_it(
-    trained: Trained, tmp_path: Path
-) -> None:
-    files = [file for file in hostile_files(tmp_path / "hostile") if file.name != "folder.wav"]
-    assert len(files) >= 100
-    run = command(trained.checkpoint, *files, "--output-dir", tmp_path / "out", "--format", "json")
-    assert run.returncode == 1
-    assert b"would both be written" in run.stderr  # whole.wav and whole.flac, such as
-
+def test_each_hostile_input_gives_a_transcript_or_an_error_that_names_it(trained: Trained, tmp_path: Path) -> None:
+    files = hostile_files(tmp_path / "hostile")
     run = command(trained.checkpoint, *files, "--format", "json")
     assert run.returncode == 1
     said = run.stderr.decode()
     assert "Traceback" not in said
-    heard = {json.loads(line)["file"] for line in run.stdout.splitlines()}
+    heard = {Path(json.loads(line)["file"]).name for line in run.stdout.splitlines()}
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    named = {str(file) for file in files for line in errors if f"{file} " in f"{line} " or f"{file}:" in line}
+    named = {file.name for file in files for line in errors if f"{file} " in f"{line} " or f"{file}:" in line}
     assert len(errors) == len(named)
-    for kind in (
-        "empty",
-        "text.",
-        "huge",
-        "nan",
-        "infinity",
-        "pipe",
-        "nowhere",
-        "no_frames",
-        "rate1.",
-        "rate7.",
-        "rate999.",
-    ):
-        assert all(str(file) in named for file in files if file.name.startswith(kind)), kind
-    for name in ("whole.wav", "whole.flac", "whole.ogg", "channels32.wav"):
-        assert str(tmp_path / "hostile" / name) not in named
-    for name in ("whole.wav", "whole.flac", "channels32.wav"):
-        assert str(tmp_path / "hostile" / name) in heard
+    assert heard | named == {file.name for file in files}
+    for kind in ("empty", "text.", "nan", "pipe", "nowhere", "no_frames", "rate7"):
+        assert {file.name for file in files if file.name.startswith(kind)} <= named, kind
+    assert {"whole.wav", "whole.flac", "whole.ogg", "one_sample.wav", "constant.wav"} <= heard - named
 
 
 def test_four_hours_of_silence_pass_in_little_memory(trained: Trained, tmp_path: Path) -> None:
@@ -328,20 +258,6 @@ def test_four_hours_of_silence_pass_in_little_memory(trained: Trained, tmp_path:
     run = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "14400.0 s of audio" in run.stderr
+    assert f"{file}: no word was recognized" in run.stderr
     (grown,) = run.stdout.splitlines()  # KiB; no word
     assert int(grown) < 300_000
-
-
-@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"real speech is not there: {SPEECH}")
-def test_the_samples_of_real_speech_are_those_of_the_packed_data_set(tmp_path: Path) -> None:
-    import tarfile
-
-    from data.audio import decode_audio
-
-    with tarfile.open(SPEECH / "librispeech" / "test-clean.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    files = sorted(tmp_path.rglob("*.flac"))
-    assert len(files) == 4
-    for file in files:
-        waveform = np.concatenate(list(read_file(file)))
-        assert np.array_equal(waveform, decode_audio(file)[0])
