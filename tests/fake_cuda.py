@@ -370,7 +370,9 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if "LD_PRELOAD" in os.environ:
+    if {"-h", "--help"} & {*sys.argv}:
+        print(__doc__)
+    elif "LD_PRELOAD" in os.environ:
         main(sys.argv[1:])
     else:
         sys.exit(unavailable() or start(*sys.argv[1:]).returncode)
