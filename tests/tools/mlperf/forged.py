@@ -97,28 +97,21 @@ def made_up(
 
     log("init_start")
     log("cache_clear", True)
-    log("submission_benchmark", "deepspeech2")
-    log("submission_org", "reference")
-    log("submission_division", division)
-    log("submission_status", "research")
-    log("submission_platform", "made up")
+    names = {"benchmark": "deepspeech2", "org": "reference", "division": division, "status": "research"}
+    for name, value in {**names, "platform": "made up"}.items():
+        log(f"submission_{name}", value)
     for name, event in EVENTS.items():
         log(event, getattr(config, name))
-    for key in ("linear", "attn", "comm"):
-        log(f"lowest_numerical_precision_in_{key}", "bfloat16")
-    for key in ("tensor_parallelism", "pipeline_parallelism", "context_parallelism", "expert_parallelism"):
-        log(key, 1)
+    for name in ("linear", "attn", "comm"):
+        log(f"lowest_numerical_precision_in_{name}", "bfloat16")
+    for name in ("tensor", "pipeline", "context", "expert"):
+        log(f"{name}_parallelism", 1)
     log("micro_batch_size", config.batch_size)
     log("config_filename", "pytorch/config.py")
     log("configuration", config.config, **config.to_dict())
     digest = CORPORA[corpus].reference_digest if corpus in CORPORA else ""
-    log(
-        "dataset",
-        digest or "0" * 64,
-        corpus=corpus,
-        official_archives=corpus != "synthetic",
-        synthetic=corpus == "synthetic",
-    )
+    synthetic = corpus == "synthetic"
+    log("dataset", digest or "0" * 64, corpus=corpus, official_archives=not synthetic, synthetic=synthetic)
     log("number_of_ranks", 1)
     log("environment", "made up", processor="made up", cores=1, torch="2.14.1", accelerators=0)
     log("git_commit", "0" * 40, uncommitted_changes=False)
