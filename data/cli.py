@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +18,9 @@ from tqdm import tqdm
 
 Progress = Callable[[int], object]  # is told how many bytes more have been read or written
 SHOWN_PROBLEMS = 20
-MAY_BE_EMPTY = ("--subsets", "--mirror", "--md5")
+MAY_BE_EMPTY = ("--subsets", "--mirror")
 INTERRUPTED = 130  # what a shell says of a program that SIGINT has ended
+NARROWEST = 40  # columns; in a narrower terminal tyro would lay out help without end
 READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 OUTPUT_LOST = "standard output cannot be written"
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container sees its own one here
@@ -74,6 +76,12 @@ def require_values(arguments: Sequence[str]) -> None:
             raise DataError(f"{option} has an empty value")
         if option.startswith("-") and value.startswith("~"):
             raise DataError(f"{option} is {value}: your shell did not expand the ~; write $HOME")
+
+
+def make_room_for_help() -> None:
+    """Have help laid out for a terminal of some width; every command calls this before tyro parses its line."""
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
 
 
 def exit_status(

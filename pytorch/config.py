@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from mlperf_logging.mllog import constants
 
-from data.cli import require_values
+from data.cli import make_room_for_help, require_values
 from pytorch.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -313,6 +313,7 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
     first.add_argument("--config", choices=CONFIGS, default="librispeech")
     chosen, rest = first.parse_known_args(arguments)  # tyro needs the defaults before it parses the other options
     require_values(rest)
+    make_room_for_help()
     return tyro.cli(
         Config,
         default=CONFIGS[chosen.config],

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import tyro
 
-from data.cli import exit_status
+from data.cli import exit_status, make_room_for_help
 from pytorch.config import CONFIGS, Config
 from pytorch.errors import RunError
-
-NARROWEST = 40  # columns; in a narrower terminal tyro would lay out help without end
 
 
 def command(
@@ -33,8 +29,7 @@ def command(
     program = f"python -m {module}"
 
     def main(arguments: Sequence[str] | None = None) -> int:
-        if shutil.get_terminal_size().columns < NARROWEST:
-            os.environ["COLUMNS"] = str(NARROWEST)
+        make_room_for_help()
         return exit_status(lambda: work(parse(form, args=arguments, prog=program, description=description)), arguments)
 
     return main
