@@ -102,6 +102,8 @@ class Config:
     """Continue from the newest checkpoint in the output folder."""
     resume_with_changes: bool = _field(False, scope="session")
     """Resume even where configuration or data set differ from those of the checkpoint."""
+    tensorboard: Path | None = _field(None, scope="machine")
+    """Folder for TensorBoard curves, written during the run."""
     checkpoint_interval_minutes: float = _field(30.0, DURATION, scope="session")
     """Maximum minutes between checkpoints; one is always written after each epoch."""
     dist_timeout_seconds: float = _field(600.0, DURATION, scope="session")

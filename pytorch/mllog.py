@@ -1,11 +1,17 @@
 """The run's log, MLPerf events through `mlperf-logging`, one `:::MLLOG` line each; and the benchmark's clock.
 
-The log goes to standard output and, once the clock has started, to last_run.log in the output folder.
+The log goes to standard output, once the clock has started also to last_run.log in the output folder, and to
+TensorBoard if a folder is asked for:
+
+    sh pytorch/run_and_time.sh --config an4 --tensorboard runs/an4
+    tensorboard --logdir runs                                       # needs the extra `tensorboard`
+
 A destination that fails is named once on standard error, and the run goes on.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -103,6 +109,51 @@ class LogFile(Sink):
             line = "\n".join(self._held)
         self._file.write(line + "\n")
         self._file.flush()
+
+
+class TensorBoard(Sink):
+    """Curves over steps, in a folder in which earlier runs may have written.
+
+    Args:
+        folder: where to write.
+        step: of the run that a resumed run starts from; what was written after it is dropped.
+
+    Raises:
+        RunError: the package tensorboard is missing, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        super().__init__(f"--tensorboard {folder}")
+        self._step = step
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
+        except ImportError as error:
+            raise RunError("--tensorboard needs a package: python -m pip install -e '.[tensorboard]'") from error
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        except OSError as error:
+            raise RunError(f"--tensorboard {folder}: cannot be written: {error.strerror}") from error
+
+    def write(self, line: str) -> None:
+        if not line.startswith(":::MLLOG "):
+            return
+        event = json.loads(line.removeprefix(":::MLLOG "))
+        key, value, metadata = event["key"], event["value"], event["metadata"]
+        if key == "train_loss":
+            self._step = metadata["step_num"]
+            self._add("train", loss=value, **{name: metadata[name] for name in ("learning_rate", "gradient_norm")})
+        elif key == constants.EPOCH_STOP:
+            self._add("train", **{name: metadata[name] for name in ("utterances_per_second", "data_wait_fraction")})
+        elif key == "validation_errors":
+            self._add("validation/wer", **{value: metadata["wer"]})
+        elif key == constants.EVAL_STOP:
+            self._writer.flush()
+        elif key == constants.RUN_STOP:
+            self._writer.close()
+
+    def _add(self, group: str, **values: float) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{group}/{name}", value, self._step)
 
 
 def make_logger(*sinks: Sink) -> MLLogger:

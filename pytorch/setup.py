@@ -104,6 +104,8 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     run = TrainingRun(config, world, dataset, trainer, log, TrainState(), stop, Clock(), time.monotonic())
     if resumed_from is not None:
         restore(run, resumed_from)
+    if config.tensorboard is not None and world.is_main:
+        log.logger.addHandler(mllog.TensorBoard(config.tensorboard, run.state.step))
     if world.is_main and not run.target_reached:
         put_away_earlier_run(config.output_dir, resumed_from)
     if resumed_from is None:

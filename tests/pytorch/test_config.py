@@ -22,7 +22,7 @@ def test_the_command_line_wins_over_the_named_configuration() -> None:
 
 def test_every_field_can_be_changed_on_the_command_line() -> None:
     for field in dataclasses.fields(Config):
-        if field.name not in ("config", "resume", "resume_with_changes"):
+        if field.name not in ("config", "resume", "resume_with_changes", "tensorboard"):
             value = getattr(CONFIGS["mini"], field.name)
             given = "3" if value is None else str(value)
             assert getattr(parse("--config=an4", f"--{field.name.replace('_', '-')}", given), field.name) is not None

@@ -47,7 +47,6 @@ def with_current_names(saved: dict[str, Any]) -> dict[str, Any]:
         renamed["config"] = f"{renamed['config']}-2018"
     if not renamed.get("noise_probability"):  # white noise is no longer an option, and no configuration used it
         renamed = {name: value for name, value in renamed.items() if not name.startswith("noise_")}
-    renamed.pop("tensorboard", None)  # no longer an option either
     return renamed
 
 
