@@ -146,10 +146,8 @@ class TensorBoard(Sink):
             self._add("train", **{name: metadata[name] for name in ("utterances_per_second", "data_wait_fraction")})
         elif key == "validation_errors":
             self._add("validation/wer", **{value: metadata["wer"]})
-        elif key == constants.EVAL_STOP:
+        elif key in (constants.EVAL_STOP, constants.RUN_STOP):
             self._writer.flush()
-        elif key == constants.RUN_STOP:
-            self._writer.close()
 
     def _add(self, group: str, **values: float) -> None:
         for name, value in values.items():

@@ -71,7 +71,7 @@ def _run(arguments: list[str]) -> int:
         cache_clear, before = machine.clear_cache(open_dataset(config.dataset_dir)), _modified(log)
         statuses = _launch(config, cache_clear, env)
     status = max(statuses.values())
-    if 0 in statuses and status in (0, 1) and _modified(log) != before:
+    if 0 in statuses and status in (0, 1) and _modified(log) != before:  # rank 0 writes the log
         _write_report(log)
     return status
 

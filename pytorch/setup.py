@@ -45,9 +45,9 @@ class TrainingRun:
         """Whether the last evaluation's WER is the target or less."""
         return self.state.wer is not None and self.state.wer <= self.config.target_wer
 
-    def save(self) -> None:
-        """Write a checkpoint on the first rank; RunError if it cannot be written."""
-        started, state = time.monotonic(), self.state
+    def save(self, state: TrainState | None = None) -> None:
+        """Write a checkpoint, by default of `self.state`, on the first rank; RunError if it cannot be written."""
+        started, state = time.monotonic(), state or self.state
         state.elapsed_seconds = self.clock.seconds()
         if self.world.is_main:
             checkpoint.save(self.config, self.dataset.digest, state, self.trainer.state_dict())

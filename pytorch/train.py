@@ -19,8 +19,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import NamedTuple, NoReturn
@@ -65,8 +66,8 @@ def train(config: Config, cache_clear: str) -> bool:
         world.print_once(f"Target WER of {config.target_wer:g} was already reached, in {state.elapsed_seconds:.0f} s.")
         return True
 
-    # One instant is the clock's start in RESULT and in the log, whatever time its line takes to be written; so at the
-    # end. The clock has RESULT's seconds; MLPerf's score is the difference of the two lines' time stamps.
+    # The clock's start is one instant in RESULT and in the log, however long its line takes to write; so is its stop.
+    # RESULT has the clock's seconds; MLPerf's tools take the difference of the two time stamps as the run's time.
     reached, started_at, cpu_before = False, datetime.now(), machine.cpu_seconds()
     run.log.start(constants.RUN_START, time_ms=run.clock.start(before=state.elapsed_seconds))
     try:
@@ -96,8 +97,10 @@ def train_to_target(run: TrainingRun) -> Evaluation:
     loader, validation = open_data(run)
     while True:
         stats = train_epoch(run, loader)
-        run.save()  # first, so that an evaluation may be interrupted at any time
-        evaluation = evaluate_epoch(run, validation, stats)
+        with ThreadPoolExecutor(1) as writer:  # an evaluation changes no weights, and may be interrupted at any time
+            saving = writer.submit(run.save, replace(state))
+            evaluation = evaluate_epoch(run, validation, stats)
+            saving.result()
         if state.step_in_epoch == len(loader):
             state.begin_epoch(state.epoch + 1)
         out_of_steps = config.max_steps is not None and state.step >= config.max_steps

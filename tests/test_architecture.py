@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# A module of pytorch/ imports only from rows above its own.
+# A module of pytorch/ imports only from the rows before its own, which are lower.
 LAYERS = [
     ["errors", "metrics"],
     ["config", "ctc", "distributed", "layers.kernels", "layers.gru_triton"],

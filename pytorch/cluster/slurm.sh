@@ -18,7 +18,7 @@
 ##SBATCH --partition=gpu
 ##SBATCH --account=project
 #
-# One torchrun a node, which starts a process for each GPU.
+# One torchrun per node, which starts a process for each GPU.
 #SBATCH --job-name=deepspeech2
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
