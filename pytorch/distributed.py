@@ -150,7 +150,7 @@ def _interrupt_once(*_: object) -> None:
 
 @contextmanager
 def report_lost_ranks() -> Iterator[None]:
-    """Turn a failed message between CPUs into a RankFailure that names the ranks that report no loss: they hang or are gone.
+    """Turn a failed message between CPUs into a RankFailure with the ranks that report no loss: they hang or are gone.
 
     A failed message between GPUs ends the process: NCCL's watchdog aborts it.
     """

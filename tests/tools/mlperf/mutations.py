@@ -26,10 +26,6 @@ def leave_out(log: Forged, keys: str, number: int = 0) -> None:
         log.remove(key, number)
 
 
-def save_before_the_clock_stops(log: Forged) -> None:
-    saved = log.events.pop(log.positions("checkpoint")[-1])
-    log.events.insert(log.positions("run_stop")[0], saved)
-
 
 def resume(log: Forged) -> None:
     log.events.insert(log.positions("init_stop")[0], {**log.events[0], "key": "resumed", "value": True})
@@ -59,7 +55,6 @@ MUTATIONS: list[tuple[Callable[[Forged], object], str]] = [
     (resume, "the run was resumed"),
     (lambda log: log.swap("init_stop", "run_start"), "run_start: not after init_stop"),
     (lambda log: log.shift("init_stop", 5 * 3600), "initialization took more than 240 minutes"),
-    (save_before_the_clock_stops, "saved on the clock although the target was reached"),
     (lambda log: log.edit("git_commit", "unknown"), "the commit is not known"),
     (lambda log: log.edit("submission_benchmark", "rnnt"), "the benchmark is not deepspeech2"),
     (lambda log: log.edit("train_samples_left_out", 9), "not as many utterances as are named"),
