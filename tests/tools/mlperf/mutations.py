@@ -26,7 +26,6 @@ def leave_out(log: Forged, keys: str, number: int = 0) -> None:
         log.remove(key, number)
 
 
-
 def resume(log: Forged) -> None:
     log.events.insert(log.positions("init_stop")[0], {**log.events[0], "key": "resumed", "value": True})
 
