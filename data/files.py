@@ -73,6 +73,15 @@ def check_space(path: Path, needed: float) -> None:
         )
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Return all files below a folder, by name. OSError for what cannot be listed, which rglob would leave out."""
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    return sorted(Path(path, name) for path, _, names in os.walk(folder, onerror=unreadable) for name in names)
+
+
 @contextmanager
 def work_folder(parent: Path) -> Iterator[Path]:
     """Make a marked folder in `parent` for what is unfinished; what an earlier, killed run left in it goes first.

@@ -13,24 +13,28 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data.audio import num_samples
 from data.cli import DataError, first_of
-from data.files import file_digest, read_lines, read_text
+from data.files import MARK, file_digest, files_below, read_lines, read_text
+from data.packed import SAMPLE_RATE
 from data.readers import AUDIO_SUFFIXES, KNOWN, KNOWN_CHARACTERS, Utterance
 
 # What tools for speech call the columns of a list; the first that is there counts.
 PATH_NAMES = "path", "file_name", "audio_filepath", "audio", "wav_filename", "wav", "file", "filename", "audio_path"
 TRANSCRIPT_NAMES = "transcript", "transcription", "text", "sentence", "txt", "wrd", "normalized_text"
 SPEAKER_NAMES = "speaker", "speaker_id", "client_id", "spk_id"
+DURATION_TOLERANCE_S = 0.2  # a recording that is longer has words that the transcript lacks
 
 
 class Row(NamedTuple):
@@ -41,6 +45,7 @@ class Row(NamedTuple):
     transcript: str
     speaker: str = ""
     problem: str = ""
+    seconds: float = math.inf  # that the list says it lasts
 
 
 def digest(source: Path, algorithm: str) -> str:
@@ -48,7 +53,8 @@ def digest(source: Path, algorithm: str) -> str:
     if source.is_file():
         return file_digest(source, algorithm)
     _, rows = _read_folder(source)
-    return hashlib.new(algorithm, repr(rows).encode("utf-8", "backslashreplace")).hexdigest()
+    content = re.sub(r", seconds=[\w.+-]+\)", ")", repr(rows))  # which tell nothing of what is packed
+    return hashlib.new(algorithm, content.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
@@ -78,6 +84,9 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
         except (DataError, OSError) as error:
             spelled = "" if path.isascii() else f"; its name is spelled {path!a}"
             return re.sub(r"\d+", "", str(error).replace(str(file), "")), f"{row.place}: {error}{spelled}"
+        if length > (row.seconds + DURATION_TOLERANCE_S) * SAMPLE_RATE:
+            part = f"part of a recording, {row.seconds:g} s of {length / SAMPLE_RATE:g}: cut it out first"
+            return "part of a recording", f"{row.place}: {part}"
         speaker, transcript = row.speaker or Path(path).parent.name, " ".join(row.transcript.upper().split())
         return Utterance(path, speaker, transcript, str(file), length, "any")
 
@@ -103,7 +112,7 @@ def _find_files(folder: Path, paths: Sequence[str]) -> dict[str, Path]:
     files = {path: folder / path for path in paths}
     deeper = {path for path, file in files.items() if Path(path).name == path and not file.is_file()}
     by_name: dict[str, list[Path]] = {path: [] for path in deeper}
-    for file in folder.rglob("*") if deeper else ():
+    for file in files_below(folder) if deeper else ():
         for name in {file.name, file.stem} & deeper:
             if file.suffix.lower() in AUDIO_SUFFIXES:
                 by_name[name].append(file)
@@ -118,7 +127,8 @@ def _read_list(file: Path) -> tuple[str, list[Row]]:
         rows = []
         for number, line in enumerate(text.split("\n"), start=1):
             try:
-                rows += [_row(f"line {number}", dict(json.loads(line)))] if line.strip() else []
+                if line.strip():
+                    rows.append(_row(f"line {number}", dict(json.loads(line, object_pairs_hook=_record))))
             except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{file}, line {number}: not a JSON object: {error}") from error
         return "JSON lines", rows
@@ -138,6 +148,8 @@ def _read_list(file: Path) -> tuple[str, list[Row]]:
         form += " without header: path, transcript"
     else:
         form += f" with header: {', '.join(names)}"
+        if len(named := list(filter(None, names))) > len(set(named)):
+            raise DataError(f"{file}, {table[0][0]}: a column occurs twice")
         del table[0]
     wrong = f"not {len(names)} columns: "
     return form, [
@@ -146,6 +158,14 @@ def _read_list(file: Path) -> tuple[str, list[Row]]:
         else Row(place, "", "", problem=f"{wrong}{delimiter.join(cells)[:80]!r}")
         for place, cells in table
     ]
+
+
+def _record(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a record of these fields; ValueError where two have one name."""
+    record = dict(fields)
+    if len(record) < len(fields):
+        raise ValueError("a field occurs twice")
+    return record
 
 
 def _row(place: str, record: dict[str, Any]) -> Row:
@@ -159,7 +179,12 @@ def _row(place: str, record: dict[str, Any]) -> Row:
     problem = "" if path else f"no path: one of the fields {', '.join(PATH_NAMES)} is needed"
     if record.get("offset") not in (None, 0, "", "0", "0.0"):
         problem = f"part of a recording, from {record['offset']} on: cut it out first"
-    return Row(place, str(path), str(transcript), str(speaker), problem)
+    if not isinstance(transcript, str):  # such as NaN, for pandas's missing ones
+        transcript, problem = "", f"a transcript that is no text: {transcript!r:.40}"
+    seconds = math.inf
+    with suppress(TypeError, ValueError):
+        seconds = float(record.get("duration") or math.inf)
+    return Row(place, str(path), transcript, str(speaker), problem, seconds)
 
 
 def _read_folder(folder: Path) -> tuple[str, list[Row]]:
@@ -169,13 +194,14 @@ def _read_folder(folder: Path) -> tuple[str, list[Row]]:
     for name in ("metadata.csv", "metadata.tsv", "metadata.jsonl"):
         if (folder / name).is_file():
             return _read_list(folder / name)
-    lists = sorted(folder.rglob("*.trans.txt"))
+    files = [file for file in files_below(folder) if file.name != MARK]  # of a data set that is made in there
+    lists = [file for file in files if file.name.endswith(".trans.txt")]
     recordings: dict[str, list[str]] = defaultdict(list)  # by their path without the suffix
-    for file in sorted(folder.rglob("*")):
+    for file in files:
         if file.suffix.lower() in AUDIO_SUFFIXES:
             recordings[str(file.relative_to(folder).with_suffix(""))].append(str(file.relative_to(folder)))
     rows = []
-    for file in lists or sorted(folder.rglob("*.txt")):
+    for file in lists or [file for file in files if file.suffix == ".txt"]:
         lines = read_lines(file)
         spoken = [line.strip().partition(" ")[::2] for line in lines] if lists else [(file.stem, " ".join(lines))]
         for name, transcript in spoken:

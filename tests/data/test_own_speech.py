@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +175,10 @@ def test_shapes_that_people_have_are_read_and_named(
         ("l", 'path,text\na.wav,"GO\n', "line 2: unexpected end of data"),
         ("l", '{"audio": "a.wav", "text": "A"}\n{"audio"\n', "l, line 2: not a JSON object"),
         ("l", '{"audio": "a.wav", "text": "A", "offset": 1.5}\n', "line 1: part of a recording, from 1.5 on"),
+        ("l", '{"audio": "a.wav", "text": "A", "duration": 0.25}\n', "line 1: part of a recording, 0.25 s of 0.5"),
+        ("l", '{"audio": "a.wav", "text": NaN}\n', "line 1: a transcript that is no text: nan"),
+        ("l", '{"audio": "a.wav", "text": "A", "text": "B"}\n', "line 1: not a JSON object: a field occurs twice"),
+        ("l", "path,text,text\na.wav,A,B\n", "line 1: a column occurs twice"),
         ("l", '{"text": "A"}\n', "line 1: no path: one of the fields path, file_name, audio_filepath"),
         ("wav.scp", "u1 sox a.mp3 -t wav - |\n", "utterance u1: a command"),
         ("wav.scp", "u1 a.wav\nu1 more/b.flac\n", "wav.scp: an utterance occurs twice"),
@@ -223,6 +230,29 @@ def test_a_bare_name_that_lies_in_two_folders_is_not_guessed(manifest: Path) -> 
     manifest.write_text("c\tA\n")
     with pytest.raises(DataError, match=r"line 1: .*c is missing or not a file"):
         read_own_speech(manifest, 1)
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scandir(path: str, real: Callable[[str], Any] = os.scandir) -> Any:
+        if path.endswith("more"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    manifest.unlink()
+    (manifest.parent / "a.txt").write_text("GO ON\n")
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="more: Permission denied"):
+        download(Options(corpus="manifest", manifest=manifest.parent, dataset_dir=tmp_path / "dataset", jobs=1))
+
+
+def test_a_data_set_may_be_made_in_the_folder_of_its_recordings(manifest: Path) -> None:
+    manifest.unlink()
+    for name in ("a.txt", "more/b.txt"):
+        (manifest.parent / name).write_text("GO ON\n")
+    options = Options(corpus="manifest", manifest=manifest.parent, dataset_dir=manifest.parent / "packed", jobs=1)
+    assert download(options).summary["train"].utterances == 2
 
 
 def test_a_file_that_has_changed_since_it_was_measured_is_an_error(manifest: Path) -> None:
