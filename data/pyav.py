@@ -38,7 +38,11 @@ def open_av(file: Path, stream: FileIO) -> Iterator[tuple[int, Iterator[np.ndarr
     stream.name = ""  # type: ignore[misc]  # a suffix would decide for formats without a header
     with av.logging.Capture() as messages:
         try:
-            container = av.open(stream, options=STRICT)
+            try:
+                container = av.open(stream, options=STRICT)
+            except UnicodeDecodeError:  # a title of before UTF-8; newer versions of PyAV read it
+                stream.seek(0)
+                container = av.open(stream, options=STRICT, metadata_errors="replace")
         except (av.FFmpegError, ValueError, OSError) as error:
             raise DataError(f"{file} cannot be read (FFmpeg: {_reason(messages, error)})") from error
         with container:

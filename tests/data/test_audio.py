@@ -210,6 +210,12 @@ def test_an_mp3_whose_header_counts_its_tag_and_an_ogg_without_an_end_are_read(t
     assert num_samples(written(tmp_path, ogg[: ogg.rindex(b"OggS")])) > 30_000
 
 
+def test_a_title_that_is_not_utf_8_does_not_matter(tmp_path: Path, av: Any) -> None:
+    aiff = encoded(tone(16000), 16000, "AIFF", "PCM_16")
+    aiff = b"FORM" + (len(aiff) + 4).to_bytes(4, "big") + b"AIFFNAME\0\0\0\4caf\xe9" + aiff[12:]
+    assert num_samples(written(tmp_path, aiff)) == 8000
+
+
 @pytest.mark.parametrize("form", ["matroska", "mp4"])
 @pytest.mark.parametrize(("before", "inside"), [(2.0, 0.0), (0.0, 3.0), (0.5, 1.0)])
 def test_gaps_of_the_time_stamps_are_silence(tmp_path: Path, form: str, before: float, inside: float, av: Any) -> None:
