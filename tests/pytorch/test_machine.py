@@ -1,6 +1,8 @@
 """The machine that a run is on: page cache, CPU time, commit, user."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -72,3 +74,10 @@ def test_a_user_without_a_name_is_a_number(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(this_machine.getpass, "getuser", nobody)
     assert this_machine.user_name() == str(os.getuid())
+
+
+def test_threads_that_are_to_be_bound_to_cores_leave_all_of_them_to_the_ranks() -> None:
+    code = "import os, pytorch, torch; print(len(os.sched_getaffinity(0)))"  # as the server that ranks are forked from
+    variables = {**os.environ, "OMP_PROC_BIND": "true", "OMP_PLACES": "cores"}
+    started = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True)
+    assert int(started.stdout) == len(os.sched_getaffinity(0))
