@@ -57,8 +57,11 @@ def sbatch(
         programs / "srun",
         """
 status=0
+export=${SLURM_EXPORT_ENV:-ALL} bind=${SLURM_CPU_BIND:-none}
 while :; do
     case "$1" in
+    --export=*) export=${1#--export=} ;;
+    --cpu-bind=*) bind=${1#--cpu-bind=} ;;
     --output=*) output=${1#--output=} ;;
     --error=*) error=${1#--error=} ;;
     --cpus-per-task=*) export CORES="${1#--cpus-per-task=}" ;;
@@ -67,6 +70,8 @@ while :; do
     esac
     shift
 done
+[ "$bind" = none ] || exit 1
+[ "$export" = ALL ] || unset NNODES NPROC_PER_NODE MASTER_ADDR MASTER_PORT RUN_ID
 for node in 0 1; do
     (export SLURM_NODEID=$node; "$@") >>"$(echo "$output" | sed "s/%n/$node/")" \\
         2>>"$(echo "$error" | sed "s/%n/$node/")" || status=$?
@@ -105,8 +110,12 @@ def test_what_slurm_writes_leaves_the_repository_as_it_was() -> None:
     assert (ROOT / output).is_dir()  # Slurm makes no folder, and the job would fail without a word
 
 
-def test_slurm_starts_one_run_a_node_with_its_number_and_the_first_nodes_address(repository: Path) -> None:
-    done, logs = sbatch(repository, "--config", "an4")
+# What sbatch has from --export=NONE, and from the step that it is called in.
+@pytest.mark.parametrize("inherited", [{}, {"SLURM_EXPORT_ENV": "NONE", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1"}])
+def test_slurm_starts_one_run_a_node_with_its_number_and_the_first_nodes_address(
+    repository: Path, inherited: dict[str, str]
+) -> None:
+    done, logs = sbatch(repository, "--config", "an4", **inherited)
     assert done.returncode == 0, done.stderr
     assert "environment: run" in done.stdout
     output = repository / "results" / "slurm-412345"

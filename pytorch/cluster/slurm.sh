@@ -64,10 +64,11 @@ fi
 # ---> the network, where NCCL finds the wrong one, such as: export NCCL_SOCKET_IFNAME=ib0
 
 # Since Slurm 22.05, srun does not take the cores of a task from sbatch: all ranks of a node would share one.
+# Tasks get this script's environment and all of its cores, whatever the one that sbatch was called in says of its own.
 # Nodes end at slightly different times, and the checkpoint is written by one: the first to end must not stop the others.
 status=0
 # shellcheck disable=SC2016 # the node's number is known on the node
-srun --kill-on-bad-exit=0 --wait=600 --open-mode=append \
+srun --export=ALL --cpu-bind=none --kill-on-bad-exit=0 --wait=600 --open-mode=append \
     ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
     --output="$output/mlperf_ds2_node%n.log" --error="$output/progress_node%n.log" \
     sh -c 'NODE_RANK="$SLURM_NODEID" exec sh "$0/pytorch/run_and_time.sh" "$@"' "$root" "$@" || status=$?
