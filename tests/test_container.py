@@ -79,6 +79,9 @@ def test_gpus_are_asked_for_where_there_are_some(
     assert value(run_dev(asked, engine), option) == of_all
     assert value(run_dev(asked, engine, GPUS="device=1"), option) == of_one
     assert option not in run_dev(asked, engine, GPUS="none")
+    several = run_dev(asked, engine, GPUS='"device=0,1"')  # a name of a device is one device's
+    words = ['"device=0,1"'] if engine == "docker" else ["nvidia.com/gpu=1", "nvidia.com/gpu=0"]
+    assert [word for before, word in itertools.pairwise(several) if before == option] == words
 
 
 def test_files_are_the_callers_whatever_rights_the_engine_has(asked: Path) -> None:
@@ -176,6 +179,13 @@ def test_proxies_are_passed_to_the_build_and_to_the_container(asked: Path, monke
     for name in ("http_proxy", "HTTPS_PROXY", "no_proxy"):
         assert ("--env", name) in itertools.pairwise(words)
         assert ("--build-arg", name) in itertools.pairwise(built)
+
+
+def test_an_image_that_was_built_but_is_not_there_is_an_error(asked: Path) -> None:
+    program = asked.parent / "programs" / "docker"
+    write_program(program, 'case "$1" in image) exit 1 ;; esac')  # as with a builder that loads nothing
+    built = subprocess.run(["sh", SCRIPTS / "build-docker.sh"], capture_output=True, text=True)
+    assert built.returncode == 1 and "--load" in built.stderr
 
 
 @pytest.mark.parametrize("variable", ["RESULTS_DIR", "DATASET_DIR"])

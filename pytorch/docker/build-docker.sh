@@ -18,4 +18,8 @@ for variable in $proxies; do # predefined arguments: they leave no trace in the 
 done
 "$engine" build --file "$root/pytorch/docker/Dockerfile" --tag "$image" --tag "$image-$commit" \
     --build-arg "VERSION=$version" --build-arg "REVISION=$commit" "$@" "$root"
-echo "Built $image and $image-$commit: $("$engine" image inspect --format '{{.Id}}' "$image")"
+if ! id=$("$engine" image inspect --format '{{.Id}}' "$image-$commit"); then
+    echo "error: built, but into another place than the engine's images: try --load, or BUILDX_BUILDER=default" >&2
+    exit 1
+fi
+echo "Built $image and $image-$commit: $id"

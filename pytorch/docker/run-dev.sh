@@ -95,7 +95,9 @@ if [ "$gpus" = none ]; then
     echo "Without GPUs: nvidia-smi lists none, or GPUS=none." >&2
 elif [ -n "$podman" ]; then
     echo "With GPUs: $gpus" >&2
-    set -- --device "nvidia.com/gpu=${gpus#device=}" "$@"
+    for gpu in $(printf %s "${gpus#*device=}" | tr ',"' '  '); do
+        set -- --device "nvidia.com/gpu=$gpu" "$@"
+    done
 else
     echo "With GPUs: $gpus" >&2
     set -- --gpus "$gpus" "$@"
