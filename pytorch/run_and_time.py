@@ -142,6 +142,9 @@ def _launch(config: Config, cache_clear: str, env: dict[str, int]) -> dict[int, 
                 raise
             print(error, file=sys.stderr)  # ranks were killed by a second Ctrl-C, or did not all stop in time
             statuses = {0: INTERRUPTED if received[0] == signal.SIGINT else PREEMPTED}
+        except OSError as error:
+            room = f"a short path to {folder}, which TMPDIR chooses, and room there and in /dev/shm"
+            raise RunError(f"ranks cannot be started: {error.strerror or error}; they need {room}") from error
     if PREEMPTED in statuses.values():
         raise Preempted
     return statuses

@@ -68,6 +68,17 @@ def test_a_run_that_cannot_start_leaves_the_log_of_the_run_before_it(tmp_path: P
     assert (tmp_path / "results" / "last_run.log").read_text() == "of the run before"
 
 
+def test_a_temporary_folder_too_far_down_for_a_socket_is_named(tones: Path, tmp_path: Path) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "1", "--target-wer", "1000"]
+    run = run_and_time(*options, "--output-dir", tmp_path, folder=ROOT, command=BY_SCRIPT, TMPDIR=str(deep))
+    last = run.stderr.splitlines()[-1]
+    assert run.returncode == 0 or all(
+        fact in last for fact in ("error: ", str(deep), "TMPDIR")
+    )  # newer Pythons take /tmp
+
+
 def test_of_several_ranks_the_first_ones_log_is_reported(tones: Path, tmp_path: Path) -> None:
     options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "2", "--target-wer", "1000"]
     variables: dict[str, Any] = {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29517"}
