@@ -23,7 +23,6 @@ transcribed; the exit status is 1 then.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import textwrap
@@ -38,6 +37,7 @@ from typing import Annotated, Literal
 import tyro
 
 from data.cli import DataError, progress_bar
+from data.files import files_below
 from pytorch.config import Device
 from pytorch.errors import RunError
 from tools.cli import command, require_positive
@@ -191,11 +191,7 @@ def find_recordings(options: Options) -> list[Recording]:
 
 def _audio_files(folder: Path) -> list[Path]:
     """Return the files below a folder with the name of audio, and say which others there are."""
-
-    def unreadable(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}")
-
-    files = sorted(Path(path) / name for path, _, names in os.walk(folder, onerror=unreadable) for name in names)
+    files = files_below(folder)
     # What begins with ._ is what macOS knows about another file.
     known = AUDIO_SUFFIXES.split()
     found = [path for path in files if path.suffix.lower()[1:] in known and not path.name.startswith("._")]

@@ -37,8 +37,10 @@ def report(
         raise RunError("no log: python -m tools.report LOG... -o report.html")
     names: dict[Path, str] = {}
     for argument in logs:
-        name, _, path = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
-        names |= dict.fromkeys(find_logs(Path(path)), name)
+        words = argument.split("=")  # which names and paths may have, too
+        splits = [("=".join(words[:count]), Path("=".join(words[count:]))) for count in range(len(words))]
+        name, path = next((each for each in splits if each[1].exists()), splits[:2][-1])
+        names |= dict.fromkeys(find_logs(path), name)
     write_output(output, render(read_series(names)))
     print(f"Report: {output}")
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data.files import files_below
 from pytorch.config import fields_of
 from pytorch.errors import Preempted, RunError
 from pytorch.machine import MAX_CPU_TAKEN
@@ -70,8 +71,10 @@ class Series:
 
 def find_logs(path: Path) -> list[Path]:
     """Return the path of a log, or of all logs in a folder; RunError if it has none."""
-    texts = [file for file in sorted(path.rglob("*")) if file.suffix in (".log", ".txt") and file.is_file()]
-    found = [text for text in texts if TOKEN.encode() in text.read_bytes()] if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    texts = [file for file in files_below(path) if file.suffix in (".log", ".txt") and file.is_file()]
+    found = [text for text in texts if TOKEN.encode() in text.read_bytes()]
     if not found:
         raise RunError(f"{path}: no log: no .log or .txt file in this folder has a '{TOKEN.strip()}' line")
     return found

@@ -25,13 +25,13 @@ def test_the_page_is_one_file_whatever_text_is_in_a_log(tmp_path: Path, capsys: 
 
 def test_a_folder_stands_for_its_logs_and_a_name_for_its_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for number, folder in enumerate(("before", "after/deeper")):
+    for number, folder in enumerate(("lr=0.1,bs=4", "after/deeper")):
         (tmp_path / folder).mkdir(parents=True)
         for seed in (1, 2):
             made_up_log(seed=seed, epochs=1, steps=2).write(tmp_path / folder / f"result_{seed + number}.txt")
         (tmp_path / folder / "notes.txt").write_text("no log")
     page = tmp_path / "report.html"
-    assert main(["old=before", f"a=b={tmp_path / 'after'}", "-o", str(page)]) == 0
+    assert main(["old=lr=0.1,bs=4", f"a=b={tmp_path / 'after'}", "-o", str(page)]) == 0
     html = page.read_text()
     for label in ("old, seed 1", "old, seed 2", "a=b, seed 1", "a=b, seed 2"):
         assert label in html
