@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -81,7 +80,7 @@ class Evaluation:
         log.event(constants.EVAL_ACCURACY, total.wer, metadata=detail)
         for name, counts in [("all", total), *self.by_subset.items()]:
             rates = {"wer": counts.wer, "cer": counts.cer, "mean_utterance_wer": counts.mean_utterance_wer}
-            metadata = {constants.EPOCH_NUM: epoch, **rates, **dataclasses.asdict(counts)}
+            metadata = {constants.EPOCH_NUM: epoch, **rates, **asdict(counts)}
             log.event("validation_errors", name, metadata=metadata)
 
     def log_transcripts(self, log: MLLogger) -> None:

@@ -7,9 +7,8 @@ own name.
 
 from __future__ import annotations
 
-import dataclasses
 import operator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import Levenshtein
 
@@ -26,7 +25,7 @@ class ErrorCounts:
     sum_of_utterance_wers: float = 0.0
 
     def __add__(self, other: ErrorCounts) -> ErrorCounts:
-        return ErrorCounts(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+        return ErrorCounts(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def wer(self) -> float:

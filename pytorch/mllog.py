@@ -119,7 +119,8 @@ class TensorBoard(Sink):
         step: of the run that a resumed run starts from; what was written after it is dropped.
 
     Raises:
-        RunError: the package tensorboard is missing, or the folder cannot be written.
+        RunError: the package tensorboard is missing.
+        OSError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
@@ -129,10 +130,7 @@ class TensorBoard(Sink):
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
         except ImportError as error:
             raise RunError("--tensorboard needs a package: python -m pip install -e '.[tensorboard]'") from error
-        try:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
-        except OSError as error:
-            raise RunError(f"--tensorboard {folder}: cannot be written: {error.strerror}") from error
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, line: str) -> None:
         if not line.startswith(":::MLLOG "):

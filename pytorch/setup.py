@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     set_device(device)
 
     dataset = open_dataset(config.dataset_dir)
-    config = dataclasses.replace(config, precision=select_precision(config.precision, device))
+    config = replace(config, precision=select_precision(config.precision, device))
     check_agreement(world, config, dataset)
     check_batches(world, config, dataset)
     reasons = "; ".join(dict.fromkeys(filter(None, world.all_gather_object(cache_clear))))

@@ -12,7 +12,6 @@ It is one rank of the run; torchrun starts several, which take the same steps to
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import sys
@@ -21,7 +20,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import NamedTuple, NoReturn
@@ -195,7 +194,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
         skipped_steps=state.skipped_steps,
         finished=state.step_in_epoch == len(loader),
     )
-    known = {name: value for name, value in dataclasses.asdict(stats).items() if value is not None}
+    known = {name: value for name, value in asdict(stats).items() if value is not None}
     run.log.end(constants.EPOCH_STOP, metadata={constants.EPOCH_NUM: state.epoch, "step": state.step, **known})
     return stats
 

