@@ -100,6 +100,7 @@ class LanguageModel:
     """
 
     def __init__(self, path: Path) -> None:
+        words = read_words(path)  # first: a mistyped name needs no package to be found
         try:
             from flashlight.lib.text import decoder, dictionary
             from flashlight.lib.text.decoder.kenlm import KenLM
@@ -109,9 +110,7 @@ class LanguageModel:
                 "install it with pip install -e '.[lm]'"
             ) from None
         self.library = decoder
-        spelled = {
-            word: word.upper() for word in read_words(path) if word not in MARKERS and set(word.upper()) <= _CHARACTERS
-        }
+        spelled = {word: word.upper() for word in words if word not in MARKERS and set(word.upper()) <= _CHARACTERS}
         if not spelled:
             raise RunError(f"{path}: none of its words is spelled with only A to Z and apostrophe")
         indices = dictionary.Dictionary()
