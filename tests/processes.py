@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 from pytorch.errors import SIGNALS
 from tests.conftest import ROOT
 
+QUIET = "-Wignore:This process:DeprecationWarning"  # Python 3.12 and newer warn of a fork beside threads
 _server: socket.socket | None = None
 
 
@@ -37,7 +38,7 @@ class Popen(subprocess.Popen[Any]):
         global _server
         if _server is None:
             _server, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            subprocess.Popen([sys.executable, "-m", "tests.processes"], cwd=ROOT, stdin=theirs.fileno())
+            subprocess.Popen([sys.executable, QUIET, "-m", "tests.processes"], cwd=ROOT, stdin=theirs.fileno())
             theirs.close()
         folder, environment, pipes, (session, group) = options[4], options[5], options[9:15], options[-2:]
         asked = {
