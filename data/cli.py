@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -148,12 +149,10 @@ def available_cores() -> int:
     return cores
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """On Linux, have this process killed when the one that started it ends: an orphan would work on unseen.
-
-    `parent` is the process id of that one, where it is known: it may have ended before this call.
-    """
+def die_with_parent() -> None:
+    """On Linux, have this process of multiprocessing's killed when its parent ends: an orphan would work on unseen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if parent is not None and os.getppid() != parent:
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():  # it has ended before that call
             os._exit(1)

@@ -174,7 +174,7 @@ def _decode_all(
         if jobs > 1 and len(groups) > 1:
             # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
             context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(min(jobs, len(groups)), context, die_with_parent, (os.getpid(),))
+            pool = ProcessPoolExecutor(min(jobs, len(groups)), context, die_with_parent)
             stack.callback(pool.shutdown, cancel_futures=True)  # the first error is enough
             decode_some = pool.map
         try:
