@@ -301,8 +301,21 @@ CONFIGS: dict[str, Config] = {
 }
 
 
+def scaled(config: Config, batch_size: int) -> Config:
+    """Return a configuration for another global batch size, by the rules that docs/recipes.md compares."""
+    k = batch_size / config.batch_size
+    return dataclasses.replace(
+        config,
+        batch_size=batch_size,
+        learning_rate=config.learning_rate * math.sqrt(k),
+        warmup_steps=round(config.warmup_steps / math.sqrt(k)),
+        beta2=max(0.9, 1 - (1 - config.beta2) * k),
+        ema_decay=config.ema_decay**k if config.ema_decay else 0.0,
+    )
+
+
 def parse_config(arguments: Sequence[str], *, program: str, description: str) -> Config:
-    """Parse a command line: `[--config NAME] [--any-field VALUE ...]`.
+    """Parse a command line: `[--config NAME] [--scale-to-batch-size N] [--any-field VALUE ...]`.
 
     Raises:
         RunError: a value breaks its constraint. Unknown names end the process with status 2 and a message, as is usual
@@ -313,14 +326,18 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
         prog=program, add_help=False, allow_abbrev=False, usage="%(prog)s [--config NAME] ..."
     )
     first.add_argument("--config", choices=CONFIGS, default="librispeech")
+    first.add_argument("--scale-to-batch-size", type=int)
     chosen, rest = first.parse_known_args(arguments)  # tyro needs the defaults before it parses the other options
     require_values(rest)
     make_room_for_help()
+    size, defaults = chosen.scale_to_batch_size, CONFIGS[chosen.config]
+    if size is not None and not POSITIVE_INTEGER.check(size):
+        raise RunError(f"--scale-to-batch-size is {size}; it must be {POSITIVE_INTEGER.text}")
     return tyro.cli(
         Config,
-        default=CONFIGS[chosen.config],
+        default=defaults if size is None else scaled(defaults, size),
         args=rest,
         prog=program,
         description=f"{description}\n\n--config {{{','.join(CONFIGS)}}} (default: librispeech) chooses the defaults "
-        f"shown below; here: {chosen.config}.",
+        f"shown below; here: {chosen.config}. --scale-to-batch-size N changes them for another global batch size.",
     )

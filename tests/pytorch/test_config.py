@@ -28,6 +28,16 @@ def test_every_field_can_be_changed_on_the_command_line() -> None:
             assert getattr(parse("--config=an4", f"--{field.name.replace('_', '-')}", given), field.name) is not None
 
 
+def test_another_batch_size_scales_what_depends_on_it_and_the_command_line_wins() -> None:
+    config = parse("--config", "librispeech", "--scale-to-batch-size", "512", "--beta2", "0.95")
+    assert config.learning_rate == pytest.approx(2 * 1.5e-3)
+    assert config.ema_decay == pytest.approx(0.99**4)
+    assert (config.batch_size, config.warmup_steps, config.beta2) == (512, 500, 0.95)
+    assert parse("--config", "librispeech", "--scale-to-batch-size", "128") == CONFIGS["librispeech"]
+    with pytest.raises(RunError, match="--scale-to-batch-size is 0"):
+        parse("--scale-to-batch-size", "0")
+
+
 def test_help_is_one_line_for_each_field() -> None:
     """tyro would keep the line breaks, so that help breaks inside of a sentence."""
     documented = [each for each in docstring_parser.parse_from_object(Config).params if each.description]
