@@ -123,33 +123,37 @@ def _open(file: Path, quiet: bool = False) -> Iterator[tuple[int, int | None, It
     A block is [frames, channels] of int16, or of float32 of full scale 1. Unless `quiet`, print which stream of several
     is used. DataError for what nothing reads, and for rates that nobody records at; later for what is damaged.
     """
-    if not file.is_file():
-        raise DataError(f"{file} is missing or not a file")
-    if file.stat().st_size == 0:
-        raise DataError(f"{file} is empty (0 bytes)")
-    with file.open("rb", buffering=0) as stream, ExitStack() as opened:
-        problem = _wrong_sizes(stream, file.stat().st_size)
-        stream.seek(0)
-        head = stream.read(42)
-        md5 = head[26:] if head.startswith(b"fLaC") else b""
-        stream.seek(0)
-        try:
-            audio = opened.enter_context(soundfile.SoundFile(stream.fileno(), closefd=False))
-        except SNDFILE_FAILURES as error:
-            if md5:
-                raise DataError(f"{file} cannot be decoded: {error}") from error
-            audio = None
-        uncompressed = audio is not None and audio.format in WAVE and audio.subtype.startswith(UNCOMPRESSED)
-        checked = audio is not None and audio.format == "FLAC" and any(md5)  # a change of rate, too
-        if audio is not None and (checked or uncompressed):
-            known = audio.frames < 1 << 62 and not problem  # not of FLAC that was written into a pipe
-            rate, frames, blocks = audio.samplerate, audio.frames if known else None, _sndfile_blocks(file, audio, md5)
-        else:
-            frames, (rate, blocks, note) = None, opened.enter_context(open_av(file, stream))
-            if note and not quiet:
-                print(f"{file}: {note}", file=sys.stderr)
-        check_rate(file, rate)
-        yield rate, frames, _checked(file, rate, blocks, problem)
+    try:
+        if not file.is_file():
+            raise DataError(f"{file} is missing or not a file")
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty (0 bytes)")
+        with file.open("rb", buffering=0) as stream, ExitStack() as opened:
+            problem = _wrong_sizes(stream, file.stat().st_size)
+            stream.seek(0)
+            head = stream.read(42)
+            md5 = head[26:] if head.startswith(b"fLaC") else b""
+            stream.seek(0)
+            try:
+                audio = opened.enter_context(soundfile.SoundFile(stream.fileno(), closefd=False))
+            except SNDFILE_FAILURES as error:
+                if md5:
+                    raise DataError(f"{file} cannot be decoded: {error}") from error
+                audio = None
+            uncompressed = audio is not None and audio.format in WAVE and audio.subtype.startswith(UNCOMPRESSED)
+            checked = audio is not None and audio.format == "FLAC" and any(md5)  # a change of rate, too
+            if audio is not None and (checked or uncompressed):
+                known = audio.frames < 1 << 62 and not problem  # not of FLAC that was written into a pipe
+                frames = audio.frames if known else None
+                rate, blocks = audio.samplerate, _sndfile_blocks(file, audio, md5)
+            else:
+                frames, (rate, blocks, note) = None, opened.enter_context(open_av(file, stream))
+                if note and not quiet:
+                    print(f"{file}: {note}", file=sys.stderr)
+            check_rate(file, rate)
+            yield rate, frames, _checked(file, rate, blocks, problem)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def _checked(file: Path, rate: int, blocks: Iterator[np.ndarray], problem: str) -> Iterator[np.ndarray]:

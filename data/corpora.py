@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +29,6 @@ DURATIONS = {
     "dev-clean": (1.4, 1.6, 1.8, 1.9, 2.4, 2.7, 3.8, 5.9, 9.3, 13.3, 16.4, 23.8, 28.5, 32.3, 32.6),
     "dev-other": (1.1, 1.3, 1.7, 1.8, 2.2, 2.6, 3.5, 5.3, 7.9, 12.0, 15.0, 22.2, 27.1, 32.4, 35.2),
 }
-LIBRISPEECH_HOURS = 960.9  # of training
-REHEARSAL_HOURS = (0.1, 960.0)  # the fewest and the most
 DEFAULT_REHEARSAL_HOURS = 5.0
 REHEARSAL_DIGEST = "c39f0f72d9c24fdfdb8b6a0529e60b072c5b988e3a793ff1917f57ac10504da8"
 UTTERANCES_PER_SPEAKER = 10  # at least, as long as a subset of the rehearsal has not all of its speakers
@@ -89,27 +88,20 @@ class Corpus:
         }
 
 
-def _librispeech(
-    name: str, split: str, size: int, md5: str, counts: tuple[int, float, int] | None = None
-) -> CorpusSubset:
-    """`counts` are those of utterances, hours and speakers."""
-    return CorpusSubset(name, split, Archive(f"{name}.tar.gz", size, md5), *(counts or (None,)))
+def _subset(name: str, split: str, size: int, md5: str, utterances: int | None = None, *counts: Any) -> CorpusSubset:
+    """`counts` are those of hours and speakers."""
+    return CorpusSubset(name, split, Archive(f"{name}.tar.gz", size, md5), utterances, *counts)
 
 
-TRAIN_CLEAN_100 = _librispeech(
-    "train-clean-100", "train", 6387309499, "2a93770f6d5c6c964bc36631d331a522", (28539, 100.6, 251)
+LIBRISPEECH = (
+    _subset("train-clean-100", "train", 6387309499, "2a93770f6d5c6c964bc36631d331a522", 28539, 100.6, 251),
+    _subset("train-clean-360", "train", 23049477885, "c0e676e450a7ff2f54aeade5171606fa", 104014, 363.6, 921),
+    _subset("train-other-500", "train", 30593501606, "d1a0fd59409feb2c614ce4d30c387708", 148688, 496.7, 1166),
+    _subset("dev-clean", "validation", 337926286, "42e2234ba48799c1f50f24a7926300a1", 2703, 5.4, 40),
+    _subset("dev-other", "validation", 314305928, "c8d0bcc9cca99d4f8b62fcc847357931", 2864, 5.3, 33),
+    _subset("test-clean", "test", 346663984, "32fa31d27d2e1cad72775fee3f4849a9", 2620, 5.4, 40),
+    _subset("test-other", "test", 328757843, "fb5a50374b501bb3bac4815ee91d3135", 2939, 5.1, 33),
 )
-TRAIN_CLEAN_360 = _librispeech(
-    "train-clean-360", "train", 23049477885, "c0e676e450a7ff2f54aeade5171606fa", (104014, 363.6, 921)
-)
-TRAIN_OTHER_500 = _librispeech(
-    "train-other-500", "train", 30593501606, "d1a0fd59409feb2c614ce4d30c387708", (148688, 496.7, 1166)
-)
-DEV_CLEAN = _librispeech("dev-clean", "validation", 337926286, "42e2234ba48799c1f50f24a7926300a1", (2703, 5.4, 40))
-DEV_OTHER = _librispeech("dev-other", "validation", 314305928, "c8d0bcc9cca99d4f8b62fcc847357931", (2864, 5.3, 33))
-TEST_CLEAN = _librispeech("test-clean", "test", 346663984, "32fa31d27d2e1cad72775fee3f4849a9", (2620, 5.4, 40))
-TEST_OTHER = _librispeech("test-other", "test", 328757843, "fb5a50374b501bb3bac4815ee91d3135", (2939, 5.1, 33))
-HELD_OUT = (DEV_CLEAN, DEV_OTHER, TEST_CLEAN, TEST_OTHER)
 
 # Both subsets of AN4 lie in one archive. CMU publishes no sums; these were taken from the complete archive
 # (948 + 130 utterances), so a mismatch may also mean a repacked copy: --checksums then states the sum to expect.
@@ -132,19 +124,15 @@ def utterance_seconds(subset: str, count: int) -> np.ndarray:
 
 
 def rehearsal(hours: float) -> Corpus:
-    """Return the synthetic corpus of LibriSpeech's shape with these hours of training speech.
-
-    Raises:
-        DataError: it can have no such number of hours.
-    """
-    low, high = REHEARSAL_HOURS
+    """Return the synthetic corpus of LibriSpeech's shape with these hours of training; DataError for others."""
+    low, high = 0.1, 960.0
     if not low <= hours <= high:
         raise DataError(f"--hours is {hours:g}; the rehearsal has {low:g} to {high:g}")
     hours = round(hours, 2)  # its name has them all
     return Corpus(
         name="rehearsal" if hours == DEFAULT_REHEARSAL_HOURS else f"rehearsal-{hours:g}h",
         folder="Rehearsal_dataset",
-        subsets=tuple(_rehearsed(subset, hours) for subset in CORPORA["librispeech"].subsets),
+        subsets=tuple(_rehearsed(subset, hours) for subset in LIBRISPEECH),
         layout="rehearsal",
         synthetic=True,
         reference_digest=REHEARSAL_DIGEST if hours == DEFAULT_REHEARSAL_HOURS else "",
@@ -152,7 +140,7 @@ def rehearsal(hours: float) -> Corpus:
 
 
 def _rehearsed(subset: CorpusSubset, hours: float) -> CorpusSubset:
-    share = hours / LIBRISPEECH_HOURS
+    share = hours / 960.9  # of LibriSpeech's training
     count = ceil((subset.utterances or 0) * (share if subset.split == "train" else sqrt(share)))
     speakers = min(subset.speakers or 0, ceil(count / UTTERANCES_PER_SPEAKER))
     seconds = float(utterance_seconds(subset.name, count).sum())
@@ -166,13 +154,13 @@ CORPORA = {
             name="librispeech",
             folder="LibriSpeech_dataset",
             mirrors=openslr_mirrors(12),
-            subsets=(TRAIN_CLEAN_100, TRAIN_CLEAN_360, TRAIN_OTHER_500, *HELD_OUT),
+            subsets=LIBRISPEECH,
         ),
         Corpus(
             name="librispeech-100",
             folder="LibriSpeech-100_dataset",
             mirrors=openslr_mirrors(12),
-            subsets=(TRAIN_CLEAN_100, *HELD_OUT),
+            subsets=(LIBRISPEECH[0], *LIBRISPEECH[3:]),  # without train-clean-360 and train-other-500
         ),
         Corpus(
             name="mini-librispeech",  # overlaps LibriSpeech, for smoke runs only
@@ -180,8 +168,8 @@ CORPORA = {
             mirrors=openslr_mirrors(31),
             subsets=(
                 # No utterance counts and only rough hours are published for these two, so none are checked.
-                _librispeech("train-clean-5", "train", 332954390, "5df7d4e78065366204ca6845bb08f490"),
-                _librispeech("dev-clean-2", "validation", 126046265, "6d7ab67ac6a1d2c993d050e16d61080d"),
+                _subset("train-clean-5", "train", 332954390, "5df7d4e78065366204ca6845bb08f490"),
+                _subset("dev-clean-2", "validation", 126046265, "6d7ab67ac6a1d2c993d050e16d61080d"),
             ),
         ),
         Corpus(
@@ -199,9 +187,9 @@ CORPORA = {
             folder="Synthetic_dataset",
             layout="embedded",
             subsets=(
-                _librispeech("synthetic-train", "train", 0, "", (1800, 1.05, 76)),
-                _librispeech("synthetic-validation", "validation", 0, "", (240, 0.14, 16)),
-                _librispeech("synthetic-test", "test", 0, "", (200, 0.12, 16)),
+                _subset("synthetic-train", "train", 0, "", 1800, 1.05, 76),
+                _subset("synthetic-validation", "validation", 0, "", 240, 0.14, 16),
+                _subset("synthetic-test", "test", 0, "", 200, 0.12, 16),
             ),
             synthetic=True,
             reference_digest="14f6b62443c4c1f6636a032994d8c3167df9fb2740299fab065985dab00f22fb",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import hashlib
 import os
 import secrets
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TextIO
 
 from data.cli import DataError
 
@@ -23,22 +25,24 @@ CHUNK_BYTES = 1 << 20  # read or written at once
 UNFINISHED, DOWNLOADS, MARK = "unfinished", "downloads", "made-by-this-program.txt"
 
 
-def atomic_write(file: Path, text: str, scratch: Path | None = None) -> None:
-    """Write a file such that even a power cut leaves the old one or the new one.
+@contextmanager
+def atomic_open(file: Path, scratch: Path | None = None) -> Iterator[TextIO]:
+    """Open a text file to write it such that even a power cut, or any error, leaves the old one or the new one.
 
-    It is first written under a name that nothing has yet, in the folder `scratch` (by default the file's own). What is
-    no Unicode, such as a name from the environment, is written with escapes.
+    It is written under a name that nothing has yet, in the folder `scratch` (by default its own), and compressed if its
+    name ends in .gz. What is no Unicode, such as a name from the environment, is written with escapes.
     """
     partial = (scratch or file.parent) / f"{file.name}.{secrets.token_hex(4)}.partial"
-    with partial.open("x", encoding="utf-8", errors="backslashreplace") as stream:
-        try:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-            atomic_replace(partial, file)
-        except BaseException:
+    opened: Any = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opened(partial, "xt", encoding="utf-8", errors="backslashreplace") as stream:
+            yield stream
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
+        atomic_replace(partial, file)
+    finally:
+        with suppress(OSError):
             partial.unlink(missing_ok=True)
-            raise
 
 
 def atomic_replace(partial: Path, final: Path) -> None:

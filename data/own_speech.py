@@ -81,7 +81,7 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
         row, file = found[path], files[path]
         try:
             length = num_samples(file)
-        except (DataError, OSError) as error:
+        except DataError as error:
             spelled = "" if path.isascii() else f"; its name is spelled {path!a}"
             return re.sub(r"\d+", "", str(error).replace(str(file), "")), f"{row.place}: {error}{spelled}"
         if length > (row.seconds + DURATION_TOLERANCE_S) * SAMPLE_RATE:

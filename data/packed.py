@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.cli import DataError, progress_bar
-from data.files import CHUNK_BYTES, atomic_write, file_digest
+from data.files import CHUNK_BYTES, atomic_open, file_digest
 
 FORMAT_VERSION = 1
 SAMPLE_RATE = 16000
@@ -189,7 +189,7 @@ def open_dataset(path: Path) -> PackedDataset:
 
 
 def write_dataset(dataset: PackedDataset, scratch: Path | None = None) -> None:
-    """Write dataset.json, whole or not at all, by way of a file in `scratch` (atomic_write)."""
+    """Write dataset.json, whole or not at all, by way of a file in `scratch` (atomic_open)."""
     subsets = {name: asdict(summary) | {"hours": round(summary.hours, 4)} for name, summary in dataset.summary.items()}
     for entry in subsets.values():
         del entry["name"]
@@ -201,7 +201,8 @@ def write_dataset(dataset: PackedDataset, scratch: Path | None = None) -> None:
         "digest": dataset.digest,
         "subsets": subsets,
     }
-    atomic_write(dataset.path / DATASET_FILE, json.dumps(content, indent=2) + "\n", scratch)
+    with atomic_open(dataset.path / DATASET_FILE, scratch) as stream:
+        stream.write(json.dumps(content, indent=2) + "\n")
 
 
 def audio_header(num_samples: int) -> bytes:

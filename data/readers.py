@@ -23,8 +23,11 @@ from data.corpora import CorpusSubset
 from data.files import read_lines
 from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
 
-AUDIO_SUFFIXES = {".flac", ".wav", ".mp3", ".ogg", ".oga", ".opus", ".m4a", ".mp4", ".aac", ".aiff", ".au", ".caf"}
-AUDIO_SUFFIXES |= {".w64", ".webm", ".wma", ".raw", ".pcm", ".sph"}
+SUFFIXES = (
+    "3gp aac ac3 aif aifc aiff amr amr-nb amr-wb ape au avi awb caf flac flv gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 "
+    "mpc mpeg mpg nist oga ogg ogv opus rf64 snd sph spx tta voc w64 wav wave webm wma wmv wv"
+)
+AUDIO_SUFFIXES = {f".{name}" for name in SUFFIXES.split()}
 SPOKEN = ("embedded", "rehearsal")  # modules of data/synthetic: layouts without archives, encodings without files
 KNOWN_CHARACTERS = TRANSCRIPT_CHARACTERS + TRANSCRIPT_CHARACTERS.lower()
 KNOWN = "only A-Z, apostrophe and space are known"

@@ -45,8 +45,7 @@ def require_positive(**values: int) -> None:
 def config_of(options: Any) -> Config:
     """Return the configuration `options.config` with the hyperparameters among the options that are not None.
 
-    Raises:
-        RunError: there is none of that name, or a number is against its constraint.
+    RunError if there is none of that name, or a number is against its constraint.
     """
     if options.config not in CONFIGS:
         raise RunError(f"--config {options.config}: unknown; one of {', '.join(CONFIGS)}")

@@ -123,9 +123,8 @@ def evaluate(options: Options) -> None:
     if options.output is not None:  # first, since whoever reads the table may have left
         write_files(options.output, summary, everything, by_subset)
     print(table(scores))
-    print(
-        f"{audio_seconds:.0f} s of speech in {seconds:.1f} s: {speed(audio_seconds, seconds)}; {recognizer.precision}"
-    )
+    told = f"{speed(audio_seconds, seconds)}; {recognizer.precision}"
+    print(f"{audio_seconds:.0f} s of speech in {seconds:.1f} s: {told}")
 
 
 def write_files(
@@ -189,8 +188,7 @@ def count_edits(pairs: Sequence[tuple[Sequence[Any], Sequence[Any]]]) -> dict[st
 def bootstrap_intervals(counts_N4: np.ndarray) -> tuple[Interval, Interval]:
     """Return the 95 % intervals, in percent, of WER and CER of a set of N units (utterances or speakers).
 
-    Args:
-        counts_N4: word errors, words, character errors and characters of each unit.
+    Of each unit, `counts_N4` has the word errors, words, character errors and characters.
     """
     random = np.random.default_rng(BOOTSTRAP_SEED)
     units = len(counts_N4)

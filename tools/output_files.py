@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-import secrets
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from data.files import atomic_replace
+from data.files import atomic_open
 from pytorch.errors import RunError
 
 
 def prepare_outputs(files: Collection[Path], overwrite: bool, inputs: Collection[Path] = ()) -> None:
     """Make the folders of files that are to be written.
 
-    Raises:
-        RunError: a file exists, and is not to be overwritten or is one of the inputs; or a folder cannot be made.
+    RunError if a file exists, and is not to be overwritten or is one of the inputs.
     """
     read = {(status.st_dev, status.st_ino) for path in inputs if path.exists() for status in [path.stat()]}
     for file in files:
@@ -29,19 +26,14 @@ def prepare_outputs(files: Collection[Path], overwrite: bool, inputs: Collection
         more = f", and so do {len(existing) - 1} more" if len(existing) > 1 else ""
         raise RunError(f"{existing[0]} exists already{more}; give another output, or --overwrite to replace it")
     for folder in {file.parent for file in files}:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{folder}: the folder cannot be made: {error.strerror}") from error
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def write_output(path: Path, text: str) -> None:
     """Write the file that a command line names, and make its folder: whole or not at all, and where a link points to.
 
-    Anything but a regular file, such as a pipe or /dev/null, is written to in place.
-
-    Raises:
-        RunError: the file there is the log of a run, or it cannot be written.
+    Anything but a regular file, such as a pipe or /dev/null, is written to in place. RunError if the file there is the
+    log of a run, or cannot be written.
     """
     try:
         if path.exists() and not path.is_file():
@@ -59,20 +51,9 @@ def write_output(path: Path, text: str) -> None:
 
 @contextmanager
 def output_file(path: Path) -> Iterator[TextIO]:
-    """Open a text file that gets its name when it is complete, compressed by gzip if the name ends in .gz.
-
-    Raises:
-        RunError: it cannot be written. Nothing is left of it then, nor after any other exception.
-    """
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    """Open a text file as data.files.atomic_open does; RunError where it cannot be written."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(partial, "xt", encoding="utf-8") as stream:  # type: ignore[operator]
+        with atomic_open(path) as stream:
             yield stream
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        atomic_replace(partial, path)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)

@@ -99,8 +99,7 @@ class Recognizer:
     def forward(self, waveforms_BS: Tensor, num_samples_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits [T, B, V] on the device and output frames [B] on the CPU, of padded int16 waveforms at 16 kHz.
 
-        Raises:
-            RunError: they do not fit into memory together.
+        RunError if they do not fit into memory together.
         """
         batch, longest = len(num_samples_B), int(num_samples_B.max()) / SAMPLE_RATE
         with explain_oom(f"{batch} x {longest:.0f} s of audio do not fit into memory; use a smaller --batch-size"):
@@ -112,8 +111,7 @@ class Recognizer:
     def emissions(self, waveforms: Sequence[np.ndarray]) -> list[Tensor]:
         """Return the emission, float32 [T, V] on the CPU, of each waveform: int16 [S] at 16 kHz, one sample or more.
 
-        Raises:
-            RunError: they do not fit into memory together.
+        RunError if they do not fit into memory together.
         """
         if not waveforms:
             return []
@@ -126,8 +124,7 @@ class Recognizer:
     ) -> Evaluation:
         """Decode and count every utterance, in batches whose memory `batch_size` of the longest utterances would take.
 
-        Raises:
-            RunError: a batch does not fit into memory.
+        RunError if a batch does not fit into memory.
         """
         evaluation = evaluate(
             lambda batch: self.forward(batch.waveforms_BS, batch.num_samples_B),

@@ -1,6 +1,6 @@
 """Recordings of any length, format, rate and number of channels, in segments that the network can take.
 
-    for segment in segments(read_file(path)): ...
+    for segment in segments(read_blocks(path)): ...
 
 Memory does not grow with the recording: it is read in blocks (data/audio.py), and cut in pauses. Each segment also
 holds what is around it, so that every word is whole in at least one of them; `join` says which words of two neighbors
@@ -15,12 +15,11 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from data.audio import Mixer, read_blocks
+from data.audio import Mixer
 from data.cli import DataError
 from data.packed import SAMPLE_RATE
 from tools.recognizer import Word
@@ -54,18 +53,6 @@ class Segment:
         return bool((self.waveform == self.waveform[0]).all())
 
 
-def read_file(path: Path) -> Iterator[np.ndarray]:
-    """Yield blocks of int16 samples at 16 kHz mono of an audio file.
-
-    Raises:
-        DataError: it is not audio, or is damaged, which may turn out after some blocks. The message names the file.
-    """
-    try:
-        yield from read_blocks(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
 def read_until_interrupt(stream: BinaryIO) -> Iterator[bytes]:
     """Yield what arrives until it ends or SIGINT comes. After that, SIGINT raises KeyboardInterrupt as before."""
     wake, waker = os.pipe()
@@ -90,10 +77,9 @@ def read_until_interrupt(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def read_raw(stream: BinaryIO, name: str, rate: int) -> Iterator[np.ndarray]:
-    """Yield the same of headerless little-endian 16-bit mono audio, as it arrives, until its end or SIGINT.
+    """Yield blocks of int16 samples at 16 kHz of headerless little-endian 16-bit mono audio, as it arrives.
 
-    Raises:
-        DataError: there is nothing, or half a sample at the end.
+    It ends with the stream or SIGINT; DataError if there was nothing, or half a sample at the end.
     """
     mix = Mixer(name, rate)
     rest, empty = b"", True
@@ -112,8 +98,7 @@ def read_raw(stream: BinaryIO, name: str, rate: int) -> Iterator[np.ndarray]:
 def segments(blocks: Iterable[np.ndarray]) -> Iterator[Segment]:
     """Yield the segments of a recording, in order, from its blocks of int16 samples.
 
-    Raises:
-        DataError: what reading the blocks raised, after the segments of all that came before.
+    A DataError that reading the blocks raises comes after the segments of all that came before.
     """
     context, longest = int(CONTEXT_S * SAMPLE_RATE), int(LONGEST_S * SAMPLE_RATE)
     held = np.zeros(0, dtype=np.int16)  # from `begin` on, which is `context` before `position`, the last cut
@@ -156,12 +141,8 @@ def _find_pause(waveform: np.ndarray) -> int:
 def join(cut: float, before: Sequence[Word], after: Sequence[Word]) -> tuple[list[Word], list[Word]]:
     """Return the words to keep of two neighbors, so that each sound is in one word, and none begins before one ends.
 
-    A word is kept if its middle lies on its own segment's side of a joint near the cut, and it is clipped there.
-
-    Args:
-        cut: between the segments (s).
-        before: words of the first one, with times in the recording.
-        after: those of the second one.
+    A word is kept if its middle lies on its own segment's side of a joint near the cut, and it is clipped there. Times
+    are seconds in the recording.
     """
     joint = _find_joint(cut, [(word.start, word.end) for word in (*before, *after)])
     kept = [replace(word, end=min(word.end, joint)) for word in before if word.start + word.end < 2 * joint]

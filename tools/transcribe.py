@@ -36,23 +36,21 @@ from typing import Annotated, Literal
 
 import tyro
 
+from data.audio import read_blocks
 from data.cli import DataError, progress_bar
 from data.files import files_below
+from data.readers import AUDIO_SUFFIXES
 from pytorch.config import Device
 from pytorch.errors import RunError
 from tools.cli import command, require_positive
 from tools.language_model.beam_search import Decode, Decoding
 from tools.output_files import output_file, prepare_outputs
 from tools.recognizer import Recognizer, Word, align, speed
-from tools.segments import Segment, join, read_file, read_raw, read_until_interrupt, segments
+from tools.segments import Segment, join, read_raw, read_until_interrupt, segments
 
 Format = Literal["text", "json", "srt", "vtt"]
 
 STANDARD_INPUT = "-"
-AUDIO_SUFFIXES = (
-    "3gp aac ac3 aif aifc aiff amr amr-nb amr-wb ape au avi awb caf flac flv gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 "
-    "mpc mpeg mpg nist oga ogg ogv opus rf64 snd sph spx tta voc w64 wav wave webm wma wmv wv"
-)
 SUFFIXES = {"text": ".txt", "json": ".jsonl", "srt": ".srt", "vtt": ".vtt"}
 CAPTION_LINES, CAPTION_WIDTH = 2, 42  # characters
 LONGEST_CAPTION_S = 7.0
@@ -154,9 +152,8 @@ class Recording:
 def find_recordings(options: Options) -> list[Recording]:
     """Return what the command line names.
 
-    Raises:
-        RunError: nothing is named, or options do not go together, or a transcript would replace a file.
-        DataError: a folder holds no audio.
+    DataError if that is nothing, a folder holds no audio, options do not go together, or a transcript would replace a
+    file.
     """
     if not options.files:
         raise RunError("nothing to transcribe: name audio files, folders, or - for standard input")
@@ -193,8 +190,7 @@ def _audio_files(folder: Path) -> list[Path]:
     """Return the files below a folder with the name of audio, and say which others there are."""
     files = files_below(folder)
     # What begins with ._ is what macOS knows about another file.
-    known = AUDIO_SUFFIXES.split()
-    found = [path for path in files if path.suffix.lower()[1:] in known and not path.name.startswith("._")]
+    found = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith("._")]
     if not found:
         raise DataError(f"{folder} is a folder without audio files")
     others = Counter(path.suffix or path.name for path in set(files).difference(found))
@@ -205,7 +201,7 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _file(options: Options, path: Path, relative: Path) -> Recording:
-    return Recording(options, str(path), relative, lambda: segments(read_file(path)))
+    return Recording(options, str(path), relative, lambda: segments(read_blocks(path)))
 
 
 def _standard_input(options: Options) -> Recording:
@@ -223,7 +219,7 @@ def _standard_input(options: Options) -> Recording:
                 raise DataError(f"{name} cannot be copied to {tempfile.gettempdir()}: {error.strerror}") from error
             path = Path(f"/dev/fd/{copy.fileno()}")
             try:
-                yield from segments(read_file(path))
+                yield from segments(read_blocks(path))
             except DataError as error:
                 raise DataError(str(error).replace(str(path), name)) from error
 

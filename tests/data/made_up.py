@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import subprocess
 import tarfile
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -76,21 +78,27 @@ def an4_files() -> dict[str, bytes]:
     return files
 
 
+def tarball(*members: tuple[Any, ...]) -> bytes:
+    """A .tar.gz of members: name and content, and of what is no file also its type, and where a link leads."""
+    stream = BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, content, *special in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            if special:
+                entry.type, entry.linkname = special
+            tar.addfile(entry, BytesIO(content))
+    return gzip.compress(stream.getvalue(), 1, mtime=0)
+
+
 def write_mirror(folder: Path, archives: Mapping[str, Mapping[str, bytes] | bytes]) -> Path:
     """Writes archives and their md5sum.txt into a folder, which then serves as --mirror; returns that md5sum.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for archive, files in archives.items():
-        if isinstance(files, bytes):
-            (folder / archive).write_bytes(files)
-            lines.append(f"{hashlib.md5(files).hexdigest()}  {archive}\n")
-            continue
-        with tarfile.open(folder / archive, "w:gz") as tar:
-            for name, content in files.items():
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                tar.addfile(entry, BytesIO(content))
-        lines.append(f"{hashlib.md5((folder / archive).read_bytes()).hexdigest()}  {archive}\n")
+        content = files if isinstance(files, bytes) else tarball(*files.items())
+        (folder / archive).write_bytes(content)
+        lines.append(f"{hashlib.md5(content).hexdigest()}  {archive}\n")
     (folder / "md5sum.txt").write_text("".join(lines))
     return folder / "md5sum.txt"
 

@@ -17,8 +17,3 @@ def test_every_corpus_has_training_and_validation_data_and_a_folder_of_its_own()
         assert all(len(subset.archive.md5) == 32 or not corpus.mirrors for subset in corpus.subsets)
         assert corpus.folder.endswith("_dataset")
     assert len({corpus.folder for corpus in CORPORA.values()}) == len(CORPORA)
-
-
-def test_splits_name_the_prepared_subsets_in_the_order_of_the_catalog() -> None:
-    splits = find_corpus("librispeech").splits(["test-other", "dev-other", "dev-clean"])
-    assert splits == {"train": [], "validation": ["dev-clean", "dev-other"], "test": ["test-other"]}

@@ -6,12 +6,13 @@ import shutil
 import stat
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from data.cli import DataError
-from data.files import DOWNLOADS, MARK, atomic_write, check_space, locked, work_folder
+from data.files import DOWNLOADS, MARK, atomic_open, check_space, locked, work_folder
 from tests.data.made_up import REPOSITORY, files_below
 
 
@@ -27,17 +28,11 @@ def test_a_file_system_that_cannot_flush_a_folder_is_no_error_but_a_failing_disk
             raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    if error:
-        with pytest.raises(OSError, match=os.strerror(number)):
-            atomic_write(tmp_path / "a.txt", "text")
-    else:
-        atomic_write(tmp_path / "a.txt", "text")
-        assert files_below(tmp_path) == ["a.txt"]
-
-
-def test_a_text_that_is_not_unicode_is_written_with_escapes(tmp_path: Path) -> None:
-    atomic_write(tmp_path / "a.txt", os.fsdecode(b"caf\xe9 box"))
-    assert (tmp_path / "a.txt").read_text() == "caf\\udce9 box"
+    outcome = pytest.raises(OSError, match=os.strerror(number)) if error else nullcontext()
+    with outcome, atomic_open(tmp_path / "a.txt") as stream:
+        stream.write(os.fsdecode(b"caf\xe9 box"))
+    assert (tmp_path / "a.txt").read_text() == "caf\\udce9 box"  # what is not Unicode has escapes
+    assert files_below(tmp_path) == ["a.txt"]
 
 
 def test_a_work_folder_leaves_downloads_alone_and_removes_what_a_killed_run_left(tmp_path: Path) -> None:

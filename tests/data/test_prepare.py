@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import random
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -15,20 +13,10 @@ import pytest
 from data.cli import DataError
 from data.download import Options, download
 from data.prepare import unpack
-from tests.data.made_up import files_below, flac, librispeech_files, sound, write_mirror
+from tests.data.made_up import files_below, flac, librispeech_files, sound, tarball, write_mirror
 
 FILES = librispeech_files("dev-clean")
 FIRST = "LibriSpeech/dev-clean/84/1/84-1-0000.flac"
-
-
-def tarball(*members: tuple[str, bytes]) -> bytes:
-    stream = BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for name, content in members:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, BytesIO(content))
-    return stream.getvalue()
 
 
 def flipped(content: bytes, position: int, bit: int) -> bytes:
@@ -36,7 +24,7 @@ def flipped(content: bytes, position: int, bit: int) -> bytes:
 
 
 def damaged_gzip() -> list[bytes]:
-    whole = gzip.compress(tarball(*FILES.items()), mtime=0)
+    whole = tarball(*FILES.items())
     places = random.Random(1)
     cut = [whole[: places.randrange(len(whole))] for _ in range(15)] + [whole[:-1]]
     return cut + [flipped(whole, places.randrange(len(whole)), places.randrange(8)) for _ in range(25)]
@@ -55,7 +43,7 @@ def damaged_flac() -> list[bytes]:
             fields = rate << 44 | (channels - 1) << 41 | 15 << 36 | (1 << 36) - 1
             hostile.append(whole[:18] + fields.to_bytes(8, "big") + whole[26:])
     hostile += [b"", b"fLaC", b"fLaC" + bytes(38), b"RIFF" + bytes(60), flac(sound(0))]
-    return [gzip.compress(tarball(*{**FILES, FIRST: content}.items()), 1, mtime=0) for content in hostile]
+    return [tarball(*{**FILES, FIRST: content}.items()) for content in hostile]
 
 
 @pytest.mark.parametrize("damaged", [damaged_gzip, damaged_flac])
@@ -81,24 +69,6 @@ def test_a_hostile_archive_is_an_error_that_names_a_file_or_makes_no_difference(
     assert refused >= 0.7 * len(archives)
 
 
-def test_a_name_that_occurs_twice_in_an_archive_is_refused(tmp_path: Path) -> None:
-    transcripts = "LibriSpeech/dev-clean/84/1/84-1.trans.txt"
-    twice = tarball(*FILES.items(), (f"./{transcripts}", b"84-1-0000 ANOTHER\n84-1-0001 ONE\n"))
-    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(twice))
-    with pytest.raises(DataError, match=f"a.tar.gz: refused member './{transcripts}'"):
-        unpack(tmp_path / "a.tar.gz", tmp_path / "in")
-
-
-def write_archive(file: Path, *members: tuple[str, bytes, str]) -> Path:
-    """Members are a name, a type, and where a link leads."""
-    with tarfile.open(file, "w:gz") as tar:
-        for name, kind, link in members:
-            entry = tarfile.TarInfo(name)
-            entry.type, entry.linkname = kind, link
-            tar.addfile(entry, BytesIO())
-    return file
-
-
 @pytest.mark.parametrize(
     ("name", "kind", "link"),
     [
@@ -109,12 +79,13 @@ def write_archive(file: Path, *members: tuple[str, bytes, str]) -> Path:
         ("LibriSpeech/evil", tarfile.LNKTYPE, "../../evil"),
         ("LibriSpeech/evil", tarfile.CHRTYPE, ""),
         ("LibriSpeech/evil", tarfile.FIFOTYPE, ""),
+        ("./good", tarfile.REGTYPE, ""),
     ],
 )
-def test_a_member_that_is_no_plain_file_inside_is_refused_by_name(
+def test_a_member_that_is_no_plain_file_inside_or_occurs_twice_is_refused_by_name(
     tmp_path: Path, name: str, kind: bytes, link: str
 ) -> None:
-    archive = write_archive(tmp_path / "a.tar.gz", ("good", tarfile.REGTYPE, ""), (name, kind, link))
-    with pytest.raises(DataError, match=f"refused member '{name}'"):
-        unpack(archive, tmp_path / "in")
+    (tmp_path / "a.tar.gz").write_bytes(tarball(("good", b""), (name, b"", kind, link)))
+    with pytest.raises(DataError, match=f"a.tar.gz: refused member '{name}'"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "in")
     assert files_below(tmp_path) == ["a.tar.gz", "in/good"]

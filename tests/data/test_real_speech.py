@@ -15,20 +15,6 @@ SPEECH = REPOSITORY.parent / "shared" / "speech"
 pytestmark = pytest.mark.skipif(not SPEECH.is_dir(), reason=f"no real speech in {SPEECH}")
 
 
-def test_an4_has_its_published_counts_and_is_recognized_as_the_complete_archive(tmp_path: Path) -> None:
-    made = command("download_dataset.sh", "--corpus", "an4", "--mirror", SPEECH / "an4", "--dataset-dir", tmp_path)
-    assert made.returncode == 0, made.stderr
-    dataset = open_dataset(tmp_path)
-    assert dataset.official
-    assert dataset.summary["train"].utterances == 948
-    assert dataset.summary["train"].speakers == 74
-    assert round(dataset.summary["train"].hours, 2) == 0.71
-    (validation,) = dataset.split("validation")
-    assert len(validation) == 130
-    assert sum(len(transcript.split()) for transcript in validation.transcripts) == 773
-    assert command("verify_dataset.sh", "--dataset-dir", tmp_path).returncode == 0
-
-
 @pytest.mark.parametrize("corpus", ["librispeech", "an4"])
 def test_real_speech_comes_over_http_and_one_changed_sample_is_located(tmp_path: Path, corpus: str) -> None:
     with serving(SPEECH / corpus) as server:
@@ -39,15 +25,20 @@ def test_real_speech_comes_over_http_and_one_changed_sample_is_located(tmp_path:
 
         server.behave = behave
         words: list[str | Path] = ["--corpus", corpus, "--mirror", server.address, "--dataset-dir", tmp_path]
-        words += ["--subsets", {"librispeech": "train-clean-100,dev-clean,test-clean", "an4": "test"}[corpus]]
-        made = command("download_dataset.sh", *words, "--checksums", SPEECH / corpus / "md5sum.txt")
+        if corpus == "librispeech":
+            words += ["--subsets", "train-clean-100,dev-clean,test-clean"]
+            words += ["--checksums", SPEECH / corpus / "md5sum.txt"]
+        made = command("download_dataset.sh", *words)
     assert made.returncode == 0, made.stderr
     assert "trying again in" in made.stderr
     dataset = open_dataset(tmp_path)
     counts = {name: summary.utterances for name, summary in dataset.summary.items()}
-    assert counts == ({"test": 130} if corpus == "an4" else {"train-clean-100": 249, "dev-clean": 234, "test-clean": 4})
+    assert list(counts.values()) == ([948, 130] if corpus == "an4" else [249, 234, 4])
     assert dataset.official == (corpus == "an4")
-    subset = dataset.split("validation")[0]
+    assert command("verify_dataset.sh", "--dataset-dir", tmp_path).returncode == 0
+    (subset,) = dataset.split("validation")
+    words_spoken = sum(len(transcript.split()) for transcript in subset.transcripts)
+    assert words_spoken == 773 or corpus != "an4"
     last = len(subset) - 1
     changed = int(subset.offsets[last]) + 4321
     with (tmp_path / subset.name / AUDIO_FILE).open("r+b") as stream:

@@ -11,7 +11,7 @@ from pytorch.model import DeepSpeech2
 from pytorch.warmup import random_batch
 from tests.processes import run_module_for_text
 from tools import bench
-from tools.bench import Options, batches_of, benchmark, trainer_of, training_flops
+from tools.bench import Options, benchmark, trainer_of, training_flops
 
 CONFIG = dataclasses.replace(CONFIGS["synthetic"], hidden_size=16, conv_channels=2, batch_size=3)
 CPU = torch.device("cpu")
@@ -44,14 +44,6 @@ def test_the_page_has_a_row_of_each_case_with_machine_and_commit(
         assert all(float(milliseconds) > 0 for milliseconds in row[1:4])
     assert any(line.startswith("- processor: ") for line in lines)
     assert "{" not in "".join(lines)
-
-
-def test_every_step_has_a_batch_of_another_length() -> None:
-    first, *batches = batches_of(CONFIG, Options(repetitions=4), CPU)
-    lengths = [batch.num_samples_B.tolist() for batch in batches]
-    assert len({max(each) for each in lengths}) == 4
-    assert (lengths[0][0], lengths[-1][-1], len(lengths[0])) == (32_000, 64_000, 3)
-    assert first is batches[-1]  # warms up
 
 
 def test_the_stock_model_that_ours_is_compared_with_computes_the_same() -> None:

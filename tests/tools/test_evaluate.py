@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -104,18 +103,7 @@ def test_a_trained_model_has_the_error_rate_that_its_training_logged(trained: Tr
     assert run.stdout.endswith(f"{saved['config']['precision']}\n")
 
 
-@pytest.mark.parametrize("options", [["--batch-size", "1"], ["--batch-size", "28"]])
-def test_the_batch_size_changes_nothing(
-    options: list[str], tones: Path, checkpoint: Path, evaluated: Path, tmp_path: Path
-) -> None:
-    subsets = "tones-train,tones-validation"
-    assert not command(
-        checkpoint, "--dataset-dir", tones, "--split", subsets, "--output", tmp_path, *options, *FP32
-    ).returncode
-    assert pairs(tmp_path) == pairs(evaluated)
-
-
-def test_two_processes_report_the_same_as_one_and_recognize_each_utterance_once(
+def test_two_processes_with_other_batches_report_the_same_as_one_and_recognize_each_utterance_once(
     tones: Path, checkpoint: Path, evaluated: Path, tmp_path: Path
 ) -> None:
     with socket.socket() as free:
@@ -212,7 +200,7 @@ def test_speakers_that_are_not_known_are_not_one_speaker() -> None:
         (["--alpha", "0.25"], "give --lm as well"),
         (["--alpha", "nan"], "--alpha is nan"),
         (["--dataset-dir", "nothing"], "nothing"),
-        (["--output", __file__], f"{__file__}: the folder"),
+        (["--output", __file__], f"error: {__file__}: "),
     ],
 )
 def test_what_cannot_be_done_is_an_error_of_one_line(
@@ -232,11 +220,7 @@ def test_a_checkpoint_that_is_damaged_or_absent_is_named(tones: Path, checkpoint
         assert name in run.stderr
 
 
-def test_a_subset_is_found_by_its_name_if_the_split_of_that_name_is_empty(tones: Path, tmp_path: Path) -> None:
-    """AN4's test set is its validation set."""
-    dataset = open_dataset(tones)
-    shutil.copytree(tones / "tones-validation", tmp_path / "test")
-    summary = {"test": dataclasses.replace(dataset.summary["tones-validation"], name="test")}
-    splits = {"train": [], "validation": ["test"], "test": []}
-    an4 = dataclasses.replace(dataset, path=tmp_path, summary=summary, splits=splits)
-    assert [subset.name for subset in select_subsets(an4, "test")] == ["test"]
+def test_a_subset_is_found_by_its_name_if_the_split_of_that_name_is_empty(tones: Path) -> None:
+    """As AN4's test set, which is its validation set."""
+    dataset = dataclasses.replace(open_dataset(tones), splits={"tones-validation": []})
+    assert [subset.name for subset in select_subsets(dataset, "tones-validation")] == ["tones-validation"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.tools.speaking import RATE
 from tools.recognizer import Word
-from tools.segments import CONTEXT_S, LONGEST_S, SHORTEST_S, Segment, join, read_until_interrupt, segments
+from tools.segments import CONTEXT_S, LONGEST_S, SHORTEST_S, join, read_until_interrupt, segments
 from tools.transcribe import as_caption, captions
 
 
@@ -116,11 +116,6 @@ def test_captions_end_at_pauses_and_are_short() -> None:
     assert max(map(len, shown)) == 2
     assert all(len(line) <= 42 for lines in shown for line in lines)
     assert any(group[0] is words[50] for group in groups)
-
-
-def test_what_is_digitally_silent_is_not_listened_to() -> None:
-    assert Segment(np.full(100, -7, dtype=np.int16), 0.0, None).silent
-    assert not Segment(np.array([0, 0, 1], dtype=np.int16), 0.0, None).silent
 
 
 def test_the_first_interrupt_ends_the_reading_and_the_second_one_everything() -> None:

@@ -95,8 +95,7 @@ def decode_each(decode: Decode) -> Decoder:
 class LanguageModel:
     """An n-gram model with its words as a tree of labels.
 
-    Raises:
-        RunError: the extra `lm` is not installed, or the file is not an ARPA model with words of our labels.
+    RunError if the extra `lm` is not installed, or the file is not an ARPA model with words of our labels.
     """
 
     def __init__(self, path: Path) -> None:
@@ -159,11 +158,7 @@ def beam_search(model: LanguageModel, alpha: float, beta: float, beam: int) -> D
 
 
 def read_words(path: Path) -> list[str]:
-    """Return the words of an ARPA file, in its order.
-
-    Raises:
-        RunError: there is no such file, or it is not an ARPA file.
-    """
+    """Return the words of an ARPA file, in its order; RunError where there is none."""
     words: list[str] = []
     try:
         with path.open("rb") as probe:

@@ -106,9 +106,7 @@ def tune(options: Options) -> None:
 def leave_one_out(errors_PN: np.ndarray, groups: Sequence[str]) -> int:
     """Return the errors of all groups, each decoded with the pair that makes the fewest in all other groups.
 
-    Args:
-        errors_PN: word errors of each utterance with each pair.
-        groups: of each utterance.
+    `errors_PN` has the word errors of each utterance with each pair, `groups` the group of each utterance.
     """
     total = 0
     for group in sorted(set(groups)):

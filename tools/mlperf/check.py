@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlperf_logging.compliance_checker import mlp_compliance
+from mlperf_logging.compliance_checker.mlp_parser.ruleset_310 import LogLine
 from mlperf_logging.mllog import constants
 
 from data.corpora import CORPORA
@@ -58,11 +59,7 @@ class Violation:
 def check(path: Path, division: str | None = None) -> tuple[RunLog, list[Violation]]:
     """Read a log and apply the rules of a division, by default that of the log.
 
-    Returns:
-        The log, and what is wrong with it: an empty list for a result.
-
-    Raises:
-        RunError: the file is not a log, or a line of it is damaged.
+    Return the log, and what is wrong with it: nothing if it is a result. RunError if the file is no log, or damaged.
     """
     log = RunLog.read(path)
     division = division or str(log.value(constants.SUBMISSION_DIVISION))
@@ -121,16 +118,6 @@ def ineligibility(log: RunLog) -> str:
 # --- a line: the rules files
 
 
-class _Line(NamedTuple):
-    """An event as the rules see it, under the package's names."""
-
-    lineno: int  # of the event, counted from 0
-    timestamp: int
-    key: str
-    value: dict[str, Any]
-    full_string: str = ""  # for messages of the package, which are not shown
-
-
 class _Checker(mlp_compliance.ComplianceChecker):
     """The package's checker, which knows this benchmark, and keeps each message with its line."""
 
@@ -164,7 +151,7 @@ def _names_us(line: Any) -> bool:
 def broken_rules(log: RunLog, rules: Path | str, ruleset: str = NEWEST) -> list[Violation]:
     """Return what breaks a rules file, which is ours or one of the package's, each reason once."""
     lines = [
-        _Line(number, event.time_ms, event.key, {"value": event.value, "metadata": event.metadata})
+        LogLine("", event.time_ms, event.key, {"value": event.value, "metadata": event.metadata}, lineno=number)
         for number, event in enumerate(log.events)
     ]
     checker = _Checker(ruleset)
@@ -180,9 +167,8 @@ def broken_rules(log: RunLog, rules: Path | str, ruleset: str = NEWEST) -> list[
 def configuration_problem(plain: dict[str, Any], logged: dict[str, Any]) -> str:
     """Return what is wrong with the metadata of the event `configuration`, or nothing. For the rules files.
 
-    Args:
-        plain: the metadata. Older logs may lack fields that are no hyperparameters.
-        logged: values of the events that log a field once more, by the field's name.
+    Older logs may lack fields that are no hyperparameters. `logged` has the values of the events that log a field once
+    more, by the field's name.
     """
     plain = with_current_names({name: value for name, value in plain.items() if name not in CALLER})
     if missing := [name for name in ("config", "precision", *HYPERPARAMETERS) if name not in plain]:

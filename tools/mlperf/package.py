@@ -43,8 +43,7 @@ class _Checker:
 def check_package(folder: Path) -> tuple[list[str], bool]:
     """Let the package checker look at a submission's tree, and say why on standard error. Return verdict and success.
 
-    Raises:
-        RunError: the folder is no submission, or a file that the checker needs is missing or damaged.
+    RunError if the folder is no submission, or a file that the checker needs is missing or damaged.
     """
     names = {path.name for path in folder.glob("results/*/*") if path.is_dir()}  # a small series has its own
     if not names:

@@ -21,7 +21,7 @@ from pytorch.errors import RunError
 from pytorch.mllog import BENCHMARK
 from tools.mlperf.check import NEWEST, load_valid
 from tools.mlperf.runlog import RunLog
-from tools.mlperf.score import RUNS, one_series
+from tools.mlperf.score import RUNS, differing, in_words, one_series
 
 RUNS_OF_A_POINT = 2 * RUNS  # that the rules ask for
 EPOCHS = "Epochs to converge"
@@ -32,9 +32,8 @@ Points = dict[str, dict[str, Any]]
 def make_points(paths: list[Path]) -> Points:
     """Return reference convergence points of these runs, one for each batch size among them.
 
-    Raises:
-        RunError: a log breaks the open rules; a run missed the target; runs of one batch size differ in more than the
-            seed, share a seed, or are too few; or runs are of several data sets or targets.
+    RunError if a log breaks the open rules; a run missed the target; runs of one batch size differ in more than the
+    seed, share a seed, or are too few; or runs are of several data sets or targets.
     """
     by_batch_size: dict[int, list[RunLog]] = {}
     for log in load_valid(paths):
@@ -43,7 +42,7 @@ def make_points(paths: list[Path]) -> Points:
     for run in (run for runs in series for run in runs):
         if not run.reached:
             raise RunError(f"{run.path}: the run did not reach its target; every seed of a reference must")
-    if different := _differences([_subject(runs[0]) for runs in series]):
+    if different := in_words(differing([_subject(runs[0]) for runs in series])):
         raise RunError(f"points in one file must be of one data set and target; these differ in {different}")
     return {f"{BENCHMARK}_ref_{runs[0].batch_size}": _point(runs) for runs in series}
 
@@ -52,11 +51,6 @@ def _subject(run: RunLog) -> dict[str, Any]:
     """Return what two runs must share for their epochs to be comparable."""
     assert run.dataset is not None  # the rules have seen to that
     return {"corpus": run.dataset.corpus, "dataset": run.dataset.digest, "target": run.target_wer}
-
-
-def _differences(subjects: list[dict[str, Any]]) -> str:
-    values = {name: dict.fromkeys(subject.get(name) for subject in subjects) for name in subjects[0]}
-    return ", ".join(f"{name} ({', '.join(map(str, found))})" for name, found in values.items() if len(found) > 1)
 
 
 def _point(runs: list[RunLog]) -> dict[str, Any]:
@@ -107,8 +101,6 @@ def read_points(path: Path) -> Points:
                 raise RunError(f"{path}: {point['Note']}")
             dict(point["Subject"])
         describe(points)  # as the package reads it
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: no file of reference convergence points: {error!r}") from error
     return points
@@ -117,11 +109,10 @@ def read_points(path: Path) -> Points:
 def check_convergence(paths: list[Path], reference: Path) -> tuple[bool, str]:
     """Check runs of one series against the points of a file. Return whether they pass, and why.
 
-    Raises:
-        RunError: a log breaks the open rules, the runs are no series, or the points are of something else.
+    RunError if a log breaks the open rules, the runs are no series, or the points are of something else.
     """
     points, runs = read_points(reference), one_series(load_valid(paths))
-    if different := _differences([*(point["Subject"] for point in points.values()), _subject(runs[0])]):
+    if different := in_words(differing([*(point["Subject"] for point in points.values()), _subject(runs[0])])):
         raise RunError(f"{reference}: its points are not comparable with these runs; they differ in {different}")
     with tempfile.TemporaryDirectory() as folder, _REGISTERED, reference.open(encoding="utf-8") as file:
         for number, run in enumerate(runs):  # it checks a folder

@@ -64,8 +64,7 @@ class Event:
     def typed(self, kind: type, name: str | None = None) -> Any:
         """Return the value, or a name's metadata, which is a str, int or float; None if absent.
 
-        Raises:
-            RunError: it is something else, or an integer of more than 64 bits. File and line are named.
+        RunError, with file and line, if it is something else, or an integer of more than 64 bits.
         """
         value = self.value if name is None else self.metadata.get(name)
         too_large = isinstance(value, int) and abs(value) >= 2**63
@@ -165,8 +164,7 @@ class RunLog:
     def read(cls, path: Path) -> RunLog:
         """Read a file; lines that are neither events nor a result are ignored.
 
-        Raises:
-            RunError: it cannot be read, holds no event, or a line of it is damaged (with the line's number).
+        RunError if it cannot be read, holds no event, or a line of it is damaged (with the line's number).
         """
         try:
             lines = path.read_bytes().decode().split("\n")

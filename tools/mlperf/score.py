@@ -58,16 +58,24 @@ def comparability_key(log: RunLog) -> dict[str, Any]:
 
 def differences(logs: Sequence[RunLog]) -> dict[str, list[Any]]:
     """Return what is not the same in all of these runs, each with its values: the seed, paths and the commit apart."""
-    keys = [comparability_key(log) for log in logs]
+    return differing([comparability_key(log) for log in logs])
+
+
+def differing(keys: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the entries that are not the same in all of these, each with its values."""
     values = {name: [key.get(name) for key in keys] for name in dict.fromkeys(name for key in keys for name in key)}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def in_words(differences: dict[str, list[Any]]) -> str:
+    """Return differences as part of a sentence."""
+    return ", ".join(f"{name} ({', '.join(dict.fromkeys(map(str, found)))})" for name, found in differences.items())
 
 
 def one_series(logs: list[RunLog], fewest: int = MIN_RUNS) -> list[RunLog]:
     """Return the valid logs of one series (check.load_valid), sorted by seed.
 
-    Raises:
-        RunError: runs share a seed or all losses, differ in more than the seed, or are fewer than `fewest`.
+    RunError if runs share a seed or all losses, differ in more than the seed, or are fewer than `fewest`.
     """
     if len(logs) < fewest:
         raise RunError(f"{len(logs)} logs; a score drops the fastest and the slowest run, so it needs {fewest}")
@@ -76,9 +84,8 @@ def one_series(logs: list[RunLog], fewest: int = MIN_RUNS) -> list[RunLog]:
             raise RunError(f"{other.path}: seed {log.seed} is also that of {log.path}; each run needs its own")
         if log.steps == other.steps:
             raise RunError(f"{other.path}: its losses are those of {log.path}: one run under two seeds")
-    found = [f"{name} ({', '.join(dict.fromkeys(map(str, values)))})" for name, values in differences(logs).items()]
-    if found:
-        raise RunError(f"these are runs of several configurations; they differ in {', '.join(found)}")
+    if found := in_words(differences(logs)):
+        raise RunError(f"these are runs of several configurations; they differ in {found}")
     return sorted(logs, key=lambda log: log.seed or 0)
 
 

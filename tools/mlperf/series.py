@@ -83,10 +83,7 @@ def run_series(
     dataset = open_dataset(config.dataset_dir)
     default = BENCHMARK if config.config in ("librispeech", "librispeech-2018") else config.config
     folder = tree / "results" / system / (series or default)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder}: cannot be made: {error.strerror}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder.parent, "series of runs") as lock:
         kept = {number: path for number in range(runs) if (path := folder / f"result_{number}.txt").exists()}
         logs = load_valid(list(kept.values()))
@@ -149,9 +146,8 @@ def describe_system(path: Path, log: RunLog) -> None:
 def _run(folder: Path, number: int, options: list[str], config: Config, logs: list[RunLog], lock: int) -> str:
     """Do a run. Return how it ended; a result is added to `logs`.
 
-    Raises:
-        RunError: what is wrong with it would be wrong with the next run, too.
-        Preempted, KeyboardInterrupt: it was told to stop, and did.
+    RunError if what is wrong with it would be wrong with the next run, too; Preempted or KeyboardInterrupt if it was
+    told to stop, and did.
     """
     attempt = next(n for n in itertools.count(1) if not (folder / f"failed_{number}_{n}.txt").exists())
     path = folder / f"failed_{number}_{attempt}.txt"  # until it is known to be a result

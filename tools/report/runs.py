@@ -81,15 +81,10 @@ def find_logs(path: Path) -> list[Path]:
 
 
 def read_series(logs: Mapping[Path, str]) -> list[Series]:
-    """Read logs and sort them into series, in the order of their first runs.
+    """Read logs and sort them into series, in the order of their first runs; RunError if one is no log, or damaged.
 
     A seed that a series has already begins another one. So does another commit or name, or that the run was resumed.
-
-    Args:
-        logs: what to call the run of each log; "" for the name of its configuration.
-
-    Raises:
-        RunError: a file is not a log, or is damaged.
+    `logs` has what to call the run of each log; "" stands for the name of its configuration.
     """
     repeats: Counter[str] = Counter()
     groups: dict[tuple[str, int], list[Run]] = {}

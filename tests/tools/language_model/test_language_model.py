@@ -133,6 +133,9 @@ def test_the_language_model_decides_between_what_sounds_alike(name: str, tmp_pat
     decode = beam_search(LanguageModel(tmp_path / name), alpha=1.0, beta=0.0, beam=20)
     assert decode(emission_TV) == "THE CAT SAT"
     assert [word.text for word in align(decode(emission_TV), emission_TV)] == ["THE", "CAT", "SAT"]
+    silence_TV = torch.full((30, len(LABELS)), math.log(1e-4))
+    silence_TV[:, BLANK] = -0.003
+    assert decode(silence_TV) == ""
 
 
 @needs_flashlight
@@ -145,25 +148,6 @@ def test_a_word_bonus_and_the_weight_of_the_model_do_what_they_say(tmp_path: Pat
     emission_TV = probabilities.log()
     assert beam_search(model, 0.0, 5.0, 50)(emission_TV) == "A B"
     assert beam_search(model, 0.0, -5.0, 50)(emission_TV) == "AB"
-
-
-@needs_flashlight
-def test_scores_of_the_model_are_those_of_the_file(tmp_path: Path) -> None:
-    path = write_arpa(tmp_path / "lm.arpa")
-    model, arpa = LanguageModel(path), Arpa(path.read_text().splitlines())
-    state = model.kenlm.start(False)
-    history: tuple[str, ...] = ("<s>",)
-    for word in ("THE", "CAT", "DOWN", "A", "DOG"):
-        state, score = model.kenlm.score(state, model.spellings.index(word))
-        assert score == pytest.approx(arpa.log10(word, history), abs=1e-4)
-        history = (*history, word)[-2:]
-
-
-@needs_flashlight
-def test_silence_is_an_empty_transcript(tmp_path: Path) -> None:
-    silence_TV = torch.full((30, len(LABELS)), math.log(1e-4))
-    silence_TV[:, BLANK] = -0.003
-    assert beam_search(LanguageModel(write_arpa(tmp_path / "lm.arpa")), 0.5, 1.0, 50)(silence_TV) == ""
 
 
 @needs_flashlight

@@ -46,13 +46,6 @@ class Forged:
     def remove(self, key: str, number: int = 0) -> None:
         del self.events[self.positions(key)[number]]
 
-    def swap(self, key: str, other: str) -> None:
-        """Exchange two events, but for their times."""
-        left, right = self.positions(key)[0], self.positions(other)[0]
-        events, stamp = self.events, "time_ms"
-        events[left], events[right] = events[right], events[left]
-        events[left][stamp], events[right][stamp] = events[right][stamp], events[left][stamp]
-
     def shift(self, start: str, seconds: float, number: int = 0) -> None:
         """Move an event and all after it in time."""
         for event in self.events[self.positions(start)[number] :]:
@@ -128,8 +121,7 @@ def made_up(
             rate, loss = learning_rate(config, step, in_epoch), 100 / (1 + step + config.seed / 1000)
             step += 1
             log("train_loss", loss, seconds_of_epoch / in_epoch, step_num=step, learning_rate=rate, gradient_norm=1.0)
-        losses = [event["value"] for event in events if event["key"] == "train_loss"][-in_epoch:]
-        trained = {"step": step, "finished": True, "loss": sum(losses) / in_epoch, "seconds": seconds_of_epoch}
+        trained = {"step": step, "finished": True, "loss": 1.0, "seconds": seconds_of_epoch}
         rates = {"utterances_per_second": train_samples / seconds_of_epoch, "audio_seconds_per_second": 1.0}
         log("epoch_stop", None, 0, epoch_num=epoch, **trained, **rates, data_wait_fraction=0.0, skipped_steps=0)
         log("eval_start", epoch_num=epoch)

@@ -13,7 +13,6 @@ from tools.report.runs import Series, read_series
 
 TRAINING = 281241  # utterances of LibriSpeech
 SUBSETS = {"dev-clean": 2703, "dev-other": 2864}
-HARDER = 500  # words more that are wrong in dev-other, and fewer in dev-clean
 SAID = [
     ("THE CAT SAT ON THE MAT", "A DOG"),
     ("HE CAME HOME", "HE COME HOME"),
@@ -72,10 +71,6 @@ def made_up_log(
     add(log, "git_commit", "checkpoint", 0.5, step_num=0)  # before the clock starts
     add(log, "run_stop", "cpu_taken", others, stolen=0.02, involuntary_context_switches=7)
     for number in range(epochs):
-        for place, more in (1, -HARDER), (2, HARDER):
-            errors = log.events[log.positions("validation_errors")[3 * number + place]]["metadata"]
-            errors["word_errors"] += more
-            errors["wer"] = 100 * errors["word_errors"] / errors["words"]
         add(log, "epoch_stop", "checkpoint", 0.5, number, 0.5, step_num=steps * (number + 1))
     for number, (reference, hypothesis) in reversed(list(enumerate(said))):
         wer = count_errors(reference, hypothesis).wer

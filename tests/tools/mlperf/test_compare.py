@@ -17,9 +17,7 @@ def test_runs_with_equal_losses_are_the_same_also_where_one_is_longer(
     assert main(["compare", str(a), str(a)]) == 0
     assert "losses: the same in all 8 steps of both\n" in capsys.readouterr().out
     assert main(["compare", str(a), str(b)]) == 0
-    assert (
-        "losses: the same in all 8 steps of both\nlosses: 4 more steps are in one log only\n" in capsys.readouterr().out
-    )
+    assert "8 steps of both\nlosses: 4 more steps are in one log only\n" in capsys.readouterr().out
 
 
 def test_the_first_and_the_largest_difference_are_shown_with_their_steps(
@@ -35,10 +33,8 @@ def test_the_first_and_the_largest_difference_are_shown_with_their_steps(
     assert main(["compare", str(a), str(b)]) == 1
     output = capsys.readouterr().out
     assert "losses: first differ in step 3: 1.0 and 1.5, relative difference 0.5\n" in output
-    assert (
-        "losses: differ most in step 6: 8.0 and 16.0, relative difference 1\nlosses: differ in 2 of 8 steps of both\n"
-        in output
-    )
+    assert "losses: differ most in step 6: 8.0 and 16.0, relative difference 1\n" in output
+    assert "losses: differ in 2 of 8 steps of both\n" in output
     assert "hidden_size: 168 and 80" in output
     assert "seed: 1 and 2" in output
     assert "A: target WER 23.0 reached in 220.0 s, 2 epochs" in output

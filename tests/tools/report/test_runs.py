@@ -1,6 +1,5 @@
 """Which runs are one series, what they are called, and how they ended."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,6 @@ import pytest
 from tests.tools.mlperf.forged import Forged
 from tests.tools.mlperf.made_up_logs import add, made_up_log, series_of
 from tests.tools.mlperf.test_score import series
-from tools.mlperf import check
-from tools.mlperf.runlog import RunLog
-from tools.report.render import render
 from tools.report.runs import Run, read_series
 
 
@@ -27,26 +23,6 @@ def test_runs_that_differ_only_in_their_seeds_are_one_series_with_a_score(tmp_pa
     (only,) = read_series(dict.fromkeys(reversed(series(tmp_path / "series", epochs=[2, 3, 7])), ""))  # of 110 s each
     assert [run.label for run in only.runs] == ["synthetic, seed 1", "synthetic, seed 2", "synthetic, seed 3"]
     assert (only.label, only.score, only.no_score) == ("synthetic", 330.0, "")
-
-
-def test_each_log_is_read_once_and_checked_once_against_each_file_of_rules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work: Counter[tuple[Path, str]] = Counter()
-    read, broken_rules = RunLog.read, check.broken_rules
-
-    def counting_read(path: Path) -> RunLog:
-        work[path, "read"] += 1
-        return read(path)
-
-    def counting_rules(log: RunLog, rules: Path) -> list[check.Violation]:
-        work[log.path, rules.name] += 1
-        return broken_rules(log, rules)
-
-    monkeypatch.setattr(RunLog, "read", counting_read)
-    monkeypatch.setattr(check, "broken_rules", counting_rules)
-    render(read_series(dict.fromkeys(series(tmp_path / "series", epochs=[2, 3, 7]), "")))
-    assert len(work) == 3 * 3 and set(work.values()) == {1}
 
 
 def test_a_series_without_a_score_says_why(tmp_path: Path) -> None:
