@@ -28,16 +28,9 @@ LAYERS = [
     ["run_and_time"],
 ]
 DATA_FOR_PYTORCH = {"data.packed", "data.files", "data.cli"}
-PACKAGES = {  # third parties of a timed run; README.md says what each is for
-    "torch",
-    "torchaudio",
-    "triton",
-    "numpy",
-    "Levenshtein",
-    "tqdm",
-    "tyro",
-    "mlperf_logging",
-}
+# Third parties of a timed run; README.md says what each is for.
+PACKAGES = {"torch", "torchaudio", "triton", "numpy", "Levenshtein", "tqdm", "tyro", "mlperf_logging"}
+FOLDERS = ["data", "pytorch", "tools", "tests"]  # each imports only from itself and from those before it
 MODULES = sorted(path for folder in ("data", "pytorch", "tools") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -52,10 +45,8 @@ def imports(path: Path, source: str) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.module and not node.level, f"{path}:{node.lineno} is a relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-            modules = [name for name in names if any((ROOT / Path(*name.split("."))).glob("__init__.py"))]
-            modules += [name for name in names if (ROOT / Path(*name.split("."))).with_suffix(".py").exists()]
-            yield from modules or [node.module]
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from names & {*map(name_of, MODULES)} or [node.module]
 
 
 # What `python -m` can start in tools/: a module that ends with a call of main, or a package with a __main__.
@@ -65,8 +56,6 @@ COMMANDS_OF_TOOLS = {
     if path.is_relative_to(ROOT / "tools") and 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
 }
 STARTS = {("pytorch.run_and_time", "tools.report")}  # when the run is over
-
-
 # A string that begins as a command line: words without punctuation, then the name of a module or the path of a file.
 COMMAND_LINE = re.compile(r"\s*(?:[\w./=-]+ )*[\w./-]*?(tools[./][\w./]+)")
 
@@ -84,29 +73,29 @@ def started(source: str) -> Iterator[str]:
 
 
 def layer_of(module: str) -> int:
-    inside = module.removeprefix("pytorch.")
-    return next(number for number, row in enumerate(LAYERS) if inside in row)
+    return next(number for number, row in enumerate(LAYERS) if module.removeprefix("pytorch.") in row)
 
 
 def violations(path: Path, source: str) -> list[str]:
     module = name_of(path)
+    folder = module.split(".")[0]
     found = []
     for imported in {name.removesuffix(".__main__") for name in imports(path, source)}:
         top = imported.split(".")[0]
-        ours = top in ("data", "pytorch", "tools", "tests")
-        allowed = {"data": {"data"}, "pytorch": {"data", "pytorch"}, "tools": {"data", "pytorch", "tools"}}
-        if ours and top not in allowed[module.split(".")[0]]:
+        if top in FOLDERS and FOLDERS.index(top) > FOLDERS.index(folder):
             found.append(f"{module} imports {imported}: a higher folder")
-        elif module.startswith("data") and top in ("torch", "torchaudio"):
+        elif folder == "data" and top in ("torch", "torchaudio"):
             found.append(f"{module} imports {imported}: data/ knows no framework")
-        elif module.startswith("pytorch.") and top == "data" and imported not in DATA_FOR_PYTORCH:
-            found.append(f"{module} imports {imported}: pytorch/ reads the packed data set alone")
-        elif module.startswith("pytorch.") and not ours and top not in {*PACKAGES, *sys.stdlib_module_names}:
-            found.append(f"{module} imports {imported}: not one of a timed run's packages")
-        elif module.startswith("pytorch.") and top == "pytorch" and layer_of(imported) >= layer_of(module):
-            found.append(f"{module} imports {imported}, which is not in a lower layer")
-        elif module.startswith("tools.") and imported in COMMANDS_OF_TOOLS and imported not in module:
+        elif folder == "tools" and imported in COMMANDS_OF_TOOLS and imported not in module:
             found.append(f"{module} imports {imported}: a command of its own")
+        elif not module.startswith("pytorch."):
+            continue
+        elif top == "data" and imported not in DATA_FOR_PYTORCH:
+            found.append(f"{module} imports {imported}: pytorch/ reads the packed data set alone")
+        elif top not in {*FOLDERS, *PACKAGES, *sys.stdlib_module_names}:
+            found.append(f"{module} imports {imported}: not one of a timed run's packages")
+        elif top == "pytorch" and layer_of(imported) >= layer_of(module):
+            found.append(f"{module} imports {imported}, which is not in a lower layer")
     for name in set(started(source)):
         if name not in module and (module, name) not in STARTS:
             found.append(f"{module} starts {name}: a command of its own, or a module that no import shows")
