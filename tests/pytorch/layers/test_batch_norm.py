@@ -79,9 +79,3 @@ def test_one_row_is_normalized_to_zero_and_leaves_statistics_finite() -> None:
     if kernels.available():  # torch's own refuses a single row
         norm(torch.ones(1, 3))
     assert norm.get_buffer("running_var").isfinite().all()
-
-
-def test_the_result_is_the_same_to_the_bit_each_time() -> None:
-    x_NC = rows(9999, 4)
-    results = [_SyncBatchNorm.apply(x_NC, torch.ones(4), torch.zeros(4), 1e-5, LIMITS[1])[0] for _ in range(3)]
-    assert all(torch.equal(result, results[0]) for result in results)

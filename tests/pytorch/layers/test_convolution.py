@@ -1,4 +1,4 @@
-from typing import TypeAlias
+from typing import Any
 
 import pytest
 import torch
@@ -7,8 +7,7 @@ from torch import nn
 from pytorch.layers import kernels
 from pytorch.layers.convolution import Convolution
 
-Shape: TypeAlias = tuple[int, int, tuple[int, int], tuple[int, int], int]
-SHAPES: list[Shape] = [  # in, out, kernel, stride, frequencies
+SHAPES = [  # in, out, kernel, stride, frequencies
     (1, 4, (41, 11), (2, 2), 161),
     (1, 5, (7, 3), (1, 1), 10),
     (4, 4, (21, 11), (2, 1), 81),
@@ -20,7 +19,7 @@ SHAPES: list[Shape] = [  # in, out, kernel, stride, frequencies
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("time", [1, 2, 37])
-def test_convolution_and_its_gradients_equal_those_of_conv2d(shape: Shape, time: int) -> None:
+def test_convolution_and_its_gradients_equal_those_of_conv2d(shape: Any, time: int) -> None:
     inputs, outputs, kernel, stride, frequencies = shape
     torch.manual_seed(0)
     convolution = Convolution(inputs, outputs, kernel, stride)
@@ -42,17 +41,6 @@ def test_convolution_and_its_gradients_equal_those_of_conv2d(shape: Shape, time:
         torch.testing.assert_close(x_BTFC.grad.double().permute(0, 3, 2, 1), x_BCFT.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("time", [1, 8])
-def test_gradients_with_several_input_channels_are_those_of_finite_differences(time: int) -> None:
-    torch.manual_seed(0)
-    convolution = Convolution(2, 3, (5, 3), (2, 1)).double()
-    x_BTFC = torch.randn(2, time, 7, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x_BTFC, weight: torch.func.functional_call(convolution, {"weight": weight}, x_BTFC),
-        (x_BTFC, convolution.weight.detach().requires_grad_()),
-    )
-
-
 @pytest.mark.parametrize("padding", [1, 13, 60])
 def test_padding_changes_no_output(padding: int) -> None:
     torch.manual_seed(0)
@@ -63,7 +51,7 @@ def test_padding_changes_no_output(padding: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_under_bfloat16_autocast_it_is_off_by_rounding_alone(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_under_bfloat16_autocast_it_is_off_by_rounding_alone(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, outputs, kernel, stride, frequencies = shape
     monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)  # where it does not, this is slow
     torch.manual_seed(0)
@@ -71,11 +59,12 @@ def test_under_bfloat16_autocast_it_is_off_by_rounding_alone(shape: Shape, monke
     x_BTFC = torch.rand(2, 20, frequencies, inputs, requires_grad=inputs > 1)
     expected = convolution(x_BTFC)
     upstream = torch.randn_like(expected)
-    wanted = torch.autograd.grad(expected, [convolution.weight, x_BTFC][: 1 + (inputs > 1)], upstream)
+    leaves = [convolution.weight, x_BTFC][: 1 + (inputs > 1)]
+    wanted = torch.autograd.grad(expected, leaves, upstream)
     with torch.autocast("cpu", torch.bfloat16):
         output = convolution(x_BTFC)
     assert output.dtype == torch.bfloat16
-    gradients = torch.autograd.grad(output, [convolution.weight, x_BTFC][: 1 + (inputs > 1)], upstream.bfloat16())
+    gradients = torch.autograd.grad(output, leaves, upstream.bfloat16())
     assert all(gradient.dtype == torch.float32 for gradient in gradients)
     for rounded, exact in zip((output, *gradients), (expected, *wanted), strict=True):
         assert 1e-6 < (rounded - exact).norm() / exact.norm() < 0.015

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -40,7 +40,7 @@ def pack(lengths: list[int], dtype: torch.dtype = torch.float32) -> PackedSequen
 def run(layer: nn.GRU, sequence: PackedSequence) -> tuple[Tensor, ...]:
     """Outputs, and the gradients of inputs and parameters for some gradient of the outputs."""
     data = sequence.data.detach().clone().requires_grad_()
-    packed = PackedSequence(data, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
+    packed = sequence._replace(data=data)
     if isinstance(layer, GRU):
         outputs_NH = layer(packed).data
     else:
@@ -66,16 +66,13 @@ def assert_like_stock(lengths: list[int], hidden_size: int, bf16: bool = False) 
             assert (a.double() - e).abs().max() <= 2e-6 * max(1.0, e.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    "lengths", [[1], [30], [1, 1, 1], [9] * 5, [5, 1], [12, 12, 12, 12, 1, 1, 1], [3, 9, 7]], ids=str
-)
-def test_outputs_and_gradients_are_those_of_stock_gru_for_any_lengths(lengths: list[int]) -> None:
-    assert_like_stock(lengths, 24)
-
-
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=20), st.integers(1, 100))
+@example([1], 24)
+@example([30], 24)
+@example([9] * 5, 24)
+@example([12, 12, 12, 12, 1, 1, 1], 24)
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_outputs_and_gradients_are_those_of_stock_gru_for_random_shapes(lengths: list[int], hidden_size: int) -> None:
+def test_outputs_and_gradients_are_those_of_stock_gru_for_any_shapes(lengths: list[int], hidden_size: int) -> None:
     assert_like_stock(lengths, hidden_size)
 
 
@@ -85,20 +82,14 @@ def test_the_number_of_threads_does_not_matter() -> None:
         assert_like_stock([9, 8, 8, 5, 2], 50)
 
 
-def test_the_same_input_gives_the_same_bits() -> None:
+def test_the_same_input_gives_the_same_bits_in_training_and_in_inference() -> None:
     torch.manual_seed(0)
     layer, sequence = GRU(INPUTS, 50), pack([40, 33, 30, 21, 9])
     expected = run(layer, sequence)
     for _ in range(5):
         assert all(map(torch.equal, run(layer, sequence), expected))
-
-
-def test_inference_gives_what_training_gives() -> None:
-    torch.manual_seed(0)
-    layer, sequence = GRU(INPUTS, 29), pack([12, 9, 9, 4])
-    training = layer(sequence).data
     with torch.no_grad():
-        assert torch.equal(layer(sequence).data, training)
+        assert torch.equal(layer(sequence).data, expected[0])
 
 
 def test_a_second_backward_pass_gives_the_same_gradients() -> None:
@@ -150,10 +141,3 @@ def test_ranks_that_differ_and_a_kernel_that_cannot_be_had_end_the_run_by_name(m
     monkeypatch.undo()
     with pytest.raises(RunError, match="--gru-kernel triton"):
         gru.agreed_implementation(World(), device, replace(config, gru_kernel="triton"))
-
-
-def test_the_order_of_the_batch_is_kept() -> None:
-    packed = pack([3, 9, 7])
-    outputs = GRU(INPUTS, 4)(packed)
-    assert outputs.batch_sizes is packed.batch_sizes
-    assert outputs.sorted_indices is packed.sorted_indices and outputs.unsorted_indices is packed.unsorted_indices

@@ -1,6 +1,6 @@
 """The GRU layer's Triton kernels without a GPU: their arithmetic in Triton's interpreter, and what they compile to.
 
-Run as a module, it prints the relative errors of a case in JSON: Triton chooses its interpreter when it is imported.
+Run as a module, it prints in JSON what the interpreter computes: Triton chooses it when it is imported.
 What only a GPU can show (bfloat16, waiting for one another, times): test_gpu.py.
 """
 
@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from pytorch.layers import gru
+from tests.conftest import ROOT
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+gru_triton = pytest.importorskip("pytorch.layers.gru_triton")
 
-ROOT = Path(__file__).resolve().parents[3]
 INPUTS = 7
 # Hidden size, lengths; tiles of 4 rows and 16 units. The last one has those of GPUs.
 CASES: list[tuple[int, list[int]]] = [
@@ -32,12 +34,11 @@ CASES: list[tuple[int, list[int]]] = [
     (33, [4, 1]),
     (100, [3, 2, 1]),
 ]
+FAULTS = ["", "a NaN", "a gradient", "an error"]  # of the kernels in the second block of rows
 
 
 def run(layer: nn.GRU, sequence: PackedSequence, stock: bool) -> list[Tensor]:
     """Outputs, and the gradients of inputs and parameters for some gradient of the outputs."""
-    from pytorch.layers import gru_triton
-
     data, weights = sequence.data.requires_grad_(), list(layer.parameters())
     if stock:
         outputs_NH = layer(sequence._replace(data=data))[0].data.unflatten(1, (-1, layer.hidden_size)).sum(1)
@@ -52,68 +53,69 @@ def run(layer: nn.GRU, sequence: PackedSequence, stock: bool) -> list[Tensor]:
 
 def errors(case: int) -> list[float]:
     """Return the norms of the errors against nn.GRU in float64."""
-    from pytorch.layers import gru_triton
-
-    if case < len(CASES) - 1:
-        tile = {"R": 4, "U": 16, "num_warps": 4}
-        gru_triton.TILES[9, 0] = tile | {"K": 16, "AHEAD": 1}, tile | {"K": 32, "AHEAD": 4}
+    tile = {"R": 4, "U": 16, "num_warps": 4}
+    small = {(9, 0): (tile | {"K": 16, "AHEAD": 1}, tile | {"K": 32, "AHEAD": 4})}
     hidden, lengths = CASES[case]
     torch.manual_seed(0)
     layer = nn.GRU(INPUTS, hidden, bidirectional=True)
     sequence = pack_padded_sequence(torch.randn(max(lengths), len(lengths), INPUTS), torch.tensor(lengths))
-    actual = run(layer, sequence, stock=False)
+    with mock.patch.dict(gru_triton.TILES, small if case < len(CASES) - 1 else {}):
+        actual = run(layer, sequence, stock=False)
     expected = run(layer.double(), sequence._replace(data=sequence.data.detach().double()), stock=True)
     assert all(a.shape == e.shape and a.dtype == torch.float32 for a, e in zip(actual, expected, strict=True))
     return [float((a - e).norm()) for a, e in zip(actual, expected, strict=True)]
 
 
-def interpret(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run this module with Triton's interpreter."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.pytorch.layers.test_gru_triton", *arguments]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if "only 0-dimensional arrays can be converted" in process.stderr:
-        pytest.skip("Triton 3.6's interpreter does not work with NumPy 2.4")
-    assert process.returncode == 0, process.stderr
-    return process
-
-
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_outputs_and_gradients_are_those_of_stock_gru(case: int) -> None:
-    assert all(error < 2e-5 for error in json.loads(interpret(str(case)).stdout))
-
-
-@pytest.mark.parametrize("wrong", ["", "a NaN", "a gradient", "an error"])
-def test_the_trial_takes_the_kernels_only_if_several_blocks_of_rows_give_what_nn_gru_gives(wrong: str) -> None:
-    done = interpret("trial", wrong)
-    assert json.loads(done.stdout) is (wrong == "")
-    assert ("cuDNN computes the GRUs" in done.stderr) is (wrong != "")
-
-
-def trial(wrong: str) -> bool:
-    """Return whether a run would take the kernels, which do something wrong in the second block of rows."""
-    from pytorch.layers import gru_triton
-
+def trial(fault: str) -> tuple[bool, str]:
+    """Return whether a run would take the kernels if they had this fault, and what it says."""
     launch = gru_triton._launch
 
     def launch_with_a_fault(
         kernel: Any, given: Any, results: tuple[Tensor, ...], batch_sizes: Tensor, *more: Any
     ) -> None:
-        if wrong == "an error":
+        if fault == "an error":
             raise RuntimeError("out of resource: shared memory")
         launch(kernel, given, results, batch_sizes, *more)
-        if batch_sizes[0] > 64 and wrong == ("a gradient" if kernel is gru_triton._backward else "a NaN"):
-            results[0][..., 64, :] = float("nan") if wrong == "a NaN" else 9.0
+        if batch_sizes[0] > 64 and fault == ("a gradient" if kernel is gru_triton._backward else "a NaN"):
+            results[0][..., 64, :] = float("nan") if fault == "a NaN" else 9.0
 
+    gru.has_triton_kernel.cache_clear()
     with (
         mock.patch.object(gru_triton, "_launch", launch_with_a_fault),
         mock.patch.object(gru_triton, "supported", return_value=True),
+        warnings.catch_warnings(record=True) as warned,
     ):
-        return gru.has_triton_kernel(torch.device("cpu"), 24, "triton")
+        taken = gru.has_triton_kernel(torch.device("cpu"), 24, "triton")
+    return taken, " ".join(str(warning.message) for warning in warned)
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Any:
+    """What this module prints with Triton's interpreter."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.pytorch.layers.test_gru_triton"]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted" in process.stderr:
+        pytest.skip("Triton 3.6's interpreter does not work with NumPy 2.4")
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_outputs_and_gradients_are_those_of_stock_gru(case: int, interpreted: Any) -> None:
+    assert all(error < 2e-5 for error in interpreted["errors"][case])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_trial_takes_the_kernels_only_if_several_blocks_of_rows_give_what_nn_gru_gives(
+    fault: str, interpreted: Any
+) -> None:
+    taken, said = interpreted["trials"][fault]
+    assert taken is (fault == "")
+    assert ("cuDNN computes the GRUs" in said) is (fault != "")
 
 
 def compile_for(capability: tuple[int, int], kernel: Any, tile: dict[str, int]) -> Any:
-    from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -126,7 +128,7 @@ def compile_for(capability: tuple[int, int], kernel: Any, tile: dict[str, int]) 
     aligned = {(i,): [["tt.divisibility", 16]] for i, type in enumerate(signature.values()) if type.startswith("*")}
     options = {"num_warps": warps, "num_stages": 1, "launch_cooperative_grid": True}
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    return compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
+    return triton.compile(ASTSource(kernel, signature, constants, aligned), target=target, options=options)
 
 
 # The shared memory (bytes) that a program may have, by compute capability.
@@ -139,10 +141,6 @@ def test_weights_stay_in_shared_memory_and_programs_see_what_others_wrote(
     capability: tuple[int, int], backward: bool, units: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import triton
-
-    from pytorch.layers import gru_triton
-
     assert set(gru_triton.TILES) == set(SHARED_MEMORY)
     tile = gru_triton.TILES[capability][backward]
     tile = tile | {"U": units or tile["U"]}
@@ -167,4 +165,5 @@ def test_weights_stay_in_shared_memory_and_programs_see_what_others_wrote(
 
 
 if __name__ == "__main__":
-    print(json.dumps(trial(sys.argv[2]) if sys.argv[1] == "trial" else errors(int(sys.argv[1]))))
+    all_errors, trials = [errors(case) for case in range(len(CASES))], {fault: trial(fault) for fault in FAULTS}
+    print(json.dumps({"errors": all_errors, "trials": trials}))

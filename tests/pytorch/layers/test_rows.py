@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytorch.config import CONFIGS
 from pytorch.layers import kernels
 from pytorch.layers.rows import pad_rows, padded_rows
 from pytorch.trainer import Trainer
 from pytorch.warmup import random_batch
+from tests.pytorch.test_trainer import small_config
 
 CPU, PRODUCTS = torch.device("cpu"), ("mm", "bmm", "addmm", "baddbmm_")
 
@@ -29,9 +29,7 @@ class Shapes(TorchDispatchMode):
 
 def test_steps_whose_batches_all_differ_soon_bring_no_new_shape_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)  # where it does not, this is slow
-    config = dataclasses.replace(
-        CONFIGS["synthetic"], hidden_size=8, conv_channels=1, precision="bf16", optimizer="adamw", tempo_min=1.0
-    )
+    config = dataclasses.replace(small_config(optimizer="adamw", tempo_min=1.0), precision="bf16")
     trainer = Trainer(config, CPU)
     after = []
     with Shapes() as shapes:
