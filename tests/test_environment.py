@@ -61,7 +61,11 @@ def test_packages_that_pip_put_elsewhere_are_an_error(tmp_path: Path, bin_folder
 
 
 @pytest.mark.parametrize("script", ["verify_dataset.sh", "download_dataset.sh", "pytorch/run_and_time.sh"])
-def test_a_script_may_be_called_through_a_link(tmp_path: Path, script: str) -> None:
+def test_a_script_may_be_called_through_a_link_from_a_folder_with_modules_of_our_names(
+    tmp_path: Path, script: str
+) -> None:
+    for name in ("data", "tools", "pytorch"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')\n")
     (tmp_path / "link.sh").symlink_to(ROOT / script)
     run = subprocess.run(["sh", tmp_path / "link.sh", "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0 and "--dataset-dir" in run.stdout, run.stderr

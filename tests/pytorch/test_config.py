@@ -45,14 +45,6 @@ def test_help_is_one_line_for_each_field() -> None:
     assert [each.arg_name for each in documented if "\n" in (each.description or "")] == []
 
 
-def test_the_reference_of_2018_is_a_configuration() -> None:
-    config = parse("--config", "librispeech-2018")
-    assert (config.optimizer, config.learning_rate, config.beta1) == ("sgd", 3e-4, 0.9)
-    assert (config.schedule, config.lr_gamma, config.gradient_clip_norm) == ("anneal", 1.1, 200)
-    assert (config.tempo_min, config.tempo_max, config.gain_min_db, config.gain_max_db) == (0.85, 1.15, -6, 8)
-    assert config.frequency_masks == config.time_masks == 0
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -62,6 +54,7 @@ def test_the_reference_of_2018_is_a_configuration() -> None:
         ("--gradient-clip-norm", "inf"),
         ("--beta1", "1"),
         ("--tempo-min", "0.1"),
+        ("--tempo-min", "1.2"),  # more than --tempo-max
         ("--frequency-mask-bins", "162"),
         ("--max-steps", "0"),
         ("--seed", "-1"),
@@ -72,13 +65,8 @@ def test_the_reference_of_2018_is_a_configuration() -> None:
     ],
 )
 def test_a_value_that_breaks_its_constraint_is_refused_by_name(option: str, value: str) -> None:
-    with pytest.raises(RunError, match=f"{option} is .* must be"):
+    with pytest.raises(RunError, match=rf"{option} .*(must be|is above --tempo-max 1\.15)"):
         parse(option, value)
-
-
-def test_minimum_above_maximum_is_refused() -> None:
-    with pytest.raises(RunError, match=r"--tempo-min 1\.2 is above --tempo-max 1\.15"):
-        parse("--tempo-min", "1.2")
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,6 @@ def test_greedy_decoding_merges_repeats_and_then_drops_blanks() -> None:
     assert collapse(logits_for([path]).argmax(2), torch.tensor([len(path)])) == ["HELLO "]
 
 
-def test_frames_beyond_an_utterances_end_are_not_decoded() -> None:
-    paths = [encode("AB"), encode("ABCD")]
-    assert collapse(logits_for(paths).argmax(2), torch.tensor([2, 4])) == ["AB", "ABCD"]
-
-
 @given(st.lists(st.text(alphabet="AB", max_size=9), max_size=9))
 def test_transcripts_spelled_with_the_fewest_frames_decode_to_themselves(transcripts: list[str]) -> None:
     paths = []

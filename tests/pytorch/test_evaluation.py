@@ -20,9 +20,8 @@ from tests.pytorch.test_trainer import small_config
 def test_evaluation_is_balanced_over_processes_and_no_batch_is_larger_than_in_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    utterances = Utterances(
-        open_dataset(write_packed_dataset(tmp_path / "set", {"train": 1, "validation": 31})).split("validation")
-    )
+    dataset = open_dataset(write_packed_dataset(tmp_path / "set", {"train": 1, "validation": 31}))
+    utterances = Utterances(dataset.split("validation"))
     shares: list[list[int]] = []
 
     def all_gather_object(_: World, mine: tuple[bool, list[tuple[int, Any]]]) -> list[Any]:

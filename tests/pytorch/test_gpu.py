@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from data.packed import open_dataset
 from pytorch.config import CONFIGS
-from pytorch.ctc import LABELS, ctc_loss
 from pytorch.device import has_bf16
 from pytorch.distributed import World
 from pytorch.features import LogSpectrogram, draw_augmentation
@@ -107,19 +106,6 @@ def test_the_augmented_spectrogram_is_that_of_a_cpu() -> None:
     longest = expected_BFT.shape[2]
     torch.testing.assert_close(actual_BFT[..., :longest].cpu(), expected_BFT, rtol=1e-3, atol=1e-3)
     assert not actual_BFT[..., longest:].any()
-
-
-def test_the_ctc_loss_and_its_gradient_are_those_of_a_cpu() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits_TBV = torch.randn(90, 3, len(LABELS), generator=generator)
-    frames_B, lengths_B = torch.tensor([90, 70, 11]), torch.tensor([40, 12, 5])
-    targets = torch.randint(1, len(LABELS), (57,), generator=generator)
-    found = []
-    for device in (CPU, GPU):
-        on_device_TBV = logits_TBV.to(device, copy=True).requires_grad_()
-        loss = ctc_loss(on_device_TBV, frames_B, targets.to(device), lengths_B)
-        found.append((loss, *torch.autograd.grad(loss, on_device_TBV)))
-    assert all(relative_error(actual, expected) < 1e-4 for expected, actual in zip(*found, strict=True))
 
 
 def made(dataset: Path, device: torch.device, precision: Any) -> tuple[Trainer, list[Any]]:

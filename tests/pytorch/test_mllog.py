@@ -30,19 +30,6 @@ def test_a_submission_that_the_rules_do_not_know_is_refused(
         mllog.log_submission(mllog.make_logger(), CONFIGS["synthetic"], open_dataset(tones), {}, 1)
 
 
-def test_the_file_is_appended_to_when_the_clock_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "last_run.log"
-    log = mllog.make_logger(mllog.LogFile(path), mllog.StandardOutput())
-    log.start("init_start")
-    assert not path.exists()
-    log.start("run_start")
-    log.end("run_stop")
-    log.logger.info("RESULT,DEEPSPEECH2,1,2,me,now")
-    lines = path.read_text().splitlines()
-    assert lines == capsys.readouterr().out.splitlines()
-    assert (len(lines), lines[-1]) == (4, "RESULT,DEEPSPEECH2,1,2,me,now")
-
-
 def test_a_sink_that_fails_is_named_once_and_does_not_stop_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

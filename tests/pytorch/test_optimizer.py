@@ -6,16 +6,7 @@ from torch import Tensor, nn
 
 from pytorch.config import CONFIGS
 from pytorch.model import DeepSpeech2
-from pytorch.optimizer import (
-    COEFFICIENTS,
-    ITERATIONS,
-    MOMENTUM,
-    UPDATE_RMS,
-    Muon,
-    learning_rate,
-    make_optimizers,
-    newton_schulz,
-)
+from pytorch.optimizer import ITERATIONS, MOMENTUM, UPDATE_RMS, Muon, learning_rate, make_optimizers, newton_schulz
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.1
 
@@ -31,20 +22,6 @@ def set_gradients(weights: list[nn.Parameter], seed: int) -> None:
         weight.grad = torch.randn(weight.shape, generator=generator)
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 24, 40), (2, 40, 24), (1, 1, 7)])
-def test_singular_values_become_about_one_and_singular_vectors_stay(shape: tuple[int, ...]) -> None:
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    left, before, right = torch.linalg.svd(matrices, full_matrices=False)
-    after = left.mT @ newton_schulz(matrices) @ right.mT
-    expected = before / before.norm(dim=1, keepdim=True)
-    is_large = expected > 1 / 40
-    for _ in range(ITERATIONS):
-        expected = sum(number * expected**power for number, power in zip(COEFFICIENTS, (1, 3, 5), strict=True))
-    assert torch.allclose(after, torch.diag_embed(expected), atol=1e-4)
-    assert expected[is_large].min() > 0.5
-    assert expected.max() < 1.3
-
-
 def test_a_matrix_of_zeros_stays_one() -> None:
     assert torch.equal(newton_schulz(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
 
@@ -55,14 +32,8 @@ def test_each_gate_moves_as_under_torch_s_muon(shape: tuple[int, int]) -> None:
     separate = [nn.Parameter(gate.detach().clone()) for gate in weight.chunk(3)]
     muon = Muon([weight], LEARNING_RATE, WEIGHT_DECAY)
     faster = UPDATE_RMS / 0.2  # the latter is what match_rms_adamw stands for
-    theirs = torch.optim.Muon(
-        separate,
-        LEARNING_RATE * faster,
-        WEIGHT_DECAY / faster,
-        MOMENTUM,
-        ns_steps=ITERATIONS,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    rates = LEARNING_RATE * faster, WEIGHT_DECAY / faster, MOMENTUM
+    theirs = torch.optim.Muon(separate, *rates, ns_steps=ITERATIONS, adjust_lr_fn="match_rms_adamw")
     start = weight.detach().clone()
     for step in range(3):
         set_gradients([weight], step)
@@ -91,8 +62,7 @@ def test_a_step_that_is_left_out_changes_nothing_and_leaves_no_trace() -> None:
             set_gradients(weights, 0)
             if number:
                 for weight in weights:
-                    assert weight.grad is not None
-                    weight.grad.fill_(float("nan"))
+                    weight.grad = torch.full_like(weight, float("nan"))
             muon.found_inf = torch.tensor(float(number))  # type: ignore[attr-defined]
             muon.step()
         return [*weights, *(value for state in muon.state.values() for value in state.values())]

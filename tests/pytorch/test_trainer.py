@@ -42,7 +42,7 @@ def test_a_skipped_step_moves_neither_weights_nor_their_average(infinite: list[b
     result = taught.train_step([batch], 2, 1e-3)()
     assert not result[0].isfinite()
     after = [*taught.model.parameters(), *taught.ema_model.parameters()]
-    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+    assert all(map(torch.equal, before, after))
 
 
 def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite: list[bool]) -> None:
@@ -57,7 +57,7 @@ def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite
         while infinite:
             taught.train_step([batch], 2, 1e-3)
         weights.append(list(taught.model.parameters()))
-    assert all(torch.equal(left, right) for left, right in zip(*weights, strict=True))
+    assert all(map(torch.equal, *weights))
 
 
 def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
