@@ -41,12 +41,8 @@ class Popen(subprocess.Popen[Any]):
             subprocess.Popen([sys.executable, QUIET, "-m", "tests.processes"], cwd=ROOT, stdin=theirs.fileno())
             theirs.close()
         folder, environment, pipes, (session, group) = options[4], options[5], options[9:15], options[-2:]
-        asked = {
-            "command": args[1:],
-            "folder": str(folder or Path.cwd()),
-            "environment": {**(environment or os.environ)},
-        }
-        asked |= {"session": session, "group": group}
+        asked = {"command": args[1:], "folder": str(folder or Path.cwd()), "session": session, "group": group}
+        asked["environment"] = {**(environment or os.environ)}
         self._status, status = os.pipe()
         files = [number if file == -1 else file for number, file in enumerate((pipes[0], pipes[3], pipes[5]))]
         socket.send_fds(_server, [json.dumps(asked).encode()], [*files, status])
@@ -129,6 +125,8 @@ def _launch_rank(rank: object, process: object) -> None:
 
 
 def _serve() -> None:
+    # As pytorch/__init__.py has it until a command begins; and a signal may come as soon as it is forked.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     modules = ["pytorch.train", "torch.distributed.run", "torch._dynamo", "torch.onnx"]  # most of them imported late
     for module in [*modules, "pytorch.run_and_time", "tools.report.__main__"]:
         importlib.import_module(module)
@@ -142,34 +140,26 @@ def _serve() -> None:
         if not content:
             return
         if os.fork() == 0:
-            _run_and_tell(tests, files, **json.loads(content))
+            _run_and_tell(tests, files, json.loads(content))
         for file in files:
             os.close(file)
         while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
             pass
 
 
-def _run_and_tell(
-    tests: socket.socket,
-    files: list[int],
-    command: list[str],
-    folder: str,
-    environment: dict[str, str],
-    session: bool,
-    group: int,
-) -> NoReturn:
+def _run_and_tell(tests: socket.socket, files: list[int], asked: dict[str, Any]) -> NoReturn:
     """In a process of its own: fork another that runs the command, tell its id, and write its status at its end."""
     process = os.fork()
     if process == 0:
-        if session:
+        if asked["session"]:
             os.setsid()
-        if group != -1:
-            os.setpgid(0, group)
+        if asked["group"] != -1:
+            os.setpgid(0, asked["group"])
         for number, file in enumerate(files[:3]):
             os.dup2(file, number)
         os.closerange(3, max(files) + 1)
-        os.chdir(folder)
-        _run(command, environment)
+        os.chdir(asked["folder"])
+        _run(asked["command"], asked["environment"])
     tests.send(str(process).encode())
     for file in files[:3]:
         os.close(file)
@@ -182,9 +172,8 @@ def _run(command: list[str], environment: Mapping[str, str]) -> NoReturn:
     import torch
 
     for number in signal.valid_signals():
-        if callable(signal.getsignal(number)) and number != signal.SIGINT:
+        if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as pytorch/__init__.py does until a command begins
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ.clear()
     os.environ.update(environment)

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from pytorch import run_and_time as run_and_time_module
-from pytorch.config import CONFIGS, parse_config
-from pytorch.errors import RunError
+from pytorch.config import parse_config
 from tests.conftest import ROOT
 from tests.processes import Popen
 from tools.mlperf.runlog import RunLog
@@ -25,10 +24,9 @@ FORKED: list[str | Path] = [sys.executable, "-m", "pytorch.run_and_time"]  # wha
 
 
 def start(command: list[str | Path], *options: object, **given: Any) -> subprocess.Popen[str]:
-    pipe = subprocess.PIPE
-    options_of_popen: dict[str, Any] = {"stdout": pipe, "stderr": pipe, "text": True, "errors": "surrogateescape"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     kind = Popen if command is FORKED else subprocess.Popen
-    return kind([*map(str, command), *map(str, options)], **options_of_popen | given)
+    return kind([*map(str, command), *map(str, options)], text=True, errors="surrogateescape", **pipes | given)
 
 
 def run_and_time(
@@ -73,21 +71,8 @@ def test_a_temporary_folder_too_far_down_for_a_socket_is_named(tones: Path, tmp_
     deep.mkdir()
     options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "1", "--target-wer", "1000"]
     run = run_and_time(*options, "--output-dir", tmp_path, folder=ROOT, command=BY_SCRIPT, TMPDIR=str(deep))
-    last = run.stderr.splitlines()[-1]
-    assert run.returncode == 0 or all(
-        fact in last for fact in ("error: ", str(deep), "TMPDIR")
-    )  # newer Pythons take /tmp
-
-
-def test_of_several_ranks_the_first_ones_log_is_reported(tones: Path, tmp_path: Path) -> None:
-    options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "2", "--target-wer", "1000"]
-    variables: dict[str, Any] = {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "MASTER_PORT": "29517"}
-    run = run_and_time(*options, "--output-dir", tmp_path, folder=ROOT, **variables)
-    assert run.returncode == 0, run.stderr
-    log = RunLog.read(tmp_path / "last_run.log")
-    assert log.path.read_text().splitlines() == [line for line in run.stdout.splitlines() if line]
-    assert log.result is not None  # which is no event
-    assert (tmp_path / "report.html").exists()
+    said = all(fact in run.stderr.splitlines()[-1] for fact in ("error: ", str(deep), "TMPDIR"))
+    assert run.returncode == 0 or said  # newer Pythons take /tmp
 
 
 @pytest.mark.parametrize("lost", ["a full disk", "a reader that has left"])
@@ -117,7 +102,7 @@ def test_a_run_goes_on_where_its_log_or_its_progress_cannot_be_shown(
 @pytest.mark.parametrize(
     ("command", "processes", "moments"),
     [
-        (BY_SCRIPT, "1", (0.5, 1.0, 1.5)),  # while Python imports
+        (BY_SCRIPT, "1", (0.0, 0.5, 1.0)),  # while Python imports
         (FORKED, "1", (0.02, 0.1, 0.5, 1.0)),
         (FORKED, "2", (0.05, 0.2, 0.5, 1.0, 2.0)),
     ],
@@ -129,53 +114,48 @@ def test_ctrl_c_ends_a_run_at_any_moment_without_a_traceback(
     variables = {**os.environ, "NPROC_PER_NODE": processes, "MASTER_PORT": "29518"}
     for seconds in moments:
         run = start(command, *options, stdout=subprocess.DEVNULL, start_new_session=True, env=variables)
+        # Python itself has a traceback for a Ctrl-C before it gets to our modules, which import NumPy.
+        while os.getpgid(run.pid) != run.pid or "numpy" not in Path(f"/proc/{run.pid}/maps").read_text():
+            assert run.poll() is None
+            time.sleep(0.01)
         time.sleep(seconds)
-        while not Path("/proc", str(run.pid)).exists() or os.getpgid(run.pid) != run.pid:
-            time.sleep(0.01)  # on a busy machine, it has no session yet
         os.killpg(run.pid, signal.SIGINT)
         errors = run.communicate(timeout=300)[1]
         assert run.returncode in (-signal.SIGINT, 130), errors
         assert "Traceback" not in errors
 
 
-def test_a_second_sigterm_does_not_change_the_status_of_a_run_that_was_told_to_stop(
-    tones: Path, tmp_path: Path
-) -> None:
+def test_more_sigterms_do_not_change_the_status_of_a_run_that_was_told_to_stop(tones: Path, tmp_path: Path) -> None:
     options = ["--dataset-dir", tones, *SMALL, "--max-epochs", "1000", "--target-wer", "0", "--output-dir", tmp_path]
-    for wait in (0.05, 0.15):
-        run = start(BY_SCRIPT, *options, stdout=subprocess.DEVNULL)  # forked, it would end too fast
-        assert run.stderr is not None
-        for awaited in ("epoch", "Received SIGTERM"):
-            while not run.stderr.readline().startswith(awaited):
-                assert run.poll() is None
-            run.send_signal(signal.SIGTERM)
-        time.sleep(wait)
+    run = start(BY_SCRIPT, *options, stdout=subprocess.DEVNULL)  # forked, it would end too fast
+    assert run.stderr is not None
+    for awaited in ("epoch", "Received SIGTERM"):
+        while not run.stderr.readline().startswith(awaited):
+            assert run.poll() is None
         run.send_signal(signal.SIGTERM)
-        assert run.wait() == 75
-        run.stderr.close()
-
-
-def test_a_folder_whose_name_is_no_text_has_a_log_and_a_report(tones: Path, tmp_path: Path) -> None:
-    folder = tmp_path / os.fsdecode(b"caf\xe9")
-    options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "1", "--target-wer", "1000"]
-    run = run_and_time(*options, "--output-dir", folder, folder=tmp_path)
-    assert run.returncode == 0
-    assert "Traceback" not in run.stderr
-    assert RunLog.read(folder / "last_run.log").reached
-    assert (folder / "report.html").exists()
+    while run.poll() is None:
+        run.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    assert run.returncode == 75, run.stderr.read()
+    run.stderr.close()
 
 
 @pytest.mark.parametrize(
     ("environment", "shown"), [({"USER": "Doe, José"}, "Doe__Jos_"), ({"HOME": "", "USER": "x"}, "x")]
 )
-def test_the_result_line_has_a_user_without_commas_and_in_ascii(
+def test_a_user_and_a_folder_may_have_names_that_are_no_text(
     environment: dict[str, str], shown: str, tones: Path, tmp_path: Path
 ) -> None:
+    """The result line has the user without commas and in ASCII."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
     variables: dict[str, Any] = {"LOGNAME": "", "LNAME": "", "USERNAME": "", "PYTHONIOENCODING": "ascii", **environment}
     options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "1", "--target-wer", "1000"]
-    run = run_and_time(*options, "--output-dir", tmp_path, folder=ROOT, **variables)
+    run = run_and_time(*options, "--output-dir", folder, folder=ROOT, **variables)
     assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
     assert run.stdout.splitlines()[-1].split(",")[4] == shown
+    assert RunLog.read(folder / "last_run.log").reached
+    assert (folder / "report.html").exists()
 
 
 def test_lines_that_a_pipe_cannot_take_at_once_are_not_lost(tones: Path, tmp_path: Path) -> None:
@@ -215,40 +195,29 @@ def test_no_more_ranks_than_a_batch_has_utterances(
     assert said in errors and bool(said) == bool(errors)
 
 
-def test_the_ranks_that_are_asked_for_are_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NPROC_PER_NODE", "3")
-    assert run_and_time_module.nproc_per_node(CONFIGS["synthetic"]) == 3
-
-
 @pytest.mark.parametrize(
-    ("name", "value", "expected"),
+    ("variables", "expected"),
     [
-        ("MASTER_PORT", "0", "'0'; it must be a number from 1 to 65535"),
-        ("MASTER_PORT", "70000", "'70000'; it must be a number from 1 to 65535"),
-        ("NPROC_PER_NODE", "9" * 20, f"'{'9' * 20}'; it must be a number from 0 to 1024"),
-        ("NNODES", "0", "'0'; it must be a number from 1 to 65536"),
-        ("NODE_RANK", "1", "1; with NNODES=1 it must be less than that"),
-        ("MAX_RESTARTS", "-1", "'-1'; it must be a number from 0 to 65535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT is '0'; it must be a number from 1 to 65535"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is '70000'; it must be a number from 1 to 65535"),
+        ({"NPROC_PER_NODE": "9" * 20}, f"NPROC_PER_NODE is '{'9' * 20}'; it must be a number from 0 to 1024"),
+        ({"NNODES": "0"}, "NNODES is '0'; it must be a number from 1 to 65536"),
+        ({"NODE_RANK": "1"}, "NODE_RANK is 1; with NNODES=1 it must be less than that"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS is '-1'; it must be a number from 0 to 65535"),
+        ({"MAX_RESTARTS": "1", "NNODES": "2"}, "MAX_RESTARTS with NNODES needs RUN_ID"),
     ],
 )
 def test_a_variable_that_cannot_be_is_an_error_of_one_line(
-    name: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(name, value)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     assert run_and_time_module.main([]) == 1
-    assert capsys.readouterr().err == f"error: {name} is {expected}\n"
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {expected}") and errors.count("\n") == 1
 
 
 def test_a_path_that_nobody_means_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--output-dir=", "--output-dir=~/runs"):
         assert run_and_time_module.main([option]) == 1
         assert capsys.readouterr().err.startswith("error: --output-dir ")
-
-
-def test_several_nodes_need_a_name_of_the_run_to_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NNODES", "2")
-    monkeypatch.setenv("MAX_RESTARTS", "1")
-    with pytest.raises(RunError, match="RUN_ID"):
-        run_and_time_module.variables()
-    monkeypatch.setenv("RUN_ID", "job-17")
-    assert run_and_time_module.variables()["NNODES"] == 2
