@@ -135,10 +135,8 @@ class Needs(NamedTuple):
     gigabytes: float  # of operations
 
 
-# Operations without a kernel.
-FREE = {"_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "device", "diagonal", "empty", "empty_like"}
-FREE |= {"empty_strided", "expand", "lift_fresh", "new_empty", "new_empty_strided", "permute", "reshape", "select", "t"}
-FREE |= {"slice", "split", "split_with_sizes", "squeeze", "transpose", "unbind", "unfold", "unsqueeze", "view"}
+# Operations without a kernel, beside views.
+FREE = {"_unsafe_view", "device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 COPIES = {"_to_copy", "to", "copy_"}
 LENGTHS_ON_CPU = {"_ctc_loss", "_ctc_loss_backward"}
 ONE_TYPE = {"mm", "addmm", "bmm", "baddbmm"}
@@ -226,7 +224,7 @@ class Recorder(TorchDispatchMode):
             result = STAND_INS[name](*args)
         else:
             result = function(*tree_map_only(Tensor, self._as_fake, args), **kwargs)
-        if name not in FREE:
+        if name not in FREE and not function.is_view:
             moved = [*on_gpu, *([] if name == "copy_" else tree_iter(result))]
             moved = on_gpu[1:] + on_gpu[2:] if name == "index_copy_" else moved  # of rows only
             self.operation(name, *moved)
@@ -305,13 +303,15 @@ def plant(fault: Callable[[Tensor], Any], _module: nn.Module, _inputs: Any, outp
 
 def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> None:
     """Call `measure` with the name and the function of everything that is to be measured, in order."""
-    name, *rest = ("adamw-bf16-plain-1" if case == "faults" else case).split("-")
-    world = World(0, 1 if name in CONFIGS else int(rest[-1]))
-    changes: dict[str, Any] = {"precision": "bf16", "batch_size": int(rest[-1])}
-    if name not in CONFIGS:
+    changes: dict[str, Any]
+    name, *rest, number = ("adamw-bf16-plain-1" if case == "faults" else case).split("-")
+    if name in CONFIGS:
+        base, world, changes = CONFIGS[name], World(), {"precision": "bf16", "batch_size": int(number)}
+    else:
+        base, world = CONFIGS["librispeech"], World(0, int(number))
         changes = {"optimizer": name, "precision": rest[0], "ema_decay": 0.99 if rest[1] == "ema" else 0.0}
         changes["batch_size"] = UTTERANCES * world.size
-    config = dataclasses.replace(CONFIGS.get(name, CONFIGS["librispeech"]), augment_from_epoch=1, **changes)
+    config = dataclasses.replace(base, augment_from_epoch=1, **changes)
     seconds = 4 if name == "an4" else SECONDS
     samples = (np.linspace(0.8, 1, config.batch_size) * seconds * 16000).astype(np.int64)
     audio = np.random.default_rng(0).integers(-1000, 1000, samples[-1]).astype(np.int16)
