@@ -52,7 +52,7 @@ def run_dev(
     asked: Path, engine: str = "docker", facts: dict[str, str] = WITH_ROOT, root: Path = ROOT, **variables: str
 ) -> list[str]:
     (asked.parent / "facts").write_text(facts[engine])
-    command = ["sh", root / "pytorch" / "docker" / "run-dev.sh"]
+    command = ["sh", str(root / "pytorch" / "docker" / "run-dev.sh")]
     environment = {**os.environ, "ENGINE": engine, **variables}
     run = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -60,7 +60,7 @@ def run_dev(
 
 
 def build(asked: Path, root: Path = ROOT) -> list[str]:
-    command = ["sh", root / "pytorch" / "docker" / "build-docker.sh"]
+    command = ["sh", str(root / "pytorch" / "docker" / "build-docker.sh")]
     subprocess.run(command, env={**os.environ, "ENGINE": "docker"}, check=True, capture_output=True)
     return (asked.parent / "built").read_text().splitlines()
 

@@ -1,7 +1,6 @@
 import dataclasses
 from pathlib import Path
 
-import docstring_parser
 import pytest
 
 from pytorch.config import CONFIGS, Config, parse_config
@@ -36,13 +35,6 @@ def test_another_batch_size_scales_what_depends_on_it_and_the_command_line_wins(
     assert parse("--config", "librispeech", "--scale-to-batch-size", "128") == CONFIGS["librispeech"]
     with pytest.raises(RunError, match="--scale-to-batch-size is 0"):
         parse("--scale-to-batch-size", "0")
-
-
-def test_help_is_one_line_for_each_field() -> None:
-    """tyro would keep the line breaks, so that help breaks inside of a sentence."""
-    documented = [each for each in docstring_parser.parse_from_object(Config).params if each.description]
-    assert len(documented) >= len(dataclasses.fields(Config)) - 1
-    assert [each.arg_name for each in documented if "\n" in (each.description or "")] == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import torch
 
 from pytorch.device import select_device
 from pytorch.errors import RunError
-from pytorch.features import padded_frames
 
 
 @pytest.mark.parametrize(
@@ -37,8 +36,3 @@ def test_auto_is_whatever_accelerator_there_is(gpus: None, name: str, number: in
 def test_a_device_that_is_not_there_is_refused(gpus: None, name: str, number: int, message: str) -> None:
     with pytest.raises(RunError, match=message):
         select_device(name, number)
-
-
-def test_lengths_are_rounded_up_on_accelerators_alone() -> None:
-    assert [padded_frames(frames, torch.device("cuda")) for frames in (1, 32, 33)] == [32, 32, 64]
-    assert padded_frames(33, torch.device("cpu")) == 33

@@ -5,7 +5,7 @@ from torch import nn
 from pytorch.config import CONFIGS
 from pytorch.ctc import BLANK, LABELS, collapse, ctc_loss
 from pytorch.features import FREQUENCY_BINS
-from pytorch.model import BLANK_LOGIT, DeepSpeech2, output_frames
+from pytorch.model import BLANK_LOGIT, DeepSpeech2
 
 FRAMES = torch.tensor([61, 100, 33, 100, 7])
 
@@ -38,10 +38,6 @@ def test_reference_configuration_has_the_stated_topology_and_parameter_count() -
     grus = [(m.input_size, m.hidden_size, m.bidirectional) for m in model.modules() if isinstance(m, nn.GRU)]
     assert grus == [(1312, 800, True)] + [(800, 800, True)] * 4
     assert tuple(model.classifier.weight.shape) == (29, 800)
-
-
-def test_output_has_one_frame_for_two_of_the_input_rounded_up() -> None:
-    assert output_frames(torch.tensor([1, 2, 3, 100, 101])).tolist() == [1, 1, 2, 50, 51]
 
 
 def test_loss_and_transcripts_are_the_same_for_batch_one_and_batch_n(
