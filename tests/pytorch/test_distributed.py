@@ -223,13 +223,12 @@ def test_a_run_told_to_stop_saves_after_its_step_and_says_so_by_its_exit_status(
     os.kill(run.pid if whose == "launcher" else _workers(run)[1], number)
     ended = finish(run)
     assert ended.returncode == PREEMPTED, ended.stderr
-    assert "Continue with --resume" in ended.stderr
+    done = checkpoint.load(tmp_path / checkpoint.LAST)["progress"]["step"]
+    assert f"checkpoint saved at step {done}. Continue with --resume" in ended.stderr
     assert "Traceback" not in ended.stderr
     last = events(ended.stdout)[-1]
     assert last["key"] == "run_stop"
     assert (last["metadata"]["status"], last["metadata"]["exception"]) == ("aborted", "Preempted")
-    steps = metadata(ended.stdout, "train_loss", "step_num")
-    assert checkpoint.load(tmp_path / checkpoint.LAST)["progress"]["step"] == steps[-1] >= 1
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, 130)])
@@ -256,7 +255,8 @@ def test_nohup_protects_a_run_of_several_processes(uneven: Path, tmp_path: Path)
     os.killpg(run.pid, signal.SIGHUP)
     ended = finish(run)
     assert ended.returncode == 1, ended.stderr  # the target is out of reach
-    assert len(values(ended.stdout, "eval_accuracy")) == 3
+    log = (tmp_path / "last_run.log").read_text()  # of the output, reading up to some line may have taken more
+    assert len(values(log, "eval_accuracy")) == 3
 
 
 def to_epoch(epochs: int) -> list[str]:
@@ -281,14 +281,15 @@ def test_a_single_process_told_to_stop_saves_in_the_middle_of_the_epoch(
 ) -> None:
     whole, left = undisturbed(1, EPOCHS)
     run = start(1, uneven, tmp_path, *to_epoch(EPOCHS))
-    _wait_for(run, "train_loss", 14)
+    _wait_for(run, "train_loss", 3)  # early: on a busy machine, the signal may come when the run is over
     os.kill(run.pid, signal.SIGTERM)
     first = finish(run)
     assert first.returncode == PREEMPTED, first.stderr
     second = run_in(1, uneven, tmp_path, *to_epoch(EPOCHS), "--resume")
     rest = values(second.stdout, "train_loss")
     assert rest == values(whole, "train_loss")[-len(rest) :]
-    assert metadata(second.stdout, "epoch_stop", "loss") == metadata(whole, "epoch_stop", "loss")[1:]
+    epochs = metadata(second.stdout, "epoch_stop", "loss")
+    assert epochs == metadata(whole, "epoch_stop", "loss")[-len(epochs) :]
     right = checkpoint.load(tmp_path / checkpoint.LAST)
     assert have_same_weights(left, right)
     stamps = {event["key"]: event["time_ms"] for event in events(second.stdout)}
@@ -325,8 +326,10 @@ def test_a_lost_worker_is_named_and_the_run_starts_again_from_the_last_checkpoin
     whole, left = undisturbed(2, EPOCHS)
     options = [*to_epoch(EPOCHS), "--checkpoint-interval-minutes", "1e-9"]
     run = start(2, uneven, tmp_path, *options, MAX_RESTARTS="1")
-    _wait_for(run, "train_loss", 10)
-    os.kill(_workers(run)[1], signal.SIGKILL)
+    _wait_for(run, "init_stop", 1)
+    worker = _workers(run)[1]
+    _wait_for(run, "train_loss", 5)
+    os.kill(worker, signal.SIGKILL)
     again = finish(run)
     assert again.returncode == 1, again.stderr  # the target is out of reach
     assert values(again.stdout, "resumed") == [True], again.stderr
