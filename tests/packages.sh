@@ -28,4 +28,5 @@ has "${CHROMIUM:-chromium}" || has chromium-browser || has google-chrome || has 
     install "the report was NOT tested in a browser" chromium
 { has aarch64-linux-gnu-g++ && has qemu-aarch64; } ||
     install "the CPU's kernels were NOT tested for ARM" g++-aarch64-linux-gnu qemu-user
+has sox || install "tempo was NOT compared with sox" sox
 exit "$status"

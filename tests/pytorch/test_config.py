@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 
+import docstring_parser
 import pytest
 
 from pytorch.config import CONFIGS, Config, parse_config
@@ -35,6 +36,21 @@ def test_another_batch_size_scales_what_depends_on_it_and_the_command_line_wins(
     assert parse("--config", "librispeech", "--scale-to-batch-size", "128") == CONFIGS["librispeech"]
     with pytest.raises(RunError, match="--scale-to-batch-size is 0"):
         parse("--scale-to-batch-size", "0")
+
+
+def test_help_is_one_line_for_each_field() -> None:
+    """tyro would keep the line breaks, so that help breaks inside of a sentence."""
+    documented = [each for each in docstring_parser.parse_from_object(Config).params if each.description]
+    assert len(documented) >= len(dataclasses.fields(Config)) - 1
+    assert [each.arg_name for each in documented if "\n" in (each.description or "")] == []
+
+
+def test_the_reference_of_2018_is_a_configuration() -> None:
+    config = parse("--config", "librispeech-2018")
+    assert (config.optimizer, config.learning_rate, config.beta1) == ("sgd", 3e-4, 0.9)
+    assert (config.schedule, config.lr_gamma, config.gradient_clip_norm) == ("anneal", 1.1, 200)
+    assert (config.tempo_min, config.tempo_max, config.gain_min_db, config.gain_max_db) == (0.85, 1.15, -6, 8)
+    assert config.frequency_masks == config.time_masks == 0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
 import dataclasses
+import shutil
+import subprocess
+import tarfile
 from typing import Any
 
 import numpy as np
@@ -7,6 +10,7 @@ import torch
 
 from pytorch.config import CONFIGS
 from pytorch.features import FREQUENCY_BINS, Augmentation, LogSpectrogram, change_tempo, draw_augmentation
+from tests.conftest import SPEECH
 
 CONFIG = CONFIGS["librispeech"]
 
@@ -106,3 +110,31 @@ def test_gain_scales_the_magnitude_before_the_logarithm(gain: float) -> None:
     louder, _ = LogSpectrogram()(waveforms, samples, nothing_drawn(1, gain=np.array([gain])))
     expected, _ = LogSpectrogram()((waveforms.float() * gain).to(torch.int16), samples)
     torch.testing.assert_close(louder, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(shutil.which("sox") is None, reason="sox is not installed")
+@pytest.mark.skipif(not SPEECH.is_dir(), reason=f"no real speech in {SPEECH}")
+@pytest.mark.parametrize("tempo", [0.85, 0.95, 1.0, 1.05, 1.15])
+def test_tempo_gives_nearly_the_features_that_sox_gives(tempo: float) -> None:
+    with tarfile.open(SPEECH / "an4" / "an4_raw.bigendian.tar.gz") as archive:
+        members = [member for member in archive if member.name.endswith(".raw")][::200]
+        files = [archive.extractfile(member) for member in members]
+        waveforms = [np.frombuffer(file.read(), ">i2").astype(np.int16) for file in files if file is not None]
+    assert len(waveforms) >= 5
+    drawn = nothing_drawn(1, tempo=np.array([tempo]))
+    raw = ["-t", "raw", "-r", "16000", "-e", "signed", "-b", "16", "-c", "1", "-"]
+    for waveform in waveforms:
+        command = ["sox", *raw, "-t", "raw", "-", "tempo", "-s", str(tempo)]
+        faster = np.frombuffer(subprocess.run(command, input=waveform.tobytes(), capture_output=True).stdout, np.int16)
+        ours, frames = features_of(waveform, drawn)
+        theirs, frames_of_theirs = features_of(faster, None)
+        assert abs(frames - frames_of_theirs) <= 1
+        both = torch.stack([features[0, :, : min(frames, frames_of_theirs)].flatten() for features in (ours, theirs)])
+        assert torch.corrcoef(both)[0, 1] > 0.9
+        assert (both[0] - both[1]).abs().mean() < 0.2  # standard deviations
+
+
+def features_of(waveform: np.ndarray, augmentation: Augmentation | None) -> tuple[torch.Tensor, int]:
+    samples = torch.from_numpy(waveform.copy())[None]
+    features, frames = LogSpectrogram()(samples, torch.tensor([samples.shape[1]]), augmentation)
+    return features, int(frames)
