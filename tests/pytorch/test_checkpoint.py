@@ -27,6 +27,7 @@ def save(folder: Path) -> Path:
     return folder / checkpoint.LAST
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")  # a damaged one
 def test_whatever_bytes_are_damaged_the_file_is_whole_or_refused(tmp_path: Path) -> None:
     path, chance = save(tmp_path), random.Random(0)
     good = path.read_bytes()

@@ -44,7 +44,7 @@ def test_what_may_not_be_read_is_said_so(trained: Trained, tmp_path: Path) -> No
     # root may read everything, without its capabilities it may not
     mortal = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
     asked: list[tuple[list[str | Path], str]] = [
-        ([trained.checkpoint, "talks"], "talks/private cannot be read: "),
+        ([trained.checkpoint, "talks"], "talks/private: "),
         (["model.pt", "talks/talk.wav"], "model.pt: not a checkpoint of this project, or damaged ("),
         (
             [trained.checkpoint, "talks/talk.wav", "--lm", "lm.arpa", "--alpha", "1"],
