@@ -139,10 +139,8 @@ def put_away_earlier_run(folder: Path, resumed_from: dict[str, Any] | None) -> N
     """Move an earlier run's files out of the output folder, or only its log and report if it is continued here."""
     if resumed_from is not None and checkpoint.is_of_this_run(resumed_from):
         return  # torchrun has restarted the ranks: the log continues, too
-    what, names = "log", [mllog.LOG, mllog.REPORT]
-    if resumed_from is None:
-        what, names = "run", [checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST, *names]
-    away = checkpoint.put_away(folder, names)
+    checkpoints = [checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST] if resumed_from is None else []
+    away, what = checkpoint.put_away(folder, [*checkpoints, mllog.LOG, mllog.REPORT]), "run" if checkpoints else "log"
     if away is not None:
         print(f"The earlier {what} in this folder is now in {away} (--resume continues a run).", file=sys.stderr)
 

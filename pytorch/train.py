@@ -98,8 +98,10 @@ def train_to_target(run: TrainingRun) -> Evaluation:
         stats = train_epoch(run, loader)
         with ThreadPoolExecutor(1) as writer:  # an evaluation changes no weights, and may be interrupted at any time
             saving = writer.submit(run.save, replace(state))
-            evaluation = evaluate_epoch(run, validation, stats)
-            saving.result()
+            try:
+                evaluation = evaluate_epoch(run, validation, stats)
+            finally:
+                saving.result()  # its error counts even if the evaluation was interrupted
         if state.step_in_epoch == len(loader):
             state.begin_epoch(state.epoch + 1)
         out_of_steps = config.max_steps is not None and state.step >= config.max_steps
