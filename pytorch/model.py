@@ -22,7 +22,7 @@ docs/recipes.md says what that gains.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,12 +49,7 @@ def output_frames(frames: Tensor) -> Tensor:
 
 
 class DeepSpeech2(nn.Module):
-    """The network. Its smaller configurations change widths only.
-
-    Args:
-        conv_channels: C.
-        hidden_size: H, units of each direction of each GRU layer.
-    """
+    """The network. Its smaller configurations change widths only."""
 
     def __init__(self, conv_channels: int, hidden_size: int) -> None:
         super().__init__()
@@ -70,38 +65,30 @@ class DeepSpeech2(nn.Module):
         _make_blank_likely(self.classifier.weight, self.norms[-1].get_parameter("bias"))
 
     def forward(self, features_BFT: Tensor, frames_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute label logits.
+        """Return logits [T', B, V] in float32 and output frames [B] of features. The frames are int64 on the CPU.
 
-        Args:
-            features_BFT: zero beyond each utterance's end.
-            frames_B: int64 on the CPU.
-
-        Returns:
-            Logits [T', B, V] in float32, zero beyond each utterance's end, and output frames [B] (CPU).
+        Features and logits are zero beyond each utterance's end.
         """
         output_frames_B = output_frames(frames_B)
-        layout = _pack_layout(output_frames_B, features_BFT.device)
+        utterance_N, time_N, batch_sizes, offsets = _pack_layout(output_frames_B, features_BFT.device)
         x_BTFC = self.conv1(features_BFT.transpose(1, 2).unsqueeze(3))  # time first, so that valid frames are rows
         batch, time = x_BTFC.shape[:2]
         # Where each packed row lies in [B, T]; padding is left out of the norms, and zero again before conv2.
-        index_into_BT_N = layout.time_N + layout.utterance_N * time
+        index_into_BT_N = time_N + utterance_N * time
         x_NFC = _norm_rows(_ValidRows.apply(x_BTFC.flatten(0, 1), index_into_BT_N), self.norm1)
         x_BTFC = x_NFC.new_zeros(batch * time, *x_NFC.shape[1:]).index_copy_(0, index_into_BT_N, x_NFC)
         x_BTFC = self.conv2(x_BTFC.unflatten(0, (batch, time)))
         x_NFC = _norm_rows(_ValidRows.apply(x_BTFC.flatten(0, 1), index_into_BT_N), self.norm2)
 
-        packed = PackedSequence(x_NFC.flatten(1), layout.batch_sizes)
+        x_NH = x_NFC.flatten(1)
         for gru, norm in zip(self.grus, self.norms, strict=True):
-            packed = gru(packed, layout.offsets)
-            packed = PackedSequence(norm(packed.data), layout.batch_sizes)
-        x_NH = packed.data
-        dtype = torch.bfloat16 if kernels.autocast_is_bf16(x_NH.device.type) else x_NH.dtype
-        rows_NH = pad_rows(x_NH, dtype)
+            x_NH = norm(gru(PackedSequence(x_NH, batch_sizes), offsets).data)
+        rows_NH = pad_rows(x_NH, kernels.product_dtype(self.classifier.weight))
         logits_NV = self.classifier(rows_NH).float()
         if len(rows_NH) > len(x_NH):  # a GPU has no such rows, and would copy the gradient of the slice
             logits_NV = logits_NV[: len(x_NH)]
 
-        index_into_TB_N = layout.time_N * batch + layout.utterance_N
+        index_into_TB_N = time_N * batch + utterance_N
         logits_TBV = logits_NV.new_zeros(time * batch, len(LABELS)).index_copy_(0, index_into_TB_N, logits_NV)
         return logits_TBV.unflatten(0, (time, batch)), output_frames_B
 
@@ -145,25 +132,16 @@ def _norm_rows(x_NFC: Tensor, norm: nn.Module) -> Tensor:
     return norm(x_NFC.flatten(0, 1)).view_as(x_NFC)
 
 
-class _PackLayout(NamedTuple):
-    """Which utterance and time step each row of a packed sequence is: by time step, the longest utterance first.
+def _pack_layout(frames_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return which utterance and time step each row of a PackedSequence is, batch_sizes (CPU), and int32 offsets.
 
-    Utterance 0 has the 2 frames a0 and a1, utterance 1 has the 3 frames b0, b1 and b2:
+    Rows go by time step, the longest utterance first. If utterance 0 has the 2 frames a0 and a1, utterance 1 has the 3
+    frames b0, b1 and b2, these are
 
         row          0   1 | 2   3 | 4        batch_sizes  2 2 1
         frame        b0  a0| b1  a1| b2       offsets      0 2 4 5
         utterance_N  1   0 | 1   0 | 1
         time_N       0   0 | 1   1 | 2
-    """
-
-    utterance_N: Tensor
-    time_N: Tensor
-    batch_sizes: Tensor  # [T] on the CPU, as PyTorch wants it
-    offsets: Tensor  # int32 [T + 1]: the first row of each time step
-
-
-def _pack_layout(frames_B: Tensor, device: torch.device) -> _PackLayout:
-    """Return the rows of a PackedSequence with these frame counts (CPU).
 
     What has N elements is made on the device, from what has B or T: a larger copy from the CPU would wait for it.
     """
@@ -174,4 +152,4 @@ def _pack_layout(frames_B: Tensor, device: torch.device) -> _PackLayout:
     offsets, longest_first_B = small.split([len(offsets), len(frames_B)])
     row_N = torch.arange(int(frames_B.sum()), dtype=torch.int32, device=device)
     time_N = torch.searchsorted(offsets[1:], row_N, right=True)
-    return _PackLayout(longest_first_B[row_N - offsets[time_N]], time_N, batch_sizes_T, offsets)
+    return longest_first_B[row_N - offsets[time_N]], time_N, batch_sizes_T, offsets

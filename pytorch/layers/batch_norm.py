@@ -34,11 +34,7 @@ NO_LIMITS = -math.inf, math.inf
 class BatchNorm(nn.BatchNorm1d):
     """nn.BatchNorm1d over the rows [N, C] of all processes: mean and variance are those of all rows together.
 
-    nn.SyncBatchNorm does the same on GPUs only.
-
-    Args:
-        channels: C.
-        clamp: what the output is clipped to.
+    The output is clipped to `clamp`. nn.SyncBatchNorm does the same, without clipping, on GPUs only.
     """
 
     def __init__(self, channels: int, clamp: tuple[float, float] = NO_LIMITS) -> None:
@@ -47,16 +43,17 @@ class BatchNorm(nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize rows [N, C]."""
-        if not self.training or not (distributed.is_distributed() or _has_kernel(input)):
+        fused = _has_kernel(input)
+        if not self.training or not (fused or distributed.is_distributed()):
             return self.clip(super().forward(input))
-        limits = self.clamp if _has_kernel(input) else NO_LIMITS  # only the C++ clips
+        limits = self.clamp if fused else NO_LIMITS
         output, mean_C, variance_C, count = _SyncBatchNorm.apply(input, self.weight, self.bias, self.eps, limits)
         with torch.no_grad():
             momentum = self.momentum or 0.0
             self.get_buffer("running_mean").lerp_(mean_C, momentum)
             self.get_buffer("running_var").lerp_(variance_C * (count / (count - 1).clamp(min=1)), momentum)
             self.get_buffer("num_batches_tracked").add_(1)
-        return output if limits == self.clamp else self.clip(output)
+        return output if fused else self.clip(output)
 
     def clip(self, output: Tensor) -> Tensor:
         """Return the output within the limits."""

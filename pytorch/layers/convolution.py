@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,7 @@ NEIGHBORS = 9  # output frequencies of one product, at most: more would multiply
 class Convolution(nn.Conv2d):
     """'Same'-padded 2-d convolution without bias: it is always followed by a batch norm, which would take it out.
 
-    Args:
-        in_channels: C of the input.
-        out_channels: C of the output.
-        kernel: odd size along (frequency, time).
-        stride: along (frequency, time).
+    Kernel and stride are along (frequency, time); the kernel's sizes are odd.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int]) -> None:
@@ -49,64 +46,58 @@ class Convolution(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve [B, T, F, C] to [B, T', F', C'], where T' and F' are T and F over the stride, rounded up."""
-        device = input.device.type
-        rounded = kernels.autocast_is_bf16(device) and (device != "cpu" or kernels.has_native_bf16())
-        dtype = torch.bfloat16 if rounded else self.weight.dtype
+        dtype = kernels.product_dtype(self.weight)
         input, weight = input.to(dtype), self.weight.to(dtype)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(input.device.type, enabled=False):
             if self.in_channels == 1 and not input.requires_grad:  # the features
                 return _UnfoldedConvolution.apply(input.squeeze(3), weight, self.stride)
             return _FourierConvolution.apply(input, weight, self.stride[0])[:, :: self.stride[1]]
 
 
 class _UnfoldedConvolution(torch.autograd.Function):
-    """One input channel, as matrix products; no gradient of the input, which is the features."""
+    """One input channel, as matrix products; no gradient of the input, which is the features.
+
+    The output frequencies are in G groups of equally many neighbors; a group is one product [N, K] @ [K, X] of the
+    windows that its outputs need, and the band matrix of the weights.
+    """
 
     @staticmethod
     def forward(ctx, input_BTF: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:  # type: ignore[no-untyped-def, override]
-        ctx.save_for_backward(input_BTF, weight)
-        ctx.stride = stride
-        windows_GNK, times = _windows(input_BTF, weight.shape, stride)
-        groups, rows, width = windows_GNK.shape
-        count = math.ceil(input_BTF.shape[2] / stride[0]) // groups
-        band_KX = weight.new_zeros(width, count * len(weight))
+        batch, time, frequencies = input_BTF.shape
+        outputs, times = math.ceil(frequencies / stride[0]), math.ceil(time / stride[1])
+        neighbors = max(n for n in range(1, NEIGHBORS + 1) if outputs % n == 0)
+        windows_GNK = _windows(input_BTF, weight.shape, stride, neighbors)
+        band_KX = weight.new_zeros(windows_GNK.shape[2], neighbors * len(weight))
         _diagonals(band_KX, weight.shape, stride[0]).copy_(weight[:, 0].permute(1, 2, 0))
-        output_NGX = input_BTF.new_empty(rows, groups, band_KX.shape[1])
-        _multiply_groups(windows_GNK, band_KX.expand(groups, -1, -1), output_NGX.transpose(0, 1))
-        return output_NGX[: len(input_BTF) * times].view(len(input_BTF), times, groups * count, len(weight))
+        output_NGX = input_BTF.new_empty(windows_GNK.shape[1], len(windows_GNK), band_KX.shape[1])
+        _multiply_groups(windows_GNK, band_KX.expand(len(windows_GNK), -1, -1), output_NGX.transpose(0, 1))
+        ctx.save_for_backward(windows_GNK)
+        ctx.weight_shape, ctx.stride = weight.shape, stride[0]
+        return output_NGX[: batch * times].view(batch, times, outputs, len(weight))
 
     @staticmethod
     def backward(ctx, d_output_BTFC: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[no-untyped-def, override]
-        input_BTF, weight = ctx.saved_tensors
-        windows_GNK, _ = _windows(input_BTF, weight.shape, ctx.stride)
-        groups, rows, width = windows_GNK.shape
-        d_output_NFC = pad_rows(d_output_BTFC.contiguous().flatten(0, 1), weight.dtype)
-        d_output_GNX = d_output_NFC.view(rows, groups, -1).transpose(0, 1)
-        d_band_GKX = weight.new_empty(groups, width, d_output_GNX.shape[2])
+        (windows_GNK,) = ctx.saved_tensors
+        d_output_NFC = pad_rows(d_output_BTFC.contiguous().flatten(0, 1), windows_GNK.dtype)
+        d_output_GNX = d_output_NFC.view(len(d_output_NFC), len(windows_GNK), -1).transpose(0, 1)
+        d_band_GKX = windows_GNK.new_empty(len(windows_GNK), windows_GNK.shape[2], d_output_GNX.shape[2])
         _multiply_groups(windows_GNK.mT, d_output_GNX, d_band_GKX)
-        d_band_KX = d_band_GKX.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32))
-        d_weight_fkC = _diagonals(d_band_KX, weight.shape, ctx.stride[0]).sum(0)
+        d_band_KX = d_band_GKX.sum(0, dtype=torch.promote_types(windows_GNK.dtype, torch.float32))
+        d_weight_fkC = _diagonals(d_band_KX, ctx.weight_shape, ctx.stride).sum(0)
         return None, d_weight_fkC.permute(2, 0, 1).unsqueeze(1), None
 
 
-def _windows(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int]) -> tuple[Tensor, int]:
-    """Return G groups of equally many output frequencies: rows [N, K] of what their outputs need; and the frames T'.
+def _windows(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int], neighbors: int) -> Tensor:
+    """Return each group's rows: the kernel's frames of the padded frequencies that it needs. Groups overlap.
 
-    A row has the kernel's frames of each padded frequency; groups overlap. Rows may be more than B x T', see rows.py.
+    There is a row for each of B x T' outputs, or more, see rows.py.
     """
     kernel_frequency, kernel_time = weight_shape[2:]
     padded_BTF = nn.functional.pad(input_BTF, (kernel_frequency // 2,) * 2 + (kernel_time // 2,) * 2)
-    unfolded_BTFk = padded_BTF.unfold(1, kernel_time, stride[1])
-    batch, times = unfolded_BTFk.shape[:2]
-    rows = padded_rows(batch * times, input_BTF.device, input_BTF.dtype)
-    unfolded_NK = input_BTF.new_empty(rows, padded_BTF.shape[2] * kernel_time)
-    unfolded_NK[: batch * times].view_as(unfolded_BTFk).copy_(unfolded_BTFk)
-    if rows > batch * times:
-        unfolded_NK[batch * times :] = 0
-    frequencies = math.ceil(input_BTF.shape[2] / stride[0])
-    count = max(n for n in range(1, NEIGHBORS + 1) if frequencies % n == 0)
-    width = (kernel_frequency + (count - 1) * stride[0]) * kernel_time
-    return unfolded_NK.unfold(1, width, count * stride[0] * kernel_time).transpose(0, 1), times
+    unfolded_BTK = padded_BTF.unfold(1, kernel_time, stride[1]).flatten(2)
+    width = (kernel_frequency + (neighbors - 1) * stride[0]) * kernel_time
+    rows_NK = pad_rows(unfolded_BTK.flatten(0, 1), input_BTF.dtype)
+    return rows_NK.unfold(1, width, neighbors * stride[0] * kernel_time).transpose(0, 1)
 
 
 def _diagonals(band_KX: Tensor, weight_shape: torch.Size, stride: int) -> Tensor:
@@ -174,46 +165,25 @@ def _multiply(left: Tensor, right: Tensor) -> Tensor:
     return product
 
 
+@dataclass(frozen=True)
 class _Transform:
     """Fourier bins [2, bins, count, phases x C] (real, imaginary) of x [B, T, F, C], and the transposed map.
 
     Both axes are products with matrices of cosines and sines. For so few points these take no longer than fast
     transforms, and they leave the channels innermost, as the bins' products need them.
-
-    Args:
-        shape: of x.
-        time_waves: complex, [rates, frames of a tile].
-        row_waves: complex, [rates, rows].
-        like: has the dtype and the device of x and of the bins.
-        phases: neighboring frequencies of one row.
-        padding: zeros before the first frame, and before the first frequency.
-        tiles: of each utterance.
-        count: of all tiles, B x tiles or more, see rows.py; the others are zero.
-        step: frames from a tile's start to the next one's.
     """
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        time_waves: Tensor,
-        row_waves: Tensor,
-        like: Tensor,
-        *,
-        phases: int = 1,
-        padding: tuple[int, int] = (0, 0),
-        tiles: int = 1,
-        count: int,
-        step: int,
-    ) -> None:
-        self.shape, self.phases, self.padding, self.step = shape, phases, padding, step
-        self.tiles, self.count = tiles, count
-        self.frames, self.rows = time_waves.shape[1], row_waves.shape[1]
-        # Along rows from real to (real, imaginary), along time from (real, imaginary) of each frame to that of bins.
-        self.of_rows = torch.cat((row_waves.real, row_waves.imag)).to(like, non_blocking=True)
-        of_real, of_imaginary = (torch.cat((x.real, x.imag)) for x in (time_waves, 1j * time_waves))
-        self.of_frames = torch.stack((of_real, of_imaginary), 2).flatten(1).to(like, non_blocking=True)
-        # The real part of (real, imaginary)^T bins: the imaginary part of the bins comes in negated.
-        self.of_bins = torch.cat((self.of_frames[: len(time_waves)], -self.of_frames[len(time_waves) :])).t()
+    shape: tuple[int, ...]  # of x
+    phases: int  # neighboring frequencies of one row
+    padding: tuple[int, int]  # zeros before the first frame, and before the first frequency
+    tiles: int  # of each utterance
+    count: int  # of all tiles, B x tiles or more, see rows.py; the others are zero
+    step: int  # frames from a tile's start to the next one's
+    frames: int  # of a tile
+    rows: int
+    of_rows: Tensor  # along rows, from real to (real, imaginary)
+    of_frames: Tensor  # along time, from (real, imaginary) of each frame to that of bins
+    of_bins: Tensor  # the real part of (real, imaginary)^T bins: the imaginary part of the bins comes in negated
 
     def __call__(self, x_BTFC: Tensor) -> Tensor:
         tiles_tjrc = self._cut(x_BTFC)
@@ -274,18 +244,22 @@ def _transforms(
     # So many that nothing wraps around. At half-integer rates two real rows give one complex bin, and none is real.
     row_bins = math.ceil(max(skipped + rows, output_rows + kernel_rows - 1 - skipped) / 2)
 
-    def waves(times: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def waves(times: Tensor, rows: Tensor) -> tuple[int, int, Tensor, Tensor, Tensor]:
         time_turns = torch.outer(torch.arange(frames), times).double() / frames
         row_turns = torch.outer(torch.arange(row_bins) + 0.5, rows).double() / (2 * row_bins)
         scale = (row_bins * frames) ** (-1 / 6)  # of either axis; every product is of three transforms
-        return scale * torch.exp(-2j * torch.pi * time_turns), scale * torch.exp(-2j * torch.pi * row_turns)
+        time_waves, row_waves = (scale * torch.exp(-2j * torch.pi * turns) for turns in (time_turns, row_turns))
+        of_rows = torch.cat((row_waves.real, row_waves.imag)).to(device, dtype, non_blocking=True)
+        of_real, of_imaginary = (torch.cat((x.real, x.imag)) for x in (time_waves, 1j * time_waves))
+        of_frames = torch.stack((of_real, of_imaginary), 2).flatten(1).to(device, dtype, non_blocking=True)
+        of_bins = torch.cat((of_frames[:frames], -of_frames[frames:])).t()
+        return len(times), len(rows), of_rows, of_frames, of_bins
 
     of_input = waves(torch.arange(frames), torch.arange(rows))
     of_weight = waves(-torch.arange(kernel_time), skipped - torch.arange(kernel_rows))
     of_output = waves(-torch.arange(step), -torch.arange(output_rows))
-    padding, like = (kernel_time // 2, below), torch.empty(0, dtype=dtype, device=device)
     return (
-        _Transform(input_shape, *of_input, like, phases=stride, padding=padding, tiles=tiles, count=count, step=step),
-        _Transform(weight_shape, *of_weight, like, phases=stride, count=channels, step=kernel_time),
-        _Transform((batch, time, output_rows, channels), *of_output, like, tiles=tiles, count=count, step=step),
+        _Transform(input_shape, stride, (kernel_time // 2, below), tiles, count, step, *of_input),
+        _Transform(weight_shape, stride, (0, 0), 1, channels, kernel_time, *of_weight),
+        _Transform((batch, time, output_rows, channels), 1, (0, 0), tiles, count, step, *of_output),
     )

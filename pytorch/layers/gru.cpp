@@ -5,7 +5,7 @@
 //
 // Precision: states, gates and sums are float32. The operands of the products are float32, or rounded to bfloat16: then
 // two neighbors along the depth of a product share 32 bits (a Pair), as the CPUs that multiply bfloat16 want them;
-// other CPUs widen both halves to float32, with the same result but for the order of additions.
+// on others, where only tests ask for it, both halves become float32: the same result but for the order of additions.
 //
 // Panels: the weights are copied, once a call, into panels of three vectors of output columns each, so that a tile of
 // rows x 3 vectors of sums stays in registers while one panel is read from front to back.

@@ -20,8 +20,8 @@ The mathematics is nn.GRU's variant, whose reset gate comes after the recurrent 
 Only the products with h' must go step by step. Those with x and the gradients of both weight matrices are matrix
 products over all N rows, before and after the loop.
 
-Under bfloat16 autocast on a CPU the C++ rounds the operands of all products to bfloat16; states, gates and what the
-loop adds up stay in float32.
+Under bfloat16 autocast on a CPU that multiplies bfloat16, the operands of all products are rounded to it; states, gates
+and what the loop adds up stay in float32.
 
 Axes: N packed rows, D directions, H hidden units, G = 3H gates in the order r, z, n; B batch, T time, I input.
 """
@@ -63,8 +63,8 @@ class GRU(nn.GRU):
         device = sequence.data.device
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
         if device.type == "cpu" and kernels.available() and weights[0].dtype == torch.float32:
-            bf16 = kernels.autocast_is_bf16("cpu")
-            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, bf16, *weights)
+            dtype = kernels.product_dtype(weights[0])
+            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, dtype, *weights)
         elif torch.is_autocast_enabled(device.type) and has_triton_kernel(device, self.hidden_size, self.kernel):
             from pytorch.layers import gru_triton
 
@@ -175,32 +175,36 @@ def agreed_implementation(world: World, device: torch.device, config: Config) ->
 
 
 class _Layer(torch.autograd.Function):
-    """The layer on a CPU. `weights` are, for each direction, W_ih [G, I], W_hh [G, H], b_ih [G], b_hh [G]."""
+    """The layer on a CPU; operands of products are rounded to `dtype`, float32 or bfloat16.
+
+    `weights` are, for each direction, W_ih [G, I], W_hh [G, H], b_ih [G], b_hh [G].
+    """
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
-    def forward(ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, keep: bool, bf16: bool, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, keep: bool, dtype: torch.dtype, *weights: Tensor
+    ) -> Tensor:
         weights_ih, weights_hh, biases_ih, biases_hh = (weights[kind::4] for kind in range(4))
-        hidden = weights_hh[0].shape[1]
-        count = len(inputs_NI)
-        gates_DNG = inputs_NI.new_empty(len(weights_hh), count, 3 * hidden)
-        inputs_NI = _cast_rows(inputs_NI, bf16)
+        count, hidden, bf16 = len(inputs_NI), weights_hh[0].shape[1], dtype == torch.bfloat16
+        gates_DNG = inputs_NI.new_empty(2, count, 3 * hidden)
+        inputs_NI = pad_rows(inputs_NI, dtype)
         for gates_NG, weight_ih, bias_ih, bias_hh in zip(gates_DNG, weights_ih, biases_ih, biases_hh, strict=True):
             bias = torch.cat([bias_ih[: 2 * hidden] + bias_hh[: 2 * hidden], bias_ih[2 * hidden :]])
             if bf16:
-                gates_NG.copy_(torch.mm(inputs_NI, _cast(weight_ih, bf16).t())[:count]).add_(bias)
+                gates_NG.copy_(torch.mm(inputs_NI, weight_ih.to(dtype).t())[:count]).add_(bias)
             else:
                 torch.addmm(bias, inputs_NI, weight_ih.t(), out=gates_NG)
-        states_DNH = gates_DNG.new_empty(*gates_DNG.shape[:2], hidden)
+        states_DNH = gates_DNG.new_empty(2, count, hidden)
         # h' and q. Without them, the kernel does not write the gates either.
         kept = [torch.empty_like(states_DNH), torch.empty_like(states_DNH)] if keep else []
         by_direction = [w.contiguous() for w in weights_hh], [b[2 * hidden :].contiguous() for b in biases_hh]
-        sizes = bf16, torch.get_num_threads(), len(weights_hh), hidden, len(batch_sizes), batch_sizes
+        sizes = bf16, torch.get_num_threads(), 2, hidden, len(batch_sizes), batch_sizes
         kernels.call("gru_forward", *sizes, *by_direction, gates_DNG, states_DNH, *(kept or (None, None)))
         if keep:
-            ctx.bf16, ctx.sizes = bf16, sizes
+            ctx.dtype, ctx.sizes = dtype, sizes
             ctx.save_for_backward(inputs_NI, gates_DNG, *kept, *weights)
-        return functools.reduce(torch.add, states_DNH)
+        return states_DNH[0] + states_DNH[1]
 
     @staticmethod
     @once_differentiable
@@ -208,41 +212,24 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, d_outputs_NH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inputs_NI, gates_DNG, previous_DNH, q_DNH, *weights = ctx.saved_tensors
         weights_ih, weights_hh = weights[0::4], weights[1::4]
-        rz, dtype = 2 * q_DNH.shape[2], q_DNH.dtype
+        _, count, hidden = q_DNH.shape
         d_gates_DNG, d_q_DNH = torch.empty_like(gates_DNG), torch.empty_like(q_DNH)
         tensors = d_outputs_NH.contiguous(), gates_DNG, previous_DNH, q_DNH, d_gates_DNG, d_q_DNH
-        by_direction = [weight.contiguous() for weight in weights_hh]
-        kernels.call("gru_backward", *ctx.sizes, by_direction, *tensors)
+        kernels.call("gru_backward", *ctx.sizes, [weight.contiguous() for weight in weights_hh], *tensors)
         d_bias_DG, d_bias_n_DH = d_gates_DNG.sum(1), d_q_DNH.sum(1)
-        count = d_gates_DNG.shape[1]
-        d_gates_DNG, d_q_DNH, previous_DNH = (_cast_rows(x, ctx.bf16, 1) for x in (d_gates_DNG, d_q_DNH, previous_DNH))
+        d_gates_DNG, d_q_DNH, previous_DNH = (pad_rows(x, ctx.dtype, 1) for x in (d_gates_DNG, d_q_DNH, previous_DNH))
         d_weights: list[Tensor | None] = []
-        for direction in range(len(d_gates_DNG)):
-            d_gates_NG, d_q_NH, previous_NH = d_gates_DNG[direction], d_q_DNH[direction], previous_DNH[direction]
-            d_weight_hh = d_gates_NG.new_empty(weights_hh[direction].shape)
-            torch.mm(d_gates_NG[:, :rz].t(), previous_NH, out=d_weight_hh[:rz])
-            torch.mm(d_q_NH.t(), previous_NH, out=d_weight_hh[rz:])
-            d_weight_ih = torch.mm(d_gates_NG.t(), inputs_NI)
-            d_bias_hh = torch.cat([d_bias_DG[direction, :rz], d_bias_n_DH[direction]])
-            d_weights += [d_weight_ih.to(dtype), d_weight_hh.to(dtype), d_bias_DG[direction], d_bias_hh]
         d_inputs_NI = None
-        if ctx.needs_input_grad[0]:
-            d_inputs_NI = torch.mm(d_gates_DNG[0], _cast(weights_ih[0], ctx.bf16))[:count].to(dtype)
-            for d_gates_NG, weight_ih in zip(d_gates_DNG[1:], weights_ih[1:], strict=True):
-                if ctx.bf16:
-                    d_inputs_NI.add_(torch.mm(d_gates_NG, _cast(weight_ih, ctx.bf16))[:count])
-                else:
-                    d_inputs_NI.addmm_(d_gates_NG, weight_ih)
+        for d, (weight_ih, weight_hh) in enumerate(zip(weights_ih, weights_hh, strict=True)):
+            d_weight_hh = torch.empty_like(weight_hh, dtype=ctx.dtype)
+            torch.mm(d_gates_DNG[d, :, : 2 * hidden].t(), previous_DNH[d], out=d_weight_hh[: 2 * hidden])
+            torch.mm(d_q_DNH[d].t(), previous_DNH[d], out=d_weight_hh[2 * hidden :])
+            d_weight_ih = torch.mm(d_gates_DNG[d].t(), inputs_NI)
+            d_bias_hh = torch.cat([d_bias_DG[d, : 2 * hidden], d_bias_n_DH[d]])
+            d_weights += [d_weight_ih.float(), d_weight_hh.float(), d_bias_DG[d], d_bias_hh]
+            if d_inputs_NI is not None and ctx.dtype == torch.float32:
+                d_inputs_NI.addmm_(d_gates_DNG[d], weight_ih)
+            elif ctx.needs_input_grad[0]:
+                product_NI = torch.mm(d_gates_DNG[d], weight_ih.to(ctx.dtype))[:count]
+                d_inputs_NI = product_NI.float() if d_inputs_NI is None else d_inputs_NI.add_(product_NI)
         return d_inputs_NI, None, None, None, *d_weights
-
-
-def _cast(x: Tensor, bf16: bool) -> Tensor:
-    """Round x to bfloat16 if bf16 is set; store it in float32 where the CPU does not multiply bfloat16 natively."""
-    if not bf16:
-        return x
-    return x.bfloat16() if kernels.has_native_bf16() else x.bfloat16().to(x.dtype)
-
-
-def _cast_rows(x: Tensor, bf16: bool, dim: int = 0) -> Tensor:
-    """Return an operand whose dimension `dim` is rows of utterances, see rows.py."""
-    return pad_rows(x, torch.bfloat16, dim) if bf16 and kernels.has_native_bf16() else _cast(x, bf16)

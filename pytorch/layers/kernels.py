@@ -24,11 +24,6 @@ NUMBERS: dict[type, Any] = {bool: ctypes.c_bool, int: ctypes.c_long, float: ctyp
 SOURCES = [Path(__file__).with_name(name) for name in ("gru.cpp", "batch_norm.cpp")]
 
 
-def autocast_is_bf16(device_type: str) -> bool:
-    """Return whether autocast wants the operands of products on such a device rounded to bfloat16."""
-    return torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type) == torch.bfloat16
-
-
 @functools.cache
 def has_native_bf16() -> bool:
     """Return whether this machine's CPU multiplies bfloat16 natively, and not only by way of float32."""
@@ -36,13 +31,20 @@ def has_native_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "bf16"))  # of x86-64, of ARM
 
 
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """Return what the operands of products with a weight are rounded to: bfloat16 if autocast wants that.
+
+    A CPU that would have to emulate it computes these products in float32, faster and more precisely.
+    """
+    device = weight.device.type
+    wanted = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+    return torch.bfloat16 if wanted and (device != "cpu" or has_native_bf16()) else weight.dtype
+
+
 def compiler_flags(machine: str, capability: str, native_bf16: bool) -> list[str] | None:
     """Return what makes g++ or clang++ compile the library for a CPU, or None where there is no kernel for it.
 
-    Args:
-        machine: as platform.machine() says.
-        capability: as torch.backends.cpu.get_cpu_capability() says.
-        native_bf16: whether the CPU multiplies bfloat16.
+    The machine is as platform says, its capability as torch.backends.cpu does.
     """
     if machine in ("aarch64", "arm64"):
         instructions = ["-march=armv8.2-a+bf16"] if native_bf16 else []  # 8.2: some CPUs with bf16 are older than 8.6
@@ -99,10 +101,7 @@ def load() -> ctypes.CDLL | str:
 def call(name: str, *arguments: bool | int | float | Tensor | list[Tensor] | None) -> None:
     """Call a function of the library, without the global interpreter lock. The sources have the order of arguments.
 
-    Args:
-        name: of the function.
-        arguments: bool, long, float, a contiguous tensor as the address of its data, a list of them as an array of
-            addresses, or None for no address.
+    A contiguous tensor is passed as the address of its data, a list of them as an array of addresses.
     """
     getattr(load(), name)(*map(_passed, arguments))
 

@@ -10,14 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pytorch.layers import kernels
-
 ROWS_PER_OCTAVE = 8  # numbers of rows between n and 2 n, so that 5 % of the rows are padding in the mean
 
 
 def pads_rows(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether products of such operands get padded rows."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and kernels.has_native_bf16()
+    return device.type == "cpu" and dtype == torch.bfloat16
 
 
 def padded_rows(rows: int, device: torch.device, dtype: torch.dtype) -> int:

@@ -16,12 +16,12 @@ from tests.fake_cuda import FAULTS, Needs
 # batch. A step never waits (but inside of PyTorch's CTC loss, which is not seen here), an evaluation only for its
 # result. Copies from memory that is not page-locked are small enough for the driver to take them at once.
 LIMITS = {
-    ("adamw-bf16-ema-8", "step"): Needs(0, 8, 10_240, 682, 123.7),
-    ("sgd-bf16-plain-8", "step"): Needs(0, 8, 10_240, 676, 122.6),
-    ("muon-bf16-ema-1", "step"): Needs(0, 8, 10_240, 359, 124.9),  # that is librispeech
-    ("librispeech-16", "step"): Needs(0, 8, 3_100, 359, 23.4),
-    ("an4-6", "step"): Needs(0, 8, 956, 359, 0.7),
-    ("muon-bf16-ema-1", "evaluation"): Needs(1, 8, 32_768, 137, 40.3),
+    ("adamw-bf16-ema-8", "step"): Needs(0, 8, 10_240, 680, 122.7),
+    ("sgd-bf16-plain-8", "step"): Needs(0, 8, 10_240, 674, 121.5),
+    ("muon-bf16-ema-1", "step"): Needs(0, 8, 10_240, 357, 123.9),  # that is librispeech
+    ("librispeech-16", "step"): Needs(0, 8, 3_100, 357, 23.3),
+    ("an4-6", "step"): Needs(0, 8, 956, 357, 0.7),
+    ("muon-bf16-ema-1", "evaluation"): Needs(1, 8, 32_768, 135, 40.2),
 }
 CASES = list(dict.fromkeys(case for case, _ in LIMITS))
 Measured: TypeAlias = dict[tuple[str, str], tuple[str | None, Needs]]  # error and needs by case and name
