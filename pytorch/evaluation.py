@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,7 +19,7 @@ from pytorch.ctc import collapse
 from pytorch.device import copy_to_cpu_async
 from pytorch.distributed import World
 from pytorch.errors import RunError
-from pytorch.loader import CPU, Batch, Utterances, batch_by_padded_size, make_batch, prefetch, split_balanced
+from pytorch.loader import CPU, Batch, Utterances, batch_by_padded_size, prefetch, split_balanced
 from pytorch.metrics import ErrorCounts, count_errors
 
 # Starts to decode logits [T, B, V] with valid frames [B] on their device; what it returns waits for the transcripts.
@@ -63,9 +63,9 @@ class Evaluation:
     @cached_property
     def by_subset(self) -> dict[str, ErrorCounts]:
         """Errors by subset."""
-        errors: dict[str, ErrorCounts] = {}
+        errors: defaultdict[str, ErrorCounts] = defaultdict(ErrorCounts)
         for each in self.hypotheses:
-            errors[each.subset] = errors.get(each.subset, ErrorCounts()) + each.errors
+            errors[each.subset] += each.errors
         return errors
 
     @cached_property
@@ -126,7 +126,8 @@ def evaluate(
     counted: list[tuple[int, Hypothesis]] = []
 
     def count(batch: Batch, transcripts: Callable[[], list[str]]) -> None:
-        for index, reference, transcript in zip(batch.indices.tolist(), batch.transcripts, transcripts(), strict=True):
+        for index, transcript in zip(batch.indices.tolist(), transcripts(), strict=True):
+            reference = utterances.transcript(index)
             errors = count_errors(reference, transcript)
             name, subset = utterances.id(index), utterances.subset(index)
             counted.append((index, Hypothesis(name, subset, reference, transcript, errors)))
@@ -134,7 +135,7 @@ def evaluate(
     decoding: deque[tuple[Batch, Callable[[], list[str]]]] = deque()
     stopped = False
     with progress_bar("evaluation", len(batches), shown=world.is_main) as bar:
-        for batch in prefetch(batches, partial(make_batch, utterances, device=device), device):
+        for batch in prefetch(utterances, batches, device):
             if stopped := stop_requested():
                 break
             decoding.append((batch, decoder(*forward(batch))))

@@ -52,12 +52,9 @@ class Augmentation:
 
 
 def draw_augmentation(config: Config, seeds: Iterable[Sequence[int]], tempo_limits: np.ndarray) -> Augmentation:
-    """Draw the augmentation of a batch, each utterance from its own generator.
+    """Draw the augmentation of a batch, each utterance from its own generator and seed, a sequence of integers.
 
-    Args:
-        config: ranges to draw from.
-        seeds: B sequences of integers; the b-th alone decides what utterance b gets, whoever shares its batch.
-        tempo_limits: float [B], tempo above which the utterance would have too few frames for its transcript.
+    So it does not matter which others share the batch. An utterance's tempo is at most its limit.
     """
     tempo, gain, frequency, time = [], [], [], []
     for seed, limit in zip(seeds, tempo_limits, strict=True):
@@ -84,13 +81,7 @@ class LogSpectrogram(nn.Module):
     def forward(
         self, waveforms_BS: Tensor, num_samples_B: Tensor, augmentation: Augmentation | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return features [B, F, T] and frames [B] (CPU) of a batch.
-
-        Args:
-            waveforms_BS: int16, on any device.
-            num_samples_B: int64 on the CPU, valid samples of each utterance.
-            augmentation: None for evaluation.
-        """
+        """Return features and frames of utterances of `num_samples_B` samples (CPU). Augmentation is for training."""
         device = waveforms_BS.device
         magnitude_BFT = self.magnitude(waveforms_BS.float() / 32768)
         frames_B = frame_counts(num_samples_B)
@@ -108,16 +99,10 @@ class LogSpectrogram(nn.Module):
 
 
 def change_tempo(magnitude_BFT: Tensor, frames_B: Tensor, tempo_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Play each utterance `tempo` times as fast without changing its pitch: linear interpolation of the magnitude
-    spectrogram along time.
+    """Play each utterance `tempo` times as fast without changing its pitch: interpolate its magnitudes along time.
 
-    Args:
-        magnitude_BFT: magnitudes.
-        frames_B: int64 on the CPU.
-        tempo_B: float64 on the CPU, > 0.
-
-    Returns:
-        Magnitudes with as many frames as the longest result, see `padded_frames`, and the new numbers of frames (CPU).
+    Return the magnitudes, padded as `padded_frames` says, and the new numbers of frames. Frames and tempo (float64) are
+    on the CPU.
     """
     new_frames_B = ((frames_B - 1) / tempo_B).floor().long() + 1
     device, dtype = magnitude_BFT.device, widest_float(magnitude_BFT.device)

@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from pytorch.model import TIME_STRIDE, output_frames
 LENGTH_JITTER = 0.1  # later epochs sort lengths scaled by U(0.95, 1.05), so that their batches differ
 PREFETCHED_BATCHES = 3
 CPU = torch.device("cpu")
+Augment: TypeAlias = Callable[[np.ndarray], Augmentation]  # of utterances by their positions
 
 
 class Utterances:
@@ -83,8 +85,7 @@ class Batch:
     num_samples_B: Tensor  # int64, CPU
     targets: Tensor  # int64
     target_lengths_B: Tensor  # int64, CPU
-    transcripts: list[str]
-    augmentation: Augmentation | None
+    augmentation: Augmentation | None  # None for evaluation
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -98,11 +99,7 @@ class Batch:
 class TrainingLoader:
     """This rank's microbatches of the training utterances, epoch by epoch.
 
-    Args:
-        utterances: all of them; those that are too short for CTC are left out, see `excluded`.
-        config: batch size, accumulation, seed and augmentation.
-        world: the ranks, which share every batch.
-        device: where batches go.
+    Utterances that are too short for CTC are left out, see `excluded`. The ranks of `world` share every batch.
 
     Raises:
         RunError: a batch would be too small to give every rank its microbatches.
@@ -115,9 +112,8 @@ class TrainingLoader:
         self.data_wait_seconds = 0.0  # time spent waiting for batches in the current epoch
         if not len(self.included):
             raise RunError(f"all {len(utterances)} training utterances are too short for their transcripts")
-        batches = split_evenly(self.included, config.batch_size)
-        self._steps, smallest = len(batches), min(map(len, batches))
-        parts = config.num_microbatches(world.size)
+        self._steps = math.ceil(len(self.included) / config.batch_size)
+        smallest, parts = len(self.included) // self._steps, config.num_microbatches(world.size)
         if smallest < parts:
             raise RunError(
                 f"{len(self.included)} training utterances in batches of at most {config.batch_size} leave one of "
@@ -131,49 +127,35 @@ class TrainingLoader:
     def epoch(self, epoch: int, start: int, stop: int) -> Iterator[tuple[np.ndarray, list[Batch]]]:
         """Yield, for steps [start, stop) of an epoch, the global batch's utterances and this rank's microbatches."""
         config, world = self.config, self.world
-        steps = epoch_batches(self.utterances, self.included, config.batch_size, config.seed, epoch)[start:stop]
+        steps = self.global_batches(epoch)[start:stop]
         # A step's batch is split into ranks x accumulation microbatches. Rank r has those numbered r, r + ranks, ...,
         # so the same utterances are in a step for any number of ranks. With 2 ranks and accumulation over 2:
         #   step 0:  0 rank 0 | 1 rank 1 | 2 rank 0 | 3 rank 1        step 1:  0 rank 0 | ...
         parts = config.num_microbatches(world.size)
         mine = [split_balanced(self.utterances, step, parts)[world.rank :: world.size] for step in steps]
-        augment = (config, epoch) if epoch >= config.augment_from_epoch else None
-        make = partial(make_batch, self.utterances, device=self.device, augment=augment)
+        augment = None
+        if epoch >= config.augment_from_epoch:
+            augment = partial(augmentation, self.utterances, config, epoch)
         self.data_wait_seconds = 0.0
         # The reader works through all microbatches of the epoch in one row, ahead of the step that is being computed;
         # each step takes its own from the front.
-        with closing(prefetch(chain.from_iterable(mine), make, self.device)) as batches:
+        ahead = prefetch(self.utterances, chain.from_iterable(mine), self.device, augment)
+        with closing(ahead) as batches:
             for step, own in zip(steps, mine, strict=True):
                 asked = time.monotonic()
                 microbatches = [next(batches) for _ in own]
                 self.data_wait_seconds += time.monotonic() - asked
                 yield step, microbatches
 
-
-def epoch_batches(
-    utterances: Utterances, included: np.ndarray, batch_size: int, seed: int, epoch: int
-) -> list[np.ndarray]:
-    """Return the batches of an epoch, in order: every included utterance exactly once.
-
-    Args:
-        utterances: sorted by length.
-        included: int [M], ascending positions in `utterances`.
-        batch_size: global batch size, see `split_evenly`.
-        seed: the run's seed.
-        epoch: from 1; the first is in order of length.
-    """
-    if epoch == 1:
-        return split_evenly(included, batch_size)
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
-    jitter = random.uniform(1 - LENGTH_JITTER / 2, 1 + LENGTH_JITTER / 2, len(included))
-    order = included[np.argsort(utterances.num_samples[included] * jitter, kind="stable")]
-    batches = split_evenly(order, batch_size)
-    return [batches[position] for position in random.permutation(len(batches))]
-
-
-def split_evenly(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Return consecutive batches, as few as possible, none larger than `batch_size`; sizes differ by one at most."""
-    return np.array_split(indices, math.ceil(len(indices) / batch_size))
+    def global_batches(self, epoch: int) -> list[np.ndarray]:
+        """Return the batches of an epoch, in order: every included utterance once. Sizes differ by one at most."""
+        if epoch == 1:
+            return np.array_split(self.included, len(self))
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.config.seed, epoch])))
+        jitter = random.uniform(1 - LENGTH_JITTER / 2, 1 + LENGTH_JITTER / 2, len(self.included))
+        order = np.argsort(self.utterances.num_samples[self.included] * jitter, kind="stable")
+        batches = np.array_split(self.included[order], len(self))
+        return [batches[position] for position in random.permutation(len(self))]
 
 
 def split_balanced(utterances: Utterances, indices: np.ndarray, parts: int) -> list[np.ndarray]:
@@ -186,9 +168,7 @@ def split_balanced(utterances: Utterances, indices: np.ndarray, parts: int) -> l
 def batch_by_padded_size(num_samples: np.ndarray, max_samples: int) -> list[np.ndarray]:
     """Return consecutive batches, as large as `max_samples` allows once they are padded to the longest utterance.
 
-    Args:
-        num_samples: int [N], ascending; an utterance longer than `max_samples` is a batch of its own.
-        max_samples: of a batch, padding included.
+    `num_samples` ascend; a longer utterance than `max_samples` is a batch of its own.
     """
     batches, start = [], 0
     for end in range(1, len(num_samples) + 1):
@@ -199,23 +179,11 @@ def batch_by_padded_size(num_samples: np.ndarray, max_samples: int) -> list[np.n
 
 
 def make_batch(
-    utterances: Utterances,
-    indices: np.ndarray,
-    *,
-    device: torch.device = CPU,
-    augment: tuple[Config, int] | None = None,
+    utterances: Utterances, indices: np.ndarray, device: torch.device = CPU, augment: Augment | None = None
 ) -> Batch:
-    """Read a batch, on the CPU.
-
-    Args:
-        utterances: where from.
-        indices: int [B], positions in `utterances`.
-        device: where the batch will be computed.
-        augment: configuration and epoch to draw augmentation for; None for evaluation.
-    """
+    """Read a batch, on the CPU; it will be computed on `device`. Without `augment` it is one for evaluation."""
     num_samples_B = torch.from_numpy(utterances.num_samples[indices])
-    frames_B = frame_counts(num_samples_B)
-    frames = padded_frames(int(frames_B.max()), device)
+    frames = padded_frames(int(frame_counts(num_samples_B).max()), device)
     samples = max(int(num_samples_B.max()), (frames - 1) * HOP_LENGTH)
     pinned = device.type in ("cuda", "xpu")  # page-locked: these devices then copy while the host goes on
     waveforms_BS = torch.empty(len(indices), samples, dtype=torch.int16, pin_memory=pinned)
@@ -223,32 +191,31 @@ def make_batch(
     # with more threads than cores, the pools' threads sleep at every barrier instead of spinning.
     for waveform, count, index in zip(waveforms_BS.numpy(), num_samples_B.tolist(), indices, strict=True):
         waveform[:count], waveform[count:] = utterances.waveform(index), 0
-    transcripts = [utterances.transcript(index) for index in indices]
-    encoded = [encode(transcript) for transcript in transcripts]
-    augmentation = None
-    if augment is not None:
-        config, epoch = augment
-        seeds = [(config.seed, epoch, index) for index in indices.tolist()]
-        # CTC still needs its frames: needed <= output_frames(floor((frames - 1) / tempo) + 1) holds up to
-        # tempo = (frames - 1) / (stride (needed - 1)). The last factor keeps rounding on the safe side.
-        needed_B = utterances.min_ctc_frames[indices]
-        limits_B = np.maximum(frames_B.numpy() - 1, 1) / np.maximum(TIME_STRIDE * (needed_B - 1), 1) * (1 - 1e-9)
-        augmentation = draw_augmentation(config, seeds, limits_B)
+    encoded = [encode(utterances.transcript(index)) for index in indices]
     return Batch(
         indices=indices,
         waveforms_BS=waveforms_BS,
         num_samples_B=num_samples_B,
         targets=torch.tensor(list(chain.from_iterable(encoded)), dtype=torch.int64, pin_memory=pinned),
         target_lengths_B=torch.tensor([len(labels) for labels in encoded], dtype=torch.int64),
-        transcripts=transcripts,
-        augmentation=augmentation,
+        augmentation=augment(indices) if augment else None,
     )
 
 
+def augmentation(utterances: Utterances, config: Config, epoch: int, indices: np.ndarray) -> Augmentation:
+    """Draw the augmentation of utterances in an epoch. They keep the frames that CTC needs for their transcripts."""
+    # needed <= output_frames(floor((frames - 1) / tempo) + 1) holds up to
+    # tempo = (frames - 1) / (stride (needed - 1)). The last factor keeps rounding on the safe side.
+    needed_B, frames_but_one_B = utterances.min_ctc_frames[indices], utterances.num_samples[indices] // HOP_LENGTH
+    limits_B = np.maximum(frames_but_one_B, 1) / np.maximum(TIME_STRIDE * (needed_B - 1), 1) * (1 - 1e-9)
+    return draw_augmentation(config, [(config.seed, epoch, index) for index in indices.tolist()], limits_B)
+
+
 def prefetch(
-    batches: Iterable[np.ndarray], make: Callable[[np.ndarray], Batch], device: torch.device = CPU
+    utterances: Utterances, batches: Iterable[np.ndarray], device: torch.device, augment: Augment | None = None
 ) -> Generator[Batch, None, None]:
     """Yield batches in order, on a device, made in a background thread some batches ahead."""
+    make = partial(make_batch, utterances, device=device, augment=augment)
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
         remaining = iter(batches)
         pending = deque(reader.submit(make, indices) for indices in islice(remaining, PREFETCHED_BATCHES))

@@ -31,15 +31,11 @@ def make_optimizers(config: Config, model: DeepSpeech2) -> list[torch.optim.Opti
     """Return the configuration's optimizer, or Muon and AdamW. The learning rate is set before each step."""
     betas = config.beta1, config.beta2
     if config.optimizer == "sgd":
+        momentum, decay = config.beta1, config.weight_decay
         sgd = torch.optim.SGD(
-            model.parameters(),
-            config.learning_rate,
-            momentum=config.beta1,
-            nesterov=config.beta1 > 0,
-            weight_decay=config.weight_decay,
-            fused=True,
+            model.parameters(), config.learning_rate, momentum, weight_decay=decay, nesterov=momentum > 0, fused=True
         )
-        if config.beta1 > 0:
+        if momentum > 0:
             # The first step would allocate the momentum without writing to it, and leave it so if it is skipped.
             for parameter in model.parameters():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -62,13 +58,10 @@ class Muon(torch.optim.Optimizer):
     """Muon for the weights [3H, I] of GRUs, whose three gates [H, I] are matrices of their own.
 
     torch.optim.Muon does not split gates, does not support found_inf, and always rounds to bfloat16, with which it
-    takes 20 times as long on a CPU that does not multiply that natively.
+    takes 20 times as long on a CPU that does not multiply that natively. Here the Newton-Schulz products are in
+    `compute_dtype`, and all that is kept is as precise as the weights.
 
-    Args:
-        params: the weights.
-        lr: learning rate; a gate of full rank moves by 0.6 of it in root mean square.
-        weight_decay: decoupled.
-        compute_dtype: of the Newton-Schulz products; all that is kept is as precise as the weights.
+    A gate of full rank moves by 0.6 of the learning rate in root mean square. Weight decay is decoupled.
     """
 
     def __init__(
@@ -115,13 +108,7 @@ def newton_schulz(matrices_NMK: Tensor) -> Tensor:
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of a step.
-
-    Args:
-        config: schedule and its values.
-        step: of the run, from 0.
-        steps_per_epoch: in the whole epoch.
-    """
+    """Return the learning rate of a step of the run, which are numbered from 0."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "anneal":
         decay = config.lr_gamma ** -(step // steps_per_epoch)

@@ -113,6 +113,5 @@ def random_batch(config: Config, num_samples_B: Tensor, device: torch.device) ->
         num_samples_B=num_samples_B,
         targets=targets,
         target_lengths_B=lengths_B,
-        transcripts=[""] * count,
         augmentation=augmentation,
     ).to(device)

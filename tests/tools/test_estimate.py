@@ -13,7 +13,7 @@ from data.packed import DatasetError
 from pytorch.config import CONFIGS
 from pytorch.distributed import World
 from pytorch.features import SAMPLE_RATE
-from pytorch.loader import TrainingLoader, epoch_batches
+from pytorch.loader import TrainingLoader
 from pytorch.trainer import Trainer
 from tests.conftest import write_packed_dataset
 from tests.processes import run_module_for_text
@@ -78,8 +78,7 @@ def test_seconds_per_epoch_are_the_sum_of_its_steps(monkeypatch: pytest.MonkeyPa
     timed = list[float]()
 
     def steps(epoch: int) -> list[np.ndarray]:
-        batches = epoch_batches(utterances, loader.included, 32, loader.config.seed, epoch)
-        return [utterances.num_samples[indices] for indices in batches]
+        return [utterances.num_samples[indices] for indices in loader.global_batches(epoch)]
 
     def time_steps(_trainer: Trainer, _loader: TrainingLoader, epoch: int, start: int, stop: int) -> tuple[int, float]:
         taken = steps(epoch)[start:stop]
