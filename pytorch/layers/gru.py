@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
@@ -60,48 +59,41 @@ class GRU(nn.GRU):
         Offsets [T + 1] are each time step's first row, int32 on the device. Triton computes those that are not given.
         """
         weights: list[Tensor] = self._flat_weights  # type: ignore[assignment]
-        device = sequence.data.device
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (sequence.data, *weights))
-        if device.type == "cpu" and kernels.available() and weights[0].dtype == torch.float32:
-            dtype = kernels.product_dtype(weights[0])
-            outputs_NH = _Layer.apply(sequence.data, sequence.batch_sizes, keep, dtype, *weights)
-        elif torch.is_autocast_enabled(device.type) and has_triton_kernel(device, self.hidden_size, self.kernel):
-            from pytorch.layers import gru_triton
+        inputs_NI, batch_sizes, device = sequence.data, sequence.batch_sizes, sequence.data.device
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (inputs_NI, *weights))
+        dtype = kernels.product_dtype(weights[0])
+        with torch.autocast(device.type, enabled=False):
+            if device.type == "cpu" and kernels.available() and weights[0].dtype == torch.float32:
+                outputs_NH = _Layer.apply(inputs_NI.float(), batch_sizes, keep, dtype, *weights)
+            elif dtype == torch.bfloat16 and has_triton_kernel(device, self.hidden_size, self.kernel):
+                from pytorch.layers import gru_triton
 
-            with torch.autocast(device.type, enabled=False):
-                outputs_NH = gru_triton.Layer.apply(sequence.data, sequence.batch_sizes, offsets, keep, *weights)
-        else:
-            bf16 = torch.is_autocast_enabled(device.type) and has_bf16_kernel(device)
-            dtype = torch.bfloat16 if bf16 else weights[0].dtype
-            rounded = [x.to(dtype) for x in (sequence.data, *weights)]
-            outputs_NX = _stock_gru(rounded[0], sequence.batch_sizes, rounded[1:], self.training)
-            outputs_NH = outputs_NX.unflatten(1, (2, -1)).sum(1, dtype=weights[0].dtype)
-        return PackedSequence(outputs_NH, sequence.batch_sizes, sequence.sorted_indices, sequence.unsorted_indices)
+                outputs_NH = gru_triton.Layer.apply(inputs_NI, batch_sizes, offsets, keep, *weights)
+            else:
+                if dtype == torch.bfloat16 and not has_bf16_kernel(device):
+                    dtype = weights[0].dtype
+                rounded = [weight.to(dtype) for weight in weights]
+                outputs_NX = _stock_gru(inputs_NI.to(dtype), batch_sizes, rounded, self.training)
+                outputs_NH = outputs_NX.unflatten(1, (2, -1)).sum(1, dtype=weights[0].dtype)
+        return sequence._replace(data=outputs_NH)
 
 
 def _stock_gru(inputs_NI: Tensor, batch_sizes: Tensor, weights: list[Tensor], training: bool) -> Tensor:
-    """Return nn.GRU's outputs [N, 2H] in the inputs' data type; under autocast, CUDA's would round to float16."""
+    """Return nn.GRU's outputs [N, 2H] in the inputs' data type; not for autocast, in which CUDA's rounds to float16."""
     state_2BH = inputs_NI.new_zeros(2, int(batch_sizes[0]), weights[1].shape[1])
     options = True, 1, 0.0, training, True  # bias, layers, dropout, training, bidirectional
-    with torch.autocast(inputs_NI.device.type, enabled=False), warnings.catch_warnings():
+    with warnings.catch_warnings():
         # cuDNN packs copies of the weights, as they are not contiguous; that costs little.
         warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         return torch._VF.gru(inputs_NI, batch_sizes, state_2BH, weights, *options)[0]  # type: ignore[attr-defined]
 
 
 @functools.cache
-@torch.inference_mode(False)
-@torch.enable_grad()
 def has_bf16_kernel(device: torch.device) -> bool:
-    """Return whether an accelerator's library computes GRUs in bfloat16.
-
-    cuDNN does from version 9.13 on, on GPUs of compute capability 8 and higher. Otherwise PyTorch would silently take
-    some kernels for each time step.
-    """
-    layer = nn.GRU(8, 8, bidirectional=True, device=device, dtype=torch.bfloat16)
-    inputs_NI = torch.zeros(1, 8, device=device, dtype=torch.bfloat16)
-    outputs_NX = _stock_gru(inputs_NI, torch.tensor([1]), layer._flat_weights, training=True)  # type: ignore[arg-type]
-    return outputs_NX.grad_fn.name().startswith(("CudnnRnn", "MiopenRnn"))  # type: ignore[union-attr]
+    """Return whether PyTorch has cuDNN compute GRUs in bfloat16. Else it silently takes some kernels a time step."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return (torch.backends.cudnn.version() or 0) >= 91300 and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
@@ -119,10 +111,8 @@ def has_triton_kernel(device: torch.device, hidden_size: int, kernel: GRUKernel)
             if not (error := _trial_error(device, hidden_size, batch_sizes)) < 0.05:
                 raise RuntimeError(f"the relative difference from cuDNN's results is {error:.2g}")
     except Exception as error:  # whatever keeps Triton from running, cuDNN needs neither it nor a compiler
-        needs = "a C compiler and Python's headers (gcc, python3-dev)"
-        warnings.warn(
-            f"cuDNN computes the GRUs. Triton would be faster, but failed: {error}. It needs {needs}.", stacklevel=2
-        )
+        needs = "It needs a C compiler and Python's headers (gcc, python3-dev)."
+        warnings.warn(f"cuDNN computes the GRUs. Triton would be faster, but failed: {error}. {needs}", stacklevel=2)
         return False
     return True
 
@@ -181,7 +171,6 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(
         ctx: Any, inputs_NI: Tensor, batch_sizes: Tensor, keep: bool, dtype: torch.dtype, *weights: Tensor
     ) -> Tensor:
@@ -208,7 +197,6 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, d_outputs_NH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         inputs_NI, gates_DNG, previous_DNH, q_DNH, *weights = ctx.saved_tensors
         weights_ih, weights_hh = weights[0::4], weights[1::4]
