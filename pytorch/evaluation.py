@@ -108,15 +108,8 @@ def evaluate(
 
     Args:
         forward: returns logits [T, B, V] and valid frames [B] of a batch, from a model in evaluation mode.
-        utterances: what to evaluate, divided so that ranks get similar numbers of utterances and samples.
-        world: the ranks.
-        max_batch_samples: samples of a batch, padding included; a longer utterance is a batch of its own.
-        device: where `forward` computes.
-        decoder: makes transcripts of logits.
-        stop_requested: asked before each batch; once it is true, this rank goes no further.
-
-    Returns:
-        None on all ranks if one of them was stopped.
+        max_batch_samples: padding included; a longer utterance is a batch of its own.
+        stop_requested: asked before each batch; once it is true on a rank, the result is None on all.
 
     Raises:
         RunError: not every utterance was counted exactly once.

@@ -112,8 +112,7 @@ class TrainingLoader:
         self.data_wait_seconds = 0.0  # time spent waiting for batches in the current epoch
         if not len(self.included):
             raise RunError(f"all {len(utterances)} training utterances are too short for their transcripts")
-        self._steps = math.ceil(len(self.included) / config.batch_size)
-        smallest, parts = len(self.included) // self._steps, config.num_microbatches(world.size)
+        smallest, parts = len(self.included) // len(self), config.num_microbatches(world.size)
         if smallest < parts:
             raise RunError(
                 f"{len(self.included)} training utterances in batches of at most {config.batch_size} leave one of "
@@ -122,7 +121,7 @@ class TrainingLoader:
 
     def __len__(self) -> int:
         """Return the steps of an epoch."""
-        return self._steps
+        return math.ceil(len(self.included) / self.config.batch_size)
 
     def epoch(self, epoch: int, start: int, stop: int) -> Iterator[tuple[np.ndarray, list[Batch]]]:
         """Yield, for steps [start, stop) of an epoch, the global batch's utterances and this rank's microbatches."""
@@ -133,14 +132,11 @@ class TrainingLoader:
         #   step 0:  0 rank 0 | 1 rank 1 | 2 rank 0 | 3 rank 1        step 1:  0 rank 0 | ...
         parts = config.num_microbatches(world.size)
         mine = [split_balanced(self.utterances, step, parts)[world.rank :: world.size] for step in steps]
-        augment = None
-        if epoch >= config.augment_from_epoch:
-            augment = partial(augmentation, self.utterances, config, epoch)
+        augment = partial(augmentation, self.utterances, config, epoch) if epoch >= config.augment_from_epoch else None
         self.data_wait_seconds = 0.0
         # The reader works through all microbatches of the epoch in one row, ahead of the step that is being computed;
         # each step takes its own from the front.
-        ahead = prefetch(self.utterances, chain.from_iterable(mine), self.device, augment)
-        with closing(ahead) as batches:
+        with closing(prefetch(self.utterances, chain.from_iterable(mine), self.device, augment)) as batches:
             for step, own in zip(steps, mine, strict=True):
                 asked = time.monotonic()
                 microbatches = [next(batches) for _ in own]

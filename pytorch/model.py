@@ -75,10 +75,10 @@ class DeepSpeech2(nn.Module):
         batch, time = x_BTFC.shape[:2]
         # Where each packed row lies in [B, T]; padding is left out of the norms, and zero again before conv2.
         index_into_BT_N = time_N + utterance_N * time
-        x_NFC = _norm_rows(_ValidRows.apply(x_BTFC.flatten(0, 1), index_into_BT_N), self.norm1)
+        x_NFC = _norm_rows(x_BTFC, index_into_BT_N, self.norm1)
         x_BTFC = x_NFC.new_zeros(batch * time, *x_NFC.shape[1:]).index_copy_(0, index_into_BT_N, x_NFC)
         x_BTFC = self.conv2(x_BTFC.unflatten(0, (batch, time)))
-        x_NFC = _norm_rows(_ValidRows.apply(x_BTFC.flatten(0, 1), index_into_BT_N), self.norm2)
+        x_NFC = _norm_rows(x_BTFC, index_into_BT_N, self.norm2)
 
         x_NH = x_NFC.flatten(1)
         for gru, norm in zip(self.grus, self.norms, strict=True):
@@ -127,8 +127,9 @@ class _ValidRows(torch.autograd.Function):
         return d_rows.new_zeros(ctx.shape).index_copy_(0, index_N, d_rows), None
 
 
-def _norm_rows(x_NFC: Tensor, norm: nn.Module) -> Tensor:
-    """Apply a batch norm, and its clipping, to each channel over rows and frequencies."""
+def _norm_rows(x_BTFC: Tensor, index_into_BT_N: Tensor, norm: nn.Module) -> Tensor:
+    """Apply a batch norm, and its clipping, to each channel over valid rows and frequencies. Return these rows."""
+    x_NFC = _ValidRows.apply(x_BTFC.flatten(0, 1), index_into_BT_N)
     return norm(x_NFC.flatten(0, 1)).view_as(x_NFC)
 
 

@@ -40,10 +40,8 @@ def make_optimizers(config: Config, model: DeepSpeech2) -> list[torch.optim.Opti
             for parameter in model.parameters():
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return [sgd]
-    muon_params = (
-        [weight for weight in model.grus.parameters() if weight.ndim == 2] if config.optimizer == "muon" else []
-    )
-    adam_params = [each for each in model.parameters() if all(each is not weight for weight in muon_params)]
+    muon_params = [weight for weight in model.grus.parameters() if weight.ndim == 2 and config.optimizer == "muon"]
+    adam_params = [weight for weight in model.parameters() if weight not in {*muon_params}]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(adam_params, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
     ]

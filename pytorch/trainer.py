@@ -24,12 +24,9 @@ from pytorch.optimizer import make_optimizers
 
 
 class Trainer:
-    """A model in training, initialized from torch's global generator.
+    """A model in training, initialized from torch's global generator. Every rank makes one.
 
-    Args:
-        config: its precision is fp32 or bf16; `auto` computes in fp32 until `use_precision`.
-        device: where to compute.
-        world: the ranks; every one of them makes a Trainer.
+    The precision `auto` computes in fp32 until `use_precision`.
     """
 
     def __init__(self, config: Config, device: torch.device, world: World | None = None) -> None:
