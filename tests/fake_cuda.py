@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType, SimpleNamespace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -54,7 +54,7 @@ from pytorch.warmup import warm_up
 ROOT = Path(__file__).resolve().parent.parent
 HEADERS = Path(sysconfig.get_path("purelib")) / "triton/backends/nvidia/include"
 UTTERANCES, SECONDS = 128, 13.7  # of a rank's batch; the longest, but of an4 4 s
-FOR_GPU: dict[str, Any] = {"device": torch.device("cuda", 0)}  # how batches are read
+GPU = torch.device("cuda", 0)
 
 # The part of CUDA's runtime and driver that torch itself calls.
 RUNTIME = r"""
@@ -186,14 +186,6 @@ class Recorder(TorchDispatchMode):
         for event, count in sorted(Counter(self.events).items(), key=lambda item: -item[0].bytes * item[1]):
             print(f"  {event.bytes * count / 1e9:8.3f} GB  {event.line:48} {event.kind}: {event.what} x {count}")
 
-    def __enter__(self) -> Self:
-        self.fake.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.fake.__exit__(*error)
-
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name, device = function._schema.name.split("::")[1], str(kwargs.get("device"))
@@ -279,6 +271,7 @@ def fake_gpu() -> Iterator[Recorder]:
             (gru_triton, "_backward", defaultdict(lambda: partial(recorder.operation, "gru_backward"))),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
+        stack.enter_context(recorder.fake)
         yield stack.enter_context(recorder)
 
 
@@ -314,16 +307,17 @@ def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> No
     config = dataclasses.replace(base, augment_from_epoch=1, **changes)
     seconds = 4 if name == "an4" else SECONDS
     samples = (np.linspace(0.8, 1, config.batch_size) * seconds * 16000).astype(np.int64)
+    capacity = UTTERANCES * int(samples[-1])
     audio = np.random.default_rng(0).integers(-1000, 1000, samples[-1]).astype(np.int16)
     names, texts = [str(n) for n in samples], ["AB" * int(7 * n / 16000) for n in samples]  # 14 labels a second
     utterances = Utterances([Subset("", audio, np.zeros_like(samples), samples, names, names, texts)])
     if world.size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world.size)
-    trainer = Trainer(config, torch.device("cuda", 0), world)
+    trainer = Trainer(config, GPU, world)
     if world.size > 1:
         trainer.ddp_model.register_comm_hook(None, all_reduce)  # type: ignore[operator]
         trainer.ddp_model.logger = mock.Mock()  # waits for the GPU in the first ten steps, then in every hundredth
-    ((_, batches),) = TrainingLoader(utterances, config, world, **FOR_GPU).epoch(1, 0, 1)
+    ((_, batches),) = TrainingLoader(utterances, config, world, GPU).epoch(1, 0, 1)
 
     def step(accumulation: int = 1) -> Callable[[], Tensor]:
         trainer.model.train()
@@ -331,7 +325,7 @@ def rehearse(case: str, measure: Callable[[str, Callable[[], Any]], None]) -> No
 
     def evaluation() -> None:
         trainer.eval_model.eval()
-        evaluate(trainer.evaluate_logits, utterances, world, max_batch_samples=UTTERANCES * int(samples[-1]), **FOR_GPU)
+        evaluate(trainer.evaluate_logits, utterances, world, max_batch_samples=capacity, device=GPU)
 
     if case == "faults":
         step()

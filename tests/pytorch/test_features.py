@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pytorch.config import CONFIGS
-from pytorch.features import FREQUENCY_BINS, Augmentation, LogSpectrogram, change_tempo, draw_augmentation
+from pytorch.features import FREQUENCY_BINS, Augmentation, LogSpectrogram, draw_augmentation
 from tests.conftest import SPEECH
 
 CONFIG = CONFIGS["librispeech"]
@@ -53,18 +53,6 @@ def test_features_of_an_utterance_do_not_depend_on_the_others_in_its_batch() -> 
 def test_digital_silence_gives_finite_features() -> None:
     features, _ = LogSpectrogram()(torch.zeros(1, 4000, dtype=torch.int16), torch.tensor([4000]))
     assert torch.isfinite(features).all()
-
-
-def test_tempo_changes_the_length_and_keeps_the_pitch() -> None:
-    time = torch.arange(32000) / 16000
-    tone = (10000 * torch.sin(2 * torch.pi * 1000 * time)).to(torch.int16)[None]
-    magnitude = LogSpectrogram().magnitude(tone.float() / 32768)
-    for tempo in (0.85, 1.0, 1.15):
-        changed, frames = change_tempo(magnitude, torch.tensor([201]), torch.tensor([tempo], dtype=torch.float64))
-        assert abs(frames.item() - 201 / tempo) <= 1
-        assert changed.shape[-1] == frames.item()
-        assert set(changed[0, :, 2:-2].argmax(0).tolist()) == {20}  # 1000 Hz in bins of 50 Hz
-        assert tempo != 1 or torch.allclose(changed, magnitude)
 
 
 def draw(seeds: list[list[int]], limit: float = np.inf) -> Augmentation:

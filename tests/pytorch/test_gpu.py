@@ -23,7 +23,6 @@ from pytorch.layers.convolution import Convolution
 from pytorch.layers.gru import GRU
 from pytorch.loader import TrainingLoader, Utterances
 from pytorch.trainer import Trainer
-from tests.fake_cuda import FOR_GPU
 from tests.pytorch.test_distributed import run_in
 from tests.pytorch.test_train import values
 from tests.pytorch.test_trainer import small_config
@@ -114,7 +113,7 @@ def made(dataset: Path, device: torch.device, precision: Any) -> tuple[Trainer, 
     torch.manual_seed(0)
     trainer = Trainer(dataclasses.replace(config, precision=precision), device)
     utterances = Utterances(open_dataset(dataset).split("train"))
-    loader = TrainingLoader(utterances, config, World(), **(FOR_GPU if device == GPU else {}))
+    loader = TrainingLoader(utterances, config, World(), device)
     return trainer, [microbatches for _, microbatches in loader.epoch(2, 0, 3)]
 
 

@@ -78,14 +78,6 @@ def test_every_parameter_has_a_gradient_with_one_channel_too(features: torch.Ten
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_ctc_loss_is_computed_in_float32_whatever_the_logits() -> None:
-    logits = torch.randn(20, 2, 29)
-    arguments = torch.tensor([20, 15]), torch.tensor([3, 1, 2]), torch.tensor([2, 1])
-    loss = ctc_loss(logits.bfloat16(), *arguments)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, ctc_loss(logits.bfloat16().float(), *arguments))
-
-
 def test_at_the_beginning_blank_is_likely_and_the_other_labels_are_alike(features: torch.Tensor) -> None:
     torch.manual_seed(3)
     logits_TBV, frames_B = DeepSpeech2(conv_channels=2, hidden_size=32)(features, FRAMES)

@@ -41,15 +41,6 @@ def test_convolution_and_its_gradients_equal_those_of_conv2d(shape: Any, time: i
         torch.testing.assert_close(x_BTFC.grad.double().permute(0, 3, 2, 1), x_BCFT.grad, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("padding", [1, 13, 60])
-def test_padding_changes_no_output(padding: int) -> None:
-    torch.manual_seed(0)
-    convolution = Convolution(4, 4, (21, 11), (2, 1))
-    x_BTFC = torch.randn(2, 50, 81, 4)
-    padded_BTFC = nn.functional.pad(x_BTFC, (0, 0, 0, 0, 0, padding))
-    torch.testing.assert_close(convolution(padded_BTFC)[:, :50], convolution(x_BTFC), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_under_bfloat16_autocast_it_is_off_by_rounding_alone(shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, outputs, kernel, stride, frequencies = shape

@@ -18,15 +18,15 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from pytorch.layers import gru
 from tests.conftest import ROOT
+from tests.pytorch.layers.test_gru import INPUTS, pack, run
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 gru_triton = pytest.importorskip("pytorch.layers.gru_triton")
 
-INPUTS = 7
 # Hidden size, lengths; tiles of 4 rows and 16 units. The last one has those of GPUs.
 CASES: list[tuple[int, list[int]]] = [
     (40, [4, 3, 3, 2, 1]),  # three programs a direction for the first four utterances; the third has 8 units
@@ -37,18 +37,14 @@ CASES: list[tuple[int, list[int]]] = [
 FAULTS = ["", "a NaN", "a gradient", "an error"]  # of the kernels in the second block of rows
 
 
-def run(layer: nn.GRU, sequence: PackedSequence, stock: bool) -> list[Tensor]:
-    """Outputs, and the gradients of inputs and parameters for some gradient of the outputs."""
-    data, weights = sequence.data.requires_grad_(), list(layer.parameters())
-    if stock:
-        outputs_NH = layer(sequence._replace(data=data))[0].data.unflatten(1, (-1, layer.hidden_size)).sum(1)
-    else:
-        outputs_NH = gru_triton.Layer.apply(data, sequence.batch_sizes, None, True, *weights)
-        with torch.no_grad():
-            inference_NH = gru_triton.Layer.apply(data, sequence.batch_sizes, None, False, *weights)
-            assert torch.equal(outputs_NH, inference_NH)
-    d_outputs_NH = torch.randn(outputs_NH.shape, generator=torch.Generator().manual_seed(0)).to(outputs_NH)
-    return [outputs_NH.detach(), *torch.autograd.grad(outputs_NH, [data, *weights], d_outputs_NH)]
+class InTriton(gru.GRU):
+    """A layer that the kernels compute, in training and in inference."""
+
+    def forward(self, sequence: PackedSequence, offsets: Tensor | None = None) -> PackedSequence:  # type: ignore[override]
+        given = sequence.data, sequence.batch_sizes, None
+        outputs_NH, inference_NH = (gru_triton.Layer.apply(*given, keep, *self.parameters()) for keep in (True, False))
+        assert torch.equal(outputs_NH, inference_NH)
+        return sequence._replace(data=outputs_NH)
 
 
 def errors(case: int) -> list[float]:
@@ -57,11 +53,11 @@ def errors(case: int) -> list[float]:
     small = {(9, 0): (tile | {"K": 16, "AHEAD": 1}, tile | {"K": 32, "AHEAD": 4})}
     hidden, lengths = CASES[case]
     torch.manual_seed(0)
-    layer = nn.GRU(INPUTS, hidden, bidirectional=True)
-    sequence = pack_padded_sequence(torch.randn(max(lengths), len(lengths), INPUTS), torch.tensor(lengths))
+    layer, stock = InTriton(INPUTS, hidden), nn.GRU(INPUTS, hidden, bidirectional=True).double()
+    stock.load_state_dict(layer.state_dict())
     with mock.patch.dict(gru_triton.TILES, small if case < len(CASES) - 1 else {}):
-        actual = run(layer, sequence, stock=False)
-    expected = run(layer.double(), sequence._replace(data=sequence.data.detach().double()), stock=True)
+        actual = run(layer, pack(lengths))
+    expected = run(stock, pack(lengths, torch.float64))
     assert all(a.shape == e.shape and a.dtype == torch.float32 for a, e in zip(actual, expected, strict=True))
     return [float((a - e).norm()) for a, e in zip(actual, expected, strict=True)]
 

@@ -52,18 +52,6 @@ def test_an_older_cpu_is_told(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatc
     assert kernels.status() == "plain PyTorch: no kernel for this CPU (x86_64, DEFAULT): it needs AVX2"
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [({"avx512_f": True, "avx512_bf16": True}, True), ({"avx512_bf16": False}, False)]
-    + [({"neon": True, "bf16": has}, has) for has in (True, False)],
-)
-def test_bf16_is_native_where_torch_says_so_of_either_architecture(
-    capabilities: dict[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert kernels.has_native_bf16.__wrapped__() is expected
-
-
 def test_a_built_kernel_needs_no_compiler(fresh_kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "")  # as good as not set
     kernels.load()
