@@ -111,12 +111,10 @@ def change_tempo(magnitude_BFT: Tensor, frames_B: Tensor, tempo_B: Tensor) -> tu
     position_BT = torch.minimum(time_T * tempo_B1, last_B1)
     before_BT = position_BT.floor()
     after_BT = torch.minimum(before_BT + 1, last_B1)
-
-    def frames_at(index_BT: Tensor) -> Tensor:
-        return magnitude_BFT.gather(2, index_BT.long()[:, None].expand(-1, magnitude_BFT.shape[1], -1))
-
     fraction_B1T = (position_BT - before_BT).float()[:, None]
-    return torch.lerp(frames_at(before_BT), frames_at(after_BT), fraction_B1T), new_frames_B
+    indices = (x_BT.long()[:, None].expand(-1, magnitude_BFT.shape[1], -1) for x_BT in (before_BT, after_BT))
+    before_BFT, after_BFT = (magnitude_BFT.gather(2, index_BFT) for index_BFT in indices)
+    return torch.lerp(before_BFT, after_BFT, fraction_B1T), new_frames_B
 
 
 def _normalize(features_BFT: Tensor, valid_B1T: Tensor, frames_B: Tensor) -> Tensor:

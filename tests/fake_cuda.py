@@ -86,7 +86,7 @@ int cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, char *poi
 }
 
 SET(cudaGetDeviceProperties, struct cudaDeviceProp, ((struct cudaDeviceProp){.name = "H100", .major = 9,
-    .multiProcessorCount = 132, .sharedMemPerMultiprocessor = 233472, .sharedMemPerBlockOptin = 232448}))
+    .multiProcessorCount = 132, .sharedMemPerMultiprocessor = 233472}))
 SET(cudaGetDeviceCount, int, 1) SET(cudaGetDevice, int, 0) SET(cudaDriverGetVersion, int, 99000)
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
 int cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { return *least = *greatest = 0; }
@@ -266,7 +266,7 @@ def fake_gpu() -> Iterator[Recorder]:
             (nn.init, "orthogonal_", lambda tensor, gain=1: tensor),  # would take seconds
             (nn.parallel.distributed, "_verify_param_shape_across_processes", lambda *_, **__: None),
             (nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),
-            (gru, "has_triton_kernel", lambda device, hidden, _kernel: gru_triton.supported(device, hidden, False)),
+            (gru, "has_triton_kernel", lambda device, *_: gru_triton.supported(device, False)),
             (gru_triton, "_forward", defaultdict(lambda: partial(recorder.operation, "gru_forward"))),
             (gru_triton, "_backward", defaultdict(lambda: partial(recorder.operation, "gru_backward"))),
         ):

@@ -46,8 +46,7 @@ class BatchNorm(nn.BatchNorm1d):
         fused = _has_kernel(input)
         if not self.training or not (fused or distributed.is_distributed()):
             return self.clip(super().forward(input))
-        limits = self.clamp if fused else NO_LIMITS
-        output, mean_C, variance_C, count = _SyncBatchNorm.apply(input, self.weight, self.bias, self.eps, limits)
+        output, mean_C, variance_C, count = _SyncBatchNorm.apply(input, self.weight, self.bias, self.eps, self.clamp)
         with torch.no_grad():
             momentum = self.momentum or 0.0
             self.get_buffer("running_mean").lerp_(mean_C, momentum)
@@ -63,7 +62,7 @@ class BatchNorm(nn.BatchNorm1d):
 class _SyncBatchNorm(torch.autograd.Function):
     """Output [N, C], mean [C], variance [C] (both float32) and number of rows, which is a tensor.
 
-    Where there is C++, the output is clipped, and `clamp` says to what.
+    Only the C++ clips the output to `clamp`.
     """
 
     @staticmethod

@@ -103,7 +103,7 @@ def has_triton_kernel(device: torch.device, hidden_size: int, kernel: GRUKernel)
         from pytorch.layers import gru_triton
     except ImportError:
         return False
-    if kernel == "cudnn" or not gru_triton.supported(device, hidden_size, untested=kernel == "triton"):
+    if kernel == "cudnn" or not gru_triton.supported(device, untested=kernel == "triton"):
         return False
     try:
         # One block of rows, and two; the programs have to wait for one another.
