@@ -95,7 +95,6 @@ class Trainer:
         Args:
             microbatches: this rank's part of the global batch, to be computed one after another.
             global_batch_size: utterances of all ranks' microbatches.
-            lr: learning rate.
             flags: booleans, summed over ranks together with the loss.
 
         Returns:

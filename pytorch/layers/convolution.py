@@ -41,8 +41,7 @@ class Convolution(nn.Conv2d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int], stride: tuple[int, int]) -> None:
-        padding = (kernel[0] // 2, kernel[1] // 2)
-        super().__init__(in_channels, out_channels, kernel, stride, padding, bias=False)
+        super().__init__(in_channels, out_channels, kernel, stride, (kernel[0] // 2, kernel[1] // 2), bias=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve [B, T, F, C] to [B, T', F', C'], where T' and F' are T and F over the stride, rounded up."""
@@ -57,23 +56,28 @@ class Convolution(nn.Conv2d):
 class _UnfoldedConvolution(torch.autograd.Function):
     """One input channel, as matrix products; no gradient of the input, which is the features.
 
-    The output frequencies are in G groups of equally many neighbors; a group is one product [N, K] @ [K, X] of the
-    windows that its outputs need, and the band matrix of the weights.
+    The output frequencies are in G groups of equally many neighbors. A group is one product [N, K] @ [K, X], of the
+    windows that its outputs need and of the band matrix. N is B x T', or more, see rows.py.
     """
 
     @staticmethod
     def forward(ctx, input_BTF: Tensor, weight: Tensor, stride: tuple[int, int]) -> Tensor:  # type: ignore[no-untyped-def, override]
         batch, time, frequencies = input_BTF.shape
+        channels, _, kernel_frequency, kernel_time = weight.shape
         outputs, times = math.ceil(frequencies / stride[0]), math.ceil(time / stride[1])
         neighbors = max(n for n in range(1, NEIGHBORS + 1) if outputs % n == 0)
-        windows_GNK = _windows(input_BTF, weight.shape, stride, neighbors)
-        band_KX = weight.new_zeros(windows_GNK.shape[2], neighbors * len(weight))
+        padded_BTF = nn.functional.pad(input_BTF, (kernel_frequency // 2,) * 2 + (kernel_time // 2,) * 2)
+        unfolded_BTK = padded_BTF.unfold(1, kernel_time, stride[1]).flatten(2)  # the kernel's frames of each frequency
+        rows_NK = pad_rows(unfolded_BTK.flatten(0, 1), input_BTF.dtype)
+        width = (kernel_frequency + (neighbors - 1) * stride[0]) * kernel_time
+        windows_GNK = rows_NK.unfold(1, width, neighbors * stride[0] * kernel_time).transpose(0, 1)  # they overlap
+        band_KX = weight.new_zeros(width, neighbors * channels)
         _diagonals(band_KX, weight.shape, stride[0]).copy_(weight[:, 0].permute(1, 2, 0))
-        output_NGX = input_BTF.new_empty(windows_GNK.shape[1], len(windows_GNK), band_KX.shape[1])
+        output_NGX = input_BTF.new_empty(len(rows_NK), len(windows_GNK), neighbors * channels)
         _multiply_groups(windows_GNK, band_KX.expand(len(windows_GNK), -1, -1), output_NGX.transpose(0, 1))
         ctx.save_for_backward(windows_GNK)
         ctx.weight_shape, ctx.stride = weight.shape, stride[0]
-        return output_NGX[: batch * times].view(batch, times, outputs, len(weight))
+        return output_NGX[: batch * times].view(batch, times, outputs, channels)
 
     @staticmethod
     def backward(ctx, d_output_BTFC: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[no-untyped-def, override]
@@ -85,19 +89,6 @@ class _UnfoldedConvolution(torch.autograd.Function):
         d_band_KX = d_band_GKX.sum(0, dtype=torch.promote_types(windows_GNK.dtype, torch.float32))
         d_weight_fkC = _diagonals(d_band_KX, ctx.weight_shape, ctx.stride).sum(0)
         return None, d_weight_fkC.permute(2, 0, 1).unsqueeze(1), None
-
-
-def _windows(input_BTF: Tensor, weight_shape: torch.Size, stride: tuple[int, int], neighbors: int) -> Tensor:
-    """Return each group's rows: the kernel's frames of the padded frequencies that it needs. Groups overlap.
-
-    There is a row for each of B x T' outputs, or more, see rows.py.
-    """
-    kernel_frequency, kernel_time = weight_shape[2:]
-    padded_BTF = nn.functional.pad(input_BTF, (kernel_frequency // 2,) * 2 + (kernel_time // 2,) * 2)
-    unfolded_BTK = padded_BTF.unfold(1, kernel_time, stride[1]).flatten(2)
-    width = (kernel_frequency + (neighbors - 1) * stride[0]) * kernel_time
-    rows_NK = pad_rows(unfolded_BTK.flatten(0, 1), input_BTF.dtype)
-    return rows_NK.unfold(1, width, neighbors * stride[0] * kernel_time).transpose(0, 1)
 
 
 def _diagonals(band_KX: Tensor, weight_shape: torch.Size, stride: int) -> Tensor:

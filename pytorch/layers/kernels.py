@@ -42,10 +42,7 @@ def product_dtype(weight: Tensor) -> torch.dtype:
 
 
 def compiler_flags(machine: str, capability: str, native_bf16: bool) -> list[str] | None:
-    """Return what makes g++ or clang++ compile the library for a CPU, or None where there is no kernel for it.
-
-    The machine is as platform says, its capability as torch.backends.cpu does.
-    """
+    """Return what makes g++ or clang++ compile the library for a CPU, or None where there is no kernel for it."""
     if machine in ("aarch64", "arm64"):
         instructions = ["-march=armv8.2-a+bf16"] if native_bf16 else []  # 8.2: some CPUs with bf16 are older than 8.6
     elif capability == "AVX2":

@@ -64,8 +64,7 @@ def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
     trainer = Trainer(small_config(), CPU)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     seconds = time_precisions(trainer)
-    assert set(seconds) == {"fp32", "bf16"}
-    assert all(0 < value < math.inf for value in seconds.values())
+    assert all(0 < seconds[precision] < math.inf for precision in ("fp32", "bf16"))
     assert trainer.config.precision == "fp32"
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())

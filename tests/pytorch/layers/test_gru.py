@@ -57,7 +57,6 @@ def assert_like_stock(lengths: list[int], hidden_size: int, bf16: bool = False) 
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         actual = run(layer, pack(lengths))
     expected = run(stock, pack(lengths, torch.float64))
-    assert len(actual) == len(expected) == 2 + len(list(stock.parameters()))
     for a, e in zip(actual, expected, strict=True):
         assert a.shape == e.shape and a.dtype == torch.float32
         if bf16:
