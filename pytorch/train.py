@@ -130,7 +130,7 @@ class EpochStats:
     utterances_per_second: float | None  # None without a step
     audio_seconds_per_second: float | None  # of speech as it is in the corpus, before augmentation
     data_wait_fraction: float  # of the time, on the rank that waited most
-    peak_memory_gib: float  # of the run so far, of the process that took most; see memory.peak
+    peak_memory_gib: float  # of this epoch's training, of the process that took most; see memory.peak
     skipped_steps: int  # of the run so far
     finished: bool  # False if max_steps cut it short
 
@@ -153,6 +153,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
     """
     config, state, trainer, world = run.config, run.state, run.trainer, run.world
     run.log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: state.epoch})
+    memory.reset_peak(trainer.device)
     started, utterances, samples = time.monotonic(), 0, 0
     pending: deque[PendingStep] = deque()
     trainer.model.train()

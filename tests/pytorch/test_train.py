@@ -12,6 +12,7 @@ import torch
 
 from data.files import locked
 from pytorch import checkpoint, machine, train
+from pytorch.config import Config
 from pytorch.errors import PREEMPTED, RunError
 from pytorch.evaluation import Evaluation, evaluate
 from pytorch.layers import kernels
@@ -157,6 +158,20 @@ def test_two_runs_with_one_seed_have_the_same_losses_and_another_seed_has_others
     ]
     assert len(losses[0]) == 8
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="elsewhere it is that of the run so far")
+def test_the_peak_of_memory_is_that_of_each_epoch(
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def learning_rate(_config: Config, step: int, _steps: int) -> float:
+        torch.ones((step == 0) << 29, dtype=torch.uint8)  # half a GiB, once
+        return 1e-3
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    run_here(tones, tmp_path, "--max-epochs", "2", "--target-wer", "0")
+    first, second = metadata(capsys.readouterr().out, "epoch_stop", "peak_memory_gib")
+    assert 0 < second < first - 0.4
 
 
 @pytest.mark.parametrize("decay", ["0", "0.9"])
