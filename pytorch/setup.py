@@ -72,8 +72,7 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
         RankFailure: the other ranks did not connect.
     """
     stop = StopSignal()
-    sinks = [mllog.StandardOutput(), mllog.LogFile(config.output_dir / mllog.LOG)]
-    log = mllog.make_logger(*(sinks if torchrun_env("RANK", 0) == 0 else []))
+    log = mllog.make_logger(config.output_dir if torchrun_env("RANK", 0) == 0 else None)
     log.start(constants.INIT_START)
 
     # The kind of device decides how ranks connect. Asking for the last one checks that every local rank has one.
@@ -104,7 +103,8 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     if resumed_from is not None:
         restore(run, resumed_from)
     if config.tensorboard is not None and world.is_main:
-        log.logger.addHandler(mllog.TensorBoard(config.tensorboard, run.state.step))
+        curves = mllog.TensorBoard(config.tensorboard, run.state.step)
+        log.logger.addHandler(mllog.Sink(f"--tensorboard {config.tensorboard}", curves.write))
     if world.is_main and not run.target_reached:
         put_away_earlier_run(config.output_dir, resumed_from)
     if resumed_from is None:
