@@ -15,14 +15,14 @@ from mlperf_logging.mllog.mllog import MLLogger
 from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, machine, mllog
 from pytorch.checkpoint import TrainState
-from pytorch.config import Config, Precision, fields_of
-from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
+from pytorch.config import Config, fields_of
+from pytorch.device import explain_oom, select_device, select_precision, set_device
 from pytorch.distributed import StopSignal, World, torchrun_env
 from pytorch.errors import RunError
 from pytorch.layers import gru
 from pytorch.mllog import Clock
 from pytorch.trainer import Trainer
-from pytorch.warmup import time_precisions, warm_up
+from pytorch.warmup import faster_precision, warm_up
 
 
 @dataclass
@@ -88,12 +88,16 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     reasons = "; ".join(dict.fromkeys(filter(None, world.all_gather_object(cache_clear))))
     log.event(constants.CACHE_CLEAR, not reasons, metadata={"reason": reasons} if reasons else {})
     resumed_from = checkpoint.find_resumable(config, dataset.digest, world)
+    if resumed_from is not None and config.precision == "auto":
+        config = replace(config, precision=resumed_from["config"]["precision"])
 
     torch.manual_seed(config.seed)
     with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
         trainer = Trainer(config, device, world)
     if config.precision == "auto":
-        trainer.use_precision(measured_precision(trainer, log, resumed_from))
+        precision, seconds = faster_precision(trainer)
+        log.event("auto_precision", precision, metadata={f"{name}_seconds": value for name, value in seconds.items()})
+        trainer.use_precision(precision)
         config = trainer.config
     mllog.log_submission(log, config, dataset, machine.describe_machine(device), world.size)
     log.event("gru_implementation", gru.agreed_implementation(world, device, config))
@@ -174,16 +178,6 @@ def check_batches(world: World, config: Config, dataset: PackedDataset) -> None:
         raise RunError(
             f"--batch-size {config.batch_size}: cannot be divided into {shards} parts (ranks x accumulation)"
         )
-
-
-def measured_precision(trainer: Trainer, log: MLLogger, resumed_from: dict[str, Any] | None) -> Precision:
-    """Return the precision of the run that is resumed, or the faster one on the first rank, and log both times."""
-    if resumed_from is not None:
-        return resumed_from["config"]["precision"]
-    seconds = trainer.world.broadcast_object(time_precisions(trainer), src=0)
-    precision = faster_precision(seconds)
-    log.event("auto_precision", precision, metadata={f"{name}_seconds": value for name, value in seconds.items()})
-    return precision
 
 
 def max_train_samples(dataset: PackedDataset) -> int:

@@ -11,15 +11,8 @@ from pytorch.layers import kernels
 from tests.pytorch.test_train import events, run_here, values
 
 
-@pytest.mark.parametrize(("fp32", "bf16", "chosen"), [(1.0, 0.97, "bf16"), (1.0, 2.0, "fp32"), (1.0, 0.99, "fp32")])
 def test_auto_is_the_precision_that_was_measured_to_be_faster_and_stays_so_when_resumed(
-    fp32: float,
-    bf16: float,
-    chosen: str,
-    tones: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def precision(*options: str) -> tuple[str, list[Any]]:
         run_here(tones, tmp_path, "--precision", "auto", "--target-wer", "0", *options)
@@ -28,10 +21,10 @@ def test_auto_is_the_precision_that_was_measured_to_be_faster_and_stays_so_when_
         return metadata["configuration"]["precision"], values(log, "auto_precision")
 
     monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)
-    monkeypatch.setattr(setup, "time_precisions", lambda _: {"fp32": fp32, "bf16": bf16})
-    assert precision("--max-steps", "1") == (chosen, [chosen])
-    monkeypatch.setattr(setup, "time_precisions", lambda _: {"fp32": bf16, "bf16": fp32})
-    assert precision("--max-steps", "2", "--resume") == (chosen, [])
+    monkeypatch.setattr(setup, "faster_precision", lambda _: ("bf16", {"fp32": 2.0, "bf16": 1.0}))
+    assert precision("--max-steps", "1") == ("bf16", ["bf16"])
+    monkeypatch.setattr(setup, "faster_precision", lambda _: ("fp32", {"fp32": 1.0, "bf16": 2.0}))
+    assert precision("--max-steps", "2", "--resume") == ("bf16", [])
     assert precision("--max-steps", "1", "--precision", "fp32") == ("fp32", [])
 
 
