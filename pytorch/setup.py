@@ -126,6 +126,8 @@ def restore(run: TrainingRun, content: dict[str, Any]) -> None:
     config = run.config
     run.state = state = TrainState(**{**content["progress"], "resumed": True})
     run.trainer.load_state_dict(content, state.step)
+    if not (config.output_dir / checkpoint.BEST).exists():  # where only checkpoint_last.pt was copied
+        state.best_wer = None
     run.log.event("resumed", True, metadata={k: v for k, v in vars(state).items() if v is not None})
     saved = content["config"]["batch_size"], content["config"]["seed"], content["dataset_digest"]
     if state.step_in_epoch and saved != (config.batch_size, config.seed, run.dataset.digest):

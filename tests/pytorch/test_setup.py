@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from pytorch import setup
+from pytorch import checkpoint, setup
 from pytorch.distributed import World
 from pytorch.layers import kernels
 from tests.pytorch.test_train import events, run_here, values
@@ -26,6 +27,17 @@ def test_auto_is_the_precision_that_was_measured_to_be_faster_and_stays_so_when_
     monkeypatch.setattr(setup, "faster_precision", lambda _: ("fp32", {"fp32": 1.0, "bf16": 2.0}))
     assert precision("--max-steps", "2", "--resume") == ("bf16", [])
     assert precision("--max-steps", "1", "--precision", "fp32") == ("fp32", [])
+
+
+def test_a_run_resumed_from_the_last_checkpoint_alone_has_a_best_one_again(tones: Path, tmp_path: Path) -> None:
+    """Though its WER stays above the lowest before."""
+    run_here(tones, tmp_path / "first", "--max-steps", "6", "--target-wer", "0")
+    content = checkpoint.load(tmp_path / "first" / checkpoint.LAST)
+    content["progress"]["best_wer"] = 0.5
+    (tmp_path / "second").mkdir()
+    torch.save(content, tmp_path / "second" / checkpoint.LAST)
+    run_here(tones, tmp_path / "second", "--max-steps", "12", "--target-wer", "0", "--resume")
+    assert checkpoint.load(tmp_path / "second" / checkpoint.BEST)["progress"]["step"] == 12
 
 
 def test_ranks_of_different_configurations_refuse_to_train_together(
