@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ class TrainingRun:
     def mark_if_best(self) -> None:
         """Keep the newest checkpoint as the best one if its WER is the lowest so far."""
         if self.world.is_main and self.state.wer == self.state.best_wer:
-            checkpoint.mark_best(self.config.output_dir)
+            checkpoint.keep_newest_as(checkpoint.BEST, self.config.output_dir)
 
 
 def setup(config: Config, cache_clear: str) -> TrainingRun:
@@ -142,13 +144,20 @@ def restore(run: TrainingRun, content: dict[str, Any]) -> None:
 
 
 def put_away_earlier_run(folder: Path, resumed_from: dict[str, Any] | None) -> None:
-    """Move an earlier run's files out of the output folder, or only its log and report if it is continued here."""
+    """Move an earlier run's files into a folder of their own, or only its log and report if it is continued here."""
     if resumed_from is not None and checkpoint.is_of_this_run(resumed_from):
         return  # torchrun has restarted the ranks: the log continues, too
     checkpoints = [checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST] if resumed_from is None else []
-    away, what = checkpoint.put_away(folder, [*checkpoints, mllog.LOG, mllog.REPORT]), "run" if checkpoints else "log"
-    if away is not None:
-        print(f"The earlier {what} in this folder is now in {away} (--resume continues a run).", file=sys.stderr)
+    files = [folder / name for name in (*checkpoints, mllog.LOG, mllog.REPORT) if os.path.lexists(folder / name)]
+    if not files:
+        return
+    names = (f"previous_run{f'-{number}' if number > 1 else ''}" for number in count(1))
+    away = next(folder / name for name in names if not os.path.lexists(folder / name))
+    away.mkdir()
+    for file in files:
+        file.rename(away / file.name)
+    what = "run" if checkpoints else "log"
+    print(f"The earlier {what} in this folder is now in {away} (--resume continues a run).", file=sys.stderr)
 
 
 def check_agreement(world: World, config: Config, dataset: PackedDataset) -> None:
@@ -157,14 +166,13 @@ def check_agreement(world: World, config: Config, dataset: PackedDataset) -> Non
     Raises:
         RunError: names each difference from rank 0.
     """
-    own = fields_of("machine")
-    mine = {key: value for key, value in config.to_dict().items() if key not in own} | {"data_set": dataset.digest}
-    first, *others = world.all_gather_object(mine)
+    mine = {key: value for key, value in config.to_dict().items() if key not in fields_of("machine")}
+    everyone = world.all_gather_object({**mine, "data_set": dataset.digest})
     differences = [
-        f"{key.replace('_', '-')} {other[key]} on rank {rank}, {first[key]} on rank 0"
-        for rank, other in enumerate(others, start=1)
-        for key in first
-        if other[key] != first[key]
+        f"{key.replace('_', '-')} {other[key]} on rank {rank}, {first} on rank 0"
+        for rank, other in enumerate(everyone)
+        for key, first in everyone[0].items()
+        if other[key] != first
     ]
     if differences:
         raise RunError(f"ranks disagree on the configuration: {'; '.join(differences)}")

@@ -59,7 +59,7 @@ def test_another_configuration_or_data_set_is_refused_unless_that_is_wanted(
     assert run_here(other, tmp_path, *options, "--resume-with-changes") == 1
     output, said = capsys.readouterr()
     for text in (refusal, said):
-        assert "learning-rate: checkpoint 0.0015, command line 0.5; data set: checkpoint " in text
+        assert "learning-rate: checkpoint 0.0015, command line 0.5; data-set: checkpoint " in text
     assert len(values(output, "train_loss")) == 1
 
 

@@ -2,10 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ from tools.mlperf.runlog import RunLog
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 SMALL = ["--config", "synthetic", "--hidden-size", "16", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
 SMALL += ["--precision", "fp32"]  # auto would measure, and so small a model is about as fast in either
-Reached: TypeAlias = tuple[subprocess.CompletedProcess[str], Path]
 
 
 def small_run(dataset: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,16 +57,15 @@ def have_same_weights(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def reached(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> Reached:
+def run(tones: Path, tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
     """A run whose target is so high that the first evaluation reaches it."""
-    output = tmp_path_factory.mktemp("reached")
-    return small_run(tones, output, "--target-wer", "1000", "--seed", "5"), output
+    return small_run(tones, tmp_path_factory.mktemp("reached"), "--target-wer", "1000", "--seed", "5")
 
 
-def test_a_run_that_reaches_the_target_ends_with_status_zero_and_the_result_line(reached: Reached) -> None:
-    run, _ = reached
+def test_a_run_that_reaches_the_target_ends_with_status_zero_and_the_result_line(
+    run: subprocess.CompletedProcess[str],
+) -> None:
     assert run.returncode == 0, run.stderr
-    assert "A LibriSpeech result needs 23." in run.stderr
     assert "epoch   1" in run.stderr and "tones-validation" in run.stderr
     fields = run.stdout.splitlines()[-1].split(",")
     assert fields[:3] == ["RESULT", "DEEPSPEECH2", "5"]
@@ -75,17 +74,12 @@ def test_a_run_that_reaches_the_target_ends_with_status_zero_and_the_result_line
     assert len(fields) == 6
 
 
-def test_the_log_has_the_official_events_in_order(reached: Reached) -> None:
-    run, _ = reached
+def test_the_log_has_the_official_events_in_order(run: subprocess.CompletedProcess[str]) -> None:
     keys = [event["key"] for event in events(run.stdout)]
     assert all(line.startswith((":::MLLOG ", "RESULT,")) for line in run.stdout.splitlines())
     order = ["init_start", "init_stop", "run_start", "epoch_start", "epoch_stop", "eval_start", "eval_accuracy"]
     order += ["eval_stop", "run_stop"]
     assert [key for key in keys if key in order] == order
-    once = ["seed", "global_batch_size", "gradient_accumulation_steps", "train_samples", "eval_samples", "opt_name"]
-    once += [f"submission_{what}" for what in ("org", "platform", "division", "benchmark", "status")]
-    for key in [*once, "cache_clear", "gru_implementation", "dataset"]:
-        assert keys.count(key) == 1, key
     assert values(run.stdout, "train_samples") == [21]
     assert values(run.stdout, "eval_samples") == [7]
     assert metadata(run.stdout, "run_stop", "status") == ["success"]
@@ -120,25 +114,6 @@ def test_bfloat16_trains_as_float32_does_but_for_rounding(tones: Path, tmp_path:
         assert "--precision bf16: this device has no bf16 arithmetic" in run.stderr
 
 
-def test_checkpoints_of_the_best_and_the_last_epoch_load_as_plain_weights(reached: Reached) -> None:
-    _, output = reached
-    for name in ("checkpoint_best.pt", "checkpoint_last.pt"):
-        content = torch.load(output / name, weights_only=True)
-        assert content["format_version"] == checkpoint.FORMAT_VERSION
-        assert content["progress"]["epoch"] == 2
-    kept = sorted(path.stem for path in output.glob("*.pt"))
-    assert kept == [f"checkpoint_{n}" for n in ("best", "last", "previous")]
-
-
-def test_a_run_that_misses_the_target_ends_with_status_one_and_without_a_result(tones: Path, tmp_path: Path) -> None:
-    run = small_run(tones, tmp_path, "--target-wer", "0", "--max-epochs", "2")
-    assert run.returncode == 1
-    assert "RESULT" not in run.stdout
-    assert "not reached" in run.stderr
-    assert metadata(run.stdout, "run_stop", "status") == ["aborted"]
-    assert metadata(run.stdout, "eval_accuracy", "epoch_num") == [1, 2]
-
-
 def test_after_max_steps_all_is_evaluated_and_the_target_is_met_by_an_equal_wer_but_not_by_a_higher_one(
     tones: Path, tmp_path: Path
 ) -> None:
@@ -146,6 +121,7 @@ def test_after_max_steps_all_is_evaluated_and_the_target_is_met_by_an_equal_wer_
     assert run.returncode == 1
     assert len(values(run.stdout, "train_loss")) == 1
     assert metadata(run.stdout, "eval_accuracy", "utterances") == [7]
+    assert metadata(run.stdout, "run_stop", "status") == ["aborted"]
     (wer,) = values(run.stdout, "eval_accuracy")
     assert run_here(tones, tmp_path / "b", "--max-steps", "1", "--target-wer", repr(wer)) == 0
     assert run_here(tones, tmp_path / "c", "--max-steps", "1", "--target-wer", repr(wer - 1e-9)) == 1
@@ -210,7 +186,7 @@ def test_a_checkpoint_that_cannot_be_written_is_found_out_before_training_and_co
     assert run.returncode == 1
     assert "could not be written" in run.stderr
     assert not values(run.stdout, "run_start")
-    assert (tmp_path / checkpoint.PREVIOUS_RUN / "checkpoint_last.pt").read_bytes() == b"before"
+    assert (tmp_path / "previous_run" / "checkpoint_last.pt").read_bytes() == b"before"
     assert "Traceback" not in run.stderr
 
 
@@ -225,7 +201,7 @@ def test_a_disk_that_is_full_at_the_end_does_not_cost_the_result(
             raise RunError("checkpoint_last.pt: the checkpoint could not be written: no space left")
 
     monkeypatch.setattr(checkpoint, "save", save)
-    monkeypatch.setattr(checkpoint, "mark_best", lambda folder: None)
+    monkeypatch.setattr(checkpoint, "keep_newest_as", lambda *_: None)
     assert run_here(tones, tmp_path, "--target-wer", "1000") == 1
     output, errors = capsys.readouterr()
     assert output.splitlines()[-1].startswith("RESULT,")
@@ -266,14 +242,6 @@ def test_diverging_runs_stop_with_an_error_that_names_utterances(tones: Path, tm
     assert "train-0" in run.stderr
     assert values(run.stdout, "skipped_step")
     assert "Traceback" not in run.stderr, run.stderr
-
-
-def test_help_names_configurations_and_defaults() -> None:
-    run = run_module_for_text("pytorch.run_and_time", "--config", "an4", "--help")
-    assert run.returncode == 0
-    assert "librispeech-100" in run.stdout
-    assert "--hidden-size INT" in run.stdout
-    assert "default: 128" in run.stdout
 
 
 def test_no_start_deletes_anything_of_the_runs_before_it(tones: Path, tmp_path: Path) -> None:
@@ -344,22 +312,13 @@ def test_a_run_told_to_stop_in_an_evaluation_ends_at_once_and_resumed_evaluates_
         assert run_here(tones, tmp_path / "parts", *options) == PREEMPTED
     first = log()
     assert [key for key, _ in first] == ["train_loss"] * 6
+    shutil.copytree(tmp_path / "parts", tmp_path / "reached")
+    assert run_here(tones, tmp_path / "reached", "--target-wer", "1000", "--resume") == 0
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1].startswith("RESUMED,DEEPSPEECH2,") and "RESULT" not in output
     assert run_here(tones, tmp_path / "parts", *options, "--resume") == 1
     assert first + log() == whole
     assert have_same_weights(*(checkpoint.load(tmp_path / name / checkpoint.LAST) for name in ("whole", "parts")))
-
-
-def test_a_resumed_run_never_ends_with_the_line_of_a_result(
-    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(train, "evaluate", lambda *_, **__: None)  # as if told to stop
-        assert run_here(tones, tmp_path, "--target-wer", "1000") == PREEMPTED
-    assert run_here(tones, tmp_path, "--target-wer", "1000", "--resume") == 0
-    output = capsys.readouterr().out
-    assert values(output, "resumed") == [True]
-    assert output.splitlines()[-1].startswith("RESUMED,DEEPSPEECH2,")
-    assert "RESULT" not in output
 
 
 def test_a_run_that_shares_its_cpus_says_so(
@@ -403,6 +362,6 @@ def test_resuming_a_run_that_has_reached_its_target_says_so_and_changes_nothing(
     assert again.returncode == 0
     assert "was already reached, in" in again.stderr
     assert (tmp_path / "last_run.log").read_text() == log
-    assert not (tmp_path / checkpoint.PREVIOUS_RUN).exists()
+    assert not (tmp_path / "previous_run").exists()
     assert run_here(tones, tmp_path, "--resume-with-changes") == 1
     assert "has no effect without --resume; add it" in capsys.readouterr().err
