@@ -131,20 +131,19 @@ class TensorBoard:
             return
         event = json.loads(line.removeprefix(":::MLLOG "))
         key, value, metadata = event["key"], event["value"], event["metadata"]
+        curves: dict[str, float] = {}
         if key == "train_loss":
             self._step = metadata["step_num"]
-            self._add("train", loss=value, **{name: metadata[name] for name in ("learning_rate", "gradient_norm")})
+            curves = {"loss": value, **{name: metadata[name] for name in ("learning_rate", "gradient_norm")}}
         elif key == constants.EPOCH_STOP:
             rates = "utterances_per_second", "data_wait_fraction"  # a resumed epoch may have no step left
-            self._add("train", **{name: metadata[name] for name in rates if name in metadata})
+            curves = {name: metadata[name] for name in rates if name in metadata}
         elif key == "validation_errors":
-            self._add("validation/wer", **{value: metadata["wer"]})
+            self._writer.add_scalar(f"validation/wer/{value}", metadata["wer"], self._step)
         elif key in (constants.EVAL_STOP, constants.RUN_STOP):
             self._writer.flush()
-
-    def _add(self, group: str, **values: float) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"{group}/{name}", value, self._step)
+        for name, height in curves.items():
+            self._writer.add_scalar(f"train/{name}", height, self._step)
 
 
 def make_logger(folder: Path | None) -> MLLogger:
@@ -168,7 +167,10 @@ def log_submission(
     log.event(constants.SUBMISSION_ORG, os.environ.get("SUBMISSION_ORG") or "reference")
     for key in SUBMISSION:
         log.event(key, submission(key))
-    log.event(constants.SUBMISSION_PLATFORM, submission_platform(machine, world_size))
+    used = f"{machine['cores']} cores of {machine['processor']}"
+    if machine["accelerators"]:
+        used = f"{world_size} x {machine['accelerator']}"  # one for each rank
+    log.event(constants.SUBMISSION_PLATFORM, os.environ.get("SUBMISSION_PLATFORM") or used)
     for name, event in EVENTS.items():
         log.event(event, getattr(config, name))
     fp32 = "tf32" if machine["accelerators"] else "fp32"  # see select_precision
@@ -206,12 +208,3 @@ def submission(key: str) -> str:
     if value not in known:
         raise RunError(f"{variable} is {value!r}; it must be one of {', '.join(known)}")
     return value
-
-
-def submission_platform(machine: dict[str, Any], world_size: int) -> str:
-    """Return what a run uses of a machine (`describe_machine`): one accelerator for each rank, if there are any."""
-    if named := os.environ.get("SUBMISSION_PLATFORM"):
-        return named
-    if machine["accelerators"]:
-        return f"{world_size} x {machine['accelerator']}"
-    return f"{machine['cores']} cores of {machine['processor']}"

@@ -6,28 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from data.packed import open_dataset
 from pytorch import mllog
+from pytorch.config import CONFIGS
 from pytorch.errors import RunError
+from tests.pytorch.test_train import values
 
 
 def test_the_platform_counts_the_accelerators_that_are_used_not_those_that_are_there(
-    monkeypatch: pytest.MonkeyPatch,
+    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("SUBMISSION_PLATFORM", raising=False)
     machine = {"accelerators": 8, "accelerator": "NVIDIA H100", "cores": 64, "processor": "Xeon"}
-    assert mllog.submission_platform(machine, 2) == "2 x NVIDIA H100"
-    assert mllog.submission_platform({**machine, "accelerators": 0}, 2) == "64 cores of Xeon"
-
-
-def test_a_sink_that_fails_is_named_once_and_does_not_stop_the_others(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = mllog.make_logger(tmp_path / "no such folder")
-    for _ in range(3):
-        log.start("run_start")
-    output, errors = capsys.readouterr()
-    assert output.count("run_start") == 3
-    assert errors.count("last_run.log cannot be written: No such file or directory") == 1
+    mllog.log_submission(mllog.make_logger(tmp_path), CONFIGS["librispeech"], open_dataset(tones), machine, 2)
+    assert values(capsys.readouterr().out, "submission_platform") == ["2 x NVIDIA H100"]
 
 
 def test_the_clock_and_the_log_have_one_instant() -> None:
