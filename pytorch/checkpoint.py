@@ -19,9 +19,7 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,6 @@ READABLE_VERSIONS = (3, 4)  # version 3 has one optimizer; its model can be used
 BEST = "checkpoint_best.pt"
 LAST = "checkpoint_last.pt"
 PREVIOUS = "checkpoint_previous.pt"
-PREVIOUS_RUN = "previous_run"
 
 
 @dataclasses.dataclass
@@ -96,7 +93,7 @@ def save(config: Config, dataset_digest: str, state: TrainState, tensors: dict[s
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            _link_or_copy(path, folder / PREVIOUS)
+            keep_newest_as(PREVIOUS, folder)
         atomic_replace(partial, path)  # which makes the folder's other names durable too
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         with suppress(OSError):
@@ -104,46 +101,17 @@ def save(config: Config, dataset_digest: str, state: TrainState, tensors: dict[s
         raise RunError(f"{path}: the checkpoint could not be written: {error}") from error
 
 
-def mark_best(folder: Path) -> None:
-    """Keep the newest checkpoint as the best one, too; OSError if it cannot be written."""
-    _link_or_copy(folder / LAST, folder / BEST)
-
-
-def _link_or_copy(path: Path, second: Path) -> None:
-    """Hard-link `path` to `second`, or copy it, replacing what is there."""
-    partial = second.with_name(second.name + ".partial")
+def keep_newest_as(name: str, folder: Path) -> None:
+    """Hard-link the newest checkpoint to this name, too, or copy it; OSError if that fails."""
+    partial = folder / f"{name}.partial"
     partial.unlink(missing_ok=True)
     try:
-        partial.hardlink_to(path)
+        partial.hardlink_to(folder / LAST)
     except OSError:
-        shutil.copyfile(path, partial)
+        shutil.copyfile(folder / LAST, partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-    partial.rename(second)
-
-
-def put_away(folder: Path, names: Iterable[str]) -> Path | None:
-    """Move files of an earlier run into a folder of their own; nothing that was put away before is touched.
-
-    Args:
-        folder: the output folder.
-        names: of files in it; some may be absent.
-
-    Returns:
-        Where the files are now; None if there was none.
-
-    Raises:
-        OSError: they cannot be moved.
-    """
-    files = [folder / name for name in names if os.path.lexists(folder / name)]
-    if not files:
-        return None
-    names_of_folders = (PREVIOUS_RUN if number == 1 else f"{PREVIOUS_RUN}-{number}" for number in count(1))
-    away = next(folder / name for name in names_of_folders if not os.path.lexists(folder / name))
-    away.mkdir()
-    for file in files:
-        file.rename(away / file.name)
-    return away
+    partial.rename(folder / name)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -172,28 +140,28 @@ def load(path: Path) -> dict[str, Any]:
 def find_resumable(config: Config, dataset_digest: str, world: World) -> dict[str, Any] | None:
     """Return the checkpoint to resume from, if that was asked for or torchrun has restarted this run's ranks.
 
-    Nodes may have different checkpoints, or none: the newest that any of them has is used, one of this run before any
-    other.
+    Nodes may have different checkpoints, or none: the newest that any of them has is used.
 
     Raises:
         RunError: there is none though --resume asks for one, or it is of another configuration or data set.
     """
-    content, failure = None, None
+    content, failure = None, RunError(f"{config.output_dir / LAST}: checkpoint not found")
     restarted = torchrun_env("TORCHELASTIC_RESTART_COUNT", 0) > 0 or torchrun_env("GROUP_WORLD_SIZE", 1) > 1  # perhaps
     if world.local_rank == 0 and (config.resume or restarted):
         try:
-            content = load_newest(config.output_dir)
+            content = load(config.output_dir / LAST)
         except RunError as error:
             failure = error
+            with suppress(RunError):
+                content = load(config.output_dir / PREVIOUS)
+                print(f"{error}; falling back to {PREVIOUS}", file=sys.stderr)
     if content is not None and not (config.resume or is_of_this_run(content)):
         content = None
-    mine = (is_of_this_run(content), content["progress"]["step"]) if content is not None else (False, -1)
-    candidates = world.all_gather_object(mine)
-    newest = max(candidates)
-    content = world.broadcast_object(content, src=candidates.index(newest))
+    steps = world.all_gather_object(content["progress"]["step"] if content is not None else -1)
+    content = world.broadcast_object(content, src=steps.index(max(steps)))
     if content is None:  # without --resume: ranks start for the first time, or were lost before the first checkpoint
         if config.resume:
-            raise failure or RunError(f"{config.output_dir / LAST}: checkpoint not found")
+            raise failure
         return None
     check_resumable(content, config, dataset_digest)
     world.print_once(f"Resuming from {config.output_dir}: step {content['progress']['step']}.")
@@ -205,21 +173,6 @@ def is_of_this_run(content: dict[str, Any]) -> bool:
     return run_id() is not None and content.get("launch") == run_id()
 
 
-def load_newest(folder: Path) -> dict[str, Any]:
-    """Return a run's newest checkpoint that is whole; say so if it is not the last one written.
-
-    Raises:
-        RunError: there is none, or none that is whole.
-    """
-    try:
-        return load(folder / LAST)
-    except RunError as error:
-        if not (folder / PREVIOUS).exists():
-            raise
-        print(f"{error}; falling back to {PREVIOUS}", file=sys.stderr)
-        return load(folder / PREVIOUS)
-
-
 def check_resumable(content: dict[str, Any], config: Config, dataset_digest: str) -> None:
     """Refuse to resume from a checkpoint of another configuration or data set.
 
@@ -228,20 +181,19 @@ def check_resumable(content: dict[str, Any], config: Config, dataset_digest: str
     """
     if content["format_version"] != FORMAT_VERSION:
         raise RunError(f"a checkpoint of format {content['format_version']} can be evaluated, but not resumed")
-    saved, current = content["config"], config.to_dict()
+    saved = {**content["config"], "data_set": content["dataset_digest"][:12]}
+    current = {**config.to_dict(), "data_set": dataset_digest[:12]}
     if current["precision"] == "auto":  # stays what it was chosen to be
         current["precision"] = saved["precision"]
-    different = [name for name in fields_of("training", "model") if saved.get(name) != current[name]]
-    differences = [
-        f"{name.replace('_', '-')}: checkpoint {saved.get(name)}, command line {current[name]}" for name in different
-    ]
-    if content["dataset_digest"] != dataset_digest:
-        differences.append(f"data set: checkpoint {content['dataset_digest'][:12]}, command line {dataset_digest[:12]}")
-    if not differences:
+    different = [name for name in (*fields_of("training", "model"), "data_set") if saved.get(name) != current[name]]
+    if not different:
         return
+    differences = "; ".join(
+        f"{name.replace('_', '-')}: checkpoint {saved.get(name)}, command line {current[name]}" for name in different
+    )
     fits = set(fields_of("model")).isdisjoint(different)
     if fits and config.resume_with_changes:
-        print(f"Resumed with changes: {'; '.join(differences)}", file=sys.stderr)
+        print(f"Resumed with changes: {differences}", file=sys.stderr)
         return
     hint = "--resume-with-changes resumes anyway" if fits else "the weights or the optimizer's state would not fit"
-    raise RunError(f"{config.output_dir}: cannot be resumed with this configuration: {'; '.join(differences)}. {hint}")
+    raise RunError(f"{config.output_dir}: cannot be resumed with this configuration: {differences}. {hint}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -88,11 +88,6 @@ def select_precision(name: Precision, device: torch.device) -> Precision:
     if not has_bf16(device):
         return "fp32"
     return "auto" if device.type == "cpu" else "bf16"
-
-
-def faster_precision(seconds: Mapping[Precision, float]) -> Precision:
-    """Return bf16 if it is faster, by 2 % at least, else fp32, which is more precise."""
-    return "bf16" if seconds["bf16"] < 0.98 * seconds["fp32"] else "fp32"
 
 
 def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:

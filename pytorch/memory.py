@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ def available() -> int:
 
 
 def peak(device: torch.device) -> int:
-    """Return the most bytes that tensors have taken of a GPU so far, or else this process of the machine.
+    """Return the most bytes that tensors have taken of a GPU since `reset_peak`, or else this process of the machine.
 
     Mapped files, such as the data set, are left out: Linux takes their memory back when it needs it. 0 where unknown.
     """
@@ -45,6 +45,17 @@ def peak(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     fields = _fields(ROOT / "proc/self/status")
     return fields.get("VmHWM", 0) - fields.get("RssFile", 0)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Have `peak` begin with what is taken now. Where that cannot be, it is the peak since the process began."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # no Linux, or a sandbox without this file
+        (ROOT / "proc/self/clear_refs").write_text("5")  # resets VmHWM
 
 
 @contextmanager

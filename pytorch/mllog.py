@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,8 +30,10 @@ from pytorch.errors import RunError
 from pytorch.machine import git_revision
 
 BENCHMARK = "deepspeech2"
-DIVISIONS = (constants.CLOSED, constants.OPEN)
-STATUSES = (constants.ONPREM, constants.CLOUD, "preview", constants.RESEARCH)
+SUBMISSION = {  # what the rules know; the first is the default
+    constants.SUBMISSION_DIVISION: (constants.OPEN, constants.CLOSED),
+    constants.SUBMISSION_STATUS: (constants.RESEARCH, constants.ONPREM, constants.CLOUD, "preview"),
+}
 LOG, REPORT = "last_run.log", "report.html"  # in the output folder
 
 
@@ -56,62 +58,54 @@ class Clock:
         return self._before + (0.0 if math.isnan(self._started) else time.monotonic() - self._started)
 
 
-class Sink(logging.Handler, ABC):
-    """A logging handler for one destination of the MLPerf log. One that fails is named once; the run continues."""
+class Sink(logging.Handler):
+    """A destination of the log. One that fails is named once; the run continues.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        name: of the destination.
+        write: writes a line; OSError if that fails.
+    """
+
+    def __init__(self, name: str, write: Callable[[str], None]) -> None:
         super().__init__()
-        self.name, self._failed = name, False
-
-    @abstractmethod
-    def write(self, line: str) -> None:
-        """Write a line; OSError if that fails."""
+        self.name, self._write = name, write
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._failed:
-            return
         try:
-            self.write(record.getMessage())
+            self._write(record.getMessage())
         except OSError as error:
-            self._failed = True
+            self._write = lambda line: None
             print(f"warning: {self.name} cannot be written: {error.strerror or error}", file=sys.stderr)
 
 
-class StandardOutput(Sink):
-    """Standard output."""
-
-    def __init__(self) -> None:
-        super().__init__("standard output")
-
-    def write(self, line: str) -> None:
-        try:
-            print(line, flush=True)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be written
-            raise
+def write_to_stdout(line: str) -> None:
+    """Write a line of the log to standard output."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is still to be written
+        raise
 
 
-class LogFile(Sink):
+class LogFile:
     """A file, appended to from the clock's start on: a run that cannot start leaves the log of the run before."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(str(path))
         self._path = path
-        self._held: list[str] = []
+        self._held: list[str] = []  # lines that are still to be written
         self._file: IO[str] | None = None
 
     def write(self, line: str) -> None:
-        if self._file is None:
-            self._held.append(line)
-            if f'"{constants.RUN_START}"' not in line:
-                return
+        """Write a line, or keep it until the clock starts."""
+        self._held.append(line)
+        if f'"{constants.RUN_START}"' in line:
             self._file = self._path.open("a", encoding="utf-8")
-            line = "\n".join(self._held)
-        self._file.write(line + "\n")
-        self._file.flush()
+        if self._file is not None:
+            print(*self._held, sep="\n", file=self._file, flush=True)
+            self._held.clear()
 
 
-class TensorBoard(Sink):
+class TensorBoard:
     """Curves over steps, in a folder in which earlier runs may have written.
 
     Args:
@@ -124,7 +118,6 @@ class TensorBoard(Sink):
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        super().__init__(f"--tensorboard {folder}")
         self._step = step
         try:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and an extra
@@ -133,30 +126,32 @@ class TensorBoard(Sink):
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, line: str) -> None:
+        """Add what a line of the log has to the curves."""
         if not line.startswith(":::MLLOG "):
             return
         event = json.loads(line.removeprefix(":::MLLOG "))
         key, value, metadata = event["key"], event["value"], event["metadata"]
+        curves: dict[str, float] = {}
         if key == "train_loss":
             self._step = metadata["step_num"]
-            self._add("train", loss=value, **{name: metadata[name] for name in ("learning_rate", "gradient_norm")})
+            curves = {"loss": value, **{name: metadata[name] for name in ("learning_rate", "gradient_norm")}}
         elif key == constants.EPOCH_STOP:
-            self._add("train", **{name: metadata[name] for name in ("utterances_per_second", "data_wait_fraction")})
+            rates = "utterances_per_second", "data_wait_fraction"  # a resumed epoch may have no step left
+            curves = {name: metadata[name] for name in rates if name in metadata}
         elif key == "validation_errors":
-            self._add("validation/wer", **{value: metadata["wer"]})
+            self._writer.add_scalar(f"validation/wer/{value}", metadata["wer"], self._step)
         elif key in (constants.EVAL_STOP, constants.RUN_STOP):
             self._writer.flush()
-
-    def _add(self, group: str, **values: float) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"{group}/{name}", value, self._step)
+        for name, height in curves.items():
+            self._writer.add_scalar(f"train/{name}", height, self._step)
 
 
-def make_logger(*sinks: Sink) -> MLLogger:
-    """Return a logger to these sinks."""
+def make_logger(folder: Path | None) -> MLLogger:
+    """Return a logger to standard output and to last_run.log in a folder; without one, a logger to nowhere."""
     logger = logging.Logger("mlperf", logging.INFO)
-    for sink in sinks:
-        logger.addHandler(sink)
+    if folder is not None:
+        logger.addHandler(Sink("standard output", write_to_stdout))
+        logger.addHandler(Sink(str(folder / LOG), LogFile(folder / LOG).write))
     return MLLogger(logger, root_dir=str(ROOT))
 
 
@@ -170,9 +165,12 @@ def log_submission(
     """
     log.event(constants.SUBMISSION_BENCHMARK, BENCHMARK)
     log.event(constants.SUBMISSION_ORG, os.environ.get("SUBMISSION_ORG") or "reference")
-    log.event(constants.SUBMISSION_DIVISION, submission_division())
-    log.event(constants.SUBMISSION_STATUS, submission_status())
-    log.event(constants.SUBMISSION_PLATFORM, submission_platform(machine, world_size))
+    for key in SUBMISSION:
+        log.event(key, submission(key))
+    used = f"{machine['cores']} cores of {machine['processor']}"
+    if machine["accelerators"]:
+        used = f"{world_size} x {machine['accelerator']}"  # one for each rank
+    log.event(constants.SUBMISSION_PLATFORM, os.environ.get("SUBMISSION_PLATFORM") or used)
     for name, event in EVENTS.items():
         log.event(event, getattr(config, name))
     fp32 = "tf32" if machine["accelerators"] else "fp32"  # see select_precision
@@ -199,27 +197,14 @@ def log_submission(
         log.event("container_image", image)
 
 
-def submission_division() -> str:
-    """Return the division of runs that start now; RunError where the rules do not know it."""
-    return _choice("SUBMISSION_DIVISION", constants.OPEN, DIVISIONS)
+def submission(key: str) -> str:
+    """Return the division or the status of runs that start now, from the environment variable of the key's name.
 
-
-def submission_status() -> str:
-    """Return the status of the system that runs; RunError where the rules do not know it."""
-    return _choice("SUBMISSION_STATUS", constants.RESEARCH, STATUSES)
-
-
-def submission_platform(machine: dict[str, Any], world_size: int) -> str:
-    """Return what a run uses of a machine (`describe_machine`): one accelerator for each rank, if there are any."""
-    if named := os.environ.get("SUBMISSION_PLATFORM"):
-        return named
-    if machine["accelerators"]:
-        return f"{world_size} x {machine['accelerator']}"
-    return f"{machine['cores']} cores of {machine['processor']}"
-
-
-def _choice(variable: str, default: str, allowed: tuple[str, ...]) -> str:
-    value = os.environ.get(variable) or default  # set but empty is not set
-    if value not in allowed:
-        raise RunError(f"{variable} is {value!r}; it must be one of {', '.join(allowed)}")
+    Raises:
+        RunError: the rules do not know it.
+    """
+    variable, known = key.upper(), SUBMISSION[key]
+    value = os.environ.get(variable) or known[0]  # set but empty is not set
+    if value not in known:
+        raise RunError(f"{variable} is {value!r}; it must be one of {', '.join(known)}")
     return value

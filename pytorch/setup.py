@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,14 @@ from mlperf_logging.mllog.mllog import MLLogger
 from data.packed import PackedDataset, open_dataset
 from pytorch import checkpoint, machine, mllog
 from pytorch.checkpoint import TrainState
-from pytorch.config import Config, Precision, fields_of
-from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
+from pytorch.config import Config, fields_of
+from pytorch.device import explain_oom, select_device, select_precision, set_device
 from pytorch.distributed import StopSignal, World, torchrun_env
 from pytorch.errors import RunError
 from pytorch.layers import gru
 from pytorch.mllog import Clock
 from pytorch.trainer import Trainer
-from pytorch.warmup import time_precisions, warm_up
+from pytorch.warmup import faster_precision, warm_up
 
 
 @dataclass
@@ -56,7 +58,7 @@ class TrainingRun:
     def mark_if_best(self) -> None:
         """Keep the newest checkpoint as the best one if its WER is the lowest so far."""
         if self.world.is_main and self.state.wer == self.state.best_wer:
-            checkpoint.mark_best(self.config.output_dir)
+            checkpoint.keep_newest_as(checkpoint.BEST, self.config.output_dir)
 
 
 def setup(config: Config, cache_clear: str) -> TrainingRun:
@@ -72,8 +74,7 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
         RankFailure: the other ranks did not connect.
     """
     stop = StopSignal()
-    sinks = [mllog.StandardOutput(), mllog.LogFile(config.output_dir / mllog.LOG)]
-    log = mllog.make_logger(*(sinks if torchrun_env("RANK", 0) == 0 else []))
+    log = mllog.make_logger(config.output_dir if torchrun_env("RANK", 0) == 0 else None)
     log.start(constants.INIT_START)
 
     # The kind of device decides how ranks connect. Asking for the last one checks that every local rank has one.
@@ -89,12 +90,16 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     reasons = "; ".join(dict.fromkeys(filter(None, world.all_gather_object(cache_clear))))
     log.event(constants.CACHE_CLEAR, not reasons, metadata={"reason": reasons} if reasons else {})
     resumed_from = checkpoint.find_resumable(config, dataset.digest, world)
+    if resumed_from is not None and config.precision == "auto":
+        config = replace(config, precision=resumed_from["config"]["precision"])
 
     torch.manual_seed(config.seed)
     with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
         trainer = Trainer(config, device, world)
     if config.precision == "auto":
-        trainer.use_precision(measured_precision(trainer, log, resumed_from))
+        precision, seconds = faster_precision(trainer)
+        log.event("auto_precision", precision, metadata={f"{name}_seconds": value for name, value in seconds.items()})
+        trainer.use_precision(precision)
         config = trainer.config
     mllog.log_submission(log, config, dataset, machine.describe_machine(device), world.size)
     log.event("gru_implementation", gru.agreed_implementation(world, device, config))
@@ -104,7 +109,8 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     if resumed_from is not None:
         restore(run, resumed_from)
     if config.tensorboard is not None and world.is_main:
-        log.logger.addHandler(mllog.TensorBoard(config.tensorboard, run.state.step))
+        curves = mllog.TensorBoard(config.tensorboard, run.state.step)
+        log.logger.addHandler(mllog.Sink(f"--tensorboard {config.tensorboard}", curves.write))
     if world.is_main and not run.target_reached:
         put_away_earlier_run(config.output_dir, resumed_from)
     if resumed_from is None:
@@ -122,6 +128,8 @@ def restore(run: TrainingRun, content: dict[str, Any]) -> None:
     config = run.config
     run.state = state = TrainState(**{**content["progress"], "resumed": True})
     run.trainer.load_state_dict(content, state.step)
+    if not (config.output_dir / checkpoint.BEST).exists():  # where only checkpoint_last.pt was copied
+        state.best_wer = None
     run.log.event("resumed", True, metadata={k: v for k, v in vars(state).items() if v is not None})
     saved = content["config"]["batch_size"], content["config"]["seed"], content["dataset_digest"]
     if state.step_in_epoch and saved != (config.batch_size, config.seed, run.dataset.digest):
@@ -136,13 +144,20 @@ def restore(run: TrainingRun, content: dict[str, Any]) -> None:
 
 
 def put_away_earlier_run(folder: Path, resumed_from: dict[str, Any] | None) -> None:
-    """Move an earlier run's files out of the output folder, or only its log and report if it is continued here."""
+    """Move an earlier run's files into a folder of their own, or only its log and report if it is continued here."""
     if resumed_from is not None and checkpoint.is_of_this_run(resumed_from):
         return  # torchrun has restarted the ranks: the log continues, too
     checkpoints = [checkpoint.LAST, checkpoint.PREVIOUS, checkpoint.BEST] if resumed_from is None else []
-    away, what = checkpoint.put_away(folder, [*checkpoints, mllog.LOG, mllog.REPORT]), "run" if checkpoints else "log"
-    if away is not None:
-        print(f"The earlier {what} in this folder is now in {away} (--resume continues a run).", file=sys.stderr)
+    files = [folder / name for name in (*checkpoints, mllog.LOG, mllog.REPORT) if os.path.lexists(folder / name)]
+    if not files:
+        return
+    names = (f"previous_run{f'-{number}' if number > 1 else ''}" for number in count(1))
+    away = next(folder / name for name in names if not os.path.lexists(folder / name))
+    away.mkdir()
+    for file in files:
+        file.rename(away / file.name)
+    what = "run" if checkpoints else "log"
+    print(f"The earlier {what} in this folder is now in {away} (--resume continues a run).", file=sys.stderr)
 
 
 def check_agreement(world: World, config: Config, dataset: PackedDataset) -> None:
@@ -151,14 +166,13 @@ def check_agreement(world: World, config: Config, dataset: PackedDataset) -> Non
     Raises:
         RunError: names each difference from rank 0.
     """
-    own = fields_of("machine")
-    mine = {key: value for key, value in config.to_dict().items() if key not in own} | {"data_set": dataset.digest}
-    first, *others = world.all_gather_object(mine)
+    mine = {key: value for key, value in config.to_dict().items() if key not in fields_of("machine")}
+    everyone = world.all_gather_object({**mine, "data_set": dataset.digest})
     differences = [
-        f"{key.replace('_', '-')} {other[key]} on rank {rank}, {first[key]} on rank 0"
-        for rank, other in enumerate(others, start=1)
-        for key in first
-        if other[key] != first[key]
+        f"{key.replace('_', '-')} {other[key]} on rank {rank}, {first} on rank 0"
+        for rank, other in enumerate(everyone)
+        for key, first in everyone[0].items()
+        if other[key] != first
     ]
     if differences:
         raise RunError(f"ranks disagree on the configuration: {'; '.join(differences)}")
@@ -174,16 +188,6 @@ def check_batches(world: World, config: Config, dataset: PackedDataset) -> None:
         raise RunError(
             f"--batch-size {config.batch_size}: cannot be divided into {shards} parts (ranks x accumulation)"
         )
-
-
-def measured_precision(trainer: Trainer, log: MLLogger, resumed_from: dict[str, Any] | None) -> Precision:
-    """Return the precision of the run that is resumed, or the faster one on the first rank, and log both times."""
-    if resumed_from is not None:
-        return resumed_from["config"]["precision"]
-    seconds = trainer.world.broadcast_object(time_precisions(trainer), src=0)
-    precision = faster_precision(seconds)
-    log.event("auto_precision", precision, metadata={f"{name}_seconds": value for name, value in seconds.items()})
-    return precision
 
 
 def max_train_samples(dataset: PackedDataset) -> int:

@@ -13,19 +13,17 @@ It is one rank of the run; torchrun starts several, which take the same steps to
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from typing import NamedTuple, NoReturn
 
-import numpy as np
 import torch
 from mlperf_logging.mllog import constants
 from torch import Tensor
@@ -33,7 +31,7 @@ from torch import Tensor
 from data.cli import exit_status, progress_bar
 from data.files import locked
 from pytorch import machine, memory
-from pytorch.config import BENCHMARK_WER, Config, parse_config
+from pytorch.config import Config, parse_config
 from pytorch.device import explain_oom
 from pytorch.distributed import report_lost_ranks, shutdown, torchrun_env
 from pytorch.errors import Preempted, RunError
@@ -121,31 +119,17 @@ def open_data(run: TrainingRun) -> tuple[TrainingLoader, Utterances]:
     return loader, validation
 
 
-@dataclass(frozen=True)
-class EpochStats:
-    """Statistics of an epoch; if the run was resumed in this epoch, times and rates cover only the steps since."""
-
-    loss: float  # mean over its steps, skipped ones left out
-    seconds: float
-    utterances_per_second: float | None  # None without a step
-    audio_seconds_per_second: float | None  # of speech as it is in the corpus, before augmentation
-    data_wait_fraction: float  # of the time, on the rank that waited most
-    peak_memory_gib: float  # of the run so far, of the process that took most; see memory.peak
-    skipped_steps: int  # of the run so far
-    finished: bool  # False if max_steps cut it short
-
-
 class PendingStep(NamedTuple):
     """A step that the device may still be working on."""
 
-    step: int
+    number: int  # of the run, from 1
     lr: float
-    indices: np.ndarray  # of its utterances
-    result: Callable[[], Tensor]
+    utterances: list[str]  # their ids
+    result: Callable[[], Tensor]  # waits for it; see Trainer.train_step
 
 
-def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
-    """Train the rest of the epoch under way.
+def train_epoch(run: TrainingRun, loader: TrainingLoader) -> dict[str, float]:
+    """Train the rest of the epoch under way. Return what is logged of it.
 
     Raises:
         RunError: see `record_step`.
@@ -153,6 +137,7 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
     """
     config, state, trainer, world = run.config, run.state, run.trainer, run.world
     run.log.start(constants.EPOCH_START, metadata={constants.EPOCH_NUM: state.epoch})
+    memory.reset_peak(trainer.device)
     started, utterances, samples = time.monotonic(), 0, 0
     pending: deque[PendingStep] = deque()
     trainer.model.train()
@@ -172,32 +157,35 @@ def train_epoch(run: TrainingRun, loader: TrainingLoader) -> EpochStats:
             samples += int(loader.utterances.num_samples[indices].sum())
 
             # 2. Read the results of earlier steps. To read the newest would make the device wait for the host.
-            pending.append(PendingStep(state.step, lr, indices, result))
-            stop, save_now = drain(run, loader, pending, keep=max_pending_steps(trainer.device))
+            ids = [loader.utterances.id(index) for index in indices]
+            pending.append(PendingStep(state.step, lr, ids, result))
+            stop, save_now = drain(run, pending, keep=max_pending_steps(trainer.device))
             bar.set_postfix_str(f"mean loss {state.mean_loss:.2f}", refresh=False)
             bar.update()
 
             # 3. Save if any rank wishes to, or stop. The weights are those after the newest step, so its result has to
             #    be in the state that is saved with them.
             if stop or save_now:
-                stop_late, _ = drain(run, loader, pending, keep=0)
+                stop_late, _ = drain(run, pending, keep=0)
                 run.save()
                 if stop or stop_late:
                     raise_preempted(run)
-        drain(run, loader, pending, keep=0)
+        drain(run, pending, keep=0)
     seconds = time.monotonic() - started
-    stats = EpochStats(
-        loss=state.mean_loss,
-        seconds=seconds,
-        utterances_per_second=utterances / seconds if utterances else None,
-        audio_seconds_per_second=samples / SAMPLE_RATE / seconds if utterances else None,
-        data_wait_fraction=max(world.all_gather_object(loader.data_wait_seconds)) / seconds,
-        peak_memory_gib=max(world.all_gather_object(memory.peak(trainer.device))) / 2**30,
-        skipped_steps=state.skipped_steps,
-        finished=state.step_in_epoch == len(loader),
-    )
-    known = {name: value for name, value in asdict(stats).items() if value is not None}
-    run.log.end(constants.EPOCH_STOP, metadata={constants.EPOCH_NUM: state.epoch, "step": state.step, **known})
+    stats = {  # times and rates cover only the steps since the run was resumed
+        constants.EPOCH_NUM: state.epoch,
+        "step": state.step,
+        "loss": state.mean_loss,  # over the epoch's steps, skipped ones left out
+        "seconds": seconds,
+        "data_wait_fraction": max(world.all_gather_object(loader.data_wait_seconds)) / seconds,
+        "peak_memory_gib": max(world.all_gather_object(memory.peak(trainer.device))) / 2**30,
+        "skipped_steps": state.skipped_steps,  # of the run so far
+        "finished": state.step_in_epoch == len(loader),  # False if max_steps cut it short
+    }
+    if utterances:
+        stats["utterances_per_second"] = utterances / seconds
+        stats["audio_seconds_per_second"] = samples / SAMPLE_RATE / seconds  # of speech before augmentation
+    run.log.end(constants.EPOCH_STOP, metadata=stats)
     return stats
 
 
@@ -206,18 +194,18 @@ def max_pending_steps(device: torch.device) -> int:
     return 0 if device.type == "cpu" else 4
 
 
-def drain(run: TrainingRun, loader: TrainingLoader, pending: deque[PendingStep], keep: int) -> tuple[bool, bool]:
+def drain(run: TrainingRun, pending: deque[PendingStep], keep: int) -> tuple[bool, bool]:
     """Wait for and record all pending steps but the newest `keep`. Return whether any rank wishes to stop, to save."""
     stop = save_now = False
     while len(pending) > keep:
-        step, lr, indices, result = pending.popleft()
-        loss, grad_norm, wants_stop, wants_save = result().tolist()  # see Trainer.train_step
+        step = pending.popleft()
+        loss, grad_norm, wants_stop, wants_save = step.result().tolist()
         stop, save_now = stop or wants_stop > 0, save_now or wants_save > 0
-        record_step(run, step, lr, loss, grad_norm, [loader.utterances.id(index) for index in indices])
+        record_step(run, step, loss, grad_norm)
     return stop, save_now
 
 
-def record_step(run: TrainingRun, step: int, lr: float, loss: float, grad_norm: float, ids: list[str]) -> None:
+def record_step(run: TrainingRun, step: PendingStep, loss: float, grad_norm: float) -> None:
     """Log a step, or count it as skipped if its loss or gradient was not finite.
 
     Raises:
@@ -228,19 +216,20 @@ def record_step(run: TrainingRun, step: int, lr: float, loss: float, grad_norm: 
         state.skipped_in_a_row = 0
         state.losses_in_epoch += 1
         state.sum_of_losses_in_epoch += loss
-        run.log.event("train_loss", loss, metadata={"step_num": step, "learning_rate": lr, "gradient_norm": grad_norm})
+        detail = {"step_num": step.number, "learning_rate": step.lr, "gradient_norm": grad_norm}
+        run.log.event("train_loss", loss, metadata=detail)
         return
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
-    run.log.event("skipped_step", step, metadata={"reason": "not finite", "utterances": ids})
+    run.log.event("skipped_step", step.number, metadata={"reason": "not finite", "utterances": step.utterances})
     if state.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
         raise RunError(
-            f"step {step}: loss or gradient was not finite {state.skipped_in_a_row} times in a row, last with the "
-            f"utterances {', '.join(ids)}; try a lower --learning-rate"
+            f"step {step.number}: loss or gradient was not finite {state.skipped_in_a_row} times in a row, last with "
+            f"the utterances {', '.join(step.utterances)}; try a lower --learning-rate"
         )
 
 
-def evaluate_epoch(run: TrainingRun, validation: Utterances, stats: EpochStats) -> Evaluation:
+def evaluate_epoch(run: TrainingRun, validation: Utterances, stats: dict[str, float]) -> Evaluation:
     """Evaluate, log and print the result of the epoch under way.
 
     Raises:
@@ -271,8 +260,8 @@ def evaluate_epoch(run: TrainingRun, validation: Utterances, stats: EpochStats) 
     state.best_wer = total.wer if state.best_wer is None else min(total.wer, state.best_wer)
     subsets = ", ".join(f"{name} {counts.wer:.2f}" for name, counts in evaluation.by_subset.items())
     world.print_once(
-        f"epoch {state.epoch:3d}  loss {stats.loss:8.3f}  WER {total.wer:6.2f} ({subsets})  CER {total.cer:6.2f}  "
-        f"train {stats.seconds:.0f} s (waited for data {stats.data_wait_fraction:.1%})  "
+        f"epoch {state.epoch:3d}  loss {stats['loss']:8.3f}  WER {total.wer:6.2f} ({subsets})  CER {total.cer:6.2f}  "
+        f"train {stats['seconds']:.0f} s (waited for data {stats['data_wait_fraction']:.1%})  "
         f"clock {run.clock.seconds():.0f} s (evaluation {fraction:.0%})"
     )
     return evaluation
@@ -292,14 +281,10 @@ def log_cpu_taken(run: TrainingRun, before: dict[str, float]) -> None:
 
 
 def raise_preempted(run: TrainingRun) -> NoReturn:
-    """Say how to continue, and end the run."""
-    run.world.print_once(f"Received SIGTERM or SIGUSR1: checkpoint saved at step {run.state.step}. {how_to_continue()}")
+    """Say what is saved, and end the run."""
+    saved = f"checkpoint saved at step {run.state.step}; --resume continues from it."
+    run.world.print_once(f"Received SIGTERM or SIGUSR1: {saved}")
     raise Preempted
-
-
-def how_to_continue() -> str:
-    """Return what to do after a signal. A series, which has no resumed runs, gives other words."""
-    return os.environ.get("DEEPSPEECH2_CONTINUE") or "Continue with --resume."
 
 
 def print_result(run: TrainingRun, reached: bool, started_at: datetime) -> None:
@@ -309,16 +294,15 @@ def print_result(run: TrainingRun, reached: bool, started_at: datetime) -> None:
         run.world.print_once(f"The target WER of {config.target_wer:g} was not reached; best: {state.best_wer:.2f}.")
         return
     resumed = " (resumed: not an uninterrupted benchmark result)" if state.resumed else ""
-    own = f" A LibriSpeech result needs {BENCHMARK_WER:g}." if config.target_wer > BENCHMARK_WER else ""
-    run.world.print_once(f"Target WER of {config.target_wer:g} reached in {seconds:.0f} s{resumed}.{own}")
+    run.world.print_once(f"Target WER of {config.target_wer:g} reached in {seconds:.0f} s{resumed}.")
     kind, when = "RESUMED" if state.resumed else "RESULT", f"{started_at:%Y-%m-%d %I:%M:%S %p}"
     run.log.logger.info(f"{kind},DEEPSPEECH2,{config.seed},{seconds:.0f},{machine.user_name()},{when}")
 
 
 def run_rank(config: Config, cache_clear: str) -> int:
     """Train as one rank; return the exit status, after whatever was raised is printed as one line."""
-    work = report_lost_ranks()(partial(train, config, cache_clear))
-    status = exit_status(work, interrupted=f"Interrupted. {how_to_continue()}" if torchrun_env("RANK", 0) == 0 else "")
+    said = "Interrupted; --resume continues from the last checkpoint." if torchrun_env("RANK", 0) == 0 else ""
+    status = exit_status(report_lost_ranks()(partial(train, config, cache_clear)), interrupted=said)
     shutdown()
     return status
 
@@ -334,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         with locked(config.output_dir, "run") if torchrun_env("RANK", 0) == 0 else nullcontext():
             return run_rank(config, cache_clear="pytorch.train leaves the page cache as it is")
 
-    return exit_status(work, interrupted=f"Interrupted. {how_to_continue()}")
+    return exit_status(work)
 
 
 if __name__ == "__main__":

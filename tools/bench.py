@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from pytorch import machine
 from pytorch.config import Config, Device, Precision
-from pytorch.device import faster_precision, select_device, select_precision
+from pytorch.device import select_device, select_precision
 from pytorch.errors import RunError
 from pytorch.features import SAMPLE_RATE, frame_counts
 from pytorch.layers.batch_norm import BatchNorm
@@ -43,7 +43,7 @@ from pytorch.layers.gru import GRU, has_triton_kernel, implementation
 from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.trainer import Trainer
-from pytorch.warmup import random_batch, time_precisions
+from pytorch.warmup import faster_precision, random_batch
 from tools.cli import command, config_of, print_figures, require_positive
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
@@ -149,7 +149,7 @@ def measure(config: Config, options: Options, device: torch.device) -> dict[str,
     trainers: dict[str, Trainer] = {precision: trainer_of(config, device, precision) for precision in PRECISIONS}
     auto = select_precision("auto", device)
     if auto == "auto":
-        auto = faster_precision(time_precisions(trainers["fp32"]))  # as a run does
+        auto, _ = faster_precision(trainers["fp32"])  # as a run does
     variants: dict[str, Trainer] = {"stock": trainer_of(config, device, "fp32", stock=True), **trainers}
     if has_triton_kernel(device, config.hidden_size, "triton"):  # proved on this GPU or not
         for kernel in ("cudnn", "triton"):

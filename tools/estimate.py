@@ -34,7 +34,7 @@ from data.corpora import CORPORA, DURATIONS, utterance_seconds
 from data.packed import Subset, open_dataset
 from pytorch import machine, memory, run_and_time
 from pytorch.config import ROOT, Config, Device
-from pytorch.device import explain_oom, faster_precision, select_device, select_precision, set_device
+from pytorch.device import explain_oom, select_device, select_precision, set_device
 from pytorch.distributed import World, report_lost_ranks, shutdown
 from pytorch.errors import RunError
 from pytorch.evaluation import evaluate
@@ -43,7 +43,7 @@ from pytorch.loader import TrainingLoader, Utterances
 from pytorch.setup import check_batches
 from pytorch.train import max_pending_steps
 from pytorch.trainer import Trainer
-from pytorch.warmup import time_precisions, warm_up
+from pytorch.warmup import faster_precision, warm_up
 from tools.cli import command, config_of, print_figures, require_positive
 
 TEXT = "THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG "
@@ -187,7 +187,7 @@ def estimate(config: Config, options: Options, device: torch.device, world: Worl
     with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
         trainer = Trainer(replace(config, precision=select_precision(config.precision, device)), device, world)
     if trainer.config.precision == "auto":
-        trainer.use_precision(faster_precision(world.broadcast_object(time_precisions(trainer), src=0)))
+        trainer.use_precision(faster_precision(trainer)[0])
     longest = int(train.num_samples.max())
     warm_up(trainer, longest)
     peak = max(world.all_gather_object(memory.peak(device)))

@@ -224,7 +224,7 @@ def test_a_run_told_to_stop_saves_after_its_step_and_says_so_by_its_exit_status(
     ended = finish(run)
     assert ended.returncode == PREEMPTED, ended.stderr
     done = checkpoint.load(tmp_path / checkpoint.LAST)["progress"]["step"]
-    assert f"checkpoint saved at step {done}. Continue with --resume" in ended.stderr
+    assert f"checkpoint saved at step {done}; --resume continues from it." in ended.stderr
     assert "Traceback" not in ended.stderr
     last = events(ended.stdout)[-1]
     assert last["key"] == "run_stop"

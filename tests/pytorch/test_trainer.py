@@ -13,7 +13,7 @@ from pytorch import trainer
 from pytorch.config import CONFIGS, Config
 from pytorch.loader import CPU
 from pytorch.trainer import Trainer
-from pytorch.warmup import random_batch, time_precisions
+from pytorch.warmup import faster_precision, random_batch
 
 
 def small_config(**changes: Any) -> Config:
@@ -63,8 +63,9 @@ def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite
 def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
     trainer = Trainer(small_config(), CPU)
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    seconds = time_precisions(trainer)
+    faster, seconds = faster_precision(trainer)
     assert all(0 < seconds[precision] < math.inf for precision in ("fp32", "bf16"))
+    assert faster in seconds
     assert trainer.config.precision == "fp32"
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())

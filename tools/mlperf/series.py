@@ -32,7 +32,7 @@ from data.packed import open_dataset
 from pytorch.config import CONFIGS, ROOT, Config, parse_config
 from pytorch.errors import PREEMPTED, Preempted, RunError
 from pytorch.machine import git_revision
-from pytorch.mllog import BENCHMARK, submission_division, submission_status
+from pytorch.mllog import BENCHMARK, submission
 from tools.mlperf.check import check, load_valid, reference_problem
 from tools.mlperf.runlog import RunLog
 from tools.mlperf.score import MIN_RUNS, comparability_key, differences, report, score
@@ -108,8 +108,8 @@ def run_series(
 def _require_acceptable(config: Config) -> None:
     """Raise RunError where no log of a run that is started here would be accepted."""
     commit, changed = git_revision()
-    submission_status()  # RunError where it is none
-    closed = submission_division() == constants.CLOSED
+    submission(constants.SUBMISSION_STATUS)  # RunError where it is none
+    closed = submission(constants.SUBMISSION_DIVISION) == constants.CLOSED
     problem = reference_problem(config.to_dict()) if closed else ""
     if commit == "unknown":
         raise RunError("no log would be accepted: the commit is not known: git, or its folder, is not there")
@@ -156,8 +156,7 @@ def _run(folder: Path, number: int, options: list[str], config: Config, logs: li
     with path.open("xb") as file:
         # In a session of its own: else a terminal's Ctrl-C would reach it twice.
         command = [*COMMAND, *options, "--output-dir", str(output_dir)]
-        variables = {**os.environ, "DEEPSPEECH2_CONTINUE": "The series repeats this run."}  # not with --resume
-        process = subprocess.Popen(command, stdout=file, pass_fds=[lock], start_new_session=True, env=variables)
+        process = subprocess.Popen(command, stdout=file, pass_fds=[lock], start_new_session=True)
         status, signals = _wait(process)
     told_to_end = KeyboardInterrupt if status == INTERRUPTED or signal.SIGINT in signals else Preempted
     if status in (PREEMPTED, INTERRUPTED):

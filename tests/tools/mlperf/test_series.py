@@ -77,7 +77,7 @@ def test_a_series_that_is_told_to_end_tells_its_run_waits_for_it_and_keeps_its_l
     (os.killpg if to_group else os.kill)(process.pid, number)
     _, errors = process.communicate(timeout=240)
     assert process.returncode == status
-    assert str(log) in errors and "--resume" not in errors
+    assert f"its log is {log}. The same command continues the series." in errors
     assert "Traceback" not in errors
     assert list(stamps(log.parent)) == [log.name]
     assert RunLog.read(log).status == "aborted"  # the run came to its own end
