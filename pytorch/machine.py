@@ -27,7 +27,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return the hardware and software of this machine that bear on a result."""
     import torch
 
-    packages = "torch", "numpy", "mlperf-logging"
     found: dict[str, Any] = {
         "processor": _processor(),
         "cores": available_cores(),
@@ -35,7 +34,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "operating_system": platform.platform(),
         "python": platform.python_version(),
-        **{package: version(package) for package in packages},
+        **{package: version(package) for package in ("torch", "numpy", "mlperf-logging")},
         "accelerators": 0,
     }
     if device.type == "cuda":

@@ -11,14 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import pytest
 import torch
 
-from data.packed import open_dataset
 from pytorch import checkpoint
 from pytorch.errors import PREEMPTED
-from pytorch.loader import Utterances, split_balanced
 from tests.conftest import write_packed_dataset
 from tests.processes import Popen
 from tests.pytorch.test_train import ENVIRONMENT, SMALL, events, have_same_weights, metadata, values
@@ -136,18 +133,6 @@ def test_a_batch_with_fewer_utterances_than_parts_is_refused(
     assert "Traceback" not in run.stderr
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 8])
-def test_a_batch_is_dealt_into_parts_of_like_length(parts: int, uneven: Path) -> None:
-    utterances = Utterances(open_dataset(uneven).split("train"))
-    indices = np.array([40, 3, 17, 22, 9, 31, 5, 12, 28, 36])
-    shares = split_balanced(utterances, indices, parts)
-    assert sorted(np.concatenate(shares).tolist()) == sorted(indices.tolist())
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1
-    lengths = [int(utterances.num_samples[share].sum()) for share in shares if len(share) == max(sizes)]
-    assert max(lengths) - min(lengths) <= int(utterances.num_samples[indices].max())
-
-
 def test_a_loss_that_goes_wrong_in_one_process_makes_all_skip_the_step(uneven: Path, tmp_path: Path) -> None:
     """Process 1 makes its fifth loss infinite: two steps are those of the warm-up. It is slow, so process 0 waits."""
     sabotage = tmp_path / "sitecustomize.py"
@@ -212,18 +197,15 @@ def test_a_run_told_to_stop_saves_after_its_step_and_says_so_by_its_exit_status(
     assert (last["metadata"]["status"], last["metadata"]["exception"]) == ("aborted", "Preempted")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, PREEMPTED), (signal.SIGINT, 130)])
-def test_a_run_told_to_stop_while_its_processes_start_says_so_by_its_exit_status(
-    number: signal.Signals, status: int, uneven: Path, tmp_path: Path
-) -> None:
+def test_a_run_told_to_stop_while_its_processes_start_says_so_by_its_exit_status(uneven: Path, tmp_path: Path) -> None:
     # Not forked, for they start faster than a signal comes.
     run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "200", forked=False)
     while len(_workers(run)) < 2:
         assert run.poll() is None
         time.sleep(0.1)
-    os.kill(run.pid, number)
+    os.kill(run.pid, signal.SIGTERM)
     ended = finish(run)
-    assert ended.returncode == status, ended.stderr
+    assert ended.returncode == PREEMPTED, ended.stderr
 
 
 def test_nohup_protects_a_run_of_several_processes(uneven: Path, tmp_path: Path) -> None:

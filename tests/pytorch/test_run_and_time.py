@@ -14,10 +14,9 @@ from pytorch import run_and_time as run_and_time_module
 from pytorch.config import parse_config
 from tests.conftest import ROOT
 from tests.processes import Popen
+from tests.pytorch.test_train import SMALL
 from tools.mlperf.runlog import RunLog
 
-SMALL = ["--hidden-size", "8", "--conv-channels", "2", "--batch-size", "4", "--device", "cpu"]
-SMALL += ["--precision", "fp32"]  # auto would measure
 BY_SCRIPT: list[str | Path] = ["sh", ROOT / "pytorch" / "run_and_time.sh"]
 FORKED: list[str | Path] = [sys.executable, "-m", "pytorch.run_and_time"]  # what the script starts, without its imports
 
@@ -39,7 +38,7 @@ def run_and_time(
 def test_run_and_time_writes_the_report_beside_a_log_that_stays_pure(tones: Path, tmp_path: Path) -> None:
     """The run ends with max_steps, which are those of an epoch: there is one evaluation, not another of no step."""
     folder = tmp_path / "results"
-    options: list[str | Path] = ["--config", "synthetic", "--dataset-dir", tones, *SMALL, "--max-steps", "6"]
+    options: list[str | Path] = ["--dataset-dir", tones, *SMALL, "--max-steps", "6"]
     run = run_and_time(*options, "--output-dir", folder, "--target-wer", "0", folder=tmp_path, command=BY_SCRIPT)
     assert run.returncode == 1, run.stderr
     events = [line for line in run.stdout.splitlines() if line]
