@@ -28,7 +28,6 @@ def test_auto_is_whatever_accelerator_there_is(gpus: None, name: str, number: in
     ("gpus", "name", "number", "message"),
     [
         ((None, 0), "cuda", 0, "--device cuda: PyTorch finds no such device on this machine; use --device cpu or auto"),
-        (("xpu", 1), "cuda", 0, "--device cuda: PyTorch finds no such device"),
         (("cuda", 2), "auto", 2, "3 processes but only 2 GPUs on this machine; set NPROC_PER_NODE"),
     ],
     indirect=["gpus"],
