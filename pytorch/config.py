@@ -28,7 +28,7 @@ BENCHMARK_WER = 23.0  # the target of a LibriSpeech result
 Optimizer = Literal["adamw", "sgd", "muon"]
 Schedule = Literal["cosine", "anneal"]
 Precision = Literal["auto", "fp32", "bf16"]
-Device = Literal["auto", "cpu", "cuda", "xpu", "mps"]
+Device = Literal["auto", "cpu", "cuda", "xpu"]
 GRUKernel = Literal["auto", "cudnn", "triton"]
 
 # Where a field may differ:
@@ -109,7 +109,7 @@ class Config:
     dist_timeout_seconds: float = _field(600.0, DURATION, scope="session")
     """Seconds that ranks wait for each other before one counts as lost."""
     device: Device = _field("auto", scope="machine")
-    """Where to compute; auto: the GPU if there is one. cuda: NVIDIA and AMD; xpu: Intel; mps: Apple."""
+    """Where to compute; auto: the GPU if there is one. cuda: NVIDIA and AMD; xpu: Intel."""
     precision: Precision = _field("auto")
     """Of matrix products and convolutions; auto: bf16 where a GPU has it, on a CPU if it measures faster."""
     gru_kernel: GRUKernel = _field("auto", scope="session")

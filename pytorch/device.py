@@ -25,14 +25,14 @@ def select_device(name: str, number: int = 0) -> torch.device:
     """Return the device of that name; `auto` is the accelerator (torch's word for GPUs and the like), if there is one.
 
     Args:
-        name: auto, cpu, cuda (NVIDIA, and AMD by ROCm), xpu (Intel) or mps (Apple).
+        name: auto, cpu, cuda (NVIDIA, and AMD by ROCm) or xpu (Intel).
         number: of the accelerator.
 
     Raises:
         RunError: there is no such device, or none of that number.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if name == "cpu" or (name == "auto" and accelerator is None):
+    if name == "cpu" or (name == "auto" and (accelerator is None or accelerator.type == "mps")):  # has no float64
         return torch.device("cpu")
     if accelerator is None or name not in ("auto", accelerator.type):
         raise RunError(f"--device {name}: PyTorch finds no such device on this machine; use --device cpu or auto")
@@ -45,11 +45,6 @@ def set_device(device: torch.device) -> None:
     """Set the current accelerator, which events and messages between ranks use."""
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-
-
-def widest_float(device: torch.device) -> torch.dtype:
-    """Return float64, or float32 on Apple's GPUs, which have nothing wider."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @contextmanager

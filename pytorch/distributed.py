@@ -133,13 +133,12 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.request)
+            signal.signal(number, self._request)
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             signal.signal(signal.SIGINT, _interrupt_once)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    def request(self, *_: object) -> None:
-        """Handle a signal."""
+    def _request(self, *_: object) -> None:
         self.requested = True
 
 
@@ -159,7 +158,7 @@ def report_lost_ranks() -> Iterator[None]:
     except RuntimeError as error:
         if _store is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        missing = "unknown, because the process that keeps the list is among them"
+        missing = "0, whose process keeps the list of the others"
         with suppress(RuntimeError):
             _store.set(f"lost-contact/{dist.get_rank()}", "")
             time.sleep(REPORT_SECONDS)

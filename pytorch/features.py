@@ -22,7 +22,6 @@ import torchaudio
 from torch import Tensor, nn
 
 from pytorch.config import Config
-from pytorch.device import widest_float
 
 SAMPLE_RATE = 16_000  # Hz
 N_FFT = 320  # samples: 20 ms
@@ -105,7 +104,7 @@ def change_tempo(magnitude_BFT: Tensor, frames_B: Tensor, tempo_B: Tensor) -> tu
     on the CPU.
     """
     new_frames_B = ((frames_B - 1) / tempo_B).floor().long() + 1
-    device, dtype = magnitude_BFT.device, widest_float(magnitude_BFT.device)
+    device, dtype = magnitude_BFT.device, torch.float64
     time_T = torch.arange(padded_frames(int(new_frames_B.max()), device), device=device, dtype=dtype)
     tempo_B1, last_B1 = (x.to(dtype).to(device, non_blocking=True)[:, None] for x in (tempo_B, frames_B - 1))
     position_BT = torch.minimum(time_T * tempo_B1, last_B1)

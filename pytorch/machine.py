@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import subprocess
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,6 @@ import numpy as np
 
 from data.cli import available_cores
 from data.packed import PackedDataset, content_files
-from pytorch import memory
 from pytorch.config import ROOT
 
 if TYPE_CHECKING:
@@ -29,15 +27,14 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Return the hardware and software of this machine that bear on a result."""
     import torch
 
-    packages = "torch", "numpy", "mlperf-logging"
     found: dict[str, Any] = {
         "processor": _processor(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(memory.size() / 2**30, 1),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "operating_system": platform.platform(),
         "python": platform.python_version(),
-        **{package: version(package) for package in packages},
+        **{package: version(package) for package in ("torch", "numpy", "mlperf-logging")},
         "accelerators": 0,
     }
     if device.type == "cuda":
@@ -49,10 +46,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    with suppress(OSError):
-        if model := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return model[1]
-    return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return model[1] if model else platform.machine()  # ARM's has only numbers
 
 
 def cpu_seconds() -> dict[str, float]:
@@ -62,10 +57,7 @@ def cpu_seconds() -> dict[str, float]:
         "all", "busy", and "stolen" by the hypervisor for other machines; "own" of this process and its children that
         have ended. Empty where /proc/stat does not have them.
     """
-    try:
-        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
-    except OSError:
-        return {}
+    lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
     names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
     of_cpus = [[int(value) for value in values[:8]] for name, *values in lines if name in names]
     if not of_cpus:  # some containers renumber the CPUs in /proc/stat
@@ -99,8 +91,6 @@ def user_name() -> str:
 
 def clear_cache(dataset: PackedDataset) -> str:
     """Evict a data set from the operating system's page cache. Return why that was not possible, or an empty text."""
-    if not hasattr(os, "posix_fadvise"):
-        return "this operating system offers no way to do so"
     for name in content_files(dataset.subsets):
         try:
             with (dataset.path / name).open("rb") as file:

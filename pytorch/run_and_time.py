@@ -63,15 +63,13 @@ def _run(arguments: list[str]) -> int:
     )
     env = variables()
     log = config.output_dir / mllog.LOG
-    with suppress(OSError):  # closed
-        os.set_blocking(1, True)  # some parents' pipes are not: lines would be lost
     # On a file system that nodes share, one lock is enough; and more would refuse the run itself.
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with locked(config.output_dir, "run") if env["NODE_RANK"] == 0 else nullcontext():
         cache_clear, before = machine.clear_cache(open_dataset(config.dataset_dir)), _modified(log)
         statuses = _launch(config, cache_clear, env)
-    status = max(statuses.values())
-    if 0 in statuses and status in (0, 1) and _modified(log) != before:  # rank 0 writes the log
+    status, wrote_the_log = max(statuses.values()), 0 in statuses  # rank 0, on this node, did
+    if wrote_the_log and status in (0, 1) and _modified(log) != before:
         _write_report(log)
     return status
 
@@ -82,7 +80,12 @@ def _modified(file: Path) -> int:
 
 def variables() -> dict[str, int]:
     """Return the environment variables' values; RunError if one is wrong."""
-    env = {name: _number(name) for name in VARIABLES}
+    env = {}
+    for name, (default, lowest, highest) in VARIABLES.items():
+        value = os.environ.get(name) or str(default)
+        if not (value.isdecimal() and lowest <= int(value) <= highest):
+            raise RunError(f"{name} is {value!r}; it must be a number from {lowest} to {highest}")
+        env[name] = int(value)
     if env["NODE_RANK"] >= env["NNODES"]:
         raise RunError(f"NODE_RANK is {env['NODE_RANK']}; with NNODES={env['NNODES']} it must be less than that")
     if env["MAX_RESTARTS"] and env["NNODES"] > 1 and not os.environ.get("RUN_ID"):
@@ -90,34 +93,24 @@ def variables() -> dict[str, int]:
     return env
 
 
-def nproc_per_node(config: Config, nodes: int = 1) -> int:
-    """Return how many ranks a run has on this node.
+def nproc_per_node(config: Config) -> int:
+    """Return how many ranks a run has on this node; RunError if a variable is wrong.
 
     They are NPROC_PER_NODE, or one for each GPU, or for as many GPUs as a batch has utterances for; at least one.
-
-    Raises:
-        RunError: NPROC_PER_NODE is not a number.
     """
     import torch
 
-    if number := _number("NPROC_PER_NODE"):
-        return number
+    env = variables()
+    if env["NPROC_PER_NODE"]:
+        return env["NPROC_PER_NODE"]
     gpus = 0 if config.device == "cpu" else torch.accelerator.device_count()
-    processes = min(gpus, config.batch_size // (config.gradient_accumulation_steps * nodes))
+    processes = min(gpus, config.batch_size // (config.gradient_accumulation_steps * env["NNODES"]))
     if processes < gpus:
         print(
             f"Using {max(1, processes)} of {gpus} GPUs: --batch-size {config.batch_size} cannot be split further",
             file=sys.stderr,
         )
     return max(1, processes)
-
-
-def _number(name: str) -> int:
-    default, lowest, highest = VARIABLES[name]
-    value = os.environ.get(name) or str(default)
-    if not (value.isdecimal() and lowest <= int(value) <= highest):
-        raise RunError(f"{name} is {value!r}; it must be a number from {lowest} to {highest}")
-    return int(value)
 
 
 def _launch(config: Config, cache_clear: str, env: dict[str, int]) -> dict[int, int]:
@@ -132,78 +125,71 @@ def _launch(config: Config, cache_clear: str, env: dict[str, int]) -> dict[int, 
     os.environ.setdefault("NCCL_MAX_CTAS", "16")
     # Otherwise a rejoining node waits forever: node 0 publishes its store's address only in the first rendezvous round.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    _start_server()
     received = _pass_signals_on()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            method = _start_server()
-            statuses = _torchrun(config, cache_clear, env, method, folder)
-        except (RunError, RuntimeError) as error:  # Python turns an interrupted import into a RuntimeError
-            if not received:
-                raise
-            print(error, file=sys.stderr)  # ranks were killed by a second Ctrl-C, or did not all stop in time
-            statuses = {0: INTERRUPTED if received[0] == signal.SIGINT else PREEMPTED}
-        except OSError as error:
-            room = f"a short path to {folder}, which TMPDIR chooses, and room there and in /dev/shm"
-            raise RunError(f"ranks cannot be started: {error.strerror or error}; they need {room}") from error
+    try:
+        statuses = _torchrun(config, cache_clear, env)
+    except RunError as error:
+        if not received:
+            raise
+        print(error, file=sys.stderr)  # ranks were killed by a second Ctrl-C, or did not all stop in time
+        raise (KeyboardInterrupt if received[0] == signal.SIGINT else Preempted) from error
     if PREEMPTED in statuses.values():
         raise Preempted
     return statuses
 
 
-def _start_server() -> str:
-    """Start the server that ranks are forked from, while this process imports torch. Return the start method."""
-    method = multiprocessing.get_start_method(allow_none=True) or "forkserver"
-    if method == "forkserver":
-        multiprocessing.set_forkserver_preload(["pytorch.train"])
-        resource_tracker.ensure_running()  # which unblocks signals
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for ranks, too, until they have a StopSignal
-        try:
-            forkserver.ensure_running()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    return method
+def _start_server() -> None:
+    """Start the server that ranks are forked from, while this process imports torch."""
+    multiprocessing.set_forkserver_preload(["pytorch.train"])
+    resource_tracker.ensure_running()  # which unblocks signals
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for ranks, too, until they have a StopSignal
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # whose exception an import may lose
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import torch.distributed.launcher  # noqa: F401
 
 
-def _torchrun(config: Config, cache_clear: str, env: dict[str, int], method: str, folder: str) -> dict[int, int]:
+def _torchrun(config: Config, cache_clear: str, env: dict[str, int]) -> dict[int, int]:
     """Run torchrun's agent; return its ranks' exit statuses. RunError if ranks failed, or did not find each other."""
-    import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher import LaunchConfig, elastic_launch
 
-    processes, one_node = nproc_per_node(config, env["NNODES"]), env["NNODES"] == 1
-    threads = max(1, min(torch.get_num_threads(), available_cores() // processes))
+    one_node = env["NNODES"] == 1
     # A node's own name may resolve to an address of another interface or host; port 0 is any free one.
     endpoint = f"{os.environ.get('MASTER_ADDR') or 'localhost'}:{env['MASTER_PORT']}"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ranks print their own errors
-    launch = LaunchConfig(
-        min_nodes=env["NNODES"],
-        max_nodes=env["NNODES"],
-        nproc_per_node=processes,
-        run_id=os.environ.get("RUN_ID") or (uuid.uuid4().hex if one_node else "none"),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0" if one_node else endpoint,
-        rdzv_configs={"is_host": env["NODE_RANK"] == 0},
-        local_addr="localhost" if one_node else os.environ.get("PET_LOCAL_ADDR"),  # torchrun's variable
-        max_restarts=env["MAX_RESTARTS"],
-        start_method=method,
-        logs_specs=DefaultLogsSpecs(log_dir=folder),
-        signals_to_handle="SIGQUIT",  # the others are handled here: the agent would not let ranks return their status
-    )
-    try:
-        return elastic_launch(launch, _rank)(config, cache_clear, threads)
-    except ChildFailedError as error:
-        failures = (f"rank {rank} ended with status {failed.exitcode}" for rank, failed in error.failures.items())
-        raise RunError(f"ranks of the run failed: {', '.join(failures)}; see their messages above") from error
-    except RendezvousError as error:
-        cause = (str(error.__cause__ or error).splitlines() or [""])[0]
-        where = f"no connection at {endpoint} (MASTER_ADDR, MASTER_PORT)"
-        raise RunError(f"{where}; is the port free, and node 0 up? {cause}") from error
+    with tempfile.TemporaryDirectory() as folder:
+        launch = LaunchConfig(
+            min_nodes=env["NNODES"],
+            max_nodes=env["NNODES"],
+            nproc_per_node=nproc_per_node(config),
+            run_id=os.environ.get("RUN_ID") or (uuid.uuid4().hex if one_node else "none"),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0" if one_node else endpoint,
+            rdzv_configs={"is_host": env["NODE_RANK"] == 0},
+            local_addr="localhost" if one_node else os.environ.get("PET_LOCAL_ADDR"),  # torchrun's variable
+            max_restarts=env["MAX_RESTARTS"],
+            start_method="forkserver",
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle="SIGQUIT",  # others are handled here: the agent would not let ranks return their status
+        )
+        try:
+            return elastic_launch(launch, _rank)(config, cache_clear)
+        except ChildFailedError as error:
+            failures = (f"rank {rank} ended with status {failed.exitcode}" for rank, failed in error.failures.items())
+            raise RunError(f"ranks of the run failed: {', '.join(failures)}; see their messages above") from error
+        except RendezvousError as error:
+            cause = (str(error.__cause__ or error).splitlines() or [""])[0]
+            where = f"no connection at {endpoint} (MASTER_ADDR, MASTER_PORT)"
+            raise RunError(f"{where}; is the port free, and node 0 up? {cause}") from error
 
 
-def _rank(config: Config, cache_clear: str, threads: int) -> int:
-    """Train as one of the ranks, in a process of its own with some threads; return the exit status.
+def _rank(config: Config, cache_clear: str) -> int:
+    """Train as one of the ranks, in a process of its own; return the exit status.
 
     To torchrun, a process that returns has ended in an orderly way. One that exits has failed, and may be restarted.
     """
@@ -213,7 +199,8 @@ def _rank(config: Config, cache_clear: str, threads: int) -> int:
 
     die_with_parent()
     if not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(threads)
+        share = available_cores() // int(os.environ["LOCAL_WORLD_SIZE"])
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), share)))
     try:
         status = train.run_rank(config, cache_clear)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the status is decided

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pytorch.config import Config, Precision
 from pytorch.ctc import ctc_loss
-from pytorch.device import copy_to_cpu_async, widest_float
+from pytorch.device import copy_to_cpu_async
 from pytorch.distributed import World, all_reduce_sum
 from pytorch.features import LogSpectrogram
 from pytorch.loader import Batch
@@ -98,7 +98,7 @@ class Trainer:
             flags: booleans, summed over ranks together with the loss.
 
         Returns:
-            A function that waits for the step and returns [loss, gradient norm, *flags] in `widest_float` on the CPU.
+            A function that waits for the step and returns [loss, gradient norm, *flags] in float64 on the CPU.
             A flag is the number of ranks on which it was set. Nothing else here waits for the device, but PyTorch's
             CTC loss.
         """
@@ -106,7 +106,7 @@ class Trainer:
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of batch norms
         statistics_before = torch.cat(statistics)
         # [loss, *flags], summed over ranks
-        reduced = torch.tensor([0.0, *flags], dtype=widest_float(self.device)).to(self.device, non_blocking=True)
+        reduced = torch.tensor([0.0, *flags], dtype=torch.float64).to(self.device, non_blocking=True)
         for number, microbatch in enumerate(microbatches, start=1):
             # DDP synchronizes gradients in the last backward pass only. A single rank has no DDP, and no `no_sync`.
             sync = number == len(microbatches) or self.world.size == 1

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
-from multiprocessing import popen_fork
+from multiprocessing import forkserver, popen_fork, resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,7 +131,9 @@ def _serve() -> None:
     for module in [*modules, "pytorch.run_and_time", "tools.report.__main__"]:
         importlib.import_module(module)
     subprocess.Popen = _Forked  # type: ignore[misc]
-    multiprocessing.set_start_method("fork")  # of ranks
+    contexts: Any = multiprocessing.context
+    contexts._concrete_contexts["forkserver"] = multiprocessing.get_context("fork")  # of ranks
+    forkserver.ensure_running = resource_tracker.ensure_running = lambda: None  # type: ignore[assignment]
     popen_fork.Popen._launch = _launch_rank  # type: ignore[attr-defined]
     gc.freeze()  # so that no collection touches, and copies, what all processes share
     tests = socket.socket(fileno=0)

@@ -16,7 +16,7 @@ from pytorch.errors import RunError
         (("cuda", 2), "auto", 1, "cuda:1"),
         (("cuda", 2), "cpu", 0, "cpu"),
         (("xpu", 1), "auto", 0, "xpu:0"),
-        (("mps", 1), "mps", 0, "mps:0"),
+        (("mps", 1), "auto", 0, "cpu"),
     ],
     indirect=["gpus"],
 )
@@ -28,7 +28,6 @@ def test_auto_is_whatever_accelerator_there_is(gpus: None, name: str, number: in
     ("gpus", "name", "number", "message"),
     [
         ((None, 0), "cuda", 0, "--device cuda: PyTorch finds no such device on this machine; use --device cpu or auto"),
-        (("mps", 1), "cuda", 0, "--device cuda: PyTorch finds no such device"),
         (("cuda", 2), "auto", 2, "3 processes but only 2 GPUs on this machine; set NPROC_PER_NODE"),
     ],
     indirect=["gpus"],

@@ -159,7 +159,7 @@ def _run(folder: Path, number: int, options: list[str], config: Config, logs: li
         process = subprocess.Popen(command, stdout=file, pass_fds=[lock], start_new_session=True)
         status, signals = _wait(process)
     told_to_end = KeyboardInterrupt if status == INTERRUPTED or signal.SIGINT in signals else Preempted
-    if status in (PREEMPTED, INTERRUPTED):
+    if status in (PREEMPTED, INTERRUPTED) or -status in SIGNALS:  # the latter in its first seconds
         print(f"The run was interrupted; its log is {path}. The same command continues the series.", file=sys.stderr)
         raise told_to_end
     if constants.RUN_START not in path.read_text(errors="replace"):
