@@ -55,7 +55,7 @@ class Options:
     keep_archives: bool = False
     """leave the downloaded archives in the data set's folder archives/"""
     jobs: int = available_cores()
-    """processes that decode audio"""
+    """threads that decode audio"""
 
 
 def main() -> int:
@@ -78,10 +78,7 @@ def download(options: Options) -> PackedDataset:
         with locked(path, "download or verification"):
             dataset, already = _complete(path, corpus, subsets, archives, options)
     except OSError as error:
-        advice = {
-            errno.EFBIG: "; 'ulimit -f' or the file system limits a file's size",
-            errno.ENOSPC: "; if there is, /dev/shm is full, which --jobs 1 does not need",
-        }.get(error.errno or 0, "")
+        advice = "; 'ulimit -f' or the file system limits a file's size" if error.errno == errno.EFBIG else ""
         raise DataError(f"{error.filename or f'writing in {path}'}: {error.strerror}{advice}") from error
     counts = ", ".join(
         f"{subset.name} {subset.utterances} utterances ({subset.hours:.2f} h)" for subset in dataset.summary.values()

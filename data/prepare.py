@@ -8,16 +8,13 @@ a subset that dataset.json does not name is somebody else's, and an error; but a
 from __future__ import annotations
 
 import gzip
-import multiprocessing
 import os
 import shutil
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -26,7 +23,7 @@ from types import ModuleType
 
 import numpy as np
 
-from data.cli import DataError, die_with_parent, first_of, progress_bar
+from data.cli import DataError, first_of, progress_bar
 from data.corpora import Corpus, CorpusSubset
 from data.fetch import VerifiedArchive
 from data.files import atomic_replace, not_ours
@@ -52,7 +49,7 @@ UTTERANCES_PER_TASK = 16
 
 @dataclass
 class Preparation:
-    """A data set to which subsets are added; `work` is a work_folder in it, `jobs` the number of decoding processes."""
+    """A data set to which subsets are added; `work` is a work_folder in it, `jobs` the number of decoding threads."""
 
     dataset: PackedDataset
     corpus: Corpus
@@ -162,45 +159,37 @@ def unpack(archive: Path, folder: Path) -> None:
 def _decode_all(
     audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int
 ) -> Iterator[tuple[int, str, str]]:
-    """Decode all utterances into audio.npy, in `jobs` processes; yield of each its place, digest and a warning."""
+    """Decode all utterances into audio.npy, in `jobs` threads; yield of each its place, digest and a warning."""
     groups: dict[str | int, list[int]] = {}  # a task decodes successive utterances, or makes those of one speaker
     for place, utterance in enumerate(ordered):
         task = utterance.speaker if utterance.encoding in SPOKEN else place // UTTERANCES_PER_TASK
         groups.setdefault(task, []).append(place)
-    utterances = ([ordered[place] for place in places] for places in groups.values())
-    starts = ([offsets[place] for place in places] for places in groups.values())
-    decode_some: Callable[..., Iterable[list[tuple[str, str]]]] = map
-    with ExitStack() as stack:
-        if jobs > 1 and len(groups) > 1:
-            # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(min(jobs, len(groups)), context, die_with_parent)
-            stack.callback(pool.shutdown, cancel_futures=True)  # the first error is enough
-            decode_some = pool.map
-        try:
-            decoded = decode_some(partial(_decode_into, audio), utterances, starts)
-            for places, each in zip(groups.values(), decoded, strict=True):
-                yield from ((place, *one) for place, one in zip(places, each, strict=True))
-        except BrokenProcessPool:
-            raise DataError("a decoding process was killed; if memory ran out, fewer --jobs help") from None
+    pool = ThreadPoolExecutor(jobs)  # decoding, resampling and digests let other threads run
+    try:
+        for decoded in pool.map(partial(_decode_some, audio, ordered, offsets), groups.values()):
+            yield from decoded
+    finally:
+        pool.shutdown(cancel_futures=True)  # the first error is enough
 
 
-def _decode_into(audio: Path, utterances: Sequence[Utterance], offsets: Sequence[int]) -> list[tuple[str, str]]:
-    """Decode utterances into audio.npy, from the samples `offsets` on; return of each the digest and a warning."""
-    encoding, decoded = utterances[0].encoding, []
-    if encoding in SPOKEN:
+def _decode_some(
+    audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], places: Sequence[int]
+) -> list[tuple[int, str, str]]:
+    """Decode the utterances at these places; return of each its place, digest and a warning."""
+    utterances, decoded = [ordered[place] for place in places], []
+    if (encoding := utterances[0].encoding) in SPOKEN:
         waveforms: Iterable = ((waveform, 0) for waveform in synthesizer(encoding).speak_utterances(utterances))
     else:
         waveforms = map(decode, utterances)
     # Written, not memory-mapped: a full disk is then an error and not a bus fault.
     with audio.open("r+b") as stream:
-        for utterance, offset, (samples, clipped) in zip(utterances, offsets, waveforms, strict=True):
+        for place, utterance, (samples, clipped) in zip(places, utterances, waveforms, strict=True):
             waveform = np.ascontiguousarray(samples, dtype="<i2")
             note = f"{utterance.id}: {clipped} samples were beyond full scale and were clipped" if clipped else ""
             if waveform.min() == waveform.max():
                 note = f"{utterance.id}: nothing but silence; do its channels cancel each other?"
-            decoded.append((utterance_digest(waveform, utterance.transcript), note))
-            stream.seek(AUDIO_HEADER_BYTES + 2 * offset)
+            decoded.append((place, utterance_digest(waveform, utterance.transcript), note))
+            stream.seek(AUDIO_HEADER_BYTES + 2 * offsets[place])
             stream.write(waveform.data)
     return decoded
 

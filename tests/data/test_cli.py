@@ -73,7 +73,7 @@ def test_a_name_that_is_not_unicode_is_printed_with_escapes(
         assert words[2] == "data.verify" or rb"caf\udce9 is complete" in ended.stdout
 
 
-def test_ctrl_c_ends_a_download_in_one_line_with_its_decoding_processes(mirror: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_download_in_one_line(mirror: Path, tmp_path: Path) -> None:
     spoken = {f"84-1-{number:04d}": (160_000, "A") for number in range(400)}
     sums = write_mirror(mirror, {"dev-clean.tar.gz": librispeech_files("dev-clean", spoken)})
     words = line("data.download", "--subsets", "dev-clean", "--mirror", mirror, "--checksums", sums, "--jobs", "2")

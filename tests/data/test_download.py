@@ -6,10 +6,8 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -230,22 +228,6 @@ def test_a_preparation_killed_ten_times_has_the_same_digest(options: Options, mi
     finished = download(replace(options, dataset_dir=path))
     assert finished.digest == undisturbed
     assert files_below(path) == files_below(tmp_path / "undisturbed")
-
-
-def test_decoding_processes_end_when_their_parent_is_killed(options: Options, mirror: Path, folder: Path) -> None:
-    larger_mirror(mirror)
-    words = [sys.executable, "-c", DOWNLOAD, *arguments(replace(options, subsets="dev-clean")), "--jobs", "2"]
-    # The read end of a pipe that all of them inherit sees its end when the last of them is gone.
-    with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as run:
-        assert run.stdout is not None and run.stdout.readline() == b"ready\n"
-        while not (folder / "unfinished" / "dev-clean" / "audio.npy").exists() and run.poll() is None:
-            time.sleep(0.005)
-        time.sleep(0.3)  # the processes are starting, or at work
-        run.send_signal(signal.SIGKILL)
-        watchdog = threading.Timer(20, os._exit, [1])
-        watchdog.start()
-        run.stdout.read()
-        watchdog.cancel()
 
 
 def test_a_disk_that_fills_up_is_a_clear_error_and_a_rerun_finishes(
