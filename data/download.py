@@ -24,7 +24,7 @@ from typing import Annotated
 
 import tyro
 
-from data.cli import DataError, available_cores, exit_status, make_room_for_help
+from data.cli import DataError, available_cores, exit_status
 from data.corpora import CORPORA, REPOSITORY, Archive, Corpus, CorpusSubset, find_corpus, rehearsal
 from data.fetch import ArchiveSource, VerifiedArchive, read_checksums
 from data.files import UNFINISHED, check_space, locked, work_folder
@@ -59,7 +59,6 @@ class Options:
 
 
 def main() -> int:
-    make_room_for_help()
     options = tyro.cli(Options, prog="download_dataset.sh", description=Options.__doc__)
     return exit_status(lambda: download(options), None, interrupted="Interrupted. Run the same command to resume.")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from data.cli import DataError, exit_status, first_of, make_room_for_help, progress_bar
+from data.cli import DataError, exit_status, first_of, progress_bar
 from data.corpora import CORPORA, REPOSITORY, Corpus, find_corpus
 from data.files import file_digest, locked
 from data.packed import (
@@ -53,7 +53,6 @@ class Options:
 
 
 def main() -> int:
-    make_room_for_help()
     options = tyro.cli(Options, prog="verify_dataset.sh", description=Options.__doc__)
     return exit_status(lambda: verify(options), None, interrupted="Interrupted. Not everything was checked.")
 
