@@ -1,7 +1,5 @@
 """What all command lines share: errors, exit statuses, progress bars, the processes behind a command."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import multiprocessing

@@ -4,8 +4,6 @@ Figures of LibriSpeech are those published on openslr.org/12 and /31. A corpus i
 where its archives have a layout of their own, a reader in readers.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

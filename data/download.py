@@ -12,8 +12,6 @@ Several archives are fetched at a time. Each is prepared as soon as it is comple
 interruption, the same command resumes.
 """
 
-from __future__ import annotations
-
 import errno
 import sys
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ An unfinished download is `<archive>.part`. Any later run, after a kill or days,
 mirror; if the file has changed in the meantime, its checksum is wrong, and it is downloaded again from the start.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random
@@ -14,7 +12,6 @@ import shutil
 import ssl
 import sys
 import threading
-import urllib.parse
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -91,7 +88,7 @@ class ArchiveSource:
         addresses = [part for part in named if part.startswith(("http://", "https://"))]
         if addresses != named and (addresses or "://" in mirror):
             raise DataError("--mirror is one folder, or addresses that begin with http:// or https://")
-        if any("@" in urllib.parse.urlsplit(address).netloc for address in addresses):
+        if any(re.match(r"\w+://[^/]*@", address) for address in addresses):
             raise DataError("--mirror takes no address with a login: download into a folder, and name that")
         local = bool(named) and not addresses
         self._folder, self._mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))

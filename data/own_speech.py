@@ -8,8 +8,6 @@ What it is follows from the content, and is printed. A path is also the utteranc
 the list names one. Nothing is skipped or repaired silently.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -128,7 +126,7 @@ def _read_list(file: Path) -> tuple[str, list[Row]]:
         for number, line in enumerate(text.split("\n"), start=1):
             try:
                 if line.strip():
-                    rows.append(_row(f"line {number}", dict(json.loads(line, object_pairs_hook=_record))))
+                    rows.append(_row(f"line {number}", dict(json.loads(line))))
             except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{file}, line {number}: not a JSON object: {error}") from error
         return "JSON lines", rows
@@ -158,14 +156,6 @@ def _read_list(file: Path) -> tuple[str, list[Row]]:
         else Row(place, "", "", problem=f"{wrong}{delimiter.join(cells)[:80]!r}")
         for place, cells in table
     ]
-
-
-def _record(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a record of these fields; ValueError where two have one name."""
-    record = dict(fields)
-    if len(record) < len(fields):
-        raise ValueError("a field occurs twice")
-    return record
 
 
 def _row(place: str, record: dict[str, Any]) -> Row:

@@ -13,8 +13,6 @@ The digest of a data set is the SHA-256 of one tarball of its files, names sorte
 so it is the same on every machine. It is computed as the files are read; the tarball is never written.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

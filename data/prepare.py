@@ -5,8 +5,6 @@ into dataset.json and renamed. A run that was cut short is repeated from the las
 a subset that dataset.json does not name is somebody else's, and an error; but an empty folder is reused.
 """
 
-from __future__ import annotations
-
 import gzip
 import os
 import shutil
@@ -23,27 +21,14 @@ from types import ModuleType
 
 import numpy as np
 
+from data import packed
 from data.cli import DataError, first_of, progress_bar
 from data.corpora import Corpus, CorpusSubset
 from data.fetch import VerifiedArchive
 from data.files import atomic_replace, not_ours
-from data.packed import (
-    AUDIO_FILE,
-    AUDIO_HEADER_BYTES,
-    DATASET_FILE,
-    INDEX_FILE,
-    PackedDataset,
-    SubsetSummary,
-    UtteranceRow,
-    audio_header,
-    dataset_digest,
-    utterance_digest,
-    write_dataset,
-    write_index,
-)
 from data.readers import SPOKEN, Utterance, decode, read_utterances
 
-CONTENT = (AUDIO_FILE, INDEX_FILE)
+CONTENT = (packed.AUDIO_FILE, packed.INDEX_FILE)
 UTTERANCES_PER_TASK = 16
 
 
@@ -51,7 +36,7 @@ UTTERANCES_PER_TASK = 16
 class Preparation:
     """A data set to which subsets are added; `work` is a work_folder in it, `jobs` the number of decoding threads."""
 
-    dataset: PackedDataset
+    dataset: packed.PackedDataset
     corpus: Corpus
     work: Path
     jobs: int
@@ -75,7 +60,7 @@ class Preparation:
         summaries = {each.name: known[each.name] for each in self.corpus.subsets if each.name in known}
         self.dataset = replace(self.dataset, digest="", splits=self.corpus.splits(list(known)), summary=summaries)
         # Entered before it has its name: a kill in between leaves nothing there that is not known to be ours.
-        write_dataset(self.dataset, self.work)
+        packed.write_dataset(self.dataset, self.work)
         if final.is_dir():  # check_place has seen that only these two files can be in it
             for file in CONTENT:
                 (final / file).unlink(missing_ok=True)
@@ -83,14 +68,14 @@ class Preparation:
         atomic_replace(partial, final)
         print(f"{name}: prepared {summary.utterances} utterances", file=sys.stderr)
 
-    def _pack(self, folder: Path, archive: VerifiedArchive, utterances: Sequence[Utterance]) -> SubsetSummary:
+    def _pack(self, folder: Path, archive: VerifiedArchive, utterances: Sequence[Utterance]) -> packed.SubsetSummary:
         """Write audio.npy and utterances.csv of the subset of the folder's name."""
         ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.id))
         offsets = list(accumulate((utterance.num_samples for utterance in ordered), initial=0))
-        audio = folder / AUDIO_FILE
-        audio.write_bytes(audio_header(offsets[-1]))
+        audio = folder / packed.AUDIO_FILE
+        audio.write_bytes(packed.audio_header(offsets[-1]))
         # To its full size: a limit of file size is met before anything is decoded.
-        os.truncate(audio, AUDIO_HEADER_BYTES + 2 * offsets[-1])
+        os.truncate(audio, packed.AUDIO_HEADER_BYTES + 2 * offsets[-1])
         digests = [""] * len(ordered)
         notes: list[str] = []
         with progress_bar(f"preparing {folder.name}", len(ordered), " utterances") as bar:
@@ -101,29 +86,29 @@ class Preparation:
         if notes:
             print(f"warning: {folder.name}: {len(notes)} utterances to check:\n{first_of(notes)}", file=sys.stderr)
         rows = (
-            UtteranceRow(spoken.id, spoken.speaker, offset, spoken.num_samples, spoken.transcript, digest)
+            packed.UtteranceRow(spoken.id, spoken.speaker, offset, spoken.num_samples, spoken.transcript, digest)
             for spoken, offset, digest in zip(ordered, offsets[:-1], digests, strict=True)
         )
         with audio.open("rb") as stream:
             os.fsync(stream.fileno())
-        return SubsetSummary(
+        return packed.SubsetSummary(
             name=folder.name,
             utterances=len(ordered),
             speakers=len({utterance.speaker for utterance in ordered}),
             samples=offsets[-1],
             longest_samples=ordered[-1].num_samples,
-            index_sha256=write_index(folder / INDEX_FILE, rows),
+            index_sha256=packed.write_index(folder / packed.INDEX_FILE, rows),
             archive=archive.file.name,
             archive_md5=archive.md5,
             archive_sha256=archive.sha256,
             official=self.corpus.published(archive.md5),
         )
 
-    def finish(self) -> PackedDataset:
+    def finish(self) -> packed.PackedDataset:
         """Compute the digest of everything and with it declare the data set finished."""
-        digest = dataset_digest(self.dataset.path, self.dataset.subsets)
+        digest = packed.dataset_digest(self.dataset.path, self.dataset.subsets)
         self.dataset = replace(self.dataset, digest=digest)
-        write_dataset(self.dataset, self.work)
+        packed.write_dataset(self.dataset, self.work)
         return self.dataset
 
 
@@ -188,8 +173,8 @@ def _decode_some(
             note = f"{utterance.id}: {clipped} samples were beyond full scale and were clipped" if clipped else ""
             if waveform.min() == waveform.max():
                 note = f"{utterance.id}: nothing but silence; do its channels cancel each other?"
-            decoded.append((place, utterance_digest(waveform, utterance.transcript), note))
-            stream.seek(AUDIO_HEADER_BYTES + 2 * offsets[place])
+            decoded.append((place, packed.utterance_digest(waveform, utterance.transcript), note))
+            stream.seek(packed.AUDIO_HEADER_BYTES + 2 * offsets[place])
             stream.write(waveform.data)
     return decoded
 
@@ -201,10 +186,10 @@ def synthesizer(layout: str) -> ModuleType:
     return {"embedded": embedded, "rehearsal": rehearsal}[layout]
 
 
-def check_place(dataset: PackedDataset, subsets: Iterable[str]) -> None:
+def check_place(dataset: packed.PackedDataset, subsets: Iterable[str]) -> None:
     """Raise DataError where something that is not this program's lies where these subsets are to be prepared."""
-    if (dataset.path / DATASET_FILE).is_symlink():
-        raise not_ours(dataset.path / DATASET_FILE)
+    if (dataset.path / packed.DATASET_FILE).is_symlink():
+        raise not_ours(dataset.path / packed.DATASET_FILE)
     for folder in (dataset.path / name for name in subsets):
         known = set(CONTENT if folder.name in dataset.summary else ())
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):

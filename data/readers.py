@@ -7,8 +7,6 @@ Anything doubtful is an error that names file and utterance: nothing is skipped 
 is read by own_speech.py.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

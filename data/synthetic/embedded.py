@@ -13,8 +13,6 @@ cards, all of it before any of it again: each word occurs about equally often. E
 - A fixed version of espeakng-loader. Its library is compiled per platform; the reference checksum was made on x86-64.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import defaultdict

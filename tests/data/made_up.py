@@ -1,7 +1,5 @@
 """Made-up corpora in the layouts of the real ones, and the commands as a user types them."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import subprocess

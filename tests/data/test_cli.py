@@ -1,7 +1,5 @@
 """How a command ends, and what it may use."""
 
-from __future__ import annotations
-
 import errno
 import os
 import signal

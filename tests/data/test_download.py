@@ -1,7 +1,5 @@
 """The command that makes a data set: what it makes, refuses, survives, and leaves alone."""
 
-from __future__ import annotations
-
 import os
 import random
 import resource

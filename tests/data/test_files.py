@@ -1,12 +1,9 @@
-from __future__ import annotations
-
 import errno
 import os
 import shutil
 import stat
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,20 +13,13 @@ from data.files import DOWNLOADS, MARK, atomic_open, check_space, locked, work_f
 from tests.data.made_up import REPOSITORY, files_below
 
 
-@pytest.mark.parametrize(
-    ("number", "error"),
-    [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EBADF, False), (errno.EIO, True), (errno.EDQUOT, True)],
-)
-def test_a_file_system_that_cannot_flush_a_folder_is_no_error_but_a_failing_disk_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: bool
-) -> None:
+def test_a_file_system_that_cannot_flush_a_folder_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fsync(descriptor: int) -> None:
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(number, os.strerror(number))
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    outcome = pytest.raises(OSError, match=os.strerror(number)) if error else nullcontext()
-    with outcome, atomic_open(tmp_path / "a.txt") as stream:
+    with atomic_open(tmp_path / "a.txt") as stream:
         stream.write(os.fsdecode(b"caf\xe9 box"))
     assert (tmp_path / "a.txt").read_text() == "caf\\udce9 box"  # what is not Unicode has escapes
     assert files_below(tmp_path) == ["a.txt"]

@@ -1,7 +1,5 @@
 """Real speech, where it lies beside the repository: AN4 whole, and a part of LibriSpeech."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 
