@@ -24,7 +24,7 @@ import tyro
 
 from data.cli import DataError, available_cores, exit_status
 from data.corpora import CORPORA, REPOSITORY, Archive, Corpus, CorpusSubset, find_corpus, rehearsal
-from data.fetch import ArchiveSource, VerifiedArchive, read_checksums
+from data.fetch import VerifiedArchive, obtain_archives, read_checksums
 from data.files import UNFINISHED, check_space, locked, work_folder
 from data.own_speech import digest, read_own_speech
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
@@ -143,14 +143,13 @@ def _complete(
                 utterances = synthesizer(corpus.layout).list_utterances(corpus, subset)
                 preparation.add_subset(VerifiedArchive(Path(), "", ""), subset.name, utterances)
         elif missing:
-            source = ArchiveSource(path / "archives", work, corpus, options.mirror, options.keep_archives)
             wanted = {archives[subset.name].file: archives[subset.name] for subset in missing}
-            # Closed explicitly: whatever goes wrong in here must end the downloads that run beside it.
-            with closing(source.archives(list(wanted.values()))) as verified:
+            kept, mirror, keep = path / "archives", options.mirror, options.keep_archives
+            verified = obtain_archives(list(wanted.values()), corpus, kept, work, mirror, keep)
+            with closing(verified):  # whatever goes wrong in here must end the downloads that run beside it
                 for archive in verified:
                     members = [subset for subset in missing if subset.archive.file == archive.file.name]
                     preparation.add_archive(archive, members)
-                    source.drop(archive)
         return preparation.finish(), False
 
 

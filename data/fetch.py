@@ -77,73 +77,64 @@ def verify_archive(file: Path, archive: Archive, progress: Progress = lambda cou
     return VerifiedArchive(file, md5.hexdigest(), sha256.hexdigest())
 
 
-class ArchiveSource:
-    """The archives of a corpus: read in place, in `kept` or a local `mirror`, or else downloaded into `work`.
+def obtain_archives(
+    wanted: Sequence[Archive], corpus: Corpus, kept: Path, work: Path, mirror: str, keep: bool
+) -> Generator[VerifiedArchive, None, None]:
+    """Yield the archives of a corpus as they become available, several at a time. If one fails, the others come first.
 
+    Each is read in place, in the folder `kept` or a local `mirror`, or else downloaded into `work`. When the next one
+    is asked for, a download is removed, or moved to `kept` if it is to be kept.
     `mirror` is the option's value: a folder, comma-separated addresses, or nothing.
     """
+    named = [part.strip() for part in mirror.split(",") if part.strip()]
+    addresses = [part for part in named if part.startswith(("http://", "https://"))]
+    if addresses != named and (addresses or "://" in mirror):
+        raise DataError("--mirror is one folder, or addresses that begin with http:// or https://")
+    if any(re.match(r"\w+://[^/]*@", address) for address in addresses):
+        raise DataError("--mirror takes no address with a login: download into a folder, and name that")
+    local = bool(named) and not addresses
+    folder, mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))
+    absent = [archive for archive in wanted if mirrors and not os.path.lexists(folder / archive.file)]
 
-    def __init__(self, kept: Path, work: Path, corpus: Corpus, mirror: str, keep: bool) -> None:
-        named = [part.strip() for part in mirror.split(",") if part.strip()]
-        addresses = [part for part in named if part.startswith(("http://", "https://"))]
-        if addresses != named and (addresses or "://" in mirror):
-            raise DataError("--mirror is one folder, or addresses that begin with http:// or https://")
-        if any(re.match(r"\w+://[^/]*@", address) for address in addresses):
-            raise DataError("--mirror takes no address with a login: download into a folder, and name that")
-        local = bool(named) and not addresses
-        self._folder, self._mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))
-        self._work, self._keep = work, keep
+    sizes = [archive.bytes for archive in wanted]  # 0 where --checksums replaces the published sums
+    downloaded = sum(file.stat().st_size for file in (work / DOWNLOADS).glob("*"))
+    # Archives that wait for their turn take no more than the room that their packed data will need, as an archive
+    # is smaller than that and then gone. So only one has to be counted.
+    waiting = max(0, max((archive.bytes for archive in absent), default=0) - downloaded)
+    check_space(work.parent, PACKED_RATIO * sum(sizes) + waiting + UNPACKED_RATIO * max(sizes))
 
-    def archives(self, wanted: Sequence[Archive]) -> Generator[VerifiedArchive, None, None]:
-        """Yield the archives as they become available, several at a time. If one fails, the others come first."""
-        self._check_space(wanted)
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(PARALLEL_DOWNLOADS)
-        failures = []
-        try:
-            with progress_bar("archives", sum(archive.bytes for archive in wanted), "B") as bar:
+    stop, failures = threading.Event(), []
+    pool = ThreadPoolExecutor(PARALLEL_DOWNLOADS)
+    try:
+        with progress_bar("archives", sum(sizes), "B") as bar:
 
-                def progress(count: int) -> None:
-                    if stop.is_set():
-                        raise DataError("stopped")
-                    bar.update(count)
+            def progress(count: int) -> None:
+                if stop.is_set():
+                    raise DataError("stopped")
+                bar.update(count)
 
-                futures = [pool.submit(self._obtain, archive, progress, stop) for archive in wanted]
-                for future in as_completed(futures):
-                    try:
-                        verified = future.result()
-                    except DataError as error:
-                        failures.append(str(error))
-                    else:
-                        yield verified
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-        if failures:
-            raise DataError(f"{'; '.join(failures)}; --mirror takes another address, or a folder with the archives")
+            def obtain(archive: Archive) -> VerifiedArchive:
+                if archive in absent:
+                    return fetch(archive, mirrors, work / DOWNLOADS / archive.file, progress, stop)
+                return verify_archive(folder / archive.file, archive, progress)
 
-    def drop(self, archive: VerifiedArchive) -> None:
-        """Remove an archive that is done with, or keep it if asked to; one that was read in place stays as it is."""
-        if self._work in archive.file.parents and self._keep:
-            self._folder.mkdir(exist_ok=True)
-            shutil.move(archive.file, self._folder)
-        elif self._work in archive.file.parents:
-            archive.file.unlink()
-
-    def _obtain(self, archive: Archive, progress: Progress, stop: threading.Event) -> VerifiedArchive:
-        file = self._folder / archive.file
-        if self._mirrors and not os.path.lexists(file):
-            return fetch(archive, self._mirrors, self._work / DOWNLOADS / archive.file, progress, stop)
-        return verify_archive(file, archive, progress)
-
-    def _check_space(self, wanted: Sequence[Archive]) -> None:
-        sizes = [archive.bytes for archive in wanted]  # 0 where --checksums replaces the published sums
-        absent = [archive.bytes for archive in wanted if self._mirrors and not (self._folder / archive.file).exists()]
-        present = sum(file.stat().st_size for file in (self._work / DOWNLOADS).glob("*"))
-        # Archives that wait for their turn take no more than the room that their packed data will need, as an archive
-        # is smaller than that and then gone. So only one has to be counted.
-        waiting = max(0, max(absent, default=0) - present)
-        check_space(self._work.parent, PACKED_RATIO * sum(sizes) + waiting + UNPACKED_RATIO * max(sizes))
+            for future in as_completed([pool.submit(obtain, archive) for archive in wanted]):
+                try:
+                    verified = future.result()
+                except DataError as error:
+                    failures.append(str(error))
+                    continue
+                yield verified
+                if work in verified.file.parents and keep:
+                    kept.mkdir(exist_ok=True)
+                    shutil.move(verified.file, kept)
+                elif work in verified.file.parents:
+                    verified.file.unlink()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+    if failures:
+        raise DataError(f"{'; '.join(failures)}; --mirror takes another address, or a folder with the archives")
 
 
 @dataclass
