@@ -73,14 +73,14 @@ def download(options: Options) -> PackedDataset:
         archives = _expected_archives(subsets, options)
         path.mkdir(parents=True, exist_ok=True)
         with locked(path, "download or verification"):
-            dataset, already = _complete(path, corpus, subsets, archives, options)
+            dataset = _complete(path, corpus, subsets, archives, options)
     except OSError as error:
         advice = "; 'ulimit -f' or the file system limits a file's size" if error.errno == errno.EFBIG else ""
         raise DataError(f"{error.filename or f'writing in {path}'}: {error.strerror}{advice}") from error
     counts = ", ".join(
         f"{subset.name} {subset.utterances} utterances ({subset.hours:.2f} h)" for subset in dataset.summary.values()
     )
-    print(f"{path} is complete{' already' if already else ''}: {counts}")
+    print(f"{path} is complete: {counts}")
     if options.checksums and not dataset.official:
         print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
     return dataset
@@ -116,8 +116,8 @@ def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dic
 
 def _complete(
     path: Path, corpus: Corpus, subsets: Sequence[CorpusSubset], archives: dict[str, Archive], options: Options
-) -> tuple[PackedDataset, bool]:
-    """Add the subsets that are missing to the data set in `path`; return it, and whether there was nothing to do."""
+) -> PackedDataset:
+    """Add the subsets that are missing to the data set in `path`."""
     dataset = PackedDataset(path, corpus.name, corpus.synthetic, corpus.splits([]))
     if (path / DATASET_FILE).exists():
         dataset = read_dataset(path)
@@ -129,7 +129,7 @@ def _complete(
     # A folder that a killed run has left is removed even then, but none is made, as the disk may be read-only.
     with work_folder(path) if not complete or (path / UNFINISHED).exists() else nullcontext(path) as work:
         if complete:
-            return dataset, True
+            return dataset
         preparation = Preparation(dataset, corpus, work, options.jobs)
         if options.manifest and missing:
             utterances = read_own_speech(options.manifest, options.jobs)
@@ -150,7 +150,7 @@ def _complete(
                 for archive in verified:
                     members = [subset for subset in missing if subset.archive.file == archive.file.name]
                     preparation.add_archive(archive, members)
-        return preparation.finish(), False
+        return preparation.finish()
 
 
 def _is_prepared(dataset: PackedDataset, name: str, md5: str) -> bool:

@@ -97,14 +97,12 @@ def work_folder(parent: Path) -> Iterator[Path]:
 
 
 def _clear_work_folder(folder: Path) -> None:
-    downloading = any((folder / DOWNLOADS).glob("*"))
     for entry in list(folder.iterdir()):
-        if entry.is_dir() and not (downloading and entry.name == DOWNLOADS):
-            shutil.rmtree(entry)
-        elif not entry.is_dir() and entry.name != MARK:
-            entry.unlink()
-    if not downloading:
-        (folder / MARK).unlink(missing_ok=True)  # last, so that a folder that is half removed is still known
+        if entry.name not in (MARK, DOWNLOADS):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    with suppress(OSError):
+        (folder / DOWNLOADS).rmdir()  # unless there is something to resume
+        (folder / MARK).unlink()  # last, so that a folder that is half removed is still known
         folder.rmdir()
 
 

@@ -86,7 +86,7 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
             part = f"part of a recording, {row.seconds:g} s of {length / SAMPLE_RATE:g}: cut it out first"
             return "part of a recording", f"{row.place}: {part}"
         speaker, transcript = row.speaker or Path(path).parent.name, " ".join(row.transcript.upper().split())
-        return Utterance(path, speaker, transcript, str(file), length, "any")
+        return Utterance(path, speaker, transcript, str(file), length)
 
     utterances = []
     with ThreadPoolExecutor(jobs) as pool:

@@ -19,7 +19,7 @@ from data.audio import decode_audio, num_samples
 from data.cli import DataError
 from data.corpora import CorpusSubset
 from data.files import read_lines
-from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
+from data.packed import TRANSCRIPT_CHARACTERS
 
 SUFFIXES = (
     "3gp aac ac3 aif aifc aiff amr amr-nb amr-wb ape au avi awb caf flac flv gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 "
@@ -36,8 +36,8 @@ AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)
 class Utterance:
     """An utterance and its file. `num_samples` is its length at 16 kHz, known before it is decoded.
 
-    `file` is a str to save memory. `encoding` tells which decoder reads it: "flac", "raw" (headerless, 16 bits,
-    big-endian) or "any"; or who speaks it, one of SPOKEN, and `file` is its subset.
+    `file` is a str to save memory. `encoding` is "raw" where it has no header (16 bits, big-endian); or tells who
+    speaks it, one of SPOKEN, and `file` is its subset.
     """
 
     id: str
@@ -45,7 +45,7 @@ class Utterance:
     transcript: str
     file: str
     num_samples: int
-    encoding: str = "flac"
+    encoding: str = "any"
 
 
 def read_utterances(folder: Path, layout: str, subset: CorpusSubset) -> list[Utterance]:
@@ -104,7 +104,7 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
                 if name not in audio:
                     raise DataError(f"{list_file}: utterance {name} has no audio file, or occurs twice")
                 file = audio.pop(name)
-                length = num_samples(Path(file), SAMPLE_RATE)
+                length = num_samples(Path(file))
                 yield Utterance(name, name.split("-")[0], transcript, file, length)
         if audio:
             raise DataError(f"{audio[min(audio)]}: utterance {min(audio)} has no transcript")

@@ -104,26 +104,18 @@ def validate(dataset: packed.PackedDataset, *, quick: bool = False) -> list[str]
 
 def _changed_utterances(folder: Path, summary: packed.SubsetSummary) -> Iterator[str]:
     """Name the utterances that do not have the digest that utterances.csv states."""
-    name = summary.name
-    with (
-        (folder / packed.AUDIO_FILE).open("rb") as stream,
-        progress_bar(f"looking for damage in {name}", summary.utterances, " utterances") as bar,
-    ):
+    name, audio = summary.name, folder / packed.AUDIO_FILE
+    with progress_bar(f"looking for damage in {name}", summary.utterances, " utterances") as bar:
         for row in packed.read_index(folder / packed.INDEX_FILE):
             bar.update(1)
-            if row.offset < 0 or not 0 < row.num_samples <= summary.samples:
-                yield f"{name}: utterance {row.id} has {row.num_samples} samples from sample {row.offset} on"
-                continue
-            start, size = packed.AUDIO_HEADER_BYTES + 2 * row.offset, 2 * row.num_samples
-            stream.seek(start)
-            content = stream.read(size)
-            if len(content) < size:
-                yield f"{name}: utterance {row.id} is cut short: {packed.AUDIO_FILE} ends before it does"
-            elif packed.utterance_digest(np.frombuffer(content, dtype="<i2"), row.transcript) != row.sha256:
-                yield (
-                    f"{name}: utterance {row.id} has changed: its transcript or "
-                    f"bytes {start} to {start + size} of {packed.AUDIO_FILE}"
-                )
+            end = row.offset + row.num_samples
+            first, last = (packed.AUDIO_HEADER_BYTES + 2 * sample for sample in (row.offset, end))
+            waveform = np.zeros(0, dtype="<i2")
+            if 0 <= row.offset < end <= summary.samples:
+                waveform = np.fromfile(audio, dtype="<i2", count=row.num_samples, offset=first)
+            if packed.utterance_digest(waveform, row.transcript) != row.sha256:
+                place = f"its line in {packed.INDEX_FILE}, or bytes {first} to {last} of {audio.name}"
+                yield f"{name}: utterance {row.id} has changed: {place}"
 
 
 def _check_against_catalog(dataset: packed.PackedDataset, corpus: Corpus) -> Iterator[str]:

@@ -18,7 +18,7 @@ from data.cli import DataError
 from data.corpora import CORPORA, find_corpus
 from data.download import Options, download
 from data.files import MARK
-from data.packed import DatasetError, PackedDataset, open_dataset, read_dataset
+from data.packed import PackedDataset, open_dataset, read_dataset
 from data.verify import validate
 from tests.data.made_up import REPOSITORY, an4_files, command, files_below, librispeech_files, write_mirror
 from tests.data.misbehaving import Server, serving
@@ -82,7 +82,7 @@ def test_the_command_prepares_a_data_set_and_a_rerun_changes_nothing(options: Op
     assert "--checksums" in first.stderr
     assert files_below(folder) == COMPLETE
     before = {name: (folder / name).stat().st_mtime_ns for name in COMPLETE}
-    assert "is complete already" in command("download_dataset.sh", *arguments(options)).stdout
+    assert command("download_dataset.sh", *arguments(options)).stdout == first.stdout
     assert {name: (folder / name).stat().st_mtime_ns for name in COMPLETE} == before
 
 
@@ -217,7 +217,7 @@ def test_a_preparation_killed_ten_times_has_the_same_digest(options: Options, mi
             run.kill()
             run.communicate()
             kills += 1
-            with suppress(DatasetError):  # unfinished, or not begun
+            with suppress(DataError):  # unfinished, or not begun
                 assert validate(open_dataset(path)) == []
         else:
             assert run.returncode == 0, errors
@@ -246,7 +246,7 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_a_rerun_finishes(
             except DataError as error:
                 assert "No space left on device" in str(error) and str(disk) in str(error)
                 failures += 1
-                with pytest.raises(DatasetError):
+                with pytest.raises(DataError):
                     open_dataset(disk / "dataset")
             (disk / "filler").unlink()
         assert failures >= 3
