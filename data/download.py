@@ -28,7 +28,7 @@ from data.fetch import VerifiedArchive, obtain_archives, read_checksums
 from data.files import UNFINISHED, check_space, locked, work_folder
 from data.own_speech import digest, read_own_speech
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
-from data.prepare import Preparation, check_place, synthesizer
+from data.prepare import SYNTHESIZERS, Preparation, check_place
 
 PACKED_BYTES_PER_HOUR = 116e6  # 16-bit samples at 16 kHz, and the index
 
@@ -140,7 +140,7 @@ def _complete(
         elif missing and corpus.synthetic:
             check_space(path, sum(PACKED_BYTES_PER_HOUR * (subset.hours or 0) for subset in missing))
             for subset in missing:
-                utterances = synthesizer(corpus.layout).list_utterances(corpus, subset)
+                utterances = SYNTHESIZERS[corpus.layout].list_utterances(corpus, subset)
                 preparation.add_subset(VerifiedArchive(Path(), "", ""), subset.name, utterances)
         elif missing:
             wanted = {archives[subset.name].file: archives[subset.name] for subset in missing}

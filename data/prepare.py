@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
@@ -26,10 +25,12 @@ from data.cli import DataError, first_of, progress_bar
 from data.corpora import Corpus, CorpusSubset
 from data.fetch import VerifiedArchive
 from data.files import atomic_replace, not_ours
-from data.readers import SPOKEN, Utterance, decode, read_utterances
+from data.readers import Utterance, decode, read_utterances
+from data.synthetic import embedded, rehearsal
 
 CONTENT = (packed.AUDIO_FILE, packed.INDEX_FILE)
 UTTERANCES_PER_TASK = 16
+SYNTHESIZERS = {"embedded": embedded, "rehearsal": rehearsal}  # layouts without archives, encodings without files
 
 
 @dataclass
@@ -147,7 +148,7 @@ def _decode_all(
     """Decode all utterances into audio.npy, in `jobs` threads; yield of each its place, digest and a warning."""
     groups: dict[str | int, list[int]] = {}  # a task decodes successive utterances, or makes those of one speaker
     for place, utterance in enumerate(ordered):
-        task = utterance.speaker if utterance.encoding in SPOKEN else place // UTTERANCES_PER_TASK
+        task = utterance.speaker if utterance.encoding in SYNTHESIZERS else place // UTTERANCES_PER_TASK
         groups.setdefault(task, []).append(place)
     pool = ThreadPoolExecutor(jobs)  # decoding, resampling and digests let other threads run
     try:
@@ -162,8 +163,8 @@ def _decode_some(
 ) -> list[tuple[int, str, str]]:
     """Decode the utterances at these places; return of each its place, digest and a warning."""
     utterances, decoded = [ordered[place] for place in places], []
-    if (encoding := utterances[0].encoding) in SPOKEN:
-        waveforms: Iterable = ((waveform, 0) for waveform in synthesizer(encoding).speak_utterances(utterances))
+    if (encoding := utterances[0].encoding) in SYNTHESIZERS:
+        waveforms: Iterable = ((waveform, 0) for waveform in SYNTHESIZERS[encoding].speak_utterances(utterances))
     else:
         waveforms = map(decode, utterances)
     # Written, not memory-mapped: a full disk is then an error and not a bus fault.
@@ -177,13 +178,6 @@ def _decode_some(
             stream.seek(packed.AUDIO_HEADER_BYTES + 2 * offsets[place])
             stream.write(waveform.data)
     return decoded
-
-
-def synthesizer(layout: str) -> ModuleType:
-    """Return the module that speaks a corpus. It is imported here, so that eSpeak NG is needed for these alone."""
-    from data.synthetic import embedded, rehearsal
-
-    return {"embedded": embedded, "rehearsal": rehearsal}[layout]
 
 
 def check_place(dataset: packed.PackedDataset, subsets: Iterable[str]) -> None:

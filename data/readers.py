@@ -26,7 +26,6 @@ SUFFIXES = (
     "mpc mpeg mpg nist oga ogg ogv opus rf64 snd sph spx tta voc w64 wav wave webm wma wmv wv"
 )
 AUDIO_SUFFIXES = {f".{name}" for name in SUFFIXES.split()}
-SPOKEN = ("embedded", "rehearsal")  # modules of data/synthetic: layouts without archives, encodings without files
 KNOWN_CHARACTERS = TRANSCRIPT_CHARACTERS + TRANSCRIPT_CHARACTERS.lower()
 KNOWN = "only A-Z, apostrophe and space are known"
 AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)\)$")
@@ -36,8 +35,8 @@ AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)
 class Utterance:
     """An utterance and its file. `num_samples` is its length at 16 kHz, known before it is decoded.
 
-    `file` is a str to save memory. `encoding` is "raw" where it has no header (16 bits, big-endian); or tells who
-    speaks it, one of SPOKEN, and `file` is its subset.
+    `file` is a str to save memory. `encoding` is "raw" where it has no header (16 bits, big-endian); or is the
+    layout of a synthetic corpus that speaks it, and `file` is its subset.
     """
 
     id: str
