@@ -38,12 +38,14 @@ def resampled_length(frames: int, rate: int) -> int:
     return max(1, (2 * frames * SAMPLE_RATE + rate) // (2 * rate))
 
 
-def num_samples(file: Path) -> int:
+def num_samples(file: Path, only_rate: int | None = None) -> int:
     """Return the length at 16 kHz of a recording, by its header where that tells it.
 
-    DataError for what is not audio, is empty or is cut short.
+    DataError for what is not audio, is empty, is cut short, or has another rate than the only one that is allowed.
     """
     with _open(file) as (rate, told, blocks):
+        if only_rate not in (None, rate):
+            raise DataError(f"{file} has a rate of {rate} Hz, not {only_rate} Hz")
         frames = sum(map(len, blocks)) if told is None else told
         if frames <= 0:
             raise DataError(f"{file} holds no audio, by its header")

@@ -19,7 +19,7 @@ from data.audio import decode_audio, num_samples
 from data.cli import DataError
 from data.corpora import CorpusSubset
 from data.files import read_lines
-from data.packed import TRANSCRIPT_CHARACTERS
+from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
 
 SUFFIXES = (
     "3gp aac ac3 aif aifc aiff amr amr-nb amr-wb ape au avi awb caf flac flv gsm m4a m4b m4v mka mkv mov mp2 mp3 mp4 "
@@ -103,7 +103,7 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
                 if name not in audio:
                     raise DataError(f"{list_file}: utterance {name} has no audio file, or occurs twice")
                 file = audio.pop(name)
-                length = num_samples(Path(file))
+                length = num_samples(Path(file), SAMPLE_RATE)
                 yield Utterance(name, name.split("-")[0], transcript, file, length)
         if audio:
             raise DataError(f"{audio[min(audio)]}: utterance {min(audio)} has no transcript")

@@ -62,6 +62,7 @@ def test_an4_audio_is_big_endian_and_its_transcripts_become_upper_case(tmp_path:
         ({f"{CHAPTER}/84-1-0002.wav": b""}, "84-1-0002 has no transcript"),
         ({f"{CHAPTER}/84-1-0001.flac": b""}, "84-1-0001.flac is empty"),
         ({f"{CHAPTER}/84-1-0001.flac": b"fLaC" + bytes(100)}, "84-1-0001.flac cannot be decoded"),
+        ({f"{CHAPTER}/84-1-0001.flac": flac(sound(9), 8000)}, "84-1-0001.flac has a rate of 8000 Hz"),
     ],
 )
 def test_what_is_wrong_with_an_utterance_is_named(tmp_path: Path, change: dict[str, bytes], message: str) -> None:
