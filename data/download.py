@@ -81,8 +81,6 @@ def download(options: Options) -> PackedDataset:
         f"{subset.name} {subset.utterances} utterances ({subset.hours:.2f} h)" for subset in dataset.summary.values()
     )
     print(f"{path} is complete: {counts}")
-    if options.checksums and not dataset.official:
-        print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
     return dataset
 
 

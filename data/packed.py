@@ -107,10 +107,6 @@ class PackedDataset:
     summary: dict[str, SubsetSummary] = field(default_factory=dict)
 
     @property
-    def subsets(self) -> list[str]:
-        return list(self.summary)
-
-    @property
     def official(self) -> bool:
         """Return whether every subset comes from the published archive (synthetic speech never does)."""
         return all(subset.official for subset in self.summary.values())

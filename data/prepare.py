@@ -107,7 +107,7 @@ class Preparation:
 
     def finish(self) -> packed.PackedDataset:
         """Compute the digest of everything and with it declare the data set finished."""
-        digest = packed.dataset_digest(self.dataset.path, self.dataset.subsets)
+        digest = packed.dataset_digest(self.dataset.path, self.dataset.summary)
         self.dataset = replace(self.dataset, digest=digest)
         packed.write_dataset(self.dataset, self.work)
         return self.dataset

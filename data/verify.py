@@ -75,7 +75,7 @@ def validate(dataset: packed.PackedDataset, *, quick: bool = False) -> list[str]
     """
     corpus = find_corpus(dataset.corpus)
     problems = list(_check_against_catalog(dataset, corpus))
-    missing = [name for name in packed.content_files(dataset.subsets) if not (dataset.path / name).is_file()]
+    missing = [name for name in packed.content_files(dataset.summary) if not (dataset.path / name).is_file()]
     if missing:
         return problems + [f"{dataset.path / name} is missing" for name in missing]
     for name, summary in dataset.summary.items():
@@ -88,13 +88,13 @@ def validate(dataset: packed.PackedDataset, *, quick: bool = False) -> list[str]
             problems.append(f"{dataset.path / name} cannot be read: {error.strerror}")
     if quick:
         return problems
-    digest = packed.dataset_digest(dataset.path, dataset.subsets)
+    digest = packed.dataset_digest(dataset.path, dataset.summary)
     if digest != dataset.digest:
         for name, summary in dataset.summary.items():
             with suppress(DataError, OSError):  # said above
                 problems += _changed_utterances(dataset.path / name, summary)
         problems.append(f"the checksum of {dataset.path} is {digest}, {packed.DATASET_FILE} has {dataset.digest}")
-    if corpus.reference_digest and len(dataset.subsets) == len(corpus.subsets) and digest != corpus.reference_digest:
+    if corpus.reference_digest and len(dataset.summary) == len(corpus.subsets) and digest != corpus.reference_digest:
         problems.append(
             f"the checksum of {dataset.path} is {digest}, the reference is {corpus.reference_digest}: "
             "eSpeak NG of another platform or version speaks slightly differently"
@@ -120,19 +120,16 @@ def _changed_utterances(folder: Path, summary: packed.SubsetSummary) -> Iterator
 
 def _check_against_catalog(dataset: packed.PackedDataset, corpus: Corpus) -> Iterator[str]:
     """Compare the counts in dataset.json with the published ones, for subsets from the published archives."""
-    if dataset.splits != corpus.splits(dataset.subsets):
-        yield f"{packed.DATASET_FILE} says {dataset.splits}; of {corpus.name} it is {corpus.splits(dataset.subsets)}"
+    if dataset.splits != corpus.splits(dataset.summary):
+        yield f"{packed.DATASET_FILE} says {dataset.splits}; of {corpus.name} it is {corpus.splits(dataset.summary)}"
     for published in corpus.subsets:
-        name = published.name
-        summary = dataset.summary.get(name)
-        if summary is None or not (summary.official or dataset.synthetic):
+        prepared = dataset.summary.get(published.name)
+        if prepared is None or not (prepared.official or dataset.synthetic):
             continue
-        if published.utterances not in (None, summary.utterances):
-            yield f"{name} has {summary.utterances} utterances, {published.utterances} were published"
-        if published.speakers not in (None, summary.speakers):
-            yield f"{name} has {summary.speakers} speakers, {published.speakers} were published"
-        if published.hours and abs(summary.hours / published.hours - 1) > HOURS_TOLERANCE:
-            yield f"{name} has {summary.hours:.2f} h, {published.hours} h were published"
+        for unit, tolerance in ("utterances", 0.0), ("speakers", 0.0), ("hours", HOURS_TOLERANCE):
+            found, expected = getattr(prepared, unit), getattr(published, unit)
+            if expected and abs(found / expected - 1) > tolerance:
+                yield f"{published.name} has {round(found, 2)} {unit}, {expected} were published"
 
 
 def _check_files(folder: Path, summary: packed.SubsetSummary) -> Iterator[str]:

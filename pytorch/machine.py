@@ -101,7 +101,7 @@ def clear_cache(dataset: PackedDataset) -> str:
     """Evict a data set from the operating system's page cache. Return why that was not possible, or an empty text."""
     if not hasattr(os, "posix_fadvise"):
         return "this operating system offers no way to do so"
-    for name in content_files(dataset.subsets):
+    for name in content_files(dataset.summary):
         try:
             with (dataset.path / name).open("rb") as file:
                 os.fsync(file.fileno())  # what is not yet on the disk is not dropped

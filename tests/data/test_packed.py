@@ -37,7 +37,7 @@ def test_utterances_are_sorted_by_length_then_id_and_are_those_of_their_archive(
 
 
 def test_opening_reads_nothing_but_dataset_json(dataset: PackedDataset) -> None:
-    for subset in dataset.subsets:
+    for subset in dataset.summary:
         (dataset.path / subset / AUDIO_FILE).unlink()
         (dataset.path / subset / INDEX_FILE).unlink()
     opened = open_dataset(dataset.path)
@@ -51,7 +51,7 @@ def test_opening_reads_nothing_but_dataset_json(dataset: PackedDataset) -> None:
 def test_the_digest_is_the_sha256_of_one_tarball(dataset: PackedDataset) -> None:
     script = f"cd '{dataset.path}' && export LC_ALL=C && {TAR} $(ls */*.npy */*.csv) | sha256sum"
     expected = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout.split()[0]
-    assert dataset_digest(dataset.path, dataset.subsets) == expected == dataset.digest
+    assert dataset_digest(dataset.path, dataset.summary) == expected == dataset.digest
 
 
 def test_the_index_is_csv_that_survives_commas_quotes_and_line_ends(tmp_path: Path) -> None:
