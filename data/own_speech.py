@@ -73,28 +73,27 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
             found[row.path] = row
         for problem in problems:
             complaints[problem.partition(": ")[0]].append(f"{row.place}: {problem}")
-    files = _find_files(folder, list(found))
+    order, files, utterances = sorted(found), _find_files(folder, list(found)), []
 
-    def measure(path: str) -> Utterance | tuple[str, str]:
-        row, file = found[path], files[path]
+    def measure(path: str) -> int | DataError:
         try:
-            length = num_samples(file)
+            return num_samples(files[path])
         except DataError as error:
-            spelled = "" if path.isascii() else f"; its name is spelled {path!a}"
-            return re.sub(r"\d+", "", str(error).replace(str(file), "")), f"{row.place}: {error}{spelled}"
-        if length > (row.seconds + DURATION_TOLERANCE_S) * SAMPLE_RATE:
-            part = f"part of a recording, {row.seconds:g} s of {length / SAMPLE_RATE:g}: cut it out first"
-            return "part of a recording", f"{row.place}: {part}"
-        speaker, transcript = row.speaker or Path(path).parent.name, " ".join(row.transcript.upper().split())
-        return Utterance(path, speaker, transcript, str(file), length)
+            return error
 
-    utterances = []
     with ThreadPoolExecutor(jobs) as pool:
-        for measured in pool.map(measure, sorted(found)):
-            if isinstance(measured, Utterance):
-                utterances.append(measured)
+        for path, length in zip(order, pool.map(measure, order), strict=True):
+            row, file = found[path], files[path]
+            speaker, transcript = row.speaker or Path(path).parent.name, " ".join(row.transcript.upper().split())
+            if isinstance(length, DataError):
+                spelled = "" if path.isascii() else f"; its name is spelled {path!a}"
+                kind = re.sub(r"\d+", "", str(length).replace(str(file), ""))
+                complaints[kind].append(f"{row.place}: {length}{spelled}")
+            elif length > (row.seconds + DURATION_TOLERANCE_S) * SAMPLE_RATE:
+                part = f"part of a recording, {row.seconds:g} s of {length / SAMPLE_RATE:g}: cut it out first"
+                complaints["part of a recording"].append(f"{row.place}: {part}")
             else:
-                complaints[measured[0]].append(measured[1])
+                utterances.append(Utterance(path, speaker, transcript, str(file), length))
     if complaints:
         lines = [equal[0] + (f" (first of {len(equal)})" if equal[1:] else "") for equal in complaints.values()]
         count = sum(map(len, complaints.values()))

@@ -159,8 +159,6 @@ def read_dataset(path: Path) -> PackedDataset:
         raise DataError(
             f"no data set in {path}: run 'sh download_dataset.sh --corpus {corpus} --dataset-dir {path}'"
         ) from None
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{path} is not a data set of this program, or {file} is damaged ({error!r}): give another --dataset-dir"
