@@ -317,14 +317,10 @@ def test_whatever_lies_in_the_place_of_a_folder_of_ours_is_left_alone(
     assert server.requests == []
 
 
-def test_empty_folders_are_reused_and_those_of_earlier_versions_left_alone(options: Options, folder: Path) -> None:
+def test_empty_folders_are_reused(options: Options, folder: Path) -> None:
     for name in ("dev-clean", "unfinished"):
         (folder / name).mkdir(parents=True)
-    for name in ("unpacked", "dev-clean.partial"):
-        a_folder(folder / name)
-    before = contents(folder)
     assert download(options).digest
-    assert before.items() <= contents(folder).items()
 
 
 def test_what_the_user_puts_into_a_data_set_stays_when_its_audio_is_gone(

@@ -1,6 +1,5 @@
 import errno
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.cli import DataError
-from data.files import DOWNLOADS, MARK, atomic_open, check_space, locked, work_folder
+from data.files import DOWNLOADS, MARK, atomic_open, locked, work_folder
 from tests.data.made_up import REPOSITORY, files_below
 
 
@@ -55,10 +54,3 @@ def test_a_lock_is_shared_by_readers_and_ends_with_its_process(tmp_path: Path) -
         holder.wait()
         with locked(tmp_path, "download"):
             pass
-
-
-def test_a_disk_that_is_too_small_is_named_with_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = type(shutil.disk_usage("/"))(10, 10, 0)
-    monkeypatch.setattr("data.files.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(DataError, match=rf"{tmp_path} needs 0.1 MB of free disk space, 0.0 MB are free"):
-        check_space(tmp_path, 100_000)
