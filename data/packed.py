@@ -127,10 +127,11 @@ class PackedDataset:
             audio = np.load(folder / AUDIO_FILE, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # a damaged header may be any error of Python's parser
             raise DataError(f"cannot open {folder / AUDIO_FILE}: {error}; run verify_dataset.sh") from error
-        expected = self.summary[name]
-        counts = len(ids), max(num_samples, default=0), audio.shape
-        if audio.dtype != np.int16 or counts != (expected.utterances, expected.longest_samples, (expected.samples,)):
-            raise DataError(f"{folder} does not fit {DATASET_FILE}; run verify_dataset.sh")
+        summary, size = self.summary[name], (folder / AUDIO_FILE).stat().st_size
+        found = file_digest(folder / INDEX_FILE, "sha256"), len(ids), max(num_samples, default=0), audio.shape, size
+        expected = summary.index_sha256, summary.utterances, summary.longest_samples, (summary.samples,)
+        if audio.dtype != np.int16 or found != (*expected, AUDIO_HEADER_BYTES + 2 * summary.samples):
+            raise DataError(f"{folder} is not what was prepared, by {DATASET_FILE}; run verify_dataset.sh")
         return Subset(name, audio, np.array(offsets), np.array(num_samples), ids, speakers, transcripts)
 
     def split(self, name: str) -> list[Subset]:
