@@ -74,10 +74,6 @@ class Corpus:
             raise DataError(f"{self.name} has no subset '{unknown[0]}'; it has: {', '.join(known)}")
         return [subset for subset in self.subsets if not names or subset.name in names]
 
-    def published(self, md5: str) -> bool:
-        """Return whether this is the MD5 of one of the published archives."""
-        return md5 != "" and any(subset.archive.md5 == md5 for subset in self.subsets)
-
     def splits(self, prepared: Collection[str]) -> dict[str, list[str]]:
         """Return the names of the prepared subsets by split."""
         return {

@@ -102,7 +102,7 @@ class Preparation:
             archive=archive.file.name,
             archive_md5=archive.md5,
             archive_sha256=archive.sha256,
-            official=self.corpus.published(archive.md5),
+            official=archive.md5 in {subset.archive.md5 for subset in self.corpus.subsets} - {""},
         )
 
     def finish(self) -> packed.PackedDataset:

@@ -75,15 +75,12 @@ def validate(dataset: packed.PackedDataset, *, quick: bool = False) -> list[str]
     """
     corpus = find_corpus(dataset.corpus)
     problems = list(_check_against_catalog(dataset, corpus))
-    missing = [name for name in packed.content_files(dataset.summary) if not (dataset.path / name).is_file()]
-    if missing:
-        return problems + [f"{dataset.path / name} is missing" for name in missing]
     for name in dataset.summary:
         try:
             dataset.subset(name)
         except DataError as error:
             problems.append(str(error))
-    if quick:
+    if quick or not all((dataset.path / name).is_file() for name in packed.content_files(dataset.summary)):
         return problems
     digest = packed.dataset_digest(dataset.path, dataset.summary)
     if digest != dataset.digest:

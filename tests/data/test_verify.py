@@ -83,8 +83,8 @@ def test_a_changed_index_is_found_and_the_utterance_named(
         (AUDIO_FILE, lambda content: content + b"\r\n", ["dev-clean is not what was prepared"]),
         (AUDIO_FILE, lambda content: content[:100] + b"x" + content[101:], ["dev-clean/audio.npy"]),
         (AUDIO_FILE, lambda content: content[:-10], ["audio.npy", "dev-clean: utterance 85-1-0000 has changed"]),
-        (AUDIO_FILE, None, ["dev-clean/audio.npy is missing"]),
-        (INDEX_FILE, None, ["dev-clean/utterances.csv is missing"]),
+        (AUDIO_FILE, None, ["dev-clean/audio.npy: [Errno 2] No such file"]),
+        (INDEX_FILE, None, ["dev-clean/utterances.csv: [Errno 2] No such file"]),
     ],
 )
 def test_a_file_that_is_missing_or_does_not_fit_is_found_by_the_quick_check_too(
