@@ -94,8 +94,7 @@ def _check_options(options: Options, corpus: Corpus, names: Sequence[str]) -> No
     if options.manifest and len(names) > 1:
         raise DataError("a manifest makes one subset: --subsets train, validation or test")
     if not corpus.mirrors and (options.mirror or options.checksums or options.keep_archives):
-        why = "is made on this machine" if corpus.synthetic else "has no archives"
-        raise DataError(f"the {corpus.name} corpus {why}: --mirror, --checksums and --keep-archives do not apply")
+        raise DataError(f"{corpus.name} has no archives: --mirror, --checksums and --keep-archives do not apply")
 
 
 def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dict[str, Archive]:
