@@ -5,8 +5,6 @@ decides, not a name. A recording is read to its end, with silence in the gaps of
 with a reason. data/README.md lists the damage that no reader can see. No other program is run, no other file read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import struct

@@ -1,16 +1,13 @@
 """What all command lines share: errors, exit statuses, progress bars, the processes behind a command."""
 
-from __future__ import annotations
-
 import ctypes
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -21,9 +18,7 @@ Progress = Callable[[int], object]  # is told how many bytes more have been read
 SHOWN_PROBLEMS = 20
 MAY_BE_EMPTY = ("--subsets", "--mirror")
 INTERRUPTED = 130  # what a shell says of a program that SIGINT has ended
-NARROWEST = 40  # columns; in a narrower terminal tyro would lay out help without end
 READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
-OUTPUT_LOST = "standard output cannot be written"
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container sees its own one here
 
 
@@ -33,32 +28,14 @@ class DataError(Exception):
     exit_status = 1  # of the command that it ends
 
 
-class _StandardOutput:
-    """Standard output whose errors say that it is standard output."""
+class _StandardError:
+    """Standard error, such that a closed terminal or a full disk does not stop the work."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write; an OSError has OUTPUT_LOST for its file's name."""
-        try:
-            return self._stream.write(text)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, OUTPUT_LOST) from error
-
-    def flush(self) -> None:
-        """Flush, with errors as in `write`."""
-        try:
-            self._stream.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, OUTPUT_LOST) from error
-
-
-class _StandardError(_StandardOutput):
-    """Standard error, such that a closed terminal or a full disk does not stop the work."""
 
     def write(self, text: str) -> int:
         """Write and flush."""
@@ -79,12 +56,6 @@ def require_values(arguments: Sequence[str]) -> None:
             raise DataError(f"{option} is {value}: your shell did not expand the ~; write $HOME")
 
 
-def make_room_for_help() -> None:
-    """Have help laid out for a terminal of some width; every command calls this before tyro parses its line."""
-    if shutil.get_terminal_size().columns < NARROWEST:
-        os.environ["COLUMNS"] = str(NARROWEST)
-
-
 def exit_status(
     work: Callable[[], object], arguments: Sequence[str] | None = (), *, interrupted: str = "Interrupted."
 ) -> int:
@@ -101,8 +72,7 @@ def exit_status(
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a package may set it while its modules are imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    output, errors = _StandardOutput(sys.stdout), _StandardError(sys.stderr)  # type: ignore[arg-type]
-    with redirect_stdout(cast(TextIO, output)), redirect_stderr(cast(TextIO, errors)):
+    with redirect_stderr(cast(TextIO, _StandardError(sys.stderr))):
         try:
             require_values(sys.argv[1:] if arguments is None else arguments)
             result = work()
@@ -117,13 +87,15 @@ def exit_status(
                 print(interrupted, file=sys.stderr)
             return INTERRUPTED
         except OSError as error:
-            reader_gone = isinstance(error, BrokenPipeError) and error.filename in (None, OUTPUT_LOST)
+            reader_gone = isinstance(error, BrokenPipeError) and error.filename is None
+            name = f"{error.filename}: " if error.filename is not None else ""
+            try:
+                sys.stdout.flush()
+            except OSError:  # so it was this that failed, and would fail again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                name = "standard output cannot be written: "
             if not reader_gone:  # a path that may not be looked at, a full disk, no place for temporary files
-                name = f"{error.filename}: " if error.filename is not None else ""
                 print(f"error: {name}{error.strerror or error}", file=sys.stderr)
-            if reader_gone or error.filename == OUTPUT_LOST:
-                for descriptor in (1, 2):  # else Python would fail again when it ends
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             return READER_GONE if reader_gone else 1
 
 

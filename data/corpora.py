@@ -4,10 +4,8 @@ Figures of LibriSpeech are those published on openslr.org/12 and /31. A corpus i
 where its archives have a layout of their own, a reader in readers.py.
 """
 
-from __future__ import annotations
-
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from math import ceil, sqrt
 from pathlib import Path
@@ -69,18 +67,14 @@ class Corpus:
     synthetic: bool = False
     reference_digest: str = ""
 
-    def select(self, names: Sequence[str]) -> list[CorpusSubset]:
+    def select(self, names: Collection[str]) -> list[CorpusSubset]:
         """Return the subsets of these names, in the catalog's order, or all if none is given. DataError if unknown."""
         known = [subset.name for subset in self.subsets]
         if unknown := [name for name in names if name not in known]:
             raise DataError(f"{self.name} has no subset '{unknown[0]}'; it has: {', '.join(known)}")
         return [subset for subset in self.subsets if not names or subset.name in names]
 
-    def published(self, md5: str) -> bool:
-        """Return whether this is the MD5 of one of the published archives."""
-        return md5 != "" and any(subset.archive.md5 == md5 for subset in self.subsets)
-
-    def splits(self, prepared: Sequence[str]) -> dict[str, list[str]]:
+    def splits(self, prepared: Collection[str]) -> dict[str, list[str]]:
         """Return the names of the prepared subsets by split."""
         return {
             split: [subset.name for subset in self.subsets if subset.split == split and subset.name in prepared]
@@ -103,9 +97,30 @@ LIBRISPEECH = (
     _subset("test-other", "test", 328757843, "fb5a50374b501bb3bac4815ee91d3135", 2939, 5.1, 33),
 )
 
+LIBRISPEECH_100 = (LIBRISPEECH[0], *LIBRISPEECH[3:])  # without train-clean-360 and train-other-500
+
+MINI_LIBRISPEECH = (  # overlaps LibriSpeech; its utterance counts are not published, its hours only roughly
+    _subset("train-clean-5", "train", 332954390, "5df7d4e78065366204ca6845bb08f490"),
+    _subset("dev-clean-2", "validation", 126046265, "6d7ab67ac6a1d2c993d050e16d61080d"),
+)
+
 # Both subsets of AN4 lie in one archive. CMU publishes no sums; these were taken from the complete archive
 # (948 + 130 utterances), so a mismatch may also mean a repacked copy: --checksums then states the sum to expect.
 AN4_ARCHIVE = Archive("an4_raw.bigendian.tar.gz", 64075473, "c7349bfe32988f04d09e13f2f1044689")
+AN4 = (
+    CorpusSubset("train", "train", AN4_ARCHIVE, 948, 0.71, 74),
+    CorpusSubset("test", "validation", AN4_ARCHIVE, 130, 0.10, 10),
+)
+
+SYNTHETIC = (  # sentences spoken by eSpeak NG, made on this machine
+    _subset("synthetic-train", "train", 0, "", 1800, 1.05, 76),
+    _subset("synthetic-validation", "validation", 0, "", 240, 0.14, 16),
+    _subset("synthetic-test", "test", 0, "", 200, 0.12, 16),
+)
+SYNTHETIC_DIGEST = "14f6b62443c4c1f6636a032994d8c3167df9fb2740299fab065985dab00f22fb"
+
+# One list of your own speech makes one of these; what stands for the archive is the list.
+MANIFEST = tuple(CorpusSubset(split, split, Archive(""), None) for split in SPLITS)
 
 
 def openslr_mirrors(number: int) -> tuple[str, ...]:
@@ -150,61 +165,17 @@ def _rehearsed(subset: CorpusSubset, hours: float) -> CorpusSubset:
 CORPORA = {
     corpus.name: corpus
     for corpus in (
+        Corpus("librispeech", "LibriSpeech_dataset", LIBRISPEECH, mirrors=openslr_mirrors(12)),
+        Corpus("librispeech-100", "LibriSpeech-100_dataset", LIBRISPEECH_100, mirrors=openslr_mirrors(12)),
+        Corpus("mini-librispeech", "Mini-LibriSpeech_dataset", MINI_LIBRISPEECH, mirrors=openslr_mirrors(31)),
+        Corpus("an4", "AN4_dataset", AN4, "an4", mirrors=("http://www.speech.cs.cmu.edu/databases/an4",)),
         Corpus(
-            name="librispeech",
-            folder="LibriSpeech_dataset",
-            mirrors=openslr_mirrors(12),
-            subsets=LIBRISPEECH,
+            "synthetic", "Synthetic_dataset", SYNTHETIC, "embedded", synthetic=True, reference_digest=SYNTHETIC_DIGEST
         ),
-        Corpus(
-            name="librispeech-100",
-            folder="LibriSpeech-100_dataset",
-            mirrors=openslr_mirrors(12),
-            subsets=(LIBRISPEECH[0], *LIBRISPEECH[3:]),  # without train-clean-360 and train-other-500
-        ),
-        Corpus(
-            name="mini-librispeech",  # overlaps LibriSpeech, for smoke runs only
-            folder="Mini-LibriSpeech_dataset",
-            mirrors=openslr_mirrors(31),
-            subsets=(
-                # No utterance counts and only rough hours are published for these two, so none are checked.
-                _subset("train-clean-5", "train", 332954390, "5df7d4e78065366204ca6845bb08f490"),
-                _subset("dev-clean-2", "validation", 126046265, "6d7ab67ac6a1d2c993d050e16d61080d"),
-            ),
-        ),
-        Corpus(
-            name="an4",  # its test set is the validation split
-            folder="AN4_dataset",
-            layout="an4",
-            mirrors=("http://www.speech.cs.cmu.edu/databases/an4",),
-            subsets=(
-                CorpusSubset("train", "train", AN4_ARCHIVE, 948, 0.71, 74),
-                CorpusSubset("test", "validation", AN4_ARCHIVE, 130, 0.10, 10),
-            ),
-        ),
-        Corpus(
-            name="synthetic",  # sentences spoken by eSpeak NG, made on this machine
-            folder="Synthetic_dataset",
-            layout="embedded",
-            subsets=(
-                _subset("synthetic-train", "train", 0, "", 1800, 1.05, 76),
-                _subset("synthetic-validation", "validation", 0, "", 240, 0.14, 16),
-                _subset("synthetic-test", "test", 0, "", 200, 0.12, 16),
-            ),
-            synthetic=True,
-            reference_digest="14f6b62443c4c1f6636a032994d8c3167df9fb2740299fab065985dab00f22fb",
-        ),
-        Corpus(
-            name="manifest",  # your own speech, listed in a file
-            folder="Manifest_dataset",
-            layout="manifest",
-            # One manifest makes one of these; what stands for the archive is the manifest.
-            subsets=tuple(CorpusSubset(split, split, Archive(""), None) for split in SPLITS),
-        ),
+        Corpus("manifest", "Manifest_dataset", MANIFEST, "manifest"),
+        rehearsal(DEFAULT_REHEARSAL_HOURS),
     )
 }
-
-CORPORA["rehearsal"] = rehearsal(DEFAULT_REHEARSAL_HOURS)
 
 
 def find_corpus(name: str) -> Corpus:

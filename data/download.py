@@ -12,8 +12,6 @@ Several archives are fetched at a time. Each is prepared as soon as it is comple
 interruption, the same command resumes.
 """
 
-from __future__ import annotations
-
 import errno
 import sys
 from collections.abc import Sequence
@@ -24,13 +22,13 @@ from typing import Annotated
 
 import tyro
 
-from data.cli import DataError, available_cores, exit_status, make_room_for_help
+from data.cli import DataError, available_cores, exit_status
 from data.corpora import CORPORA, REPOSITORY, Archive, Corpus, CorpusSubset, find_corpus, rehearsal
-from data.fetch import ArchiveSource, VerifiedArchive, read_checksums
+from data.fetch import VerifiedArchive, obtain_archives, read_checksums
 from data.files import UNFINISHED, check_space, locked, work_folder
 from data.own_speech import digest, read_own_speech
 from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
-from data.prepare import Preparation, check_place, synthesizer
+from data.prepare import SYNTHESIZERS, Preparation, check_place
 
 PACKED_BYTES_PER_HOUR = 116e6  # 16-bit samples at 16 kHz, and the index
 
@@ -55,11 +53,10 @@ class Options:
     keep_archives: bool = False
     """leave the downloaded archives in the data set's folder archives/"""
     jobs: int = available_cores()
-    """processes that decode audio"""
+    """threads that decode audio"""
 
 
 def main() -> int:
-    make_room_for_help()
     options = tyro.cli(Options, prog="download_dataset.sh", description=Options.__doc__)
     return exit_status(lambda: download(options), None, interrupted="Interrupted. Run the same command to resume.")
 
@@ -76,19 +73,14 @@ def download(options: Options) -> PackedDataset:
         archives = _expected_archives(subsets, options)
         path.mkdir(parents=True, exist_ok=True)
         with locked(path, "download or verification"):
-            dataset, already = _complete(path, corpus, subsets, archives, options)
+            dataset = _complete(path, corpus, subsets, archives, options)
     except OSError as error:
-        advice = {
-            errno.EFBIG: "; 'ulimit -f' or the file system limits a file's size",
-            errno.ENOSPC: "; if there is, /dev/shm is full, which --jobs 1 does not need",
-        }.get(error.errno or 0, "")
+        advice = "; 'ulimit -f' or the file system limits a file's size" if error.errno == errno.EFBIG else ""
         raise DataError(f"{error.filename or f'writing in {path}'}: {error.strerror}{advice}") from error
     counts = ", ".join(
         f"{subset.name} {subset.utterances} utterances ({subset.hours:.2f} h)" for subset in dataset.summary.values()
     )
-    print(f"{path} is complete{' already' if already else ''}: {counts}")
-    if options.checksums and not dataset.official:
-        print("Note: made from archives other than the published ones (--checksums).", file=sys.stderr)
+    print(f"{path} is complete: {counts}")
     return dataset
 
 
@@ -102,8 +94,7 @@ def _check_options(options: Options, corpus: Corpus, names: Sequence[str]) -> No
     if options.manifest and len(names) > 1:
         raise DataError("a manifest makes one subset: --subsets train, validation or test")
     if not corpus.mirrors and (options.mirror or options.checksums or options.keep_archives):
-        why = "is made on this machine" if corpus.synthetic else "has no archives"
-        raise DataError(f"the {corpus.name} corpus {why}: --mirror, --checksums and --keep-archives do not apply")
+        raise DataError(f"{corpus.name} has no archives: --mirror, --checksums and --keep-archives do not apply")
 
 
 def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dict[str, Archive]:
@@ -122,8 +113,8 @@ def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dic
 
 def _complete(
     path: Path, corpus: Corpus, subsets: Sequence[CorpusSubset], archives: dict[str, Archive], options: Options
-) -> tuple[PackedDataset, bool]:
-    """Add the subsets that are missing to the data set in `path`; return it, and whether there was nothing to do."""
+) -> PackedDataset:
+    """Add the subsets that are missing to the data set in `path`."""
     dataset = PackedDataset(path, corpus.name, corpus.synthetic, corpus.splits([]))
     if (path / DATASET_FILE).exists():
         dataset = read_dataset(path)
@@ -135,7 +126,7 @@ def _complete(
     # A folder that a killed run has left is removed even then, but none is made, as the disk may be read-only.
     with work_folder(path) if not complete or (path / UNFINISHED).exists() else nullcontext(path) as work:
         if complete:
-            return dataset, True
+            return dataset
         preparation = Preparation(dataset, corpus, work, options.jobs)
         if options.manifest and missing:
             utterances = read_own_speech(options.manifest, options.jobs)
@@ -146,18 +137,17 @@ def _complete(
         elif missing and corpus.synthetic:
             check_space(path, sum(PACKED_BYTES_PER_HOUR * (subset.hours or 0) for subset in missing))
             for subset in missing:
-                utterances = synthesizer(corpus.layout).list_utterances(corpus, subset)
+                utterances = SYNTHESIZERS[corpus.layout].list_utterances(corpus, subset)
                 preparation.add_subset(VerifiedArchive(Path(), "", ""), subset.name, utterances)
         elif missing:
-            source = ArchiveSource(path / "archives", work, corpus, options.mirror, options.keep_archives)
             wanted = {archives[subset.name].file: archives[subset.name] for subset in missing}
-            # Closed explicitly: whatever goes wrong in here must end the downloads that run beside it.
-            with closing(source.archives(list(wanted.values()))) as verified:
+            kept, mirror, keep = path / "archives", options.mirror, options.keep_archives
+            verified = obtain_archives(list(wanted.values()), corpus, kept, work, mirror, keep)
+            with closing(verified):  # whatever goes wrong in here must end the downloads that run beside it
                 for archive in verified:
                     members = [subset for subset in missing if subset.archive.file == archive.file.name]
                     preparation.add_archive(archive, members)
-                    source.drop(archive)
-        return preparation.finish(), False
+        return preparation.finish()
 
 
 def _is_prepared(dataset: PackedDataset, name: str, md5: str) -> bool:

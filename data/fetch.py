@@ -2,42 +2,36 @@
 
 An unfinished download is `<archive>.part`. Any later run, after a kill or days, resumes after its last byte, from any
 mirror; if the file has changed in the meantime, its checksum is wrong, and it is downloaded again from the start.
-urllib3 handles timeouts, redirects and proxies, and has no dependencies of its own.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
 import random
 import re
 import shutil
+import ssl
 import sys
 import threading
-import urllib.parse
-import urllib.request
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-
-import urllib3
-from urllib3.exceptions import HTTPError, ProtocolError, TimeoutError
-from urllib3.util import Retry, make_headers, parse_url
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, build_opener
 
 from data.cli import DataError, Progress, progress_bar
 from data.corpora import Archive, Corpus
 from data.files import CHUNK_BYTES, DOWNLOADS, atomic_replace, check_space, read_lines
 
 PARALLEL_DOWNLOADS = 3
-TIMEOUT_S = urllib3.Timeout(connect=20, read=30)
+TIMEOUT_S = 30
 RETRIES = 5  # in a row, without progress
 BACKOFF_S = 1.0  # before the first of them; doubled for each, up to twice as long by chance
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # statuses of failures after which another request may help
-REDIRECTS = Retry(None, connect=False, read=False, other=0, redirect=5)  # urllib3 follows these and retries nothing
+NETWORK_FAILURES = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 GZIP = b"\x1f\x8b"  # how every archive begins, and no page of a login or of an error
 MISMATCH_HINT = "(LibriSpeech was re-issued once; for a partial mirror, pass its --checksums)"
-HEADERS = {"User-Agent": "deepspeech2-benchmark", "Accept-Encoding": "identity"}
 UNPACKED_RATIO, PACKED_RATIO = 1.1, 1.9  # of an archive's size: its files, and their 16-bit samples with the index
 
 
@@ -83,73 +77,64 @@ def verify_archive(file: Path, archive: Archive, progress: Progress = lambda cou
     return VerifiedArchive(file, md5.hexdigest(), sha256.hexdigest())
 
 
-class ArchiveSource:
-    """The archives of a corpus: read in place, in `kept` or a local `mirror`, or else downloaded into `work`.
+def obtain_archives(
+    wanted: Sequence[Archive], corpus: Corpus, kept: Path, work: Path, mirror: str, keep: bool
+) -> Generator[VerifiedArchive, None, None]:
+    """Yield the archives of a corpus as they become available, several at a time. If one fails, the others come first.
 
+    Each is read in place, in the folder `kept` or a local `mirror`, or else downloaded into `work`. When the next one
+    is asked for, a download is removed, or moved to `kept` if it is to be kept.
     `mirror` is the option's value: a folder, comma-separated addresses, or nothing.
     """
+    named = [part.strip() for part in mirror.split(",") if part.strip()]
+    addresses = [part for part in named if part.startswith(("http://", "https://"))]
+    if addresses != named and (addresses or "://" in mirror):
+        raise DataError("--mirror is one folder, or addresses that begin with http:// or https://")
+    if any(re.match(r"\w+://[^/]*@", address) for address in addresses):
+        raise DataError("--mirror takes no address with a login: download into a folder, and name that")
+    local = bool(named) and not addresses
+    folder, mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))
+    absent = [archive for archive in wanted if mirrors and not os.path.lexists(folder / archive.file)]
 
-    def __init__(self, kept: Path, work: Path, corpus: Corpus, mirror: str, keep: bool) -> None:
-        named = [part.strip() for part in mirror.split(",") if part.strip()]
-        addresses = [part for part in named if part.startswith(("http://", "https://"))]
-        if addresses != named and (addresses or "://" in mirror):
-            raise DataError("--mirror is one folder, or addresses that begin with http:// or https://")
-        local = bool(named) and not addresses
-        self._folder, self._mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))
-        self._work, self._keep = work, keep
+    sizes = [archive.bytes for archive in wanted]  # 0 where --checksums replaces the published sums
+    downloaded = sum(file.stat().st_size for file in (work / DOWNLOADS).glob("*"))
+    # Archives that wait for their turn take no more than the room that their packed data will need, as an archive
+    # is smaller than that and then gone. So only one has to be counted.
+    waiting = max(0, max((archive.bytes for archive in absent), default=0) - downloaded)
+    check_space(work.parent, PACKED_RATIO * sum(sizes) + waiting + UNPACKED_RATIO * max(sizes))
 
-    def archives(self, wanted: Sequence[Archive]) -> Generator[VerifiedArchive, None, None]:
-        """Yield the archives as they become available, several at a time. If one fails, the others come first."""
-        self._check_space(wanted)
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(PARALLEL_DOWNLOADS)
-        failures = []
-        try:
-            with progress_bar("archives", sum(archive.bytes for archive in wanted), "B") as bar:
+    stop, failures = threading.Event(), []
+    pool = ThreadPoolExecutor(PARALLEL_DOWNLOADS)
+    try:
+        with progress_bar("archives", sum(sizes), "B") as bar:
 
-                def progress(count: int) -> None:
-                    if stop.is_set():
-                        raise DataError("stopped")
-                    bar.update(count)
+            def progress(count: int) -> None:
+                if stop.is_set():
+                    raise DataError("stopped")
+                bar.update(count)
 
-                futures = [pool.submit(self._obtain, archive, progress, stop) for archive in wanted]
-                for future in as_completed(futures):
-                    try:
-                        verified = future.result()
-                    except DataError as error:
-                        failures.append(str(error))
-                    else:
-                        yield verified
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-        if failures:
-            raise DataError(f"{'; '.join(failures)}; --mirror takes another address, or a folder with the archives")
+            def obtain(archive: Archive) -> VerifiedArchive:
+                if archive in absent:
+                    return fetch(archive, mirrors, work / DOWNLOADS / archive.file, progress, stop)
+                return verify_archive(folder / archive.file, archive, progress)
 
-    def drop(self, archive: VerifiedArchive) -> None:
-        """Remove an archive that is done with, or keep it if asked to; one that was read in place stays as it is."""
-        if self._work in archive.file.parents and self._keep:
-            self._folder.mkdir(exist_ok=True)
-            shutil.move(archive.file, self._folder)
-        elif self._work in archive.file.parents:
-            archive.file.unlink()
-
-    def _obtain(self, archive: Archive, progress: Progress, stop: threading.Event) -> VerifiedArchive:
-        file = self._folder / archive.file
-        if self._mirrors and not os.path.lexists(file):
-            return fetch(archive, self._mirrors, self._work / DOWNLOADS / archive.file, progress, stop)
-        return verify_archive(file, archive, progress)
-
-    def _check_space(self, wanted: Sequence[Archive]) -> None:
-        files = [self._folder / archive.file for archive in wanted]
-        # An archive's size is 0 where --checksums replaces the published sums.
-        sizes = [f.stat().st_size if f.is_file() else each.bytes for f, each in zip(files, wanted, strict=True)]
-        absent = [archive.bytes for file, archive in zip(files, wanted, strict=True) if not file.is_file()]
-        present = sum(file.stat().st_size for file in (self._work / DOWNLOADS).glob("*"))
-        # Archives that wait for their turn take no more than the room that their packed data will need, as an archive
-        # is smaller than that and then gone. So only one has to be counted.
-        waiting = max(0, (sum(absent) if self._keep else max(absent, default=0)) - present)
-        check_space(self._work.parent, PACKED_RATIO * sum(sizes) + waiting + UNPACKED_RATIO * max(sizes))
+            for future in as_completed([pool.submit(obtain, archive) for archive in wanted]):
+                try:
+                    verified = future.result()
+                except DataError as error:
+                    failures.append(str(error))
+                    continue
+                yield verified
+                if work in verified.file.parents and keep:
+                    kept.mkdir(exist_ok=True)
+                    shutil.move(verified.file, kept)
+                elif work in verified.file.parents:
+                    verified.file.unlink()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+    if failures:
+        raise DataError(f"{'; '.join(failures)}; --mirror takes another address, or a folder with the archives")
 
 
 @dataclass
@@ -166,19 +151,19 @@ class PartialDownload:
         return self.file.stat().st_size if self.file.exists() else 0
 
     def complete(self, address: str) -> VerifiedArchive:
-        """Download what is missing, and verify it. MirrorError or HTTPError if this mirror does not deliver it."""
+        """Download what is missing, and verify it. MirrorError or one of NETWORK_FAILURES if that is impossible."""
         failures, anew = 0, False
         while True:
             before = self.size
             try:
                 if not before or before != self.wanted.bytes:
                     self._request(address)
-            except (TimeoutError, ProtocolError) as error:
+            except NETWORK_FAILURES as error:
                 failures = 1 if self.size > before else failures + 1
                 if failures > RETRIES:
                     raise
                 wait = BACKOFF_S * 2 ** (failures - 1) * random.uniform(1, 2)
-                print(f"{_without_login(address)}: {_reason(error)}; trying again in {wait:.1f} s", file=sys.stderr)
+                print(f"{address}: {_reason(error)}; trying again in {wait:.1f} s", file=sys.stderr)
                 if self.stop.wait(wait):
                     raise DataError("stopped") from error
                 continue
@@ -194,33 +179,32 @@ class PartialDownload:
     def _request(self, address: str) -> None:
         """Send one request for the bytes that are missing, and add those of its answer that are."""
         start, published = self.size, self.wanted.bytes
-        response = _send(address, start)
         try:
-            if response.status == 416 and start > published:
+            response = _send(address, start)
+        except HTTPError as error:
+            if error.code == 416 and start > published:
                 return  # may be complete: its sums decide
-            if response.status in PASSING:
-                raise ProtocolError(f"HTTP status {response.status}")
-            if response.status not in (200, 206):
-                raise MirrorError(f"HTTP status {response.status}{_redirected(response)}")
-            resumed, rest = response.status == 206, response.length_remaining
+            if error.code in PASSING:
+                raise ConnectionError(f"HTTP status {error.code}") from error
+            raise MirrorError(f"HTTP status {error.code}{_redirected(address, error.url)}") from error
+        with response:
+            resumed, rest = response.status == 206, response.length
             chunk = response.read1(CHUNK_BYTES) if resumed else response.read(len(GZIP))
             if not resumed and not GZIP.startswith(chunk):
                 kind = response.headers.get("Content-Type", "something else")
-                raise MirrorError(f"it sent {kind}, not a .tar.gz archive{_redirected(response)}")
+                raise MirrorError(f"it sent {kind}, not a .tar.gz archive{_redirected(address, response.url)}")
             length = (rest or published) + (start if resumed and rest else 0)
             if published and length != published:
                 raise MirrorError(f"its file has {length} bytes, {published} were published {MISMATCH_HINT}")
-            known = 0 if resumed else start  # at the beginning of the answer, from a server without ranges
-            with self.file.open("ab") as stream:
+            if not resumed:  # a server without ranges
+                self.progress(-start)
+            with self.file.open("ab" if resumed else "wb") as stream:
                 while chunk:
-                    written = stream.write(chunk[known:])
+                    self.progress(stream.write(chunk))
                     stream.flush()
-                    self.progress(written)
-                    known = max(0, known - len(chunk))
                     chunk = response.read1(CHUNK_BYTES)  # what has arrived, so that a cut costs nothing that has
-        finally:
-            # Not back into the pool: what is left of the body may be gigabytes, or never come.
-            response.close()
+            if response.length:
+                raise ConnectionError(f"cut off, {response.length} bytes before the end")
 
 
 def fetch(
@@ -240,8 +224,8 @@ def fetch(
     for address in (f"{mirror.rstrip('/')}/{wanted.file}" for mirror in mirrors):
         try:
             verified = partial.complete(address)
-        except (MirrorError, HTTPError) as error:
-            reasons.append(f"{_without_login(address)}: {_reason(error)}")
+        except (MirrorError, ValueError, *NETWORK_FAILURES) as error:  # a ValueError of what is no address
+            reasons.append(f"{address}: {_reason(error)}")
             print(f"warning: {reasons[-1]}", file=sys.stderr)
         else:
             atomic_replace(part, target)
@@ -250,42 +234,18 @@ def fetch(
     raise DataError(f"no mirror delivered {wanted.file}: {'; '.join(reasons)}")
 
 
-def _send(address: str, start: int) -> urllib3.BaseHTTPResponse:
+def _send(address: str, start: int) -> HTTPResponse:
     """Request a file from byte `start` on, through the proxy that http_proxy, https_proxy and no_proxy name."""
-    url = parse_url(address)
-    proxy = urllib.request.getproxies().get(url.scheme or "")
-    if not proxy or urllib.request.proxy_bypass(url.netloc or ""):
-        pool = urllib3.PoolManager()
-    else:
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
-        login = urllib.parse.unquote(parse_url(proxy).auth or "")
-        pool = urllib3.ProxyManager(proxy, proxy_headers=make_headers(proxy_basic_auth=login or None))
-    login = urllib.parse.unquote(url.auth or "")  # which urllib3 does not send by itself
-    headers = HEADERS | make_headers(basic_auth=login or None) | ({"Range": f"bytes={start}-"} if start else {})
-    return pool.urlopen(
-        "GET",
-        _without_login(address),
-        headers=headers,
-        retries=REDIRECTS,
-        timeout=TIMEOUT_S,
-        preload_content=False,
-        decode_content=False,
-    )
+    headers = {"User-Agent": "deepspeech2-benchmark", **({"Range": f"bytes={start}-"} if start else {})}
+    response: HTTPResponse = build_opener().open(Request(address, headers=headers), timeout=TIMEOUT_S)
+    return response
 
 
-def _without_login(address: str) -> str:
-    """Return an address as it may be printed, without a name and a password."""
-    return re.sub(r"^(\w+://)[^/]*@", r"\1", address)
-
-
-def _redirected(response: urllib3.BaseHTTPResponse) -> str:
+def _redirected(address: str, final: str) -> str:
     """Return where redirects led, as a part of a sentence; empty if there were none. A query may hold a secret."""
-    steps = [step.redirect_location for step in response.retries.history] if response.retries else []
-    return f" after a redirect to {_without_login(str(steps[-1]).partition('?')[0])}" if steps else ""
+    return f" after a redirect to {final.partition('?')[0]}" if final != address else ""
 
 
 def _reason(error: Exception) -> str:
-    """Return what a failure means, without the names of objects that urllib3 puts before its cause."""
-    cause = getattr(error, "reason", None) or error
-    text = str(cause.args[0]) if cause.args else type(cause).__name__
-    return re.sub(r"<[^>]*>(?:\([^)]*\))?:? ?", "", text)
+    """Return what a failure means: of one to connect, its cause."""
+    return str(getattr(error, "reason", error)) or type(error).__name__

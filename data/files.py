@@ -4,9 +4,6 @@ Nothing here knows what an archive or a data set is. What a command has not fini
 everything in that is this program's; outside of it, nothing is removed or replaced that the program did not make.
 """
 
-from __future__ import annotations
-
-import errno
 import fcntl
 import gzip
 import hashlib
@@ -46,20 +43,12 @@ def atomic_open(file: Path, scratch: Path | None = None) -> Iterator[TextIO]:
 
 
 def atomic_replace(partial: Path, final: Path) -> None:
-    """Give a finished file or folder its final name, such that a power cut leaves the old one or the new one.
-
-    Some file systems cannot flush a folder, and say so in different ways. Only a failure of the disk is an error.
-    """
+    """Give a finished file or folder its final name, such that a power cut leaves the old one or the new one."""
     partial.replace(final)
-    try:
-        folder = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
-            raise
+    folder = os.open(final.parent, os.O_RDONLY)
+    with suppress(OSError):  # some file systems cannot flush a folder, and say so in different ways
+        os.fsync(folder)
+    os.close(folder)
 
 
 def not_ours(path: Path) -> DataError:
@@ -108,14 +97,12 @@ def work_folder(parent: Path) -> Iterator[Path]:
 
 
 def _clear_work_folder(folder: Path) -> None:
-    downloading = any((folder / DOWNLOADS).glob("*"))
     for entry in list(folder.iterdir()):
-        if entry.is_dir() and not (downloading and entry.name == DOWNLOADS):
-            shutil.rmtree(entry)
-        elif not entry.is_dir() and entry.name != MARK:
-            entry.unlink()
-    if not downloading:
-        (folder / MARK).unlink(missing_ok=True)  # last, so that a folder that is half removed is still known
+        if entry.name not in (MARK, DOWNLOADS):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    with suppress(OSError):
+        (folder / DOWNLOADS).rmdir()  # unless there is something to resume
+        (folder / MARK).unlink()  # last, so that a folder that is half removed is still known
         folder.rmdir()
 
 

@@ -8,8 +8,6 @@ What it is follows from the content, and is printed. A path is also the utteranc
 the list names one. Nothing is skipped or repaired silently.
 """
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json
@@ -75,28 +73,27 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
             found[row.path] = row
         for problem in problems:
             complaints[problem.partition(": ")[0]].append(f"{row.place}: {problem}")
-    files = _find_files(folder, list(found))
+    order, files, utterances = sorted(found), _find_files(folder, list(found)), []
 
-    def measure(path: str) -> Utterance | tuple[str, str]:
-        row, file = found[path], files[path]
+    def measure(path: str) -> int | DataError:
         try:
-            length = num_samples(file)
+            return num_samples(files[path])
         except DataError as error:
-            spelled = "" if path.isascii() else f"; its name is spelled {path!a}"
-            return re.sub(r"\d+", "", str(error).replace(str(file), "")), f"{row.place}: {error}{spelled}"
-        if length > (row.seconds + DURATION_TOLERANCE_S) * SAMPLE_RATE:
-            part = f"part of a recording, {row.seconds:g} s of {length / SAMPLE_RATE:g}: cut it out first"
-            return "part of a recording", f"{row.place}: {part}"
-        speaker, transcript = row.speaker or Path(path).parent.name, " ".join(row.transcript.upper().split())
-        return Utterance(path, speaker, transcript, str(file), length, "any")
+            return error
 
-    utterances = []
     with ThreadPoolExecutor(jobs) as pool:
-        for measured in pool.map(measure, sorted(found)):
-            if isinstance(measured, Utterance):
-                utterances.append(measured)
+        for path, length in zip(order, pool.map(measure, order), strict=True):
+            row, file = found[path], files[path]
+            speaker, transcript = row.speaker or Path(path).parent.name, " ".join(row.transcript.upper().split())
+            if isinstance(length, DataError):
+                spelled = "" if path.isascii() else f"; its name is spelled {path!a}"
+                kind = re.sub(r"\d+", "", str(length).replace(str(file), ""))
+                complaints[kind].append(f"{row.place}: {length}{spelled}")
+            elif length > (row.seconds + DURATION_TOLERANCE_S) * SAMPLE_RATE:
+                part = f"part of a recording, {row.seconds:g} s of {length / SAMPLE_RATE:g}: cut it out first"
+                complaints["part of a recording"].append(f"{row.place}: {part}")
             else:
-                complaints[measured[0]].append(measured[1])
+                utterances.append(Utterance(path, speaker, transcript, str(file), length))
     if complaints:
         lines = [equal[0] + (f" (first of {len(equal)})" if equal[1:] else "") for equal in complaints.values()]
         count = sum(map(len, complaints.values()))
@@ -128,7 +125,7 @@ def _read_list(file: Path) -> tuple[str, list[Row]]:
         for number, line in enumerate(text.split("\n"), start=1):
             try:
                 if line.strip():
-                    rows.append(_row(f"line {number}", dict(json.loads(line, object_pairs_hook=_record))))
+                    rows.append(_row(f"line {number}", dict(json.loads(line))))
             except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{file}, line {number}: not a JSON object: {error}") from error
         return "JSON lines", rows
@@ -158,14 +155,6 @@ def _read_list(file: Path) -> tuple[str, list[Row]]:
         else Row(place, "", "", problem=f"{wrong}{delimiter.join(cells)[:80]!r}")
         for place, cells in table
     ]
-
-
-def _record(fields: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a record of these fields; ValueError where two have one name."""
-    record = dict(fields)
-    if len(record) < len(fields):
-        raise ValueError("a field occurs twice")
-    return record
 
 
 def _row(place: str, record: dict[str, Any]) -> Row:

@@ -5,56 +5,39 @@ into dataset.json and renamed. A run that was cut short is repeated from the las
 a subset that dataset.json does not name is somebody else's, and an error; but an empty folder is reused.
 """
 
-from __future__ import annotations
-
 import gzip
-import multiprocessing
 import os
 import shutil
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
-from data.cli import DataError, die_with_parent, first_of, progress_bar
+from data import packed
+from data.cli import DataError, first_of, progress_bar
 from data.corpora import Corpus, CorpusSubset
 from data.fetch import VerifiedArchive
 from data.files import atomic_replace, not_ours
-from data.packed import (
-    AUDIO_FILE,
-    AUDIO_HEADER_BYTES,
-    DATASET_FILE,
-    INDEX_FILE,
-    PackedDataset,
-    SubsetSummary,
-    UtteranceRow,
-    audio_header,
-    dataset_digest,
-    utterance_digest,
-    write_dataset,
-    write_index,
-)
-from data.readers import SPOKEN, Utterance, decode, read_utterances
+from data.readers import Utterance, decode, read_utterances
+from data.synthetic import embedded, rehearsal
 
-CONTENT = (AUDIO_FILE, INDEX_FILE)
+CONTENT = (packed.AUDIO_FILE, packed.INDEX_FILE)
 UTTERANCES_PER_TASK = 16
+SYNTHESIZERS = {"embedded": embedded, "rehearsal": rehearsal}  # layouts without archives, encodings without files
 
 
 @dataclass
 class Preparation:
-    """A data set to which subsets are added; `work` is a work_folder in it, `jobs` the number of decoding processes."""
+    """A data set to which subsets are added; `work` is a work_folder in it, `jobs` the number of decoding threads."""
 
-    dataset: PackedDataset
+    dataset: packed.PackedDataset
     corpus: Corpus
     work: Path
     jobs: int
@@ -78,7 +61,7 @@ class Preparation:
         summaries = {each.name: known[each.name] for each in self.corpus.subsets if each.name in known}
         self.dataset = replace(self.dataset, digest="", splits=self.corpus.splits(list(known)), summary=summaries)
         # Entered before it has its name: a kill in between leaves nothing there that is not known to be ours.
-        write_dataset(self.dataset, self.work)
+        packed.write_dataset(self.dataset, self.work)
         if final.is_dir():  # check_place has seen that only these two files can be in it
             for file in CONTENT:
                 (final / file).unlink(missing_ok=True)
@@ -86,14 +69,14 @@ class Preparation:
         atomic_replace(partial, final)
         print(f"{name}: prepared {summary.utterances} utterances", file=sys.stderr)
 
-    def _pack(self, folder: Path, archive: VerifiedArchive, utterances: Sequence[Utterance]) -> SubsetSummary:
+    def _pack(self, folder: Path, archive: VerifiedArchive, utterances: Sequence[Utterance]) -> packed.SubsetSummary:
         """Write audio.npy and utterances.csv of the subset of the folder's name."""
         ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.id))
         offsets = list(accumulate((utterance.num_samples for utterance in ordered), initial=0))
-        audio = folder / AUDIO_FILE
-        audio.write_bytes(audio_header(offsets[-1]))
+        audio = folder / packed.AUDIO_FILE
+        audio.write_bytes(packed.audio_header(offsets[-1]))
         # To its full size: a limit of file size is met before anything is decoded.
-        os.truncate(audio, AUDIO_HEADER_BYTES + 2 * offsets[-1])
+        os.truncate(audio, packed.AUDIO_HEADER_BYTES + 2 * offsets[-1])
         digests = [""] * len(ordered)
         notes: list[str] = []
         with progress_bar(f"preparing {folder.name}", len(ordered), " utterances") as bar:
@@ -104,29 +87,29 @@ class Preparation:
         if notes:
             print(f"warning: {folder.name}: {len(notes)} utterances to check:\n{first_of(notes)}", file=sys.stderr)
         rows = (
-            UtteranceRow(spoken.id, spoken.speaker, offset, spoken.num_samples, spoken.transcript, digest)
+            packed.UtteranceRow(spoken.id, spoken.speaker, offset, spoken.num_samples, spoken.transcript, digest)
             for spoken, offset, digest in zip(ordered, offsets[:-1], digests, strict=True)
         )
         with audio.open("rb") as stream:
             os.fsync(stream.fileno())
-        return SubsetSummary(
+        return packed.SubsetSummary(
             name=folder.name,
             utterances=len(ordered),
             speakers=len({utterance.speaker for utterance in ordered}),
             samples=offsets[-1],
             longest_samples=ordered[-1].num_samples,
-            index_sha256=write_index(folder / INDEX_FILE, rows),
+            index_sha256=packed.write_index(folder / packed.INDEX_FILE, rows),
             archive=archive.file.name,
             archive_md5=archive.md5,
             archive_sha256=archive.sha256,
-            official=self.corpus.published(archive.md5),
+            official=archive.md5 in {subset.archive.md5 for subset in self.corpus.subsets} - {""},
         )
 
-    def finish(self) -> PackedDataset:
+    def finish(self) -> packed.PackedDataset:
         """Compute the digest of everything and with it declare the data set finished."""
-        digest = dataset_digest(self.dataset.path, self.dataset.subsets)
+        digest = packed.dataset_digest(self.dataset.path, self.dataset.summary)
         self.dataset = replace(self.dataset, digest=digest)
-        write_dataset(self.dataset, self.work)
+        packed.write_dataset(self.dataset, self.work)
         return self.dataset
 
 
@@ -162,60 +145,45 @@ def unpack(archive: Path, folder: Path) -> None:
 def _decode_all(
     audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int
 ) -> Iterator[tuple[int, str, str]]:
-    """Decode all utterances into audio.npy, in `jobs` processes; yield of each its place, digest and a warning."""
+    """Decode all utterances into audio.npy, in `jobs` threads; yield of each its place, digest and a warning."""
     groups: dict[str | int, list[int]] = {}  # a task decodes successive utterances, or makes those of one speaker
     for place, utterance in enumerate(ordered):
-        task = utterance.speaker if utterance.encoding in SPOKEN else place // UTTERANCES_PER_TASK
+        task = utterance.speaker if utterance.encoding in SYNTHESIZERS else place // UTTERANCES_PER_TASK
         groups.setdefault(task, []).append(place)
-    utterances = ([ordered[place] for place in places] for places in groups.values())
-    starts = ([offsets[place] for place in places] for places in groups.values())
-    decode_some: Callable[..., Iterable[list[tuple[str, str]]]] = map
-    with ExitStack() as stack:
-        if jobs > 1 and len(groups) > 1:
-            # Spawned, not forked: forking a process that has threads (the progress bar has one) can deadlock.
-            context = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(min(jobs, len(groups)), context, die_with_parent)
-            stack.callback(pool.shutdown, cancel_futures=True)  # the first error is enough
-            decode_some = pool.map
-        try:
-            decoded = decode_some(partial(_decode_into, audio), utterances, starts)
-            for places, each in zip(groups.values(), decoded, strict=True):
-                yield from ((place, *one) for place, one in zip(places, each, strict=True))
-        except BrokenProcessPool:
-            raise DataError("a decoding process was killed; if memory ran out, fewer --jobs help") from None
+    pool = ThreadPoolExecutor(jobs)  # decoding, resampling and digests let other threads run
+    try:
+        for decoded in pool.map(partial(_decode_some, audio, ordered, offsets), groups.values()):
+            yield from decoded
+    finally:
+        pool.shutdown(cancel_futures=True)  # the first error is enough
 
 
-def _decode_into(audio: Path, utterances: Sequence[Utterance], offsets: Sequence[int]) -> list[tuple[str, str]]:
-    """Decode utterances into audio.npy, from the samples `offsets` on; return of each the digest and a warning."""
-    encoding, decoded = utterances[0].encoding, []
-    if encoding in SPOKEN:
-        waveforms: Iterable = ((waveform, 0) for waveform in synthesizer(encoding).speak_utterances(utterances))
+def _decode_some(
+    audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], places: Sequence[int]
+) -> list[tuple[int, str, str]]:
+    """Decode the utterances at these places; return of each its place, digest and a warning."""
+    utterances, decoded = [ordered[place] for place in places], []
+    if (encoding := utterances[0].encoding) in SYNTHESIZERS:
+        waveforms: Iterable = ((waveform, 0) for waveform in SYNTHESIZERS[encoding].speak_utterances(utterances))
     else:
         waveforms = map(decode, utterances)
     # Written, not memory-mapped: a full disk is then an error and not a bus fault.
     with audio.open("r+b") as stream:
-        for utterance, offset, (samples, clipped) in zip(utterances, offsets, waveforms, strict=True):
+        for place, utterance, (samples, clipped) in zip(places, utterances, waveforms, strict=True):
             waveform = np.ascontiguousarray(samples, dtype="<i2")
             note = f"{utterance.id}: {clipped} samples were beyond full scale and were clipped" if clipped else ""
             if waveform.min() == waveform.max():
                 note = f"{utterance.id}: nothing but silence; do its channels cancel each other?"
-            decoded.append((utterance_digest(waveform, utterance.transcript), note))
-            stream.seek(AUDIO_HEADER_BYTES + 2 * offset)
+            decoded.append((place, packed.utterance_digest(waveform, utterance.transcript), note))
+            stream.seek(packed.AUDIO_HEADER_BYTES + 2 * offsets[place])
             stream.write(waveform.data)
     return decoded
 
 
-def synthesizer(layout: str) -> ModuleType:
-    """Return the module that speaks a corpus. It is imported here, so that eSpeak NG is needed for these alone."""
-    from data.synthetic import embedded, rehearsal
-
-    return {"embedded": embedded, "rehearsal": rehearsal}[layout]
-
-
-def check_place(dataset: PackedDataset, subsets: Iterable[str]) -> None:
+def check_place(dataset: packed.PackedDataset, subsets: Iterable[str]) -> None:
     """Raise DataError where something that is not this program's lies where these subsets are to be prepared."""
-    if (dataset.path / DATASET_FILE).is_symlink():
-        raise not_ours(dataset.path / DATASET_FILE)
+    if (dataset.path / packed.DATASET_FILE).is_symlink():
+        raise not_ours(dataset.path / packed.DATASET_FILE)
     for folder in (dataset.path / name for name in subsets):
         known = set(CONTENT if folder.name in dataset.summary else ())
         if folder.is_symlink() or (folder.exists() and not folder.is_dir()):

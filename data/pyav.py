@@ -1,7 +1,5 @@
 """Recordings that libsndfile does not check, by PyAV, which has FFmpeg in it: strictly, or not at all."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,11 +36,7 @@ def open_av(file: Path, stream: FileIO) -> Iterator[tuple[int, Iterator[np.ndarr
     stream.name = ""  # type: ignore[misc]  # a suffix would decide for formats without a header
     with av.logging.Capture() as messages:
         try:
-            try:
-                container = av.open(stream, options=STRICT)
-            except UnicodeDecodeError:  # a title of before UTF-8; newer versions of PyAV read it
-                stream.seek(0)
-                container = av.open(stream, options=STRICT, metadata_errors="replace")
+            container = av.open(stream, options=STRICT, metadata_errors="replace")  # titles may be older than UTF-8
         except (av.FFmpegError, ValueError, OSError) as error:
             raise DataError(f"{file} cannot be read (FFmpeg: {_reason(messages, error)})") from error
         with container:

@@ -7,8 +7,6 @@ Anything doubtful is an error that names file and utterance: nothing is skipped 
 is read by own_speech.py.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator
@@ -28,7 +26,6 @@ SUFFIXES = (
     "mpc mpeg mpg nist oga ogg ogv opus rf64 snd sph spx tta voc w64 wav wave webm wma wmv wv"
 )
 AUDIO_SUFFIXES = {f".{name}" for name in SUFFIXES.split()}
-SPOKEN = ("embedded", "rehearsal")  # modules of data/synthetic: layouts without archives, encodings without files
 KNOWN_CHARACTERS = TRANSCRIPT_CHARACTERS + TRANSCRIPT_CHARACTERS.lower()
 KNOWN = "only A-Z, apostrophe and space are known"
 AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)\)$")
@@ -38,8 +35,8 @@ AN4_LIST = re.compile(r"^(?:<s> )?(?P<transcript>.*?)(?: </s>)? \((?P<id>[^()]+)
 class Utterance:
     """An utterance and its file. `num_samples` is its length at 16 kHz, known before it is decoded.
 
-    `file` is a str to save memory. `encoding` tells which decoder reads it: "flac", "raw" (headerless, 16 bits,
-    big-endian) or "any"; or who speaks it, one of SPOKEN, and `file` is its subset.
+    `file` is a str to save memory. `encoding` is "raw" where it has no header (16 bits, big-endian); or is the
+    layout of a synthetic corpus that speaks it, and `file` is its subset.
     """
 
     id: str
@@ -47,7 +44,7 @@ class Utterance:
     transcript: str
     file: str
     num_samples: int
-    encoding: str = "flac"
+    encoding: str = "any"
 
 
 def read_utterances(folder: Path, layout: str, subset: CorpusSubset) -> list[Utterance]:
@@ -125,11 +122,9 @@ def _read_an4(folder: Path, subset: str) -> Iterator[Utterance]:
         if match is None or match["id"] != name:
             raise DataError(f"{transcription}: the line {line.strip()!r} does not belong to utterance {name}")
         file = root / "wav" / f"{path.strip()}.raw"
-        if not file.is_file():
-            raise DataError(f"{transcription}: utterance {name} has no audio file {file}")
-        size = file.stat().st_size
+        size = file.stat().st_size if file.is_file() else 0
         if size == 0 or size % 2:
-            raise DataError(f"{file}: utterance {name} has {size} bytes, not a whole number of 16-bit samples")
+            raise DataError(f"{file} of utterance {name} is missing, or its {size} bytes are no 16-bit samples")
         transcript = check_transcript(match["transcript"], name, transcription)
         yield Utterance(name, file.parent.name, transcript, str(file), size // 2, "raw")
     listed = {path.strip() for file in (root / "etc").glob("an4_*.fileids") for path in read_lines(file)}

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from mlperf_logging.mllog import constants
 
-from data.cli import make_room_for_help, require_values
+from data.cli import require_values
 from pytorch.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,7 +329,6 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
     first.add_argument("--scale-to-batch-size", type=int)
     chosen, rest = first.parse_known_args(arguments)  # tyro needs the defaults before it parses the other options
     require_values(rest)
-    make_room_for_help()
     size, defaults = chosen.scale_to_batch_size, CONFIGS[chosen.config]
     if size is not None and not POSITIVE_INTEGER.check(size):
         raise RunError(f"--scale-to-batch-size is {size}; it must be {POSITIVE_INTEGER.text}")

@@ -91,7 +91,7 @@ def user_name() -> str:
 
 def clear_cache(dataset: PackedDataset) -> str:
     """Evict a data set from the operating system's page cache. Return why that was not possible, or an empty text."""
-    for name in content_files(dataset.subsets):
+    for name in content_files(dataset.summary):
         try:
             with (dataset.path / name).open("rb") as file:
                 os.fsync(file.fileno())  # what is not yet on the disk is not dropped

@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from data.cli import exit_status, make_room_for_help
+from data.cli import exit_status
 from pytorch.config import CONFIGS, Config
 from pytorch.errors import RunError
 
@@ -29,7 +29,6 @@ def command(
     program = f"python -m {module}"
 
     def main(arguments: Sequence[str] | None = None) -> int:
-        make_room_for_help()
         return exit_status(lambda: work(parse(form, args=arguments, prog=program, description=description)), arguments)
 
     return main

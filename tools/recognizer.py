@@ -177,10 +177,10 @@ def align(transcript: str, emission_TV: Tensor) -> list[Word]:
 
 def select_subsets(dataset: PackedDataset, split: str) -> list[Subset]:
     """Return the subsets of a split, or those of these names; raise DataError if there is none."""
-    if split not in dataset.splits or (not dataset.splits[split] and split in dataset.subsets):
+    if split not in dataset.splits or (not dataset.splits[split] and split in dataset.summary):
         return [dataset.subset(name) for name in dict.fromkeys(part.strip() for part in split.split(","))]
     if not dataset.splits[split]:
-        raise DataError(f"{dataset.path} has no {split} subset; it has: {', '.join(dataset.subsets)}")
+        raise DataError(f"{dataset.path} has no {split} subset; it has: {', '.join(dataset.summary)}")
     return dataset.split(split)
 
 

@@ -13,8 +13,6 @@ cards, all of it before any of it again: each word occurs about equally often. E
 - A fixed version of espeakng-loader. Its library is compiled per platform; the reference checksum was made on x86-64.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections import defaultdict
@@ -124,6 +122,7 @@ def speak_utterances(utterances: Sequence[Utterance]) -> list[np.ndarray]:
     return [spoken[utterance.id] for utterance in utterances]
 
 
+@cache  # for its length and for its samples
 def synthesize(speaker: Speaker) -> list[np.ndarray]:
     """Return what a speaker says, by line: int16 [samples] at 16 kHz. DataError names a voice or a line that fails."""
     rate, spoken = speak(f"{speaker.accent}+{speaker.voice}", speaker.lines)

@@ -9,8 +9,6 @@ Speakers are drawn too: accent, pitch, formants, speed, level, room and noise, w
 There are no archives: who says what for how long is known beforehand, and is spoken straight into the packed data set.
 """
 
-from __future__ import annotations
-
 import random
 from bisect import bisect
 from collections.abc import Sequence

@@ -10,8 +10,6 @@ Why a process: eSpeak NG keeps state from one voice to the next, so that only a 
 was spoken before. Only the standard library is imported, for a hundred such processes to start quickly.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import sys

@@ -1,7 +1,5 @@
 """What both corpora share: lines spoken by eSpeak NG, in one process per speaker, and noise that never changes."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

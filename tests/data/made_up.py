@@ -1,7 +1,5 @@
 """Made-up corpora in the layouts of the real ones, and the commands as a user types them."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import subprocess
@@ -15,8 +13,6 @@ import numpy as np
 import soundfile
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-# As packed.py says, for the shell and a list of files.
-TAR = "tar --format=gnu --mtime=@0 --owner=0 --group=0 --numeric-owner --mode=0644 -cf -"
 SPOKEN = {
     "84-1-0000": (3000, "THE LONGEST ONE"),
     "84-1-0001": (1000, "SHORT"),

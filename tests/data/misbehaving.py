@@ -1,7 +1,5 @@
 """A web server that serves a folder, and whose answers a test may change."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

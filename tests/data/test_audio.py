@@ -1,7 +1,5 @@
 """Recordings of all kinds: the same samples from each, read to its end or refused by name."""
 
-from __future__ import annotations
-
 import struct
 import sys
 from io import BytesIO

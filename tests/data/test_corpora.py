@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from data.corpora import CORPORA, find_corpus
 
 

@@ -1,6 +1,3 @@
-from __future__ import annotations
-
-import base64
 import hashlib
 import random
 import threading
@@ -8,7 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import urllib3
 
 from data import fetch as fetching
 from data.cli import DataError
@@ -103,7 +99,7 @@ def test_a_passing_failure_is_retried(server: Server, target: Path, status: int)
 def test_a_stalled_connection_is_dropped_and_resumed(
     server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetching, "TIMEOUT_S", urllib3.Timeout(connect=20, read=0.3))
+    monkeypatch.setattr(fetching, "TIMEOUT_S", 0.3)
 
     def behave(path: str, number: int, answer: Answer) -> None:
         if number < 2:
@@ -124,7 +120,7 @@ def test_redirects_are_followed_with_the_range_but_not_without_end(server: Serve
     assert is_complete(target) and server.requests[-1]["Range"] == "bytes=50000-"
     target.unlink()
     server.behave = lambda path, number, answer: answer.become(302, {"Location": f"/{NAME}"})
-    with pytest.raises(DataError, match="too many redirects"):
+    with pytest.raises(DataError, match="HTTP status 302"):
         fetch(server.address, target)
 
 
@@ -141,7 +137,7 @@ def test_a_login_page_costs_nothing_that_was_downloaded_and_is_named(
 
     server.behave = behave
     for wanted in (WANTED, OF_UNKNOWN_SIZE):
-        with pytest.raises(DataError, match=r"text/html, not a \.tar\.gz .* /login$"):
+        with pytest.raises(DataError, match=r"text/html, not a \.tar\.gz .*/login$"):
             fetch(f"{server.address}/portal", target, wanted)
         assert part_of(target).read_bytes() == CONTENT[:150_000]
     fetch([f"{server.address}/login", server.address], target)
@@ -149,36 +145,12 @@ def test_a_login_page_costs_nothing_that_was_downloaded_and_is_named(
     assert "secret" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wanted", [WANTED, OF_UNKNOWN_SIZE])
-def test_a_server_without_ranges_takes_nothing_from_what_was_downloaded(
-    server: Server, target: Path, wanted: Archive
-) -> None:
+def test_a_server_without_ranges_starts_again(server: Server, target: Path) -> None:
     part_of(target).write_bytes(CONTENT[:150_000])
     server.ranges = False
-    server.behave = cut(lambda number: 170_000 if number else 80_000)
-    with pytest.raises(DataError, match="no mirror delivered"):
-        fetch(server.address, target, wanted)
-    assert part_of(target).read_bytes() == CONTENT[:170_000]
-    server.behave = lambda path, number, answer: None
-    fetch(server.address, target, wanted)
+    server.behave = cut(lambda number: 100_000 if number < 2 else len(CONTENT))
+    fetch(server.address, target)
     assert is_complete(target)
-
-
-def test_a_login_in_an_address_is_sent_and_never_printed(
-    server: Server, target: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server.behave = lambda path, number, answer: answer.become(503 if number else 404) if number < 2 else None
-    address = server.address.replace("//", "//me:secret%21@")
-    fetch([f"{address}/bad", address], target)
-    assert is_complete(target)
-    login = "Basic " + base64.b64encode(b"me:secret!").decode()
-    assert [headers.get("Authorization") for headers in server.requests] == [login] * 3
-    said = capsys.readouterr().err
-    assert f"{server.address}/bad/{NAME}: HTTP status 404" in said
-    assert f"{server.address}/{NAME}: HTTP status 503" in said and "secret" not in said
-    target.unlink()
-    fetch(f"{server.address}/a//b@c", target)
-    assert "Authorization" not in server.requests[-1]
 
 
 @pytest.mark.parametrize(

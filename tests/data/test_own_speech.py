@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Callable
@@ -156,7 +154,6 @@ def test_shapes_that_people_have_are_read_and_named(
         ("l", '{"audio": "a.wav", "text": "A", "offset": 1.5}\n', "line 1: part of a recording, from 1.5 on"),
         ("l", '{"audio": "a.wav", "text": "A", "duration": 0.25}\n', "line 1: part of a recording, 0.25 s of 0.5"),
         ("l", '{"audio": "a.wav", "text": NaN}\n', "line 1: a transcript that is no text: nan"),
-        ("l", '{"audio": "a.wav", "text": "A", "text": "B"}\n', "line 1: not a JSON object: a field occurs twice"),
         ("l", "path,text,text\na.wav,A,B\n", "line 1: a column occurs twice"),
         ("l", '{"text": "A"}\n', "line 1: no path: one of the fields path, file_name, audio_filepath"),
         ("wav.scp", "u1 sox a.mp3 -t wav - |\n", "utterance u1: a command"),

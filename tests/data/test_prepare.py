@@ -1,7 +1,5 @@
 """Archives that are damaged or made to do damage: an error that names a file, or the very data set, nothing else."""
 
-from __future__ import annotations
-
 import random
 import tarfile
 from collections.abc import Callable

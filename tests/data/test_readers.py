@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -91,10 +89,10 @@ def test_an_archive_of_another_subset_is_an_error(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("an4/etc/an4_train.fileids", b"an4_clstk/aaaa/an1-aaaa-b\n", "has 2 transcripts for 1 audio files"),
-        ("an4/etc/an4_train.fileids", b"../../x/an1-aaaa-b\nan4_clstk/aaaa/an2-aaaa-b\n", "an1-aaaa-b has no audio"),
+        ("an4/etc/an4_train.fileids", b"../../x/an1-aaaa-b\nan4_clstk/aaaa/an2-aaaa-b\n", "an1-aaaa-b is missing"),
         ("an4/etc/an4_train.transcription", b"A (an9-aaaa-b)\nB (an2-aaaa-b)\n", "does not belong to utterance an1"),
-        ("an4/wav/an4_clstk/aaaa/an1-aaaa-b.raw", b"abc", "an1-aaaa-b has 3 bytes"),
-        ("an4/wav/an4_clstk/aaaa/an1-aaaa-b.raw", b"", "an1-aaaa-b has 0 bytes"),
+        ("an4/wav/an4_clstk/aaaa/an1-aaaa-b.raw", b"abc", "an1-aaaa-b .* 3 bytes"),
+        ("an4/wav/an4_clstk/aaaa/an1-aaaa-b.raw", b"", "an1-aaaa-b .* 0 bytes"),
         ("an4/wav/an4_clstk/aaaa/an9-aaaa-b.raw", b"ab", r"an9-aaaa-b.raw is not listed in"),
     ],
 )

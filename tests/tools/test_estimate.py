@@ -8,8 +8,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from data.cli import DataError
 from data.corpora import DURATIONS, PERCENTILES
-from data.packed import DatasetError
 from pytorch.config import CONFIGS
 from pytorch.distributed import World
 from pytorch.features import SAMPLE_RATE
@@ -132,5 +132,5 @@ def test_what_cannot_be_estimated_is_said_in_one_line(
 
 def test_a_corpus_without_published_durations_needs_its_data_set(tmp_path: Path) -> None:
     config = replace(CONFIGS["mini"], dataset_dir=tmp_path / "Mini-LibriSpeech_dataset")
-    with pytest.raises(DatasetError, match=r"no data set in .*: run 'sh download_dataset.sh --corpus mini-librispeech"):
+    with pytest.raises(DataError, match=r"no data set in .*: run 'sh download_dataset.sh --corpus mini-librispeech"):
         estimate.open_utterances(config, None, World())
