@@ -87,13 +87,11 @@ def _field(
 
 
 @dataclass(frozen=True)
-class Config:
-    """A run, complete. The defaults are those of `librispeech`."""
+class RunOptions:
+    """What is trained on, where, and until when."""
 
     config: tyro.conf.Suppress[str] = _field("librispeech")
     """Name of the configuration that the values started from."""
-
-    # --- the run
     dataset_dir: Path = _field(ROOT / "LibriSpeech_dataset", scope="machine")
     """Packed data set, as download_dataset.sh makes it."""
     output_dir: Path = _field(ROOT / "results" / "librispeech", scope="machine")
@@ -123,13 +121,21 @@ class Config:
     max_steps: int | None = _field(None, POSITIVE_INTEGER, scope="limit", free_in_closed=True)
     """Give up after this many optimizer steps, with a final evaluation."""
 
-    # --- the model
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Widths; the topology is the same for all."""
+
     hidden_size: int = _field(800, POSITIVE_INTEGER, scope="model")
     """Units of each direction of each of the five GRU layers."""
     conv_channels: int = _field(32, POSITIVE_INTEGER, scope="model")
     """Channels of both convolutions."""
 
-    # --- optimization
+
+@dataclass(frozen=True)
+class OptimizationOptions:
+    """What makes a step of a batch."""
+
     batch_size: int = _field(128, POSITIVE_INTEGER, event=constants.GLOBAL_BATCH_SIZE, free_in_closed=True)
     """Global batch size: utterances of one optimizer step, on all devices."""
     gradient_accumulation_steps: int = _field(
@@ -161,7 +167,11 @@ class Config:
     ema_decay: float = _field(0.99, FRACTION, event=constants.MODEL_EVAL_EMA_FACTOR)
     """Final decay per step of the exponential moving average of the weights, which is what is evaluated; 0: no EMA."""
 
-    # --- augmentation of training utterances
+
+@dataclass(frozen=True)
+class AugmentationOptions:
+    """Of training utterances, drawn anew in every epoch."""
+
     augment_from_epoch: int = _field(6, POSITIVE_INTEGER)
     """First epoch with augmentation; earlier epochs leave the utterances unchanged."""
     tempo_min: float = _field(0.85, TEMPO)
@@ -180,6 +190,11 @@ class Config:
     """SpecAugment: masks along time."""
     time_mask_fraction: float = _field(0.05, FRACTION)
     """SpecAugment: longest mask along time, as a fraction of the utterance."""
+
+
+@dataclass(frozen=True)
+class Config(AugmentationOptions, OptimizationOptions, ModelOptions, RunOptions):
+    """A run, complete: all groups, in the order of --help. The defaults are those of `librispeech`."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -314,6 +329,16 @@ def scaled(config: Config, batch_size: int) -> Config:
     )
 
 
+@dataclass(frozen=True)
+class _CommandLine:
+    """A configuration by groups, as --help shows it."""
+
+    run: RunOptions
+    model: ModelOptions
+    optimization: OptimizationOptions
+    augmentation: AugmentationOptions
+
+
 def parse_config(arguments: Sequence[str], *, program: str, description: str) -> Config:
     """Parse a command line: `[--config NAME] [--scale-to-batch-size N] [--any-field VALUE ...]`.
 
@@ -332,11 +357,17 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
     size, defaults = chosen.scale_to_batch_size, CONFIGS[chosen.config]
     if size is not None and not POSITIVE_INTEGER.check(size):
         raise RunError(f"--scale-to-batch-size is {size}; it must be {POSITIVE_INTEGER.text}")
-    return tyro.cli(
-        Config,
-        default=defaults if size is None else scaled(defaults, size),
+    defaults = defaults if size is None else scaled(defaults, size)
+    groups = [
+        kind(**{field.name: getattr(defaults, field.name) for field in dataclasses.fields(kind)})
+        for kind in reversed(Config.__bases__)
+    ]
+    parsed = tyro.cli(
+        tyro.conf.OmitArgPrefixes[_CommandLine],
+        default=_CommandLine(*groups),
         args=rest,
         prog=program,
         description=f"{description}\n\n--config {{{','.join(CONFIGS)}}} (default: librispeech) chooses the defaults "
         f"shown below; here: {chosen.config}. --scale-to-batch-size N changes them for another global batch size.",
     )
+    return Config(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})

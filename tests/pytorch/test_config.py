@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import docstring_parser
@@ -40,9 +41,21 @@ def test_another_batch_size_scales_what_depends_on_it_and_the_command_line_wins(
 
 def test_help_is_one_line_for_each_field() -> None:
     """tyro would keep the line breaks, so that help breaks inside of a sentence."""
-    documented = [each for each in docstring_parser.parse_from_object(Config).params if each.description]
+    groups = [docstring_parser.parse_from_object(group).params for group in Config.__bases__]
+    documented = [each for group in groups for each in group if each.description]
     assert len(documented) >= len(dataclasses.fields(Config)) - 1
     assert [each.arg_name for each in documented if "\n" in (each.description or "")] == []
+
+
+def test_help_has_each_hyperparameter_once_in_its_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--config", "an4", "--help")
+    _, *groups = re.split(r"(\w+) options\W*\n", capsys.readouterr().out)
+    assert groups[::2] == ["run", "model", "optimization", "augmentation"]
+    shown = [re.findall(r"^\W? (--[a-z][a-z0-9-]+)", text, re.MULTILINE) for text in groups[1::2]]
+    first = ["--dataset-dir", "--hidden-size", "--batch-size", "--augment-from-epoch"]
+    assert [options[0] for options in shown] == first
+    assert sum(map(len, shown)) == len(dataclasses.fields(Config)) - 1
 
 
 def test_the_reference_of_2018_is_a_configuration() -> None:
