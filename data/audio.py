@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from data.cli import DataError
+from data.cli import UserError
 from data.packed import SAMPLE_RATE
 from data.pyav import open_av
 
@@ -41,23 +41,23 @@ def resampled_length(frames: int, rate: int) -> int:
 def num_samples(file: Path, only_rate: int | None = None) -> int:
     """Return the length at 16 kHz of a recording, by its header where that tells it.
 
-    DataError for what is not audio, is empty, is cut short, or has another rate than the only one that is allowed.
+    UserError for what is not audio, is empty, is cut short, or has another rate than the only one that is allowed.
     """
     with _open(file) as (rate, told, blocks):
         if only_rate not in (None, rate):
-            raise DataError(f"{file} has a rate of {rate} Hz, not {only_rate} Hz")
+            raise UserError(f"{file} has a rate of {rate} Hz, not {only_rate} Hz")
         frames = sum(map(len, blocks)) if told is None else told
         if frames <= 0:
-            raise DataError(f"{file} holds no audio, by its header")
+            raise UserError(f"{file} holds no audio, by its header")
         if frames > LONGEST_S * rate:
-            raise DataError(f"{file} is {frames / rate:.0f} s long; cut it: {LONGEST_S} s are the most")
+            raise UserError(f"{file} is {frames / rate:.0f} s long; cut it: {LONGEST_S} s are the most")
         return resampled_length(frames, rate)
 
 
 def decode_audio(file: Path) -> tuple[np.ndarray, int]:
     """Return the samples of a recording at 16 kHz mono, int16 [samples], and how many of them had to be clipped.
 
-    DataError says what is wrong with it.
+    UserError says what is wrong with it.
     """
     with _open(file, quiet=True) as (rate, _, blocks):
         mix = Mixer(file, rate)
@@ -65,7 +65,7 @@ def decode_audio(file: Path) -> tuple[np.ndarray, int]:
 
 
 def read_blocks(file: Path) -> Iterator[np.ndarray]:
-    """Yield the same samples in blocks. DataError may come after some of them."""
+    """Yield the same samples in blocks. UserError may come after some of them."""
     with _open(file) as (rate, _, blocks):
         mix = Mixer(file, rate)
         yield from map(mix, blocks)
@@ -109,9 +109,9 @@ class Mixer:
 
 
 def check_rate(name: Path | str, rate: int) -> None:
-    """Raise DataError for a rate that nobody records at."""
+    """Raise UserError for a rate that nobody records at."""
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-        raise DataError(f"{name} has a rate of {rate} Hz; from {LOWEST_RATE} to {HIGHEST_RATE} Hz are understood")
+        raise UserError(f"{name} has a rate of {rate} Hz; from {LOWEST_RATE} to {HIGHEST_RATE} Hz are understood")
 
 
 @contextmanager
@@ -119,13 +119,13 @@ def _open(file: Path, quiet: bool = False) -> Iterator[tuple[int, int | None, It
     """Open a recording: its rate in Hz, its frames by a header that tells them exactly, and its blocks.
 
     A block is [frames, channels] of int16, or of float32 of full scale 1. Unless `quiet`, print which stream of several
-    is used. DataError for what nothing reads, and for rates that nobody records at; later for what is damaged.
+    is used. UserError for what nothing reads, and for rates that nobody records at; later for what is damaged.
     """
     try:
         if not file.is_file():
-            raise DataError(f"{file} is missing or not a file")
+            raise UserError(f"{file} is missing or not a file")
         if file.stat().st_size == 0:
-            raise DataError(f"{file} is empty (0 bytes)")
+            raise UserError(f"{file} is empty (0 bytes)")
         with file.open("rb", buffering=0) as stream, ExitStack() as opened:
             problem = _wrong_sizes(stream, file.stat().st_size)
             stream.seek(0)
@@ -136,7 +136,7 @@ def _open(file: Path, quiet: bool = False) -> Iterator[tuple[int, int | None, It
                 audio = opened.enter_context(soundfile.SoundFile(stream.fileno(), closefd=False))
             except SNDFILE_FAILURES as error:
                 if md5:
-                    raise DataError(f"{file} cannot be decoded: {error}") from error
+                    raise UserError(f"{file} cannot be decoded: {error}") from error
                 audio = None
             uncompressed = audio is not None and audio.format in WAVE and audio.subtype.startswith(UNCOMPRESSED)
             checked = audio is not None and audio.format == "FLAC" and any(md5)  # a change of rate, too
@@ -151,21 +151,21 @@ def _open(file: Path, quiet: bool = False) -> Iterator[tuple[int, int | None, It
             check_rate(file, rate)
             yield rate, frames, _checked(file, rate, blocks, problem)
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def _checked(file: Path, rate: int, blocks: Iterator[np.ndarray], problem: str) -> Iterator[np.ndarray]:
-    """Yield the blocks; DataError where samples or their number cannot be right, or sizes have told a problem."""
+    """Yield the blocks; UserError where samples or their number cannot be right, or sizes have told a problem."""
     frames = 0
     for block in blocks:
         peak = 0.0 if block.dtype == np.int16 else float(np.abs(block).max())
         if not peak <= HIGHEST_PEAK:  # nor is it NaN
             wrong = f"samples {peak:.0f} times full scale, after {frames / rate:.2f} s"
-            raise DataError(f"{file} has {wrong}: damaged, or integers in a file of floats?")
+            raise UserError(f"{file} has {wrong}: damaged, or integers in a file of floats?")
         frames += len(block)
         yield block
     if problem or frames == 0:
-        raise DataError(f"{file} {problem or 'holds no audio'}")
+        raise UserError(f"{file} {problem or 'holds no audio'}")
 
 
 def _wrong_sizes(stream: FileIO, size: int) -> str:
@@ -197,7 +197,7 @@ def _sndfile_blocks(file: Path, audio: soundfile.SoundFile, md5: bytes) -> Itera
         try:
             block = audio.read(max(1, BLOCK_SAMPLES // audio.channels), dtype=dtype, always_2d=True)
         except SNDFILE_FAILURES as error:
-            raise DataError(f"{file} cannot be decoded after {frames / audio.samplerate:.2f} s: {error}") from error
+            raise UserError(f"{file} cannot be decoded after {frames / audio.samplerate:.2f} s: {error}") from error
         if len(block) == 0:
             break
         frames += len(block)
@@ -206,6 +206,6 @@ def _sndfile_blocks(file: Path, audio: soundfile.SoundFile, md5: bytes) -> Itera
             digest.update(content[:, block.itemsize - FLAC_BYTES[audio.subtype] :].tobytes())
         yield (block / 2.0**31).astype(np.float32) if dtype == "int32" else block
     if frames < audio.frames < 1 << 62:
-        raise DataError(f"{file} is cut short: it holds {frames} of {audio.frames} frames")
+        raise UserError(f"{file} is cut short: it holds {frames} of {audio.frames} frames")
     if md5 and digest.digest() != md5:
-        raise DataError(f"{file}: the decoded samples do not have the MD5 of its header")
+        raise UserError(f"{file}: the decoded samples do not have the MD5 of its header")

@@ -4,6 +4,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,11 +19,12 @@ Progress = Callable[[int], object]  # is told how many bytes more have been read
 SHOWN_PROBLEMS = 20
 MAY_BE_EMPTY = ("--subsets", "--mirror")
 INTERRUPTED = 130  # what a shell says of a program that SIGINT has ended
+NARROWEST = 40  # columns; in a narrower terminal tyro would lay out help without end
 READER_GONE = 141  # what a shell says of a program that SIGPIPE has ended
 CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container sees its own one here
 
 
-class DataError(Exception):
+class UserError(Exception):
     """An error that a user can do something about: its message is printed, without a traceback."""
 
     exit_status = 1  # of the command that it ends
@@ -48,12 +50,12 @@ class _StandardError:
 
 
 def require_values(arguments: Sequence[str]) -> None:
-    """Raise DataError where an option's value is empty, or begins with a ~ that the shell did not expand."""
+    """Raise UserError where an option's value is empty, or begins with a ~ that the shell did not expand."""
     for option, value in pairwise(word for argument in arguments for word in argument.split("=", 1)):
         if option.startswith("-") and value == "" and option not in MAY_BE_EMPTY:
-            raise DataError(f"{option} has an empty value")
+            raise UserError(f"{option} has an empty value")
         if option.startswith("-") and value.startswith("~"):
-            raise DataError(f"{option} is {value}: your shell did not expand the ~; write $HOME")
+            raise UserError(f"{option} is {value}: your shell did not expand the ~; write $HOME")
 
 
 def exit_status(
@@ -63,7 +65,7 @@ def exit_status(
 
     `arguments` are those to check before (require_values); None for the process's.
 
-    The status is what the work returned if that is an integer; else 0, 1 if it returned False or raised DataError or
+    The status is what the work returned if that is an integer; else 0, 1 if it returned False or raised UserError or
     an OSError, INTERRUPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
     """
     for name in ("stdin", "stdout", "stderr"):
@@ -72,13 +74,15 @@ def exit_status(
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as a package may set it while its modules are imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     with redirect_stderr(cast(TextIO, _StandardError(sys.stderr))):
         try:
             require_values(sys.argv[1:] if arguments is None else arguments)
             result = work()
             sys.stdout.flush()
             return result if type(result) is int else int(result is False)
-        except DataError as error:
+        except UserError as error:
             if str(error):
                 print(f"error: {error}", file=sys.stderr)
             return error.exit_status

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from data.cli import DataError
+from data.cli import UserError
 from data.packed import SPLITS
 
 # Seconds at these percentiles, from k2-fsa/icefall, egs/librispeech/ASR/local/display_manifest_statistics.py. Those of
@@ -68,10 +68,10 @@ class Corpus:
     reference_digest: str = ""
 
     def select(self, names: Collection[str]) -> list[CorpusSubset]:
-        """Return the subsets of these names, in the catalog's order, or all if none is given. DataError if unknown."""
+        """Return the subsets of these names, in the catalog's order, or all if none is given. UserError if unknown."""
         known = [subset.name for subset in self.subsets]
         if unknown := [name for name in names if name not in known]:
-            raise DataError(f"{self.name} has no subset '{unknown[0]}'; it has: {', '.join(known)}")
+            raise UserError(f"{self.name} has no subset '{unknown[0]}'; it has: {', '.join(known)}")
         return [subset for subset in self.subsets if not names or subset.name in names]
 
     def splits(self, prepared: Collection[str]) -> dict[str, list[str]]:
@@ -139,10 +139,10 @@ def utterance_seconds(subset: str, count: int) -> np.ndarray:
 
 
 def rehearsal(hours: float) -> Corpus:
-    """Return the synthetic corpus of LibriSpeech's shape with these hours of training; DataError for others."""
+    """Return the synthetic corpus of LibriSpeech's shape with these hours of training; UserError for others."""
     low, high = 0.1, 960.0
     if not low <= hours <= high:
-        raise DataError(f"--hours is {hours:g}; the rehearsal has {low:g} to {high:g}")
+        raise UserError(f"--hours is {hours:g}; the rehearsal has {low:g} to {high:g}")
     hours = round(hours, 2)  # its name has them all
     return Corpus(
         name="rehearsal" if hours == DEFAULT_REHEARSAL_HOURS else f"rehearsal-{hours:g}h",
@@ -179,9 +179,9 @@ CORPORA = {
 
 
 def find_corpus(name: str) -> Corpus:
-    """Return the corpus of this name, which may be that of a rehearsal; DataError lists the names there are."""
+    """Return the corpus of this name, which may be that of a rehearsal; UserError lists the names there are."""
     if match := re.fullmatch(r"rehearsal-(\d+(?:\.\d+)?)h", name):
         return rehearsal(float(match[1]))
     if name not in CORPORA:
-        raise DataError(f"unknown corpus '{name}'; there are: {', '.join(CORPORA)}")
+        raise UserError(f"unknown corpus '{name}'; there are: {', '.join(CORPORA)}")
     return CORPORA[name]

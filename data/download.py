@@ -22,7 +22,7 @@ from typing import Annotated
 
 import tyro
 
-from data.cli import DataError, available_cores, exit_status
+from data.cli import UserError, available_cores, exit_status
 from data.corpora import CORPORA, REPOSITORY, Archive, Corpus, CorpusSubset, find_corpus, rehearsal
 from data.fetch import VerifiedArchive, obtain_archives, read_checksums
 from data.files import UNFINISHED, check_space, locked, work_folder
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def download(options: Options) -> PackedDataset:
-    """Bring the data set that `options` describe to completion; DataError where that is impossible."""
+    """Bring the data set that `options` describe to completion; UserError where that is impossible."""
     corpus = find_corpus(options.corpus) if options.hours is None else rehearsal(options.hours)
     names = [name.strip() for name in options.subsets.split(",") if name.strip()]
     subsets = corpus.select(names)
@@ -76,7 +76,7 @@ def download(options: Options) -> PackedDataset:
             dataset = _complete(path, corpus, subsets, archives, options)
     except OSError as error:
         advice = "; 'ulimit -f' or the file system limits a file's size" if error.errno == errno.EFBIG else ""
-        raise DataError(f"{error.filename or f'writing in {path}'}: {error.strerror}{advice}") from error
+        raise UserError(f"{error.filename or f'writing in {path}'}: {error.strerror}{advice}") from error
     counts = ", ".join(
         f"{subset.name} {subset.utterances} utterances ({subset.hours:.2f} h)" for subset in dataset.summary.values()
     )
@@ -86,28 +86,28 @@ def download(options: Options) -> PackedDataset:
 
 def _check_options(options: Options, corpus: Corpus, names: Sequence[str]) -> None:
     if options.jobs < 1:
-        raise DataError(f"--jobs is {options.jobs}; at least 1 is needed")
+        raise UserError(f"--jobs is {options.jobs}; at least 1 is needed")
     if options.hours is not None and options.corpus != "rehearsal":
-        raise DataError("--hours is for --corpus rehearsal alone")
+        raise UserError("--hours is for --corpus rehearsal alone")
     if (corpus.layout == "manifest") != (options.manifest is not None):
-        raise DataError("--corpus manifest and --manifest FILE go together")
+        raise UserError("--corpus manifest and --manifest FILE go together")
     if options.manifest and len(names) > 1:
-        raise DataError("a manifest makes one subset: --subsets train, validation or test")
+        raise UserError("a manifest makes one subset: --subsets train, validation or test")
     if not corpus.mirrors and (options.mirror or options.checksums or options.keep_archives):
-        raise DataError(f"{corpus.name} has no archives: --mirror, --checksums and --keep-archives do not apply")
+        raise UserError(f"{corpus.name} has no archives: --mirror, --checksums and --keep-archives do not apply")
 
 
 def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dict[str, Archive]:
     """Return by subset the published archive, or one with the sum of --checksums; a manifest stands for its archive."""
     if options.manifest:
         if not (options.manifest.is_file() or options.manifest.is_dir()):  # a pipe could not be read again
-            raise DataError(f"the manifest {options.manifest} is missing, or is neither a regular file nor a folder")
+            raise UserError(f"the manifest {options.manifest} is missing, or is neither a regular file nor a folder")
         return {subsets[0].name: Archive(str(options.manifest), md5=digest(options.manifest, "md5"))}
     if not options.checksums:
         return {subset.name: subset.archive for subset in subsets}
     sums = read_checksums(options.checksums)
     if absent := [subset.archive.file for subset in subsets if subset.archive.file not in sums]:
-        raise DataError(f"{options.checksums} has no line for {absent[0]}")
+        raise UserError(f"{options.checksums} has no line for {absent[0]}")
     return {subset.name: Archive(subset.archive.file, md5=sums[subset.archive.file]) for subset in subsets}
 
 
@@ -119,7 +119,7 @@ def _complete(
     if (path / DATASET_FILE).exists():
         dataset = read_dataset(path)
     if dataset.corpus != corpus.name:
-        raise DataError(f"{path} holds the corpus {dataset.corpus}, not {corpus.name}: give another --dataset-dir")
+        raise UserError(f"{path} holds the corpus {dataset.corpus}, not {corpus.name}: give another --dataset-dir")
     missing = [subset for subset in subsets if not _is_prepared(dataset, subset.name, archives[subset.name].md5)]
     check_place(dataset, [subset.name for subset in missing])
     complete = dataset.digest != "" and not missing
@@ -151,12 +151,12 @@ def _complete(
 
 
 def _is_prepared(dataset: PackedDataset, name: str, md5: str) -> bool:
-    """Return whether a subset is there already; DataError if it was made from another archive than is asked for now."""
+    """Return whether a subset is there already; UserError if it was made from another archive than is asked for now."""
     if name not in dataset.summary:
         return False
     found = dataset.summary[name].archive_md5
     if md5 not in ("", found):
-        raise DataError(
+        raise UserError(
             f"{dataset.path} holds {name} from an archive with MD5 {found}, not {md5}: "
             "give the --checksums or the --manifest that it was made with, or another --dataset-dir"
         )

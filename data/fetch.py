@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, build_opener
 
-from data.cli import DataError, Progress, progress_bar
+from data.cli import Progress, UserError, progress_bar
 from data.corpora import Archive, Corpus
 from data.files import CHUNK_BYTES, DOWNLOADS, atomic_replace, check_space, read_lines
 
@@ -35,7 +35,7 @@ MISMATCH_HINT = "(LibriSpeech was re-issued once; for a partial mirror, pass its
 UNPACKED_RATIO, PACKED_RATIO = 1.1, 1.9  # of an archive's size: its files, and their 16-bit samples with the index
 
 
-class MirrorError(DataError):
+class MirrorError(UserError):
     """A mirror that does not deliver; another one may."""
 
 
@@ -54,13 +54,13 @@ def read_checksums(file: Path) -> dict[str, str]:
     for line in read_lines(file):
         match = re.fullmatch(r"\s*([0-9a-f]{32})\s+\*?(\S.*?)\s*", line, re.IGNORECASE)
         if match is None:
-            raise DataError(f"{file}: not an md5sum line: {line!r}")
+            raise UserError(f"{file}: not an md5sum line: {line!r}")
         sums[Path(match[2]).name] = match[1].lower()
     return sums
 
 
 def verify_archive(file: Path, archive: Archive, progress: Progress = lambda count: None) -> VerifiedArchive:
-    """Compare the sums of a file with those of an archive; DataError where they differ."""
+    """Compare the sums of a file with those of an archive; UserError where they differ."""
     md5, sha256, size = hashlib.md5(), hashlib.sha256(), file.stat().st_size
     with progress_bar(f"checking {file.name}", size, "B") as bar, file.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
@@ -70,7 +70,7 @@ def verify_archive(file: Path, archive: Archive, progress: Progress = lambda cou
             progress(len(chunk))
     if archive.md5 != md5.hexdigest():
         published = f" ({archive.bytes} bytes)" if archive.bytes else ""
-        raise DataError(
+        raise UserError(
             f"{file} ({size} bytes) has md5 {md5.hexdigest()}, expected {archive.md5}{published}: "
             f"damaged, or not the published archive {MISMATCH_HINT}"
         )
@@ -89,9 +89,9 @@ def obtain_archives(
     named = [part.strip() for part in mirror.split(",") if part.strip()]
     addresses = [part for part in named if part.startswith(("http://", "https://"))]
     if addresses != named and (addresses or "://" in mirror):
-        raise DataError("--mirror is one folder, or addresses that begin with http:// or https://")
+        raise UserError("--mirror is one folder, or addresses that begin with http:// or https://")
     if any(re.match(r"\w+://[^/]*@", address) for address in addresses):
-        raise DataError("--mirror takes no address with a login: download into a folder, and name that")
+        raise UserError("--mirror takes no address with a login: download into a folder, and name that")
     local = bool(named) and not addresses
     folder, mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))
     absent = [archive for archive in wanted if mirrors and not os.path.lexists(folder / archive.file)]
@@ -110,7 +110,7 @@ def obtain_archives(
 
             def progress(count: int) -> None:
                 if stop.is_set():
-                    raise DataError("stopped")
+                    raise UserError("stopped")
                 bar.update(count)
 
             def obtain(archive: Archive) -> VerifiedArchive:
@@ -121,7 +121,7 @@ def obtain_archives(
             for future in as_completed([pool.submit(obtain, archive) for archive in wanted]):
                 try:
                     verified = future.result()
-                except DataError as error:
+                except UserError as error:
                     failures.append(str(error))
                     continue
                 yield verified
@@ -134,7 +134,7 @@ def obtain_archives(
         stop.set()
         pool.shutdown(cancel_futures=True)
     if failures:
-        raise DataError(f"{'; '.join(failures)}; --mirror takes another address, or a folder with the archives")
+        raise UserError(f"{'; '.join(failures)}; --mirror takes another address, or a folder with the archives")
 
 
 @dataclass
@@ -165,11 +165,11 @@ class PartialDownload:
                 wait = BACKOFF_S * 2 ** (failures - 1) * random.uniform(1, 2)
                 print(f"{address}: {_reason(error)}; trying again in {wait:.1f} s", file=sys.stderr)
                 if self.stop.wait(wait):
-                    raise DataError("stopped") from error
+                    raise UserError("stopped") from error
                 continue
             try:
                 return verify_archive(self.file, self.wanted)
-            except DataError as error:
+            except UserError as error:
                 self.progress(-self.size)
                 self.file.unlink()
                 if anew or not before:  # else the file has changed, or an earlier run or another mirror is to blame
@@ -213,7 +213,7 @@ def fetch(
     """Download an archive from the first mirror that has it.
 
     `target` appears when its sums are right; a size of 0 is unknown. `progress` is called with the bytes that are
-    added, or, where it must start again, lost. DataError says what each mirror did wrong.
+    added, or, where it must start again, lost. UserError says what each mirror did wrong.
     """
     part = target.with_name(target.name + ".part")
     if target.exists():  # an earlier run was ended before it was prepared; perhaps it asked for another archive
@@ -231,7 +231,7 @@ def fetch(
             atomic_replace(part, target)
             print(f"{wanted.file}: downloaded {target.stat().st_size / 1e6:,.1f} MB", file=sys.stderr)
             return replace(verified, file=target)
-    raise DataError(f"no mirror delivered {wanted.file}: {'; '.join(reasons)}")
+    raise UserError(f"no mirror delivered {wanted.file}: {'; '.join(reasons)}")
 
 
 def _send(address: str, start: int) -> HTTPResponse:

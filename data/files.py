@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from data.cli import DataError
+from data.cli import UserError
 
 CHUNK_BYTES = 1 << 20  # read or written at once
 UNFINISHED, DOWNLOADS, MARK = "unfinished", "downloads", "made-by-this-program.txt"
@@ -51,16 +51,16 @@ def atomic_replace(partial: Path, final: Path) -> None:
     os.close(folder)
 
 
-def not_ours(path: Path) -> DataError:
+def not_ours(path: Path) -> UserError:
     """Return the error that something which is not this program's is in its way."""
-    return DataError(f"{path} exists and was not made by this program; move it away, or give another folder")
+    return UserError(f"{path} exists and was not made by this program; move it away, or give another folder")
 
 
 def check_space(path: Path, needed: float) -> None:
-    """Raise DataError if the disk of `path` has fewer bytes left."""
+    """Raise UserError if the disk of `path` has fewer bytes left."""
     free = shutil.disk_usage(path).free
     if free < needed:
-        raise DataError(
+        raise UserError(
             f"{path} needs {needed / 1e6:,.1f} MB of free disk space, {free / 1e6:,.1f} MB are free: "
             "make room there, or give a --dataset-dir on another disk"
         )
@@ -79,7 +79,7 @@ def files_below(folder: Path) -> list[Path]:
 def work_folder(parent: Path) -> Iterator[Path]:
     """Make a marked folder in `parent` for what is unfinished; what an earlier, killed run left in it goes first.
 
-    Only its folder `downloads`, for what can be resumed, outlives this. DataError where something else has the name.
+    Only its folder `downloads`, for what can be resumed, outlives this. UserError where something else has the name.
     """
     folder = parent / UNFINISHED
     if os.path.lexists(folder):
@@ -107,15 +107,15 @@ def _clear_work_folder(folder: Path) -> None:
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a file, without a byte order mark. DataError where it cannot be read or is not UTF-8."""
+    """Return the text of a file, without a byte order mark. UserError where it cannot be read or is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as UTF-8 text: {getattr(error, 'strerror', error)}") from error
+        raise UserError(f"{file} cannot be read as UTF-8 text: {getattr(error, 'strerror', error)}") from error
 
 
 def read_lines(file: Path) -> list[str]:
-    """Return the lines of a text that are not blank. DataError as of read_text."""
+    """Return the lines of a text that are not blank. UserError as of read_text."""
     return [line for line in read_text(file).split("\n") if line.strip()]
 
 
@@ -130,14 +130,14 @@ def locked(folder: Path, holder: str, *, shared: bool = False) -> Iterator[int]:
     """Lock a folder against other processes, or, if `shared`, only against those that do not share it.
 
     The lock ends with its process. It is on the folder itself, so that a read-only one can be locked. Yield its
-    descriptor, for processes that outlive this one. DataError says that another `holder` has the lock.
+    descriptor, for processes that outlive this one. UserError says that another `holder` has the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"another {holder} is working in {folder}; wait until it has ended") from None
+            raise UserError(f"another {holder} is working in {folder}; wait until it has ended") from None
         except OSError as error:  # such as NFS, which locks no folders
             print(f"warning: {folder} cannot be locked ({error}): let nothing else work in it now", file=sys.stderr)
         yield descriptor

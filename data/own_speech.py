@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data.audio import num_samples
-from data.cli import DataError, first_of
+from data.cli import UserError, first_of
 from data.files import MARK, file_digest, files_below, read_lines, read_text
 from data.packed import SAMPLE_RATE
 from data.readers import AUDIO_SUFFIXES, KNOWN, KNOWN_CHARACTERS, Utterance
@@ -56,7 +56,7 @@ def digest(source: Path, algorithm: str) -> str:
 
 
 def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
-    """Return the utterances of a list or a folder, by id. DataError says all that is wrong, equal complaints once."""
+    """Return the utterances of a list or a folder, by id. UserError says all that is wrong, equal complaints once."""
     folder, (form, rows) = (source, _read_folder(source)) if source.is_dir() else (source.parent, _read_list(source))
     found: dict[str, Row] = {}
     complaints: dict[str, list[str]] = defaultdict(list)  # by what they have in common
@@ -75,17 +75,17 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
             complaints[problem.partition(": ")[0]].append(f"{row.place}: {problem}")
     order, files, utterances = sorted(found), _find_files(folder, list(found)), []
 
-    def measure(path: str) -> int | DataError:
+    def measure(path: str) -> int | UserError:
         try:
             return num_samples(files[path])
-        except DataError as error:
+        except UserError as error:
             return error
 
     with ThreadPoolExecutor(jobs) as pool:
         for path, length in zip(order, pool.map(measure, order), strict=True):
             row, file = found[path], files[path]
             speaker, transcript = row.speaker or Path(path).parent.name, " ".join(row.transcript.upper().split())
-            if isinstance(length, DataError):
+            if isinstance(length, UserError):
                 spelled = "" if path.isascii() else f"; its name is spelled {path!a}"
                 kind = re.sub(r"\d+", "", str(length).replace(str(file), ""))
                 complaints[kind].append(f"{row.place}: {length}{spelled}")
@@ -97,9 +97,9 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
     if complaints:
         lines = [equal[0] + (f" (first of {len(equal)})" if equal[1:] else "") for equal in complaints.values()]
         count = sum(map(len, complaints.values()))
-        raise DataError(f"{source}, read as {form}, has {count} problems:\n{first_of(lines)}")
+        raise UserError(f"{source}, read as {form}, has {count} problems:\n{first_of(lines)}")
     if not utterances:
-        raise DataError(f"{source}, read as {form}, holds no utterance")
+        raise UserError(f"{source}, read as {form}, holds no utterance")
     print(f"{source}: {len(utterances)} utterances, read as {form}", file=sys.stderr)
     return utterances
 
@@ -127,7 +127,7 @@ def _read_list(file: Path) -> tuple[str, list[Row]]:
                 if line.strip():
                     rows.append(_row(f"line {number}", dict(json.loads(line))))
             except (ValueError, TypeError, RecursionError) as error:
-                raise DataError(f"{file}, line {number}: not a JSON object: {error}") from error
+                raise UserError(f"{file}, line {number}: not a JSON object: {error}") from error
         return "JSON lines", rows
     delimiter = next((each for each in "\t|;" if each in start), ",")
     form = {"\t": "TSV", ",": "CSV"}.get(delimiter, f"columns with {delimiter} between")
@@ -137,7 +137,7 @@ def _read_list(file: Path) -> tuple[str, list[Row]]:
     try:
         table = [(f"line {reader.line_num}", cells) for cells in reader if any(map(str.strip, cells))]
     except csv.Error as error:
-        raise DataError(f"{file}, line {reader.line_num}: {error}") from error
+        raise UserError(f"{file}, line {reader.line_num}: {error}") from error
     names = [cell.strip().lower() for cell in table[0][1]] if table else []
     if not (set(names) & set(PATH_NAMES) and set(names) & set(TRANSCRIPT_NAMES)):
         columns = max(2, len(names)) if delimiter == "|" else 2  # LJ Speech's last one is the transcript in words
@@ -146,7 +146,7 @@ def _read_list(file: Path) -> tuple[str, list[Row]]:
     else:
         form += f" with header: {', '.join(names)}"
         if len(named := list(filter(None, names))) > len(set(named)):
-            raise DataError(f"{file}, {table[0][0]}: a column occurs twice")
+            raise UserError(f"{file}, {table[0][0]}: a column occurs twice")
         del table[0]
     wrong = f"not {len(names)} columns: "
     return form, [
@@ -203,13 +203,13 @@ def _read_folder(folder: Path) -> tuple[str, list[Row]]:
 
 def _read_kaldi(folder: Path) -> Iterator[Row]:
     if (folder / "segments").exists():
-        raise DataError(f"{folder / 'segments'}: parts of recordings cannot be read; cut them out first")
+        raise UserError(f"{folder / 'segments'}: parts of recordings cannot be read; cut them out first")
     tables: dict[str, dict[str, str]] = defaultdict(dict)
     for name in ("wav.scp", "text", *(["utt2spk"] if (folder / "utt2spk").exists() else [])):
         lines = read_lines(folder / name)
         tables[name] = {line.split()[0]: " ".join(line.split(maxsplit=1)[1:]).strip() for line in lines}
         if len(tables[name]) < len(lines):
-            raise DataError(f"{folder / name}: an utterance occurs twice")
+            raise UserError(f"{folder / name}: an utterance occurs twice")
     for utterance in tables["wav.scp"] | tables["text"]:
         path = tables["wav.scp"].get(utterance, "")
         problem = "a command: convert what it reads to files first" if path.endswith("|") else ""

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.cli import DataError, progress_bar
+from data.cli import UserError, progress_bar
 from data.files import CHUNK_BYTES, atomic_open, file_digest
 
 FORMAT_VERSION = 1
@@ -112,9 +112,9 @@ class PackedDataset:
         return all(subset.official for subset in self.summary.values())
 
     def subset(self, name: str) -> Subset:
-        """Open one prepared subset; DataError where it is not there or does not fit dataset.json."""
+        """Open one prepared subset; UserError where it is not there or does not fit dataset.json."""
         if name not in self.summary:
-            raise DataError(f"{self.path} has no subset '{name}'; it has: {', '.join(self.summary)}")
+            raise UserError(f"{self.path} has no subset '{name}'; it has: {', '.join(self.summary)}")
         folder = self.path / name
         ids, speakers, transcripts, offsets, num_samples = [], [], [], array("q"), array("q")
         for row in read_index(folder / INDEX_FILE):
@@ -126,12 +126,12 @@ class PackedDataset:
         try:
             audio = np.load(folder / AUDIO_FILE, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # a damaged header may be any error of Python's parser
-            raise DataError(f"cannot open {folder / AUDIO_FILE}: {error}; run verify_dataset.sh") from error
+            raise UserError(f"cannot open {folder / AUDIO_FILE}: {error}; run verify_dataset.sh") from error
         summary, size = self.summary[name], (folder / AUDIO_FILE).stat().st_size
         found = file_digest(folder / INDEX_FILE, "sha256"), len(ids), max(num_samples, default=0), audio.shape, size
         expected = summary.index_sha256, summary.utterances, summary.longest_samples, (summary.samples,)
         if audio.dtype != np.int16 or found != (*expected, AUDIO_HEADER_BYTES + 2 * summary.samples):
-            raise DataError(f"{folder} is not what was prepared, by {DATASET_FILE}; run verify_dataset.sh")
+            raise UserError(f"{folder} is not what was prepared, by {DATASET_FILE}; run verify_dataset.sh")
         return Subset(name, audio, np.array(offsets), np.array(num_samples), ids, speakers, transcripts)
 
     def split(self, name: str) -> list[Subset]:
@@ -140,12 +140,12 @@ class PackedDataset:
 
 
 def read_dataset(path: Path) -> PackedDataset:
-    """Read dataset.json, be the data set finished or not. DataError where it is absent or of another format."""
+    """Read dataset.json, be the data set finished or not. UserError where it is absent or of another format."""
     file = path / DATASET_FILE
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if content["format_version"] != FORMAT_VERSION:
-            raise DataError(
+            raise UserError(
                 f"{path} has format version {content['format_version']}, this code reads version {FORMAT_VERSION}: "
                 "run download_dataset.sh with another --dataset-dir"
             )
@@ -157,20 +157,20 @@ def read_dataset(path: Path) -> PackedDataset:
         return PackedDataset(path, content["corpus"], content["synthetic"], splits, content["digest"], summary)
     except FileNotFoundError:
         corpus = path.name.removesuffix("_dataset").lower() if path.name.endswith("_dataset") else "NAME"
-        raise DataError(
+        raise UserError(
             f"no data set in {path}: run 'sh download_dataset.sh --corpus {corpus} --dataset-dir {path}'"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
+        raise UserError(
             f"{path} is not a data set of this program, or {file} is damaged ({error!r}): give another --dataset-dir"
         ) from error
 
 
 def open_dataset(path: Path) -> PackedDataset:
-    """Open a finished data set, reading dataset.json only. DataError says what to run where there is none."""
+    """Open a finished data set, reading dataset.json only. UserError says what to run where there is none."""
     dataset = read_dataset(path)
     if not dataset.digest:
-        raise DataError(
+        raise UserError(
             f"{path} is unfinished: run the same 'sh download_dataset.sh' command again "
             f"(--corpus {dataset.corpus} --dataset-dir {path})"
         )
@@ -214,12 +214,12 @@ def write_index(file: Path, rows: Iterable[UtteranceRow]) -> str:
 
 
 def read_index(file: Path) -> Iterator[UtteranceRow]:
-    """Yield the rows of utterances.csv. DataError names the line of a row that is not one."""
+    """Yield the rows of utterances.csv. UserError names the line of a row that is not one."""
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             reader = csv.reader(stream, strict=True)
             if tuple(next(reader, ())) != COLUMNS:
-                raise DataError(f"{file}: the first line does not read {','.join(COLUMNS)}; run verify_dataset.sh")
+                raise UserError(f"{file}: the first line does not read {','.join(COLUMNS)}; run verify_dataset.sh")
             for row in reader:
                 try:
                     name, speaker, offset, samples, transcript, digest = row
@@ -228,9 +228,9 @@ def read_index(file: Path) -> Iterator[UtteranceRow]:
                         raise ValueError(f"{max(numbers, key=abs)} is not a number of samples")
                     yield UtteranceRow(name, speaker, *numbers, transcript, digest)
                 except ValueError as error:
-                    raise DataError(f"{file}, line {reader.line_num}: not an utterance ({error})") from error
+                    raise UserError(f"{file}, line {reader.line_num}: not an utterance ({error})") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {file}: {error}; run verify_dataset.sh") from error
+        raise UserError(f"cannot read {file}: {error}; run verify_dataset.sh") from error
 
 
 def utterance_digest(waveform: np.ndarray, transcript: str) -> str:
@@ -264,5 +264,5 @@ def dataset_digest(path: Path, subsets: Iterable[str]) -> str:
                         entry.size = os.fstat(stream.fileno()).st_size
                         tar.addfile(entry, stream)
                 except OSError as error:
-                    raise DataError(f"{path / name} cannot be read: {error.strerror}") from error
+                    raise UserError(f"{path / name} cannot be read: {error.strerror}") from error
     return digest.hexdigest()

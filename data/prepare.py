@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data import packed
-from data.cli import DataError, first_of, progress_bar
+from data.cli import UserError, first_of, progress_bar
 from data.corpora import Corpus, CorpusSubset
 from data.fetch import VerifiedArchive
 from data.files import atomic_replace, not_ours
@@ -114,7 +114,7 @@ class Preparation:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a .tar.gz of plain files and folders. DataError names a member that is anything else or lies outside."""
+    """Unpack a .tar.gz of plain files and folders. UserError names a member that is anything else or lies outside."""
     try:
         with (
             progress_bar(f"unpacking {archive.name}", archive.stat().st_size, "B") as bar,
@@ -129,7 +129,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 twice = member.isfile() and os.path.lexists(folder / member.name)
                 if outside or twice or not (member.isfile() or member.isdir()):
                     why = "it occurs twice" if twice else "it is no file or folder inside of the archive"
-                    raise DataError(f"{archive}: refused member '{member.name}': {why}")
+                    raise UserError(f"{archive}: refused member '{member.name}': {why}")
                 tar.extract(member, folder, set_attrs=False)
                 tar.members.clear()  # type: ignore[attr-defined]  # or it would remember every member
                 bar.update(compressed.tell() - bar.n)
@@ -137,9 +137,9 @@ def unpack(archive: Path, folder: Path) -> None:
             while stream.read(1 << 20):
                 pass
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
-        raise DataError(f"{archive} is damaged or cut short: {error}") from error
+        raise UserError(f"{archive} is damaged or cut short: {error}") from error
     except OSError as error:
-        raise DataError(f"{archive} cannot be unpacked into {folder}: {error}") from error
+        raise UserError(f"{archive} cannot be unpacked into {folder}: {error}") from error
 
 
 def _decode_all(
@@ -181,7 +181,7 @@ def _decode_some(
 
 
 def check_place(dataset: packed.PackedDataset, subsets: Iterable[str]) -> None:
-    """Raise DataError where something that is not this program's lies where these subsets are to be prepared."""
+    """Raise UserError where something that is not this program's lies where these subsets are to be prepared."""
     if (dataset.path / packed.DATASET_FILE).is_symlink():
         raise not_ours(dataset.path / packed.DATASET_FILE)
     for folder in (dataset.path / name for name in subsets):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data.cli import DataError
+from data.cli import UserError
 
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode", "protocol_whitelist": "none"}  # no file but this one
 DAMAGE = re.compile("corrupt|mismatch|truncated|prematurely")  # in a warning of FFmpeg
@@ -23,13 +23,13 @@ SILENCE_FRAMES = 1 << 13  # in a block
 def open_av(file: Path, stream: FileIO) -> Iterator[tuple[int, Iterator[np.ndarray], str]]:
     """Open a recording: its rate in Hz, its blocks [frames, channels], and a note for the user.
 
-    DataError where PyAV is not installed, or finds no audio; from the blocks for whatever is amiss.
+    UserError where PyAV is not installed, or finds no audio; from the blocks for whatever is amiss.
     """
     try:
         import av
     except ImportError:
         advice = "install PyAV by pip install -e '.[recordings]', or convert it"
-        raise DataError(f"{file} is neither FLAC with an MD5 nor uncompressed WAV; {advice}") from None
+        raise UserError(f"{file} is neither FLAC with an MD5 nor uncompressed WAV; {advice}") from None
     av.logging.set_level(av.logging.WARNING)
     av.logging.set_skip_repeated(False)
     stream.seek(0)
@@ -38,11 +38,11 @@ def open_av(file: Path, stream: FileIO) -> Iterator[tuple[int, Iterator[np.ndarr
         try:
             container = av.open(stream, options=STRICT, metadata_errors="replace")  # titles may be older than UTF-8
         except (av.FFmpegError, ValueError, OSError) as error:
-            raise DataError(f"{file} cannot be read (FFmpeg: {_reason(messages, error)})") from error
+            raise UserError(f"{file} cannot be read (FFmpeg: {_reason(messages, error)})") from error
         with container:
             audio: Any = container.streams.best("audio")
             if audio is None or not audio.rate:
-                raise DataError(f"{file} holds no audio that FFmpeg can decode")
+                raise UserError(f"{file} holds no audio that FFmpeg can decode")
             audio.codec_context.thread_count = 1  # messages of other threads would not be captured
             count = len(container.streams.audio)
             note = f"it has {count} audio streams, of which stream {audio.index} is used" if count > 1 else ""
@@ -52,7 +52,7 @@ def open_av(file: Path, stream: FileIO) -> Iterator[tuple[int, Iterator[np.ndarr
 
 
 def _blocks(file: Path, container: Any, audio: Any, estimated: bool, messages: list) -> Iterator[np.ndarray]:
-    """Yield blocks of the stream `audio`, silence where the time stamps have a gap; DataError for whatever is amiss."""
+    """Yield blocks of the stream `audio`, silence where the time stamps have a gap; UserError for whatever is amiss."""
     import av
 
     rate, frames, first, dropped = audio.rate, 0, 0, 0
@@ -71,12 +71,12 @@ def _blocks(file: Path, container: Any, audio: Any, estimated: bool, messages: l
             dropped = 0 if decoded or packet.is_discard or not packet.size else dropped + 1
             for frame in decoded:
                 if frame.sample_rate != rate:
-                    raise DataError(f"{file} changes from {rate} Hz to {frame.sample_rate} Hz inside")
+                    raise UserError(f"{file} changes from {rate} Hz to {frame.sample_rate} Hz inside")
                 late = 0.0 if frame.pts is None else float(frame.pts * frame.time_base) - origin - frames / rate
                 if frames == 0 and abs(late) <= TOLERANCE_S:
                     origin += late
                 elif late > LONGEST_GAP_S:
-                    raise DataError(f"{file} has a gap of {late:.0f} s after {frames / rate:.2f} s, by its time stamps")
+                    raise UserError(f"{file} has a gap of {late:.0f} s after {frames / rate:.2f} s, by its time stamps")
                 elif late > TOLERANCE_S:
                     missing = round(late * rate)
                     for start in range(0, missing, SILENCE_FRAMES):
@@ -93,13 +93,13 @@ def _blocks(file: Path, container: Any, audio: Any, estimated: bool, messages: l
                 raise av.InvalidDataError(0, "a packet is corrupt")
     except (av.FFmpegError, OSError) as error:
         reason = _reason(messages, error)
-        raise DataError(f"{file} is damaged after {frames / rate:.2f} s (FFmpeg: {reason})") from error
+        raise UserError(f"{file} is damaged after {frames / rate:.2f} s (FFmpeg: {reason})") from error
     if block_coded and frames != round((claim or 0.0) * rate):
-        raise DataError(f"{file} does not hold the samples that its fact chunk says, or has no fact chunk")
+        raise UserError(f"{file} does not hold the samples that its fact chunk says, or has no fact chunk")
     seconds = (frames - (first if audio.duration else 0)) / rate
     missing_s = (claim or 0.0) - seconds
     if claim and (missing_s > TOLERANCE_S or (uncoded and missing_s < -TOLERANCE_S)):  # a second header would be noise
-        raise DataError(f"{file} holds {seconds:.2f} s of audio, its header says {claim:.2f} s: cut short, or joined?")
+        raise UserError(f"{file} holds {seconds:.2f} s of audio, its header says {claim:.2f} s: cut short, or joined?")
 
 
 def _frame_samples(frame: Any) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data.audio import decode_audio, num_samples
-from data.cli import DataError
+from data.cli import UserError
 from data.corpora import CorpusSubset
 from data.files import read_lines
 from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS
@@ -48,22 +48,22 @@ class Utterance:
 
 
 def read_utterances(folder: Path, layout: str, subset: CorpusSubset) -> list[Utterance]:
-    """Return all utterances of `subset` in an unpacked archive, by id. DataError where audio and text do not match."""
+    """Return all utterances of `subset` in an unpacked archive, by id. UserError where audio and text do not match."""
     reader = {"librispeech": _read_librispeech, "an4": _read_an4}[layout]
     utterances: dict[str, Utterance] = {}
     for utterance in reader(folder, subset.name):
         if utterance.id in utterances:
-            raise DataError(f"{utterance.file}: utterance {utterance.id} occurs twice in {subset.name}")
+            raise UserError(f"{utterance.file}: utterance {utterance.id} occurs twice in {subset.name}")
         utterances[utterance.id] = utterance
     if not utterances:
-        raise DataError(f"{subset.archive.file} holds no utterance of {subset.name} in the layout of {layout}")
+        raise UserError(f"{subset.archive.file} holds no utterance of {subset.name} in the layout of {layout}")
     return [utterances[name] for name in sorted(utterances)]
 
 
 def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
     """Return its samples at 16 kHz mono, int16 [utterance.num_samples], and how many of them had to be clipped.
 
-    DataError for audio that is damaged.
+    UserError for audio that is damaged.
     """
     file, clipped = Path(utterance.file), 0
     try:
@@ -71,22 +71,22 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
             waveform = np.fromfile(file, dtype=">i2").astype(np.int16)
         else:
             waveform, clipped = decode_audio(file)
-    except DataError as error:
-        raise DataError(f"utterance {utterance.id}: {error}") from error
+    except UserError as error:
+        raise UserError(f"utterance {utterance.id}: {error}") from error
     found, expected = len(waveform), utterance.num_samples
     if found != expected:
-        raise DataError(f"utterance {utterance.id}: {utterance.file} has {found} samples, not {expected} as before")
+        raise UserError(f"utterance {utterance.id}: {utterance.file} has {found} samples, not {expected} as before")
     return waveform, clipped
 
 
 def check_transcript(text: str, name: str, file: Path) -> str:
-    """Return the transcript in upper case with single spaces. DataError if empty or with a character outside the 28."""
+    """Return the transcript in upper case with single spaces. UserError if empty or with a character outside the 28."""
     if unknown := [character for character in text if character not in KNOWN_CHARACTERS]:
         character = f"{unknown[0]!r} (U+{ord(unknown[0]):04X})"
-        raise DataError(f"{file}: the transcript of utterance {name} has the character {character}; {KNOWN}")
+        raise UserError(f"{file}: the transcript of utterance {name} has the character {character}; {KNOWN}")
     transcript = " ".join(text.upper().split())
     if not transcript:
-        raise DataError(f"{file}: the transcript of utterance {name} is empty")
+        raise UserError(f"{file}: the transcript of utterance {name} is empty")
     return transcript
 
 
@@ -101,12 +101,12 @@ def _read_librispeech(folder: Path, subset: str) -> Iterator[Utterance]:
                 name, _, text = line.strip().partition(" ")
                 transcript = check_transcript(text, name, list_file)
                 if name not in audio:
-                    raise DataError(f"{list_file}: utterance {name} has no audio file, or occurs twice")
+                    raise UserError(f"{list_file}: utterance {name} has no audio file, or occurs twice")
                 file = audio.pop(name)
                 length = num_samples(Path(file), SAMPLE_RATE)
                 yield Utterance(name, name.split("-")[0], transcript, file, length)
         if audio:
-            raise DataError(f"{audio[min(audio)]}: utterance {min(audio)} has no transcript")
+            raise UserError(f"{audio[min(audio)]}: utterance {min(audio)} has no transcript")
 
 
 def _read_an4(folder: Path, subset: str) -> Iterator[Utterance]:
@@ -115,19 +115,19 @@ def _read_an4(folder: Path, subset: str) -> Iterator[Utterance]:
     paths = read_lines(root / "etc" / f"an4_{subset}.fileids")
     lines = read_lines(transcription)
     if len(paths) != len(lines):
-        raise DataError(f"{transcription} has {len(lines)} transcripts for {len(paths)} audio files")
+        raise UserError(f"{transcription} has {len(lines)} transcripts for {len(paths)} audio files")
     for path, line in zip(paths, lines, strict=True):
         match = AN4_LIST.match(line.strip())
         name = path.strip().rsplit("/", 1)[-1]
         if match is None or match["id"] != name:
-            raise DataError(f"{transcription}: the line {line.strip()!r} does not belong to utterance {name}")
+            raise UserError(f"{transcription}: the line {line.strip()!r} does not belong to utterance {name}")
         file = root / "wav" / f"{path.strip()}.raw"
         size = file.stat().st_size if file.is_file() else 0
         if size == 0 or size % 2:
-            raise DataError(f"{file} of utterance {name} is missing, or its {size} bytes are no 16-bit samples")
+            raise UserError(f"{file} of utterance {name} is missing, or its {size} bytes are no 16-bit samples")
         transcript = check_transcript(match["transcript"], name, transcription)
         yield Utterance(name, file.parent.name, transcript, str(file), size // 2, "raw")
     listed = {path.strip() for file in (root / "etc").glob("an4_*.fileids") for path in read_lines(file)}
     for file in sorted((root / "wav").rglob("*.raw")):
         if str(file.relative_to(root / "wav").with_suffix("")) not in listed:
-            raise DataError(f"{file} is not listed in {root / 'etc'}: audio without transcript")
+            raise UserError(f"{file} is not listed in {root / 'etc'}: audio without transcript")

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from data import packed
-from data.cli import DataError, exit_status, first_of, progress_bar
+from data.cli import UserError, exit_status, first_of, progress_bar
 from data.corpora import CORPORA, REPOSITORY, Corpus, find_corpus
 from data.files import locked
 
@@ -48,7 +48,7 @@ def verify(options: Options) -> bool:
         dataset = packed.open_dataset(options.dataset_dir)
         with locked(dataset.path, "download", shared=True):
             problems = validate(dataset, quick=options.quick)
-    except (DataError, OSError) as error:
+    except (UserError, OSError) as error:
         if not (options.dataset_dir / packed.DATASET_FILE).exists():
             raise
         problems = [str(error)]
@@ -78,14 +78,14 @@ def validate(dataset: packed.PackedDataset, *, quick: bool = False) -> list[str]
     for name in dataset.summary:
         try:
             dataset.subset(name)
-        except DataError as error:
+        except UserError as error:
             problems.append(str(error))
     if quick or not all((dataset.path / name).is_file() for name in packed.content_files(dataset.summary)):
         return problems
     digest = packed.dataset_digest(dataset.path, dataset.summary)
     if digest != dataset.digest:
         for name, summary in dataset.summary.items():
-            with suppress(DataError, OSError):  # said above
+            with suppress(UserError, OSError):  # said above
                 problems += _changed_utterances(dataset.path / name, summary)
         problems.append(f"the checksum of {dataset.path} is {digest}, {packed.DATASET_FILE} has {dataset.digest}")
     if corpus.reference_digest and len(dataset.summary) == len(corpus.subsets) and digest != corpus.reference_digest:

@@ -345,7 +345,7 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
     Raises:
         RunError: a value breaks its constraint. Unknown names end the process with status 2 and a message, as is usual
             for command lines.
-        DataError: a value is empty, or begins with a literal ~.
+        UserError: a value is empty, or begins with a literal ~.
     """
     first = argparse.ArgumentParser(
         prog=program, add_help=False, allow_abbrev=False, usage="%(prog)s [--config NAME] ..."

@@ -1,28 +1,28 @@
-"""Errors of a run, beside DataError, and the exit statuses that they end a command with."""
+"""Errors of a run, kinds of UserError, and the exit statuses that they end a command with."""
 
 from __future__ import annotations
 
 import os
 import signal
 
-from data.cli import DataError
+from data.cli import UserError
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1  # that end a run
 RANK_FAILED = os.EX_IOERR  # 74
 PREEMPTED = os.EX_TEMPFAIL  # 75
 
 
-class RunError(DataError):
-    """A user-facing error; its one-line message is all that is printed."""
+class RunError(UserError):
+    """The run cannot start or go on."""
 
 
-class RankFailure(DataError):
+class RankFailure(UserError):
     """Another rank of the run is gone or hangs. The message names it."""
 
     exit_status = RANK_FAILED
 
 
-class Preempted(DataError):
+class Preempted(UserError):
     """The system has asked the process to end. State is saved and the user informed."""
 
     exit_status = PREEMPTED

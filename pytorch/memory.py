@@ -32,8 +32,6 @@ def peak(device: torch.device) -> int:
 def reset_peak(device: torch.device) -> None:
     """Have `peak` begin with what is taken now. Where that cannot be, it is the peak since the process began."""
     if device.type == "cuda":
-        import torch
-
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError):  # no Linux, or a sandbox without this file

@@ -70,7 +70,7 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
 
     Raises:
         RunError: the run cannot start.
-        DataError: there is no data set.
+        UserError: there is no data set.
         RankFailure: the other ranks did not connect.
     """
     stop = StopSignal()

@@ -53,7 +53,7 @@ def train(config: Config, cache_clear: str) -> bool:
 
     Raises:
         RunError: the run cannot start or go on.
-        DataError: the data set is absent or damaged.
+        UserError: the data set is absent or damaged.
         Preempted: the process has received SIGTERM or SIGUSR1.
         RuntimeError: another rank was lost.
     """

@@ -23,7 +23,7 @@ def command(
         module: what `python -m` starts.
         description: what the help begins with.
         form: a class whose fields are the options, or a function whose parameters they are, or one for each subcommand.
-        work: takes the class's instance, or what the function has returned. A DataError that it raises is printed.
+        work: takes the class's instance, or what the function has returned. A UserError that it raises is printed.
     """
     parse: Any = tyro.extras.subcommand_cli_from_dict if isinstance(form, dict) else tyro.cli
     program = f"python -m {module}"

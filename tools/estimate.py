@@ -177,7 +177,7 @@ def time_evaluation(trainer: Trainer, validation: Utterances, max_batch_samples:
 def estimate(config: Config, options: Options, device: torch.device, world: World) -> dict[str, Any]:
     """Return the figures by name; those of rank 0, but memory is that of the rank that takes most.
 
-    All ranks must do this at the same time. DataError if there is no data set where one is needed, training on it could
+    All ranks must do this at the same time. UserError if there is no data set where one is needed, training on it could
     not start, or memory does not suffice.
     """
     train, validation, source = open_utterances(config, options.dataset_dir, world)

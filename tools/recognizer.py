@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchaudio.functional import forced_align
 
-from data.cli import DataError
+from data.cli import UserError
 from data.packed import PackedDataset, Subset
 from pytorch import checkpoint
 from pytorch.config import Precision
@@ -176,11 +176,11 @@ def align(transcript: str, emission_TV: Tensor) -> list[Word]:
 
 
 def select_subsets(dataset: PackedDataset, split: str) -> list[Subset]:
-    """Return the subsets of a split, or those of these names; raise DataError if there is none."""
+    """Return the subsets of a split, or those of these names; raise UserError if there is none."""
     if split not in dataset.splits or (not dataset.splits[split] and split in dataset.summary):
         return [dataset.subset(name) for name in dict.fromkeys(part.strip() for part in split.split(","))]
     if not dataset.splits[split]:
-        raise DataError(f"{dataset.path} has no {split} subset; it has: {', '.join(dataset.summary)}")
+        raise UserError(f"{dataset.path} has no {split} subset; it has: {', '.join(dataset.summary)}")
     return dataset.split(split)
 
 

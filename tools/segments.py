@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data.audio import Mixer
-from data.cli import DataError
+from data.cli import UserError
 from data.packed import SAMPLE_RATE
 from tools.recognizer import Word
 
@@ -79,7 +79,7 @@ def read_until_interrupt(stream: BinaryIO) -> Iterator[bytes]:
 def read_raw(stream: BinaryIO, name: str, rate: int) -> Iterator[np.ndarray]:
     """Yield blocks of int16 samples at 16 kHz of headerless little-endian 16-bit mono audio, as it arrives.
 
-    It ends with the stream or SIGINT; DataError if there was nothing, or half a sample at the end.
+    It ends with the stream or SIGINT; UserError if there was nothing, or half a sample at the end.
     """
     mix = Mixer(name, rate)
     rest, empty = b"", True
@@ -90,15 +90,15 @@ def read_raw(stream: BinaryIO, name: str, rate: int) -> Iterator[np.ndarray]:
         yield mix(np.frombuffer(chunk[:whole], dtype="<i2")[:, None])
     yield mix.end()
     if empty:
-        raise DataError(f"{name} holds no audio")
+        raise UserError(f"{name} holds no audio")
     if rest:
-        raise DataError(f"{name} ends in the middle of a 16-bit sample")
+        raise UserError(f"{name} ends in the middle of a 16-bit sample")
 
 
 def segments(blocks: Iterable[np.ndarray]) -> Iterator[Segment]:
     """Yield the segments of a recording, in order, from its blocks of int16 samples.
 
-    A DataError that reading the blocks raises comes after the segments of all that came before.
+    A UserError that reading the blocks raises comes after the segments of all that came before.
     """
     context, longest = int(CONTEXT_S * SAMPLE_RATE), int(LONGEST_S * SAMPLE_RATE)
     held = np.zeros(0, dtype=np.int16)  # from `begin` on, which is `context` before `position`, the last cut
@@ -118,7 +118,7 @@ def segments(blocks: Iterable[np.ndarray]) -> Iterator[Segment]:
                 yield Segment(held[: pause + context - begin].copy(), begin / SAMPLE_RATE, pause / SAMPLE_RATE)
                 held = held[pause - context - begin :]
                 begin, position = pause - context, pause
-    except DataError as error:
+    except UserError as error:
         problem = error
     held = np.concatenate([held, *arrived])
     if len(held):

@@ -37,7 +37,7 @@ from typing import Annotated, Literal
 import tyro
 
 from data.audio import read_blocks
-from data.cli import DataError, progress_bar
+from data.cli import UserError, progress_bar
 from data.files import files_below
 from data.readers import AUDIO_SUFFIXES
 from pytorch.config import Device
@@ -100,12 +100,12 @@ class Recording:
         """The file, where there is an --output-dir."""
         return (self.options.output_dir or Path()) / self.relative.with_suffix(SUFFIXES[self.options.format])
 
-    def events(self) -> Iterator[tuple[Recording, Segment | DataError]]:
+    def events(self) -> Iterator[tuple[Recording, Segment | UserError]]:
         """Yield the segments, and at the end what was wrong with the recording, if anything was."""
         try:
             for segment in self.segments():
                 yield self, segment
-        except DataError as error:
+        except UserError as error:
             yield self, error
 
     def add(self, segment: Segment, words: list[Word]) -> float:
@@ -152,7 +152,7 @@ class Recording:
 def find_recordings(options: Options) -> list[Recording]:
     """Return what the command line names.
 
-    DataError if that is nothing, a folder holds no audio, options do not go together, or a transcript would replace a
+    UserError if that is nothing, a folder holds no audio, options do not go together, or a transcript would replace a
     file.
     """
     if not options.files:
@@ -192,7 +192,7 @@ def _audio_files(folder: Path) -> list[Path]:
     # What begins with ._ is what macOS knows about another file.
     found = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES and not path.name.startswith("._")]
     if not found:
-        raise DataError(f"{folder} is a folder without audio files")
+        raise UserError(f"{folder} is a folder without audio files")
     others = Counter(path.suffix or path.name for path in set(files).difference(found))
     if others:
         told = ", ".join(f"{count} x {suffix}" for suffix, count in sorted(others.items()))
@@ -216,12 +216,12 @@ def _standard_input(options: Options) -> Recording:
                 copy.writelines(read_until_interrupt(sys.stdin.buffer))
                 copy.flush()
             except OSError as error:
-                raise DataError(f"{name} cannot be copied to {tempfile.gettempdir()}: {error.strerror}") from error
+                raise UserError(f"{name} cannot be copied to {tempfile.gettempdir()}: {error.strerror}") from error
             path = Path(f"/dev/fd/{copy.fileno()}")
             try:
                 yield from segments(read_blocks(path))
-            except DataError as error:
-                raise DataError(str(error).replace(str(path), name)) from error
+            except UserError as error:
+                raise UserError(str(error).replace(str(path), name)) from error
 
     return Recording(options, name, Path("stdin"), parts)
 
@@ -238,7 +238,7 @@ def transcribe(options: Options) -> bool:
         while batch := list(islice(events, options.batch_size)):
             words = iter(recognize(recognizer, decode, [event for _, event in batch if isinstance(event, Segment)]))
             for recording, event in batch:
-                if isinstance(event, DataError):
+                if isinstance(event, UserError):
                     failures += 1
                     bar.write(f"error: {_one_line(str(event))}", file=sys.stderr)
                     continue

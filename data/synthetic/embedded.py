@@ -124,7 +124,7 @@ def speak_utterances(utterances: Sequence[Utterance]) -> list[np.ndarray]:
 
 @cache  # for its length and for its samples
 def synthesize(speaker: Speaker) -> list[np.ndarray]:
-    """Return what a speaker says, by line: int16 [samples] at 16 kHz. DataError names a voice or a line that fails."""
+    """Return what a speaker says, by line: int16 [samples] at 16 kHz. UserError names a voice or a line that fails."""
     rate, spoken = speak(f"{speaker.accent}+{speaker.voice}", speaker.lines)
     waveforms = []
     for speech, line in zip(spoken, speaker.lines, strict=True):

@@ -107,7 +107,7 @@ def draw_voice(speaker: int, subset: str) -> Voice:
 
 
 def speak_utterances(utterances: Sequence[Utterance]) -> list[np.ndarray]:
-    """Return what one speaker says: int16 [num_samples] at 16 kHz for each utterance. DataError if a voice fails."""
+    """Return what one speaker says: int16 [num_samples] at 16 kHz for each utterance. UserError if a voice fails."""
     speaker = utterances[0].speaker
     voice = draw_voice(int(speaker), utterances[0].file)
     lines = [

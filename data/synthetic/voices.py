@@ -10,7 +10,7 @@ from pathlib import Path
 import espeakng_loader
 import numpy as np
 
-from data.cli import DataError
+from data.cli import UserError
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Line:
 
 
 def speak(voice: str, lines: Sequence[Line], definition: str = "") -> tuple[int, list[np.ndarray]]:
-    """Return the sample rate and what is said, by line: int16 [samples]. DataError names a voice that fails.
+    """Return the sample rate and what is said, by line: int16 [samples]. UserError names a voice that fails.
 
     `voice` is one of eSpeak NG's, such as en-us+m1; or `definition` is one in the format of eSpeak NG's voice files.
     """
@@ -41,7 +41,7 @@ def speak(voice: str, lines: Sequence[Line], definition: str = "") -> tuple[int,
     run = subprocess.run(command, input=json.dumps(request).encode(), capture_output=True)
     if run.returncode != 0:
         reason = run.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {run.returncode}"]
-        raise DataError(f"eSpeak NG failed for the voice {voice}: {reason[-1]}")
+        raise UserError(f"eSpeak NG failed for the voice {voice}: {reason[-1]}")
     head, _, sound = run.stdout.partition(b"\n")
     answer = json.loads(head)
     ends = np.cumsum(answer["samples"])

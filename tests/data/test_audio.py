@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.audio import decode_audio, num_samples, read_blocks
-from data.cli import DataError
+from data.cli import UserError
 from tests.data.made_up import encoded, flac, sound, tone, with_sizes
 
 FORMATS = [
@@ -78,7 +78,7 @@ def written(folder: Path, content: bytes | bytearray, name: str = "recording") -
 def refused(file: Path, *facts: str) -> None:
     """Both commands refuse the file by name, with these facts."""
     for read in (lambda: (num_samples(file), decode_audio(file)), lambda: list(read_blocks(file))):
-        with pytest.raises(DataError) as raised:
+        with pytest.raises(UserError) as raised:
             read()
         message = str(raised.value)
         assert str(file) in message and "\n" not in message
@@ -149,7 +149,7 @@ def test_what_is_no_recording_or_more_than_one_is_refused_by_name(
 
 def test_an_utterance_of_more_than_an_hour_is_refused(tmp_path: Path) -> None:
     file = written(tmp_path, encoded(np.zeros((3650_000, 1)), 1000, "WAV", "PCM_16"))
-    with pytest.raises(DataError, match="3650 s long"):
+    with pytest.raises(UserError, match="3650 s long"):
         num_samples(file)
 
 
@@ -180,7 +180,7 @@ def test_streams_that_follow_each_other_are_all_read_or_refused(
     file = written(tmp_path, repeats * encoded(tone(16000), 16000, form, subtype))
     try:
         assert num_samples(file) == pytest.approx(repeats * 8000, abs=3000)
-    except DataError:
+    except UserError:
         assert repeats == 2
 
 
@@ -250,7 +250,7 @@ def test_what_comes_before_damage_is_read(tmp_path: Path) -> None:
     hole[at : at + 20] = np.random.default_rng(1).bytes(20)
     for content, share in ((bytes(hole), 0.65), (encoded(samples, 16000, "WAV", "PCM_16")[:300_000], 0.74)):
         blocks = []
-        with pytest.raises(DataError, match="recording"):
+        with pytest.raises(UserError, match="recording"):
             for block in read_blocks(written(tmp_path, content)):
                 blocks.append(block)
         read = np.concatenate(blocks)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data.cli import DataError
+from data.cli import UserError
 from data.corpora import CORPORA, find_corpus
 from data.download import Options, download
 from data.files import MARK
@@ -153,21 +153,21 @@ def test_an_archive_with_a_wrong_sum_is_refused_before_it_is_unpacked(
     options: Options, mirror: Path, folder: Path
 ) -> None:
     (mirror / ARCHIVE).write_bytes((mirror / ARCHIVE).read_bytes() + b"x")
-    with pytest.raises(DataError, match=r"dev-clean.tar.gz .* has md5 [0-9a-f]{32}, expected [0-9a-f]{32}"):
+    with pytest.raises(UserError, match=r"dev-clean.tar.gz .* has md5 [0-9a-f]{32}, expected [0-9a-f]{32}"):
         download(replace(options, subsets="dev-clean"))
     assert files_below(folder) == [] and (mirror / ARCHIVE).exists()
-    with pytest.raises(DataError, match=r"expected 42e2234ba48799c1f50f24a7926300a1 \(337926286 bytes\)"):
+    with pytest.raises(UserError, match=r"expected 42e2234ba48799c1f50f24a7926300a1 \(337926286 bytes\)"):
         download(replace(options, subsets="dev-clean", checksums=None))
-    with pytest.raises(DataError, match=r"md5sum.txt has no line for test-clean.tar.gz"):
+    with pytest.raises(UserError, match=r"md5sum.txt has no line for test-clean.tar.gz"):
         download(replace(options, subsets="test-clean"))
 
 
 def test_a_data_set_of_other_archives_or_of_another_corpus_does_not_pass_for_the_one_asked_for(
     options: Options, dataset: PackedDataset
 ) -> None:
-    with pytest.raises(DataError, match="holds train-clean-100 from an archive with MD5"):
+    with pytest.raises(UserError, match="holds train-clean-100 from an archive with MD5"):
         download(replace(options, checksums=None))
-    with pytest.raises(DataError, match="holds the corpus librispeech, not librispeech-100"):
+    with pytest.raises(UserError, match="holds the corpus librispeech, not librispeech-100"):
         download(replace(options, corpus="librispeech-100"))
 
 
@@ -176,7 +176,7 @@ def test_one_archive_that_cannot_be_had_does_not_stop_the_others(
 ) -> None:
     whole = (mirror / ARCHIVE).read_bytes()
     (mirror / ARCHIVE).write_bytes(whole + b"x")
-    with pytest.raises(DataError, match=r"no mirror .* has md5.*--mirror"):
+    with pytest.raises(UserError, match=r"no mirror .* has md5.*--mirror"):
         download(replace(options, mirror=server.address))
     assert list(read_dataset(folder).summary) == ["train-clean-100"]
     (mirror / ARCHIVE).write_bytes(whole)
@@ -191,7 +191,7 @@ def test_the_published_size_and_sum_are_asked_of_the_corpus_own_mirrors(
 ) -> None:
     corpus = replace(find_corpus("librispeech"), mirrors=(f"{server.address}/first", server.address))
     monkeypatch.setitem(CORPORA, "librispeech", corpus)
-    with pytest.raises(DataError, match=r"/first/dev-clean.*; .*/dev-clean.* bytes, 337926286 were published"):
+    with pytest.raises(UserError, match=r"/first/dev-clean.*; .*/dev-clean.* bytes, 337926286 were published"):
         download(replace(options, subsets="dev-clean", mirror="", checksums=None))
 
 
@@ -216,7 +216,7 @@ def test_a_preparation_killed_ten_times_has_the_same_digest(options: Options, mi
             run.kill()
             run.communicate()
             kills += 1
-            with suppress(DataError):  # unfinished, or not begun
+            with suppress(UserError):  # unfinished, or not begun
                 assert validate(open_dataset(path)) == []
         else:
             assert run.returncode == 0, errors
@@ -242,10 +242,10 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_a_rerun_finishes(
                 os.posix_fallocate(stream.fileno(), 0, max(1, shutil.disk_usage(disk).free - free))
             try:
                 download(asked)
-            except DataError as error:
+            except UserError as error:
                 assert "No space left on device" in str(error) and str(disk) in str(error)
                 failures += 1
-                with pytest.raises(DataError):
+                with pytest.raises(UserError):
                     open_dataset(disk / "dataset")
             (disk / "filler").unlink()
         assert failures >= 3
@@ -258,7 +258,7 @@ def test_a_limit_of_file_size_is_named_with_the_file_that_meets_it(options: Opti
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"unfinished/[a-z0-9-]+/audio.npy: File too large; 'ulimit -f'"):
+        with pytest.raises(UserError, match=r"unfinished/[a-z0-9-]+/audio.npy: File too large; 'ulimit -f'"):
             download(options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -357,7 +357,7 @@ def test_an_archive_laid_by_hand_is_used_if_its_sum_is_right_and_stays(
     archives = folder / "elsewhere"
     asked = replace(options, subsets="dev-clean", mirror=server.address)
     (archives / ARCHIVE).write_bytes(b"mine")
-    with pytest.raises(DataError, match=f"{folder / 'archives' / ARCHIVE} .* has md5"):
+    with pytest.raises(UserError, match=f"{folder / 'archives' / ARCHIVE} .* has md5"):
         download(asked)
     assert (archives / ARCHIVE).read_bytes() == b"mine"
     shutil.copy(mirror / ARCHIVE, archives)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data import fetch as fetching
-from data.cli import DataError
+from data.cli import UserError
 from data.corpora import Archive
 from data.fetch import VerifiedArchive, read_checksums
 from tests.data.made_up import files_below
@@ -120,7 +120,7 @@ def test_redirects_are_followed_with_the_range_but_not_without_end(server: Serve
     assert is_complete(target) and server.requests[-1]["Range"] == "bytes=50000-"
     target.unlink()
     server.behave = lambda path, number, answer: answer.become(302, {"Location": f"/{NAME}"})
-    with pytest.raises(DataError, match="HTTP status 302"):
+    with pytest.raises(UserError, match="HTTP status 302"):
         fetch(server.address, target)
 
 
@@ -137,7 +137,7 @@ def test_a_login_page_costs_nothing_that_was_downloaded_and_is_named(
 
     server.behave = behave
     for wanted in (WANTED, OF_UNKNOWN_SIZE):
-        with pytest.raises(DataError, match=r"text/html, not a \.tar\.gz .*/login$"):
+        with pytest.raises(UserError, match=r"text/html, not a \.tar\.gz .*/login$"):
             fetch(f"{server.address}/portal", target, wanted)
         assert part_of(target).read_bytes() == CONTENT[:150_000]
     fetch([f"{server.address}/login", server.address], target)
@@ -175,7 +175,7 @@ def test_a_mirror_with_another_file_is_left_at_once_and_by_name(
 
 def test_a_dead_mirror_is_left_after_some_attempts(server: Server, target: Path) -> None:
     server.behave = cut(lambda number: 0 if number else 80_000)
-    with pytest.raises(DataError, match="no mirror delivered"):
+    with pytest.raises(UserError, match="no mirror delivered"):
         fetch(server.address, target)
     assert part_of(target).read_bytes() == CONTENT[:80_000] and len(server.requests) == fetching.RETRIES + 1
 
@@ -187,7 +187,7 @@ def test_a_download_that_is_told_to_stop_stops_while_it_waits(
     server.behave = lambda path, number, answer: answer.become(503)
     stop = threading.Event()
     threading.Timer(0.2, stop.set).start()
-    with pytest.raises(DataError, match="stopped"):
+    with pytest.raises(UserError, match="stopped"):
         fetching.fetch(WANTED, [server.address], target, lambda count: None, stop)
 
 
@@ -209,5 +209,5 @@ def test_a_proxy_of_the_environment_is_used_but_not_for_hosts_that_it_excepts(
 @pytest.mark.parametrize("line", ["hello world", "d41d8cd98f00b204e9800998ecf8427e", "z" * 32 + "  a.tar.gz"])
 def test_a_checksums_file_of_another_format_is_an_error(tmp_path: Path, line: str) -> None:
     (tmp_path / "md5sum.txt").write_text(f"{line}\n")
-    with pytest.raises(DataError, match="not an md5sum line"):
+    with pytest.raises(UserError, match="not an md5sum line"):
         read_checksums(tmp_path / "md5sum.txt")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.cli import DataError
+from data.cli import UserError
 from data.files import DOWNLOADS, MARK, atomic_open, locked, work_folder
 from tests.data.made_up import REPOSITORY, files_below
 
@@ -40,7 +40,7 @@ def test_a_lock_is_shared_by_readers_and_ends_with_its_process(tmp_path: Path) -
     with (
         locked(tmp_path, "download", shared=True),
         locked(tmp_path, "download", shared=True),
-        pytest.raises(DataError, match=f"another download is working in {tmp_path}"),
+        pytest.raises(UserError, match=f"another download is working in {tmp_path}"),
         locked(tmp_path, "download"),
     ):
         pass
@@ -48,7 +48,7 @@ def test_a_lock_is_shared_by_readers_and_ends_with_its_process(tmp_path: Path) -
     code += "with locked(Path(sys.argv[1]), 'download'): print('locked', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=REPOSITORY, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
-        with pytest.raises(DataError, match="is working in"), locked(tmp_path, "download", shared=True):
+        with pytest.raises(UserError, match="is working in"), locked(tmp_path, "download", shared=True):
             pass
         holder.kill()
         holder.wait()

@@ -10,7 +10,7 @@ import soundfile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.cli import DataError
+from data.cli import UserError
 from data.download import Options, download
 from data.own_speech import read_own_speech
 from data.packed import TRANSCRIPT_CHARACTERS, open_dataset
@@ -58,7 +58,7 @@ def test_a_rerun_does_nothing_and_another_list_is_not_taken_for_the_same(
     asked = Options(corpus="manifest", manifest=source, dataset_dir=tmp_path / "dataset", jobs=1)
     assert download(asked).digest == download(asked).digest
     manifest.write_text("a.wav\tSTOP\n")
-    with pytest.raises(DataError, match=r"holds train from an archive with MD5 .* or the --manifest"):
+    with pytest.raises(UserError, match=r"holds train from an archive with MD5 .* or the --manifest"):
         download(asked)
 
 
@@ -168,7 +168,7 @@ def test_what_is_wrong_with_own_speech_is_named(manifest: Path, name: str, conte
         if name in ("wav.scp", "segments"):
             (manifest.parent / file).write_text("u1 A\n")
     (manifest.parent / name).write_text(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         read_own_speech(manifest.parent / name if name == "l" else manifest.parent, 1)
 
 
@@ -177,7 +177,7 @@ def test_equal_complaints_are_one_line_with_their_number(manifest: Path) -> None
     content = f"a.wav\tHello, world.\nclient\ta.wav\tA\nmore/b.flac\tIt\u2019s 9, 1, 1.\n{absent}"
     manifest.write_text(content, encoding="utf-8")
     (manifest.parent / "long.wav").write_bytes(flac(sound(9000))[:-5000])
-    with pytest.raises(DataError) as raised:
+    with pytest.raises(UserError) as raised:
         read_own_speech(manifest, 2)
     first, *lines = str(raised.value).splitlines()
     assert first.endswith("list.tsv, read as TSV without header: path, transcript, has 40 problems:")
@@ -195,7 +195,7 @@ def test_any_list_is_utterances_or_an_error_that_names_it(manifest: Path, conten
     manifest.write_bytes(content)
     try:
         utterances = read_own_speech(manifest, 1)
-    except DataError as error:
+    except UserError as error:
         assert "list.tsv" in str(error) and str(error).count("\n") <= 21
     else:
         assert utterances
@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(
     manifest.unlink()
     (manifest.parent / "a.txt").write_text("GO ON\n")
     monkeypatch.setattr(os, "scandir", scandir)
-    with pytest.raises(DataError, match="more: Permission denied"):
+    with pytest.raises(UserError, match="more: Permission denied"):
         download(Options(corpus="manifest", manifest=manifest.parent, dataset_dir=tmp_path / "dataset", jobs=1))
 
 
@@ -228,7 +228,7 @@ def test_a_data_set_may_be_made_in_the_folder_of_its_recordings(manifest: Path) 
 def test_a_file_that_has_changed_since_it_was_measured_is_an_error(manifest: Path) -> None:
     utterance = read_own_speech(manifest, 1)[0]
     soundfile.write(utterance.file, sound(5000), 16000)
-    with pytest.raises(DataError, match=r"utterance a.wav: .* has 5000 samples, not 8000 as before"):
+    with pytest.raises(UserError, match=r"utterance a.wav: .* has 5000 samples, not 8000 as before"):
         decode(utterance)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data import packed
-from data.cli import DataError
+from data.cli import UserError
 from data.corpora import CORPORA
 from data.packed import (
     AUDIO_FILE,
@@ -63,13 +63,13 @@ def test_the_index_is_csv_that_survives_commas_quotes_and_line_ends(tmp_path: Pa
 
 def test_an_absent_data_set_is_an_error_that_says_what_to_run(tmp_path: Path) -> None:
     for corpus in (corpus for corpus in CORPORA.values() if corpus.folder):
-        with pytest.raises(DataError, match=f"no data set in .*: .*--corpus {corpus.name} "):
+        with pytest.raises(UserError, match=f"no data set in .*: .*--corpus {corpus.name} "):
             open_dataset(tmp_path / corpus.folder)
 
 
 def test_an_unfinished_data_set_does_not_open(dataset: PackedDataset) -> None:
     write_dataset(replace(dataset, digest=""))
-    with pytest.raises(DataError, match=r"unfinished: run the same .* command again"):
+    with pytest.raises(UserError, match=r"unfinished: run the same .* command again"):
         open_dataset(dataset.path)
 
 
@@ -78,7 +78,7 @@ def test_an_unfinished_data_set_does_not_open(dataset: PackedDataset) -> None:
 )
 def test_a_dataset_json_that_is_damaged_or_of_another_program_is_said_to_be_that(tmp_path: Path, content: str) -> None:
     (tmp_path / "dataset.json").write_text(content)
-    with pytest.raises(DataError, match=f"^{tmp_path} is not a data set of this program, or .* is damaged") as error:
+    with pytest.raises(UserError, match=f"^{tmp_path} is not a data set of this program, or .* is damaged") as error:
         open_dataset(tmp_path)
     assert "\n" not in str(error.value) and "remove" not in str(error.value)
 
@@ -86,7 +86,7 @@ def test_a_dataset_json_that_is_damaged_or_of_another_program_is_said_to_be_that
 def test_another_format_version_is_refused(dataset: PackedDataset) -> None:
     file = dataset.path / "dataset.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
-    with pytest.raises(DataError, match="has format version 99"):
+    with pytest.raises(UserError, match="has format version 99"):
         open_dataset(dataset.path)
 
 
@@ -96,5 +96,5 @@ def test_an_index_that_is_damaged_does_not_open_and_its_line_is_named(
 ) -> None:
     file = dataset.path / "dev-clean" / INDEX_FILE
     file.write_text(file.read_text().replace(old, new))
-    with pytest.raises(DataError, match=r"utterances.csv, line 2: not an utterance"):
+    with pytest.raises(UserError, match=r"utterances.csv, line 2: not an utterance"):
         dataset.subset("dev-clean")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.cli import DataError
+from data.cli import UserError
 from data.download import Options, download
 from data.prepare import unpack
 from tests.data.made_up import files_below, flac, librispeech_files, sound, tarball, write_mirror
@@ -57,7 +57,7 @@ def test_a_hostile_archive_is_an_error_that_names_a_file_or_makes_no_difference(
         path = tmp_path / str(number)
         try:
             made = download(replace(asked, dataset_dir=path))
-        except DataError as error:
+        except UserError as error:
             refused += 1
             assert "dev-clean.tar.gz" in str(error) or ".flac" in str(error) or ".trans.txt" in str(error)
             assert "\n" not in str(error)
@@ -84,6 +84,6 @@ def test_a_member_that_is_no_plain_file_inside_or_occurs_twice_is_refused_by_nam
     tmp_path: Path, name: str, kind: bytes, link: str
 ) -> None:
     (tmp_path / "a.tar.gz").write_bytes(tarball(("good", b""), (name, b"", kind, link)))
-    with pytest.raises(DataError, match=f"a.tar.gz: refused member '{name}'"):
+    with pytest.raises(UserError, match=f"a.tar.gz: refused member '{name}'"):
         unpack(tmp_path / "a.tar.gz", tmp_path / "in")
     assert files_below(tmp_path) == ["a.tar.gz", "in/good"]

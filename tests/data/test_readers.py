@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.cli import DataError
+from data.cli import UserError
 from data.corpora import find_corpus
 from data.packed import TRANSCRIPT_CHARACTERS
 from data.readers import check_transcript, decode, read_utterances
@@ -67,7 +67,7 @@ def test_an4_audio_is_big_endian_and_its_transcripts_become_upper_case(tmp_path:
 )
 def test_what_is_wrong_with_an_utterance_is_named(tmp_path: Path, change: dict[str, bytes], message: str) -> None:
     lay_out(tmp_path, {**librispeech_files("dev-clean"), **change})
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         read_utterances(tmp_path, "librispeech", DEV_CLEAN)
 
 
@@ -81,7 +81,7 @@ def test_byte_order_mark_indentation_and_upper_case_suffixes_are_nothing_special
 
 def test_an_archive_of_another_subset_is_an_error(tmp_path: Path) -> None:
     lay_out(tmp_path, librispeech_files("dev-other"))
-    with pytest.raises(DataError, match=r"dev-clean.tar.gz holds no utterance of dev-clean"):
+    with pytest.raises(UserError, match=r"dev-clean.tar.gz holds no utterance of dev-clean"):
         read_utterances(tmp_path, "librispeech", DEV_CLEAN)
 
 
@@ -98,7 +98,7 @@ def test_an_archive_of_another_subset_is_an_error(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_with_an_an4_archive_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     lay_out(tmp_path, {**an4_files(), name: content})
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         read_utterances(tmp_path, "an4", AN4_TRAIN)
 
 
@@ -106,7 +106,7 @@ def test_what_is_wrong_with_an_an4_archive_is_named(tmp_path: Path, name: str, c
 def test_a_transcript_either_has_known_characters_only_or_is_refused(text: str) -> None:
     try:
         transcript = check_transcript(text, "84-1-0000", Path("84-1.trans.txt"))
-    except DataError as error:
+    except UserError as error:
         assert "84-1-0000" in str(error) and "84-1.trans.txt" in str(error)
     else:
         assert set(transcript) <= set(TRANSCRIPT_CHARACTERS)

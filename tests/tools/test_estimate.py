@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from data.cli import DataError
+from data.cli import UserError
 from data.corpora import DURATIONS, PERCENTILES
 from pytorch.config import CONFIGS
 from pytorch.distributed import World
@@ -132,5 +132,5 @@ def test_what_cannot_be_estimated_is_said_in_one_line(
 
 def test_a_corpus_without_published_durations_needs_its_data_set(tmp_path: Path) -> None:
     config = replace(CONFIGS["mini"], dataset_dir=tmp_path / "Mini-LibriSpeech_dataset")
-    with pytest.raises(DataError, match=r"no data set in .*: run 'sh download_dataset.sh --corpus mini-librispeech"):
+    with pytest.raises(UserError, match=r"no data set in .*: run 'sh download_dataset.sh --corpus mini-librispeech"):
         estimate.open_utterances(config, None, World())

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.cli import DataError
+from data.cli import UserError
 from data.corpora import find_corpus, rehearsal
 from data.download import Options, download
 from data.packed import SAMPLE_RATE, TRANSCRIPT_CHARACTERS, PackedDataset
@@ -29,7 +29,7 @@ def test_training_has_the_hours_that_are_asked_for(hours: float) -> None:
 
 @pytest.mark.parametrize("hours", [0.0, -1.0, 0.09, 961.0, 1e9, float("nan")])
 def test_hours_that_cannot_be_are_an_error(hours: float) -> None:
-    with pytest.raises(DataError, match=r"^--hours is .*0\.1 to 960$"):
+    with pytest.raises(UserError, match=r"^--hours is .*0\.1 to 960$"):
         rehearsal(hours)
 
 
@@ -61,23 +61,23 @@ def test_the_data_set_is_the_same_for_any_number_of_jobs_and_no_other_hours_may_
     assert one.digest == three.digest and one.synthetic and validate(one) == []
     if platform.machine() == "x86_64":  # eSpeak NG is compiled per platform
         assert one.digest == "b4e6b145767feee32c1c40934404b56c7d0451485c0401548d009db3ae227b61"
-    with pytest.raises(DataError, match=r"holds the corpus rehearsal-0\.1h, not rehearsal-0\.2h"):
+    with pytest.raises(UserError, match=r"holds the corpus rehearsal-0\.1h, not rehearsal-0\.2h"):
         made("one", 1, 0.2)
     assert download(Options("rehearsal", "dev-clean", hours=0.1, dataset_dir=tmp_path / "one")).digest == one.digest
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"needs 1\d\d,\d+\.\d MB of free disk space"):
+    with pytest.raises(UserError, match=r"needs 1\d\d,\d+\.\d MB of free disk space"):
         download(Options("rehearsal", hours=960, dataset_dir=tmp_path / "large"))
     assert not [file for file in (tmp_path / "large").rglob("*") if file.name != ".lock"]
 
 
 def test_hours_are_for_the_rehearsal_alone(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="--hours"):
+    with pytest.raises(UserError, match="--hours"):
         download(Options("synthetic", hours=1, dataset_dir=tmp_path))
     for hours in 3.0, 0.123456, 959.999:
         assert find_corpus(rehearsal(hours).name) == rehearsal(hours)
-    with pytest.raises(DataError, match=r"unknown corpus 'rehearsal-1\.2\.3h'"):
+    with pytest.raises(UserError, match=r"unknown corpus 'rehearsal-1\.2\.3h'"):
         find_corpus("rehearsal-1.2.3h")
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import espeakng_loader
 import pytest
 
-from data.cli import DataError
+from data.cli import UserError
 from data.synthetic.embedded import VOICES
 from data.synthetic.voices import Line, speak
 
@@ -12,7 +12,7 @@ LINE = Line("1-1-0000", "THE KING SAID TO THE PEOPLE", rate=150, pitch=50, noise
 
 def test_a_voice_that_does_not_exist_is_an_error_that_names_it() -> None:
     for definition in "", "language nowhere\n":
-        with pytest.raises(DataError, match=r"the voice en-nowhere\+m1"):
+        with pytest.raises(UserError, match=r"the voice en-nowhere\+m1"):
             speak("en-nowhere+m1", [LINE], definition)
 
 
