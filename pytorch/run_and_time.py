@@ -170,7 +170,8 @@ def _torchrun(config: Config, cache_clear: str, env: dict[str, int]) -> dict[int
             run_id=os.environ.get("RUN_ID") or (uuid.uuid4().hex if one_node else "none"),
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0" if one_node else endpoint,
-            rdzv_configs={"is_host": env["NODE_RANK"] == 0},
+            # In seconds: a machine that is short of memory answers even itself late.
+            rdzv_configs={"is_host": env["NODE_RANK"] == 0, "read_timeout": 600 if one_node else 60},
             local_addr="localhost" if one_node else os.environ.get("PET_LOCAL_ADDR"),  # torchrun's variable
             max_restarts=env["MAX_RESTARTS"],
             start_method="forkserver",
