@@ -84,7 +84,7 @@ def exit_status(
             return result if type(result) is int else int(result is False)
         except UserError as error:
             if str(error):
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {error}\n", end="", file=sys.stderr)  # at once: other ranks may print theirs
             return error.exit_status
         except KeyboardInterrupt:
             if interrupted:
