@@ -11,8 +11,6 @@ checksums of its format (zip), and the one before it is used. A run keeps three:
 Nothing of an earlier run in the folder is deleted: a new run moves its files into `previous_run`, `previous_run-2`, ...
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os

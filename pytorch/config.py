@@ -4,8 +4,6 @@ A configuration is one `Config`. The named ones are in `CONFIGS`; any field can 
 `pytorch.train`, which refuses unknown names and values that break a constraint. The command line wins.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math

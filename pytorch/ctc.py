@@ -1,7 +1,5 @@
 """CTC (Graves et al., ICML 2006): labels, loss, greedy decoding, and the frames that a transcript needs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Device, precision, asynchronous copies to the host, advice where memory runs out."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ Without torchrun, world_size is 1 and the collectives here are no-ops. torchrun 
 environment; `gloo` carries messages between CPUs, `nccl` those between GPUs.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -14,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -49,7 +47,7 @@ class World:
     local_rank: int = 0  # on this node
 
     @classmethod
-    def init(cls, device_type: str, timeout_seconds: float) -> World:
+    def init(cls, device_type: str, timeout_seconds: float) -> Self:
         """Connect to the other ranks, if torchrun has started several.
 
         Args:

@@ -1,7 +1,5 @@
 """Errors of a run, kinds of UserError, and the exit statuses that they end a command with."""
 
-from __future__ import annotations
-
 import os
 import signal
 

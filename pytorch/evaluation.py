@@ -1,7 +1,5 @@
 """Evaluation: every utterance decoded and counted. The one that a timed run and tools/evaluate.py share."""
 
-from __future__ import annotations
-
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass

@@ -10,8 +10,6 @@ transform pads with zeros, not by reflection), and frames beyond its end count i
 Lengths stay on the CPU and follow from `num_samples_B` and the drawn tempo alone, so that no step waits for the device.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

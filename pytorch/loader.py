@@ -5,8 +5,6 @@ similar length in random order. All randomness is a function of (seed, epoch, ut
 of an epoch as if it had never stopped, and the number of ranks does not change the data of a step.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import deque
@@ -16,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import numpy as np
 import torch
@@ -90,7 +88,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> Self:
         """Return the batch with waveforms and targets on a device. The host waits only for pageable memory."""
         waveforms_BS, targets = (x.to(device, non_blocking=x.is_pinned()) for x in (self.waveforms_BS, self.targets))
         return replace(self, waveforms_BS=waveforms_BS, targets=targets)

@@ -1,7 +1,5 @@
 """The machine that a run is on: hardware, software, commit, and the operating system's page cache."""
 
-from __future__ import annotations
-
 import getpass
 import os
 import platform
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 MAX_CPU_TAKEN = 0.05  # part of the CPU time that others may take from a run whose time is to count
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: "torch.device") -> dict[str, Any]:
     """Return the hardware and software of this machine that bear on a result."""
     import torch
 

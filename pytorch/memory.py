@@ -3,8 +3,6 @@
 A GPU that has too little raises an error. Linux grants a process more than there is, and kills it when it uses that.
 """
 
-from __future__ import annotations
-
 import os
 import resource
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ over all reference words, in percent. The mean of the utterances' own rates is a
 own name.
 """
 
-from __future__ import annotations
-
 import operator
 from dataclasses import astuple, dataclass
 
@@ -24,7 +22,7 @@ class ErrorCounts:
     characters: int = 0
     sum_of_utterance_wers: float = 0.0
 
-    def __add__(self, other: ErrorCounts) -> ErrorCounts:
+    def __add__(self, other: "ErrorCounts") -> "ErrorCounts":
         return ErrorCounts(*map(operator.add, astuple(self), astuple(other)))
 
     @property

@@ -9,8 +9,6 @@ TensorBoard if a folder is asked for:
 A destination that fails is named once on standard error, and the run goes on.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -20,8 +20,6 @@ in that phase the hidden layers lose much of what they tell apart. Starting with
 docs/recipes.md says what that gains.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

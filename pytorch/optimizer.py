@@ -8,8 +8,6 @@ layers lose whatever else they tell apart; docs/recipes.md says how much that co
 Every optimizer here changes nothing in a step whose attribute `found_inf` is not zero.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

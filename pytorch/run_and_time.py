@@ -15,8 +15,6 @@ Environment variables, which docs/runs.md explains, say how many ranks there are
 The exit status is that of the ranks; 1 if one of them was lost.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import multiprocessing

@@ -1,7 +1,5 @@
 """What the rules allow before the clock starts: device, ranks, model, warm-up, checkpoint. No audio is read."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

@@ -10,8 +10,6 @@ after the step under way was saved, so that --resume continues from there; 74 lo
 It is one rank of the run; torchrun starts several, which take the same steps together (distributed.py).
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -1,7 +1,5 @@
 """One optimizer step: the model, its loss on a batch, gradients over all ranks, the EMA of the weights."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 The model, its averages and its optimizers are afterwards as they were.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

@@ -16,8 +16,6 @@ GPU, and of clipping.
 Axes: N rows, C channels.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

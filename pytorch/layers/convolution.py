@@ -19,8 +19,6 @@ stay in float32.
 Axes: B batch, T time, F frequency, C channels; N = B x T rows.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

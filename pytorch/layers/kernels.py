@@ -4,8 +4,6 @@ It is compiled at first use into one library, cached per CPU and version of the 
 The C++ takes only raw pointers and sizes, so it needs no torch headers and compiles in seconds.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

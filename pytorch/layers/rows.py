@@ -5,8 +5,6 @@ and oneDNN and torch both keep the last 1024 of them: 0.3 to 1 MB each, scattere
 beyond them. Every batch has another number of frames, so hardly a shape would come twice.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
