@@ -5,8 +5,6 @@ forked process has its own environment, folder, files, arguments and exit status
 so have the ranks and the report that it starts.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import json

@@ -1,7 +1,5 @@
 """Which folder and module may import which: `ls` explains the benchmark only as long as these rules hold."""
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

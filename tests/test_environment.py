@@ -1,7 +1,5 @@
 """environment.sh finds, makes and mends the environment; scripts may be called through links."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

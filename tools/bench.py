@@ -16,8 +16,6 @@ selects, measured in the same run. Operations are counted on valid frames only, 
 directly.
 """
 
-from __future__ import annotations
-
 import statistics
 import sys
 import time

@@ -1,7 +1,5 @@
 """What the command lines of tools/ share. tyro makes them of dataclasses; an error is one line (data/cli.py)."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -9,8 +9,6 @@ GPU, or NPROC_PER_NODE. Steps at evenly spaced places of an epoch tell what a se
 Without a data set, utterances are noise of LibriSpeech's published durations.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

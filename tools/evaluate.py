@@ -21,8 +21,6 @@ fixed seed, and the interval runs from the 2.5th to the 97.5th percentile of the
 one speaker succeed and fail together, so for other speakers the interval over speakers is the one that counts.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import time

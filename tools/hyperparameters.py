@@ -3,8 +3,6 @@
 python -m tools.hyperparameters
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 

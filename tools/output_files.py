@@ -1,7 +1,5 @@
 """Files that commands write for the user: whole or not at all, and never over the log of a run."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager

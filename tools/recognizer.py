@@ -7,15 +7,13 @@
 An emission is the log probability of each label at each output frame. Axes: T output frames (20 ms each), V labels.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -65,7 +63,7 @@ class Recognizer:
     model: DeepSpeech2
 
     @classmethod
-    def load(cls, path: Path, device_name: str, precision: Precision | None = None, local_rank: int = 0) -> Recognizer:
+    def load(cls, path: Path, device_name: str, precision: Precision | None = None, local_rank: int = 0) -> Self:
         """Load the model of a checkpoint.
 
         Args:

@@ -7,8 +7,6 @@ holds what is around it, so that every word is whole in at least one of them; `j
 are to be kept.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import signal

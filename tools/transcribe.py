@@ -20,8 +20,6 @@ A file that cannot be read to its end is named, what was recognized of it is wri
 transcribed; the exit status is 1 then.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile
@@ -32,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import tyro
 
@@ -100,7 +98,7 @@ class Recording:
         """The file, where there is an --output-dir."""
         return (self.options.output_dir or Path()) / self.relative.with_suffix(SUFFIXES[self.options.format])
 
-    def events(self) -> Iterator[tuple[Recording, Segment | UserError]]:
+    def events(self) -> Iterator[tuple[Self, Segment | UserError]]:
         """Yield the segments, and at the end what was wrong with the recording, if anything was."""
         try:
             for segment in self.segments():

@@ -1,7 +1,5 @@
 """Which device; what is done on accelerators, tried without one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Training steps and an evaluation on CUDA, without a GPU (tests/fake_cuda.py): what they need stays within limits."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from typing import TypeAlias

@@ -1,7 +1,5 @@
 """A language of tones, one pitch a word, and a model that has learned it: for tests that need right transcripts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Transcription, by the command that a user types, of a language that a model has learned, and of everything else."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

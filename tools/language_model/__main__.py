@@ -13,8 +13,6 @@ the sentence and the unknown word. In contrast to Kneser-Ney it asks nothing of 
 corpora such as AN4 are not there. It is written in the ARPA format, whose back-off weight is N(h) / (c(h) + N(h)).
 """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections import Counter, defaultdict

@@ -8,8 +8,6 @@ A transcript's score is log p(labels | audio) + alpha * log p(words) + beta * nu
 flashlight-text's, which brings KenLM to read the model; it is the extra `lm` (pip install -e '.[lm]').
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import os

@@ -10,8 +10,6 @@ rate: each speaker is scored with the pair that is best for all other speakers. 
 they are not known, each utterance.)
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -11,8 +11,6 @@
 The rules are this project's own, applied by MLCommons' checkers: the official list has no DeepSpeech2.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

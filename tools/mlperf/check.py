@@ -4,8 +4,6 @@ what no single line shows: a clock that was set, a log pieced together from two 
 The rules are this project's: the official list of benchmarks has no DeepSpeech2. For MLCommons' own, see package.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator

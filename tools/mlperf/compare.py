@@ -1,7 +1,5 @@
 """Two runs side by side: where their losses first differ and by how much, what else differs, WER, times to target."""
 
-from __future__ import annotations
-
 import math
 
 from pytorch.errors import RunError

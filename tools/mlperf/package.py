@@ -7,8 +7,6 @@ newest installed round share, counts runs and checks the machine's description; 
 reference convergence points.
 """
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from unittest.mock import patch

@@ -4,8 +4,6 @@ They are files that the package's rcp_checker reads, and it is the one that chec
 significantly fewer epochs than the reference of their batch size do not train the same thing.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import tempfile

@@ -10,13 +10,11 @@ Every log that the training command has written can be read, also of runs that f
 some event: what is absent is None or empty. Whether a log proves what it says is another question: `check.py`.
 """
 
-from __future__ import annotations
-
 import json
 from bisect import bisect
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from mlperf_logging.mllog import constants
 
@@ -161,7 +159,7 @@ class RunLog:
         self.dataset = datasets[0] if datasets else None
 
     @classmethod
-    def read(cls, path: Path) -> RunLog:
+    def read(cls, path: Path) -> Self:
         """Read a file; lines that are neither events nor a result are ignored.
 
         RunError if it cannot be read, holds no event, or a line of it is damaged (with the line's number).
@@ -189,7 +187,7 @@ class RunLog:
             raise RunError(f"{path}:{results[1].line}: a second RESULT line; the first is line {results[0].line}")
         return cls(path, events, results[0] if results else None)
 
-    def last_start(self) -> RunLog:
+    def last_start(self) -> Self:
         """Return the log from its last start on, if ranks were lost and all were restarted from a checkpoint."""
         starts = [position for position, event in enumerate(self.events) if event.key == constants.INIT_START]
         return replace(self, events=self.events[starts[-1] :]) if len(starts) > 1 else self

@@ -1,7 +1,5 @@
 """The score of several runs, by MLPerf's rules: the mean time without the fastest and the slowest run."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter

@@ -10,8 +10,6 @@
 Results that exist are kept, so the same command continues after an interruption, and can add runs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

@@ -8,8 +8,6 @@ Runs that differ only in their seeds are shown as one series. The page is one HT
 status: 0, or 1 if a log is damaged or the page cannot be written; the reason is one line.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated

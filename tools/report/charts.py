@@ -1,7 +1,5 @@
 """What the page's charts draw, and the same figures as a table."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from itertools import groupby

@@ -1,7 +1,5 @@
 """The page itself: one HTML file that holds everything it needs."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Iterator, Sequence
 from datetime import timedelta

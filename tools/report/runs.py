@@ -1,7 +1,5 @@
 """The runs of a page: their logs, how they ended, and which of them are one series."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a reader must know before believing the figures."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

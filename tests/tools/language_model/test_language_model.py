@@ -1,7 +1,5 @@
 """Language models: estimated, decoded with, and their weights tuned."""
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import json

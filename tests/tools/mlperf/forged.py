@@ -1,13 +1,11 @@
 """Logs to be refused, made of real ones; and logs of runs that nobody has done, such as one of all LibriSpeech."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from data.corpora import CORPORA
 from pytorch.config import CONFIGS, EVENTS, Config
@@ -25,7 +23,7 @@ class Forged:
     result: str | None
 
     @classmethod
-    def of(cls, path: Path) -> Forged:
+    def of(cls, path: Path) -> Self:
         lines = path.read_text().splitlines()
         events = [json.loads(line.removeprefix(TOKEN)) for line in lines if line.startswith(TOKEN)]
         return cls(events, next((line for line in lines if line.startswith("RESULT")), None))

@@ -1,7 +1,5 @@
 """Logs of runs that never were, with all that the report shows."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The page as a person meets it: in headless Chromium, light and dark, wide and narrow, by keyboard."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
