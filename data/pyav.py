@@ -36,7 +36,11 @@ def open_av(file: Path, stream: FileIO) -> Iterator[tuple[int, Iterator[np.ndarr
     stream.name = ""  # type: ignore[misc]  # a suffix would decide for formats without a header
     with av.logging.Capture() as messages:
         try:
-            container = av.open(stream, options=STRICT, metadata_errors="replace")  # titles may be older than UTF-8
+            try:
+                container = av.open(stream, options=STRICT)
+            except UnicodeDecodeError:  # a title older than UTF-8; PyAV 19 reads it, and lacks this argument
+                stream.seek(0)
+                container = av.open(stream, options=STRICT, metadata_errors="replace")
         except (av.FFmpegError, ValueError, OSError) as error:
             raise UserError(f"{file} cannot be read (FFmpeg: {_reason(messages, error)})") from error
         with container:

@@ -4,7 +4,6 @@ python -m tools.hyperparameters
 """
 
 import dataclasses
-import sys
 
 from pytorch.config import CONFIGS, HYPERPARAMETERS, Config
 
@@ -21,4 +20,4 @@ def hyperparameter_table() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(hyperparameter_table() + "\n")
+    print(hyperparameter_table())

@@ -214,6 +214,7 @@ def _standard_input(options: Options) -> Recording:
                 copy.writelines(read_until_interrupt(sys.stdin.buffer))
                 copy.flush()
             except OSError as error:
+                copy.raw.close()  # else leaving the block would try to write again, and raise that error
                 raise UserError(f"{name} cannot be copied to {tempfile.gettempdir()}: {error.strerror}") from error
             path = Path(f"/dev/fd/{copy.fileno()}")
             try:
