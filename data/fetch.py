@@ -1,7 +1,7 @@
 """One archive, verified: read from a folder, or downloaded over HTTP with retries and resume.
 
-An unfinished download is `<archive>.part`. Any later run, after a kill or days, resumes after its last byte, from any
-mirror; if the file has changed in the meantime, its checksum is wrong, and it is downloaded again from the start.
+Any later run, after a kill or days, resumes a download after its last byte, from any mirror. If the file has changed
+in the meantime, its checksum is wrong, and it is downloaded again from the start.
 """
 
 import hashlib
@@ -14,15 +14,16 @@ import sys
 import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
-from http.client import HTTPException, HTTPResponse
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, build_opener
+from urllib.parse import unquote
+from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithPriorAuth, OpenerDirector, Request, build_opener
 
 from data.cli import Progress, UserError, progress_bar
 from data.corpora import Archive, Corpus
-from data.files import CHUNK_BYTES, DOWNLOADS, atomic_replace, check_space, read_lines
+from data.files import CHUNK_BYTES, DOWNLOADS, check_space, read_lines
 
 PARALLEL_DOWNLOADS = 3
 TIMEOUT_S = 30
@@ -90,8 +91,6 @@ def obtain_archives(
     addresses = [part for part in named if part.startswith(("http://", "https://"))]
     if addresses != named and (addresses or "://" in mirror):
         raise UserError("--mirror is one folder, or addresses that begin with http:// or https://")
-    if any(re.match(r"\w+://[^/]*@", address) for address in addresses):
-        raise UserError("--mirror takes no address with a login: download into a folder, and name that")
     local = bool(named) and not addresses
     folder, mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))
     absent = [archive for archive in wanted if mirrors and not os.path.lexists(folder / archive.file)]
@@ -115,7 +114,7 @@ def obtain_archives(
 
             def obtain(archive: Archive) -> VerifiedArchive:
                 if archive in absent:
-                    return fetch(archive, mirrors, work / DOWNLOADS / archive.file, progress, stop)
+                    return Download(archive, work / DOWNLOADS / archive.file, progress, stop).complete(mirrors)
                 return verify_archive(folder / archive.file, archive, progress)
 
             for future in as_completed([pool.submit(obtain, archive) for archive in wanted]):
@@ -138,8 +137,11 @@ def obtain_archives(
 
 
 @dataclass
-class PartialDownload:
-    """The beginning of an archive on disk, `file`: what requests, runs and mirrors have brought so far."""
+class Download:
+    """An archive, and what requests, runs and mirrors have brought of it so far: `file`.
+
+    `progress` is called with the bytes that are added, or, where it must start again, lost. A size of 0 is unknown.
+    """
 
     wanted: Archive
     file: Path
@@ -150,14 +152,31 @@ class PartialDownload:
     def size(self) -> int:
         return self.file.stat().st_size if self.file.exists() else 0
 
-    def complete(self, address: str) -> VerifiedArchive:
+    def complete(self, mirrors: Sequence[str]) -> VerifiedArchive:
+        """Download what is missing from the first mirror that has it. UserError says what each mirror did wrong."""
+        self.progress(self.size)
+        reasons = []
+        for mirror in mirrors:
+            folder, opener = _log_in(mirror)
+            address = f"{folder.rstrip('/')}/{self.wanted.file}"
+            try:
+                verified = self._complete_from(address, opener)
+            except (MirrorError, ValueError, *NETWORK_FAILURES) as error:  # a ValueError of what is no address
+                reasons.append(f"{address}: {_reason(error)}")
+                print(f"warning: {reasons[-1]}", file=sys.stderr)
+            else:
+                print(f"{self.wanted.file}: downloaded {self.size / 1e6:,.1f} MB", file=sys.stderr)
+                return verified
+        raise UserError(f"no mirror delivered {self.wanted.file}: {'; '.join(reasons)}")
+
+    def _complete_from(self, address: str, opener: OpenerDirector) -> VerifiedArchive:
         """Download what is missing, and verify it. MirrorError or one of NETWORK_FAILURES if that is impossible."""
         failures, anew = 0, False
         while True:
             before = self.size
             try:
                 if not before or before != self.wanted.bytes:
-                    self._request(address)
+                    self._request(address, opener)
             except NETWORK_FAILURES as error:
                 failures = 1 if self.size > before else failures + 1
                 if failures > RETRIES:
@@ -176,11 +195,12 @@ class PartialDownload:
                     raise MirrorError(f"its file {error}") from error
                 anew = True
 
-    def _request(self, address: str) -> None:
+    def _request(self, address: str, opener: OpenerDirector) -> None:
         """Send one request for the bytes that are missing, and add those of its answer that are."""
         start, published = self.size, self.wanted.bytes
+        headers = {"User-Agent": "deepspeech2-benchmark", **({"Range": f"bytes={start}-"} if start else {})}
         try:
-            response = _send(address, start)
+            response = opener.open(Request(address, headers=headers), timeout=TIMEOUT_S)
         except HTTPError as error:
             if error.code == 416 and start > published:
                 return  # may be complete: its sums decide
@@ -207,38 +227,15 @@ class PartialDownload:
                 raise ConnectionError(f"cut off, {response.length} bytes before the end")
 
 
-def fetch(
-    wanted: Archive, mirrors: Sequence[str], target: Path, progress: Progress, stop: threading.Event | None = None
-) -> VerifiedArchive:
-    """Download an archive from the first mirror that has it.
-
-    `target` appears when its sums are right; a size of 0 is unknown. `progress` is called with the bytes that are
-    added, or, where it must start again, lost. UserError says what each mirror did wrong.
-    """
-    part = target.with_name(target.name + ".part")
-    if target.exists():  # an earlier run was ended before it was prepared; perhaps it asked for another archive
-        target.replace(part)
-    partial = PartialDownload(wanted, part, progress, stop or threading.Event())
-    progress(partial.size)
-    reasons = []
-    for address in (f"{mirror.rstrip('/')}/{wanted.file}" for mirror in mirrors):
-        try:
-            verified = partial.complete(address)
-        except (MirrorError, ValueError, *NETWORK_FAILURES) as error:  # a ValueError of what is no address
-            reasons.append(f"{address}: {_reason(error)}")
-            print(f"warning: {reasons[-1]}", file=sys.stderr)
-        else:
-            atomic_replace(part, target)
-            print(f"{wanted.file}: downloaded {target.stat().st_size / 1e6:,.1f} MB", file=sys.stderr)
-            return replace(verified, file=target)
-    raise UserError(f"no mirror delivered {wanted.file}: {'; '.join(reasons)}")
-
-
-def _send(address: str, start: int) -> HTTPResponse:
-    """Request a file from byte `start` on, through the proxy that http_proxy, https_proxy and no_proxy name."""
-    headers = {"User-Agent": "deepspeech2-benchmark", **({"Range": f"bytes={start}-"} if start else {})}
-    response: HTTPResponse = build_opener().open(Request(address, headers=headers), timeout=TIMEOUT_S)
-    return response
+def _log_in(mirror: str) -> tuple[str, OpenerDirector]:
+    """Return an address without its login, which must not be printed, and what opens it with that and nothing else."""
+    scheme, _, rest = mirror.partition("://")
+    login, _, place = rest.rpartition("@")
+    user, _, password = login.partition(":")
+    address, logins = f"{scheme}://{place}", HTTPPasswordMgrWithPriorAuth()
+    if login:
+        logins.add_password(None, address, unquote(user), unquote(password), is_authenticated=True)
+    return address, build_opener(HTTPBasicAuthHandler(logins))
 
 
 def _redirected(address: str, final: str) -> str:
