@@ -71,27 +71,25 @@ def verify_archive(file: Path, archive: Archive, progress: Progress = lambda cou
             progress(len(chunk))
     if archive.md5 != md5.hexdigest():
         published = f" ({archive.bytes} bytes)" if archive.bytes else ""
-        raise UserError(
-            f"{file} ({size} bytes) has md5 {md5.hexdigest()}, expected {archive.md5}{published}: "
-            f"damaged, or not the published archive {MISMATCH_HINT}"
-        )
+        found = f"({size} bytes) has md5 {md5.hexdigest()}, expected {archive.md5}{published}"
+        raise UserError(f"{file} {found}: damaged, or not the published archive {MISMATCH_HINT}")
     return VerifiedArchive(file, md5.hexdigest(), sha256.hexdigest())
 
 
 def obtain_archives(
-    wanted: Sequence[Archive], corpus: Corpus, kept: Path, work: Path, mirror: str, keep: bool
+    wanted: Sequence[Archive], corpus: Corpus, work: Path, mirror: str, keep: bool
 ) -> Generator[VerifiedArchive, None, None]:
     """Yield the archives of a corpus as they become available, several at a time. If one fails, the others come first.
 
-    Each is read in place, in the folder `kept` or a local `mirror`, or else downloaded into `work`. When the next one
-    is asked for, a download is removed, or moved to `kept` if it is to be kept.
+    Each is read in place, in the data set's folder `archives` or a local `mirror`, or else downloaded into `work`. When
+    the next one is asked for, a download is removed, or moved to `archives` if it is to be kept.
     `mirror` is the option's value: a folder, comma-separated addresses, or nothing.
     """
     named = [part.strip() for part in mirror.split(",") if part.strip()]
     addresses = [part for part in named if part.startswith(("http://", "https://"))]
     if addresses != named and (addresses or "://" in mirror):
         raise UserError("--mirror is one folder, or addresses that begin with http:// or https://")
-    local = bool(named) and not addresses
+    kept, local = work.parent / "archives", bool(named) and not addresses
     folder, mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))
     absent = [archive for archive in wanted if mirrors and not os.path.lexists(folder / archive.file)]
 

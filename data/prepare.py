@@ -88,7 +88,6 @@ class Preparation:
         with audio.open("rb") as stream:
             os.fsync(stream.fileno())
         return packed.SubsetSummary(
-            name=folder.name,
             utterances=len(ordered),
             speakers=len({utterance.speaker for utterance in ordered}),
             samples=samples,

@@ -8,8 +8,7 @@ cards, all of it before any of it again: each word occurs about equally often. E
 
 - One process per speaker (speaking.py).
 - Of `random`, only `Random.random`: it alone is guaranteed to return the same numbers in every version of Python.
-- Integers wherever possible. Only the resampling is done in floating point, in double precision, where the last bits,
-  which may differ between processors, practically never reach the rounded 16-bit sample.
+- Resampling in double precision: last bits, which may differ between processors, hardly ever reach the 16-bit sample.
 - A fixed version of espeakng-loader. Its library is compiled per platform; the reference checksum was made on x86-64.
 """
 
