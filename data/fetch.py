@@ -155,10 +155,11 @@ class Download:
         self.progress(self.size)
         reasons = []
         for mirror in mirrors:
-            folder, opener = _log_in(mirror)
-            address = f"{folder.rstrip('/')}/{self.wanted.file}"
+            scheme, _, rest = mirror.partition("://")
+            login, _, place = rest.rpartition("@")  # a login is never printed
+            address = f"{scheme}://{place.rstrip('/')}/{self.wanted.file}"
             try:
-                verified = self._complete_from(address, opener)
+                verified = self._complete_from(address, _opener(address, login))
             except (MirrorError, ValueError, *NETWORK_FAILURES) as error:  # a ValueError of what is no address
                 reasons.append(f"{address}: {_reason(error)}")
                 print(f"warning: {reasons[-1]}", file=sys.stderr)
@@ -225,15 +226,14 @@ class Download:
                 raise ConnectionError(f"cut off, {response.length} bytes before the end")
 
 
-def _log_in(mirror: str) -> tuple[str, OpenerDirector]:
-    """Return an address without its login, which must not be printed, and what opens it with that and nothing else."""
-    scheme, _, rest = mirror.partition("://")
-    login, _, place = rest.rpartition("@")
+def _opener(address: str, login: str) -> OpenerDirector:
+    """Return what opens an address with its login, user:password or nothing, and sends it to that folder alone."""
     user, _, password = login.partition(":")
-    address, logins = f"{scheme}://{place}", HTTPPasswordMgrWithPriorAuth()
+    logins = HTTPPasswordMgrWithPriorAuth()
     if login:
-        logins.add_password(None, address, unquote(user), unquote(password), is_authenticated=True)
-    return address, build_opener(HTTPBasicAuthHandler(logins))
+        folder = address.rpartition("/")[0]  # of the address itself, one failure would forget it
+        logins.add_password(None, folder, unquote(user), unquote(password), is_authenticated=True)
+    return build_opener(HTTPBasicAuthHandler(logins))
 
 
 def _redirected(address: str, final: str) -> str:

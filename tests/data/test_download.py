@@ -360,7 +360,6 @@ def test_an_archive_laid_by_hand_is_used_if_its_sum_is_right_and_stays(
         download(asked)
     assert (archives / ARCHIVE).read_bytes() == b"mine"
     shutil.copy(mirror / ARCHIVE, archives)
-    (archives / f"{ARCHIVE}.part").write_bytes(b"of a browser")
     before = contents(archives)
     download(asked)
     download(replace(asked, mirror=str(archives), dataset_dir=folder / "other", keep_archives=True))

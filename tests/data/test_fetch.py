@@ -218,7 +218,7 @@ def test_a_login_in_an_address_is_sent_to_that_alone_and_never_printed(
     with serving(tmp_path / "served") as other, pytest.raises(UserError) as raised:
         other.behave = lambda path, number, answer: answer.become(302, {"Location": f"{server.address}/{NAME}"})
         wrong = [server.address.replace("http://", f"http://me:{password}@") for password in ("wr/ng", "wr ng")]
-        fetch([*wrong, other.address.replace("http://", "http://me:p%40ss@")], target)
+        fetch([*wrong, "http://me:p%40ss@[1", other.address.replace("http://", "http://me:p%40ss@")], target)
     assert str(raised.value).count("HTTP status 401") == 3
     assert not [word for word in ("me:", "p%40ss", "p@ss", "wr") if word in capsys.readouterr().err + str(raised.value)]
 
