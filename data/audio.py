@@ -1,8 +1,7 @@
 """Recordings of any format: how long they are, and their samples at 16 kHz mono.
 
-libsndfile reads FLAC with an MD5 and uncompressed WAV; PyAV, which has FFmpeg in it, everything else. Content
-decides, not a name. A recording is read to its end, with silence in the gaps of its time stamps, or refused by name
-with a reason. data/README.md lists the damage that no reader can see. No other program is run, no other file read.
+libsndfile reads FLAC with an MD5 and uncompressed WAV; PyAV, which has FFmpeg in it, everything else. data/README.md
+says what is promised of both. No other program is run, no other file read.
 """
 
 import hashlib
@@ -39,10 +38,7 @@ def resampled_length(frames: int, rate: int) -> int:
 
 
 def num_samples(file: Path, only_rate: int | None = None) -> int:
-    """Return the length at 16 kHz of a recording, by its header where that tells it.
-
-    UserError for what is not audio, is empty, is cut short, or has another rate than the only one that is allowed.
-    """
+    """Return the length at 16 kHz, by the header where that tells it. UserError if damaged, or of another rate."""
     with _open(file) as (rate, told, blocks):
         if only_rate not in (None, rate):
             raise UserError(f"{file} has a rate of {rate} Hz, not {only_rate} Hz")
@@ -55,10 +51,7 @@ def num_samples(file: Path, only_rate: int | None = None) -> int:
 
 
 def decode_audio(file: Path) -> tuple[np.ndarray, int]:
-    """Return the samples of a recording at 16 kHz mono, int16 [samples], and how many of them had to be clipped.
-
-    UserError says what is wrong with it.
-    """
+    """Return the samples at 16 kHz mono, int16 [samples], and how many were clipped. UserError says what is wrong."""
     with _open(file, quiet=True) as (rate, _, blocks):
         mix = Mixer(file, rate)
         return np.concatenate([*map(mix, blocks), mix.end()]), mix.clipped

@@ -64,7 +64,6 @@ def exit_status(
     """Do a command's work and return its exit status. What was raised is printed as one line.
 
     `arguments` are those to check before (require_values); None for the process's.
-
     The status is what the work returned if that is an integer; else 0, 1 if it returned False or raised UserError or
     an OSError, INTERRUPTED, or READER_GONE if whoever read standard output has left, as `| head` does.
     """

@@ -144,22 +144,20 @@ def rehearsal(hours: float) -> Corpus:
     if not low <= hours <= high:
         raise UserError(f"--hours is {hours:g}; the rehearsal has {low:g} to {high:g}")
     hours = round(hours, 2)  # its name has them all
+    subsets, share = [], hours / 960.9  # of LibriSpeech's training
+    for subset in LIBRISPEECH:
+        count = ceil((subset.utterances or 0) * (share if subset.split == "train" else sqrt(share)))
+        speakers = min(subset.speakers or 0, ceil(count / UTTERANCES_PER_SPEAKER))
+        spoken = float(utterance_seconds(subset.name, count).sum()) / 3600
+        subsets.append(replace(subset, archive=Archive(""), utterances=count, speakers=speakers, hours=spoken))
     return Corpus(
         name="rehearsal" if hours == DEFAULT_REHEARSAL_HOURS else f"rehearsal-{hours:g}h",
         folder="Rehearsal_dataset",
-        subsets=tuple(_rehearsed(subset, hours) for subset in LIBRISPEECH),
+        subsets=tuple(subsets),
         layout="rehearsal",
         synthetic=True,
         reference_digest=REHEARSAL_DIGEST if hours == DEFAULT_REHEARSAL_HOURS else "",
     )
-
-
-def _rehearsed(subset: CorpusSubset, hours: float) -> CorpusSubset:
-    share = hours / 960.9  # of LibriSpeech's training
-    count = ceil((subset.utterances or 0) * (share if subset.split == "train" else sqrt(share)))
-    speakers = min(subset.speakers or 0, ceil(count / UTTERANCES_PER_SPEAKER))
-    seconds = float(utterance_seconds(subset.name, count).sum())
-    return replace(subset, archive=Archive(""), utterances=count, speakers=speakers, hours=seconds / 3600)
 
 
 CORPORA = {

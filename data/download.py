@@ -8,8 +8,7 @@ python -m data.download --mirror part --checksums part/md5sum.txt      archives 
 python -m data.download --corpus rehearsal --hours 10          speech of LibriSpeech's shape, made on this machine
 python -m data.download --corpus manifest --manifest my.tsv    your own speech (own_speech.py)
 
-Several archives are fetched at a time. Each is prepared as soon as it is complete, then removed. After any
-interruption, the same command resumes.
+Each archive is prepared as soon as it is complete, then removed. After any interruption, the same command resumes.
 """
 
 import errno
@@ -27,7 +26,7 @@ from data.corpora import CORPORA, REPOSITORY, Archive, Corpus, CorpusSubset, fin
 from data.fetch import VerifiedArchive, obtain_archives, read_checksums
 from data.files import UNFINISHED, check_space, locked, work_folder
 from data.own_speech import digest, read_own_speech
-from data.packed import AUDIO_FILE, DATASET_FILE, INDEX_FILE, PackedDataset, read_dataset
+from data.packed import DATASET_FILE, PackedDataset, content_files, read_dataset
 from data.prepare import SYNTHESIZERS, Preparation, check_place
 
 PACKED_BYTES_PER_HOUR = 116e6  # 16-bit samples at 16 kHz, and the index
@@ -77,10 +76,8 @@ def download(options: Options) -> PackedDataset:
     except OSError as error:
         advice = "; 'ulimit -f' or the file system limits a file's size" if error.errno == errno.EFBIG else ""
         raise UserError(f"{error.filename or f'writing in {path}'}: {error.strerror}{advice}") from error
-    counts = ", ".join(
-        f"{subset.name} {subset.utterances} utterances ({subset.hours:.2f} h)" for subset in dataset.summary.values()
-    )
-    print(f"{path} is complete: {counts}")
+    counts = [f"{name} {each.utterances} utterances ({each.hours:.2f} h)" for name, each in dataset.summary.items()]
+    print(f"{path} is complete: {', '.join(counts)}")
     return dataset
 
 
@@ -140,9 +137,8 @@ def _complete(
                 utterances = SYNTHESIZERS[corpus.layout].list_utterances(corpus, subset)
                 preparation.add_subset(VerifiedArchive(Path(), "", ""), subset.name, utterances)
         elif missing:
-            wanted = {archives[subset.name].file: archives[subset.name] for subset in missing}
-            kept, mirror, keep = path / "archives", options.mirror, options.keep_archives
-            verified = obtain_archives(list(wanted.values()), corpus, kept, work, mirror, keep)
+            wanted = list(dict.fromkeys(archives[subset.name] for subset in missing))  # one may hold several subsets
+            verified = obtain_archives(wanted, corpus, work, options.mirror, options.keep_archives)
             with closing(verified):  # whatever goes wrong in here must end the downloads that run beside it
                 for archive in verified:
                     members = [subset for subset in missing if subset.archive.file == archive.file.name]
@@ -156,11 +152,9 @@ def _is_prepared(dataset: PackedDataset, name: str, md5: str) -> bool:
         return False
     found = dataset.summary[name].archive_md5
     if md5 not in ("", found):
-        raise UserError(
-            f"{dataset.path} holds {name} from an archive with MD5 {found}, not {md5}: "
-            "give the --checksums or the --manifest that it was made with, or another --dataset-dir"
-        )
-    return (dataset.path / name / AUDIO_FILE).is_file() and (dataset.path / name / INDEX_FILE).is_file()
+        advice = "give the --checksums or the --manifest that it was made with, or another --dataset-dir"
+        raise UserError(f"{dataset.path} holds {name} from an archive with MD5 {found}, not {md5}: {advice}")
+    return all((dataset.path / file).is_file() for file in content_files([name]))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One archive, verified: read from a folder, or downloaded over HTTP with retries and resume.
 
-An unfinished download is `<archive>.part`. Any later run, after a kill or days, resumes after its last byte, from any
-mirror; if the file has changed in the meantime, its checksum is wrong, and it is downloaded again from the start.
+Any later run, after a kill or days, resumes a download after its last byte, from any mirror. If the file has changed
+in the meantime, its checksum is wrong, and it is downloaded again from the start.
 """
 
 import hashlib
@@ -14,15 +14,16 @@ import sys
 import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
-from http.client import HTTPException, HTTPResponse
+from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, build_opener
+from urllib.parse import unquote
+from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithPriorAuth, OpenerDirector, Request, build_opener
 
 from data.cli import Progress, UserError, progress_bar
 from data.corpora import Archive, Corpus
-from data.files import CHUNK_BYTES, DOWNLOADS, atomic_replace, check_space, read_lines
+from data.files import CHUNK_BYTES, DOWNLOADS, check_space, read_lines
 
 PARALLEL_DOWNLOADS = 3
 TIMEOUT_S = 30
@@ -70,29 +71,25 @@ def verify_archive(file: Path, archive: Archive, progress: Progress = lambda cou
             progress(len(chunk))
     if archive.md5 != md5.hexdigest():
         published = f" ({archive.bytes} bytes)" if archive.bytes else ""
-        raise UserError(
-            f"{file} ({size} bytes) has md5 {md5.hexdigest()}, expected {archive.md5}{published}: "
-            f"damaged, or not the published archive {MISMATCH_HINT}"
-        )
+        found = f"({size} bytes) has md5 {md5.hexdigest()}, expected {archive.md5}{published}"
+        raise UserError(f"{file} {found}: damaged, or not the published archive {MISMATCH_HINT}")
     return VerifiedArchive(file, md5.hexdigest(), sha256.hexdigest())
 
 
 def obtain_archives(
-    wanted: Sequence[Archive], corpus: Corpus, kept: Path, work: Path, mirror: str, keep: bool
+    wanted: Sequence[Archive], corpus: Corpus, work: Path, mirror: str, keep: bool
 ) -> Generator[VerifiedArchive, None, None]:
     """Yield the archives of a corpus as they become available, several at a time. If one fails, the others come first.
 
-    Each is read in place, in the folder `kept` or a local `mirror`, or else downloaded into `work`. When the next one
-    is asked for, a download is removed, or moved to `kept` if it is to be kept.
+    Each is read in place, in the data set's folder `archives` or a local `mirror`, or else downloaded into `work`. When
+    the next one is asked for, a download is removed, or moved to `archives` if it is to be kept.
     `mirror` is the option's value: a folder, comma-separated addresses, or nothing.
     """
     named = [part.strip() for part in mirror.split(",") if part.strip()]
     addresses = [part for part in named if part.startswith(("http://", "https://"))]
     if addresses != named and (addresses or "://" in mirror):
         raise UserError("--mirror is one folder, or addresses that begin with http:// or https://")
-    if any(re.match(r"\w+://[^/]*@", address) for address in addresses):
-        raise UserError("--mirror takes no address with a login: download into a folder, and name that")
-    local = bool(named) and not addresses
+    kept, local = work.parent / "archives", bool(named) and not addresses
     folder, mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))
     absent = [archive for archive in wanted if mirrors and not os.path.lexists(folder / archive.file)]
 
@@ -115,7 +112,7 @@ def obtain_archives(
 
             def obtain(archive: Archive) -> VerifiedArchive:
                 if archive in absent:
-                    return fetch(archive, mirrors, work / DOWNLOADS / archive.file, progress, stop)
+                    return Download(archive, work / DOWNLOADS / archive.file, progress, stop).complete(mirrors)
                 return verify_archive(folder / archive.file, archive, progress)
 
             for future in as_completed([pool.submit(obtain, archive) for archive in wanted]):
@@ -138,8 +135,11 @@ def obtain_archives(
 
 
 @dataclass
-class PartialDownload:
-    """The beginning of an archive on disk, `file`: what requests, runs and mirrors have brought so far."""
+class Download:
+    """An archive, and what requests, runs and mirrors have brought of it so far: `file`.
+
+    `progress` is called with the bytes that are added, or, where it must start again, lost. A size of 0 is unknown.
+    """
 
     wanted: Archive
     file: Path
@@ -150,14 +150,32 @@ class PartialDownload:
     def size(self) -> int:
         return self.file.stat().st_size if self.file.exists() else 0
 
-    def complete(self, address: str) -> VerifiedArchive:
+    def complete(self, mirrors: Sequence[str]) -> VerifiedArchive:
+        """Download what is missing from the first mirror that has it. UserError says what each mirror did wrong."""
+        self.progress(self.size)
+        reasons = []
+        for mirror in mirrors:
+            scheme, _, rest = mirror.partition("://")
+            login, _, place = rest.rpartition("@")  # a login is never printed
+            address = f"{scheme}://{place.rstrip('/')}/{self.wanted.file}"
+            try:
+                verified = self._complete_from(address, _opener(address, login))
+            except (MirrorError, ValueError, *NETWORK_FAILURES) as error:  # a ValueError of what is no address
+                reasons.append(f"{address}: {_reason(error)}")
+                print(f"warning: {reasons[-1]}", file=sys.stderr)
+            else:
+                print(f"{self.wanted.file}: downloaded {self.size / 1e6:,.1f} MB", file=sys.stderr)
+                return verified
+        raise UserError(f"no mirror delivered {self.wanted.file}: {'; '.join(reasons)}")
+
+    def _complete_from(self, address: str, opener: OpenerDirector) -> VerifiedArchive:
         """Download what is missing, and verify it. MirrorError or one of NETWORK_FAILURES if that is impossible."""
         failures, anew = 0, False
         while True:
             before = self.size
             try:
                 if not before or before != self.wanted.bytes:
-                    self._request(address)
+                    self._request(address, opener)
             except NETWORK_FAILURES as error:
                 failures = 1 if self.size > before else failures + 1
                 if failures > RETRIES:
@@ -176,11 +194,12 @@ class PartialDownload:
                     raise MirrorError(f"its file {error}") from error
                 anew = True
 
-    def _request(self, address: str) -> None:
+    def _request(self, address: str, opener: OpenerDirector) -> None:
         """Send one request for the bytes that are missing, and add those of its answer that are."""
         start, published = self.size, self.wanted.bytes
+        headers = {"User-Agent": "deepspeech2-benchmark", **({"Range": f"bytes={start}-"} if start else {})}
         try:
-            response = _send(address, start)
+            response = opener.open(Request(address, headers=headers), timeout=TIMEOUT_S)
         except HTTPError as error:
             if error.code == 416 and start > published:
                 return  # may be complete: its sums decide
@@ -207,38 +226,14 @@ class PartialDownload:
                 raise ConnectionError(f"cut off, {response.length} bytes before the end")
 
 
-def fetch(
-    wanted: Archive, mirrors: Sequence[str], target: Path, progress: Progress, stop: threading.Event | None = None
-) -> VerifiedArchive:
-    """Download an archive from the first mirror that has it.
-
-    `target` appears when its sums are right; a size of 0 is unknown. `progress` is called with the bytes that are
-    added, or, where it must start again, lost. UserError says what each mirror did wrong.
-    """
-    part = target.with_name(target.name + ".part")
-    if target.exists():  # an earlier run was ended before it was prepared; perhaps it asked for another archive
-        target.replace(part)
-    partial = PartialDownload(wanted, part, progress, stop or threading.Event())
-    progress(partial.size)
-    reasons = []
-    for address in (f"{mirror.rstrip('/')}/{wanted.file}" for mirror in mirrors):
-        try:
-            verified = partial.complete(address)
-        except (MirrorError, ValueError, *NETWORK_FAILURES) as error:  # a ValueError of what is no address
-            reasons.append(f"{address}: {_reason(error)}")
-            print(f"warning: {reasons[-1]}", file=sys.stderr)
-        else:
-            atomic_replace(part, target)
-            print(f"{wanted.file}: downloaded {target.stat().st_size / 1e6:,.1f} MB", file=sys.stderr)
-            return replace(verified, file=target)
-    raise UserError(f"no mirror delivered {wanted.file}: {'; '.join(reasons)}")
-
-
-def _send(address: str, start: int) -> HTTPResponse:
-    """Request a file from byte `start` on, through the proxy that http_proxy, https_proxy and no_proxy name."""
-    headers = {"User-Agent": "deepspeech2-benchmark", **({"Range": f"bytes={start}-"} if start else {})}
-    response: HTTPResponse = build_opener().open(Request(address, headers=headers), timeout=TIMEOUT_S)
-    return response
+def _opener(address: str, login: str) -> OpenerDirector:
+    """Return what opens an address with its login, user:password or nothing, and sends it to that folder alone."""
+    user, _, password = login.partition(":")
+    logins = HTTPPasswordMgrWithPriorAuth()
+    if login:
+        folder = address.rpartition("/")[0]  # of the address itself, one failure would forget it
+        logins.add_password(None, folder, unquote(user), unquote(password), is_authenticated=True)
+    return build_opener(HTTPBasicAuthHandler(logins))
 
 
 def _redirected(address: str, final: str) -> str:

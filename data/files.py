@@ -60,10 +60,8 @@ def check_space(path: Path, needed: float) -> None:
     """Raise UserError if the disk of `path` has fewer bytes left."""
     free = shutil.disk_usage(path).free
     if free < needed:
-        raise UserError(
-            f"{path} needs {needed / 1e6:,.1f} MB of free disk space, {free / 1e6:,.1f} MB are free: "
-            "make room there, or give a --dataset-dir on another disk"
-        )
+        sizes = f"{needed / 1e6:,.1f} MB of free disk space, {free / 1e6:,.1f} MB are free"
+        raise UserError(f"{path} needs {sizes}: make room there, or give a --dataset-dir on another disk")
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -1,8 +1,4 @@
-"""Your own speech: a list or a folder in one of the shapes that tools for speech write. Audio of any format.
-
-- A list with a line per utterance: TSV or CSV, with a header or of path and transcript alone, or JSON lines. Paths are
-  absolute or start from the list's own folder. A bare name may lie deeper, as in Common Voice's clips/.
-- A folder: Kaldi's wav.scp and text, a metadata.csv, LibriSpeech's layout, or a .txt beside each recording.
+"""Your own speech: a list or a folder in one of the shapes that tools for speech write, which data/README.md lists.
 
 What it is follows from the content, and is printed. A path is also the utterance's id, its folder the speaker unless
 the list names one. Nothing is skipped or repaired silently.
@@ -163,8 +159,6 @@ def _row(place: str, record: dict[str, Any]) -> Row:
         next((record[name] for name in names if record.get(name)), "")
         for names in (PATH_NAMES, TRANSCRIPT_NAMES, SPEAKER_NAMES)
     )
-    if isinstance(path, dict):  # an audio column of Hugging Face's
-        path = path.get("path")
     problem = "" if path else f"no path: one of the fields {', '.join(PATH_NAMES)} is needed"
     if record.get("offset") not in (None, 0, "", "0", "0.0"):
         problem = f"part of a recording, from {record['offset']} on: cut it out first"

@@ -53,9 +53,8 @@ class UtteranceRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SubsetSummary:
-    """An entry of dataset.json, by its keys. `index_sha256` is that of utterances.csv, which covers every utterance."""
+    """A subset in dataset.json, by its keys. `index_sha256` is that of utterances.csv, which covers every utterance."""
 
-    name: str
     utterances: int
     speakers: int
     samples: int
@@ -106,8 +105,7 @@ class Subset:
 class PackedDataset:
     """A data set by its dataset.json alone; `subset` and `split` open the audio when called.
 
-    `splits` names the prepared subsets of "train", "validation" and "test". `digest` is empty while a download that
-    adds subsets is unfinished (open_dataset refuses such a data set).
+    `splits` names the prepared subsets by split. `digest` is empty while a download that adds subsets is unfinished.
     """
 
     path: Path
@@ -155,44 +153,35 @@ def read_dataset(path: Path) -> PackedDataset:
     file = path / DATASET_FILE
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if content["format_version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{path} has format version {content['format_version']}, this code reads version {FORMAT_VERSION}: "
-                "run download_dataset.sh with another --dataset-dir"
-            )
+        if (version := content["format_version"]) != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}, not {FORMAT_VERSION}: give another --dataset-dir")
         summary = {
-            name: SubsetSummary(name, **{key: value for key, value in entry.items() if key != "hours"})
+            name: SubsetSummary(**{key: value for key, value in entry.items() if key != "hours"})
             for name, entry in content["subsets"].items()
         }
         splits = {split: list(content["splits"][split]) for split in SPLITS}
         return PackedDataset(path, content["corpus"], content["synthetic"], splits, content["digest"], summary)
     except FileNotFoundError:
         corpus = path.name.removesuffix("_dataset").lower() if path.name.endswith("_dataset") else "NAME"
-        raise UserError(
-            f"no data set in {path}: run 'sh download_dataset.sh --corpus {corpus} --dataset-dir {path}'"
-        ) from None
+        command = f"sh download_dataset.sh --corpus {corpus} --dataset-dir {path}"
+        raise UserError(f"no data set in {path}: run '{command}'") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a data set of this program, or {file} is damaged ({error!r}): give another --dataset-dir"
-        ) from error
+        reason = f"is not a data set of this program, or {file} is damaged ({error!r})"
+        raise UserError(f"{path} {reason}: give another --dataset-dir") from error
 
 
 def open_dataset(path: Path) -> PackedDataset:
     """Open a finished data set, reading dataset.json only. UserError says what to run where there is none."""
     dataset = read_dataset(path)
     if not dataset.digest:
-        raise UserError(
-            f"{path} is unfinished: run the same 'sh download_dataset.sh' command again "
-            f"(--corpus {dataset.corpus} --dataset-dir {path})"
-        )
+        command = f"sh download_dataset.sh --corpus {dataset.corpus} --dataset-dir {path}"
+        raise UserError(f"{path} is unfinished: run the same command again, '{command}'")
     return dataset
 
 
 def write_dataset(dataset: PackedDataset, scratch: Path | None = None) -> None:
     """Write dataset.json, whole or not at all, by way of a file in `scratch` (atomic_open)."""
     subsets = {name: asdict(summary) | {"hours": round(summary.hours, 4)} for name, summary in dataset.summary.items()}
-    for entry in subsets.values():
-        del entry["name"]
     content = {
         "format_version": FORMAT_VERSION,
         "corpus": dataset.corpus,
@@ -229,8 +218,7 @@ def read_index(file: Path) -> Iterator[UtteranceRow]:
     try:
         with file.open(encoding="utf-8", newline="") as stream:
             reader = csv.reader(stream, strict=True)
-            if tuple(next(reader, ())) != COLUMNS:
-                raise UserError(f"{file}: the first line does not read {','.join(COLUMNS)}; run verify_dataset.sh")
+            next(reader, None)  # the names of the columns
             for row in reader:
                 try:
                     name, speaker, offset, samples, transcript, digest = row

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +51,7 @@ class Preparation:
         shutil.rmtree(unpacked)
 
     def add_subset(self, archive: VerifiedArchive, name: str, utterances: Sequence[Utterance]) -> None:
-        """Add one subset to the data set, which is unfinished then."""
+        """Add one subset."""
         partial, final = self.work / name, self.dataset.path / name
         partial.mkdir()
         summary = self._pack(partial, archive, utterances)
@@ -72,33 +71,28 @@ class Preparation:
     def _pack(self, folder: Path, archive: VerifiedArchive, utterances: Sequence[Utterance]) -> packed.SubsetSummary:
         """Write audio.npy and utterances.csv of the subset of the folder's name."""
         ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.id))
-        offsets = list(accumulate((utterance.num_samples for utterance in ordered), initial=0))
+        samples = sum(utterance.num_samples for utterance in ordered)
         audio = folder / packed.AUDIO_FILE
-        audio.write_bytes(packed.audio_header(offsets[-1]))
+        audio.write_bytes(packed.audio_header(samples))
         # To its full size: a limit of file size is met before anything is decoded.
-        os.truncate(audio, packed.AUDIO_HEADER_BYTES + 2 * offsets[-1])
-        digests = [""] * len(ordered)
+        os.truncate(audio, packed.AUDIO_HEADER_BYTES + 2 * samples)
+        rows: list[packed.UtteranceRow] = []
         notes: list[str] = []
         with progress_bar(f"preparing {folder.name}", len(ordered), " utterances") as bar:
-            for place, digest, note in _decode_all(audio, ordered, offsets, self.jobs):
-                digests[place] = digest
+            for row, note in _decode_all(audio, ordered, self.jobs):
+                rows.append(row)
                 notes += [note] if note else []
                 bar.update(1)
         if notes:
             print(f"warning: {folder.name}: {len(notes)} utterances to check:\n{first_of(notes)}", file=sys.stderr)
-        rows = (
-            packed.UtteranceRow(spoken.id, spoken.speaker, offset, spoken.num_samples, spoken.transcript, digest)
-            for spoken, offset, digest in zip(ordered, offsets[:-1], digests, strict=True)
-        )
         with audio.open("rb") as stream:
             os.fsync(stream.fileno())
         return packed.SubsetSummary(
-            name=folder.name,
             utterances=len(ordered),
             speakers=len({utterance.speaker for utterance in ordered}),
-            samples=offsets[-1],
+            samples=samples,
             longest_samples=ordered[-1].num_samples,
-            index_sha256=packed.write_index(folder / packed.INDEX_FILE, rows),
+            index_sha256=packed.write_index(folder / packed.INDEX_FILE, sorted(rows, key=lambda row: row.offset)),
             archive=archive.file.name,
             archive_md5=archive.md5,
             archive_sha256=archive.sha256,
@@ -142,40 +136,40 @@ def unpack(archive: Path, folder: Path) -> None:
         raise UserError(f"{archive} cannot be unpacked into {folder}: {error}") from error
 
 
-def _decode_all(
-    audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], jobs: int
-) -> Iterator[tuple[int, str, str]]:
-    """Decode all utterances into audio.npy, in `jobs` threads; yield of each its place, digest and a warning."""
-    groups: dict[str | int, list[int]] = {}  # a task decodes successive utterances, or makes those of one speaker
+def _decode_all(audio: Path, ordered: Sequence[Utterance], jobs: int) -> Iterator[tuple[packed.UtteranceRow, str]]:
+    """Decode all utterances into audio.npy, in `jobs` threads; yield the row of each and a warning."""
+    tasks: dict[str | int, list[tuple[int, Utterance]]] = {}  # of successive utterances, or of one synthetic speaker
+    offset = 0
     for place, utterance in enumerate(ordered):
         task = utterance.speaker if utterance.encoding in SYNTHESIZERS else place // UTTERANCES_PER_TASK
-        groups.setdefault(task, []).append(place)
+        tasks.setdefault(task, []).append((offset, utterance))
+        offset += utterance.num_samples
     pool = ThreadPoolExecutor(jobs)  # decoding, resampling and digests let other threads run
     try:
-        for decoded in pool.map(partial(_decode_some, audio, ordered, offsets), groups.values()):
+        for decoded in pool.map(partial(_decode_task, audio), tasks.values()):
             yield from decoded
     finally:
         pool.shutdown(cancel_futures=True)  # the first error is enough
 
 
-def _decode_some(
-    audio: Path, ordered: Sequence[Utterance], offsets: Sequence[int], places: Sequence[int]
-) -> list[tuple[int, str, str]]:
-    """Decode the utterances at these places; return of each its place, digest and a warning."""
-    utterances, decoded = [ordered[place] for place in places], []
+def _decode_task(audio: Path, task: Sequence[tuple[int, Utterance]]) -> list[tuple[packed.UtteranceRow, str]]:
+    """Decode some utterances, each to its offset; return the row of each and a warning."""
+    utterances, decoded = [utterance for _, utterance in task], []
     if (encoding := utterances[0].encoding) in SYNTHESIZERS:
         waveforms: Iterable = ((waveform, 0) for waveform in SYNTHESIZERS[encoding].speak_utterances(utterances))
     else:
         waveforms = map(decode, utterances)
     # Written, not memory-mapped: a full disk is then an error and not a bus fault.
     with audio.open("r+b") as stream:
-        for place, utterance, (samples, clipped) in zip(places, utterances, waveforms, strict=True):
+        for (offset, spoken), (samples, clipped) in zip(task, waveforms, strict=True):
+            name, transcript = spoken.id, spoken.transcript
             waveform = np.ascontiguousarray(samples, dtype="<i2")
-            note = f"{utterance.id}: {clipped} samples were beyond full scale and were clipped" if clipped else ""
+            note = f"{name}: {clipped} samples were beyond full scale and were clipped" if clipped else ""
             if waveform.min() == waveform.max():
-                note = f"{utterance.id}: nothing but silence; do its channels cancel each other?"
-            decoded.append((place, packed.utterance_digest(waveform, utterance.transcript), note))
-            stream.seek(packed.AUDIO_HEADER_BYTES + 2 * offsets[place])
+                note = f"{name}: nothing but silence; do its channels cancel each other?"
+            digest = packed.utterance_digest(waveform, transcript)
+            decoded.append((packed.UtteranceRow(name, spoken.speaker, offset, len(waveform), transcript, digest), note))
+            stream.seek(packed.AUDIO_HEADER_BYTES + 2 * offset)
             stream.write(waveform.data)
     return decoded
 
@@ -186,7 +180,6 @@ def check_place(dataset: packed.PackedDataset, subsets: Iterable[str]) -> None:
         raise not_ours(dataset.path / packed.DATASET_FILE)
     for folder in (dataset.path / name for name in subsets):
         known = set(CONTENT if folder.name in dataset.summary else ())
-        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-            raise not_ours(folder)
-        if folder.exists() and {entry.name for entry in folder.iterdir()} - known:
+        other = folder.is_symlink() or (folder.exists() and not folder.is_dir())
+        if other or (folder.exists() and {entry.name for entry in folder.iterdir()} - known):
             raise not_ours(folder)

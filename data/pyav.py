@@ -60,7 +60,6 @@ def _blocks(file: Path, container: Any, audio: Any, estimated: bool, messages: l
     import av
 
     rate, frames, first, dropped = audio.rate, 0, 0, 0
-    block_coded = container.format.name == "wav"
     absolute = container.format.name.startswith(("mov", "matroska"))  # others have a clock that runs anyhow
     origin = 0.0 if absolute else (container.start_time or 0) / av.time_base
     claim = None
@@ -87,8 +86,6 @@ def _blocks(file: Path, container: Any, audio: Any, estimated: bool, messages: l
                         yield np.zeros((min(SILENCE_FRAMES, missing - start), 1), dtype=np.int16)
                     first, frames = missing if frames == 0 else first, frames + missing
                 block = _frame_samples(frame)
-                if block_coded and claim:
-                    block = block[: max(0, round(claim * rate) - frames)]  # the last block is filled up
                 frames += len(block)
                 if len(block):
                     yield block
@@ -98,8 +95,6 @@ def _blocks(file: Path, container: Any, audio: Any, estimated: bool, messages: l
     except (av.FFmpegError, OSError) as error:
         reason = _reason(messages, error)
         raise UserError(f"{file} is damaged after {frames / rate:.2f} s (FFmpeg: {reason})") from error
-    if block_coded and frames != round((claim or 0.0) * rate):
-        raise UserError(f"{file} does not hold the samples that its fact chunk says, or has no fact chunk")
     seconds = (frames - (first if audio.duration else 0)) / rate
     missing_s = (claim or 0.0) - seconds
     if claim and (missing_s > TOLERANCE_S or (uncoded and missing_s < -TOLERANCE_S)):  # a second header would be noise

@@ -3,8 +3,7 @@
 - LibriSpeech: a FLAC file per utterance, a `.trans.txt` per chapter.
 - AN4: headerless big-endian 16-bit files, lists in `etc/`.
 
-Anything doubtful is an error that names file and utterance: nothing is skipped or repaired silently. Your own speech
-is read by own_speech.py.
+Anything doubtful is an error that names file and utterance: nothing is skipped or repaired silently.
 """
 
 import os
@@ -61,10 +60,7 @@ def read_utterances(folder: Path, layout: str, subset: CorpusSubset) -> list[Utt
 
 
 def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
-    """Return its samples at 16 kHz mono, int16 [utterance.num_samples], and how many of them had to be clipped.
-
-    UserError for audio that is damaged.
-    """
+    """Return its samples at 16 kHz mono, int16 [num_samples], and how many were clipped. UserError if damaged."""
     file, clipped = Path(utterance.file), 0
     try:
         if utterance.encoding == "raw":

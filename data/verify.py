@@ -4,10 +4,9 @@
     python -m data.verify --dataset-dir AN4_dataset
     python -m data.verify --quick                          sizes, counts and index alone, in seconds
 
-Prints `Dataset Checksum Passed.` and exits 0, or `WARNING: Dataset Checksum Failed.`, what is wrong and where, and
-exits 1. The checksum is that of packed.py, computed from the files and compared with dataset.json, and with the
-catalog's where that has one. Only if it is wrong is the audio read a second time and the digest of each utterance
-compared with the index's, to find what is damaged.
+The checksum is that of packed.py, compared with dataset.json's, and with the catalog's where that has one. Only if it
+is wrong is the audio read a second time, to find the utterances that do not have the digest of the index. Exits 1 if
+anything is wrong.
 """
 
 import sys
@@ -56,23 +55,18 @@ def verify(options: Options) -> bool:
         print("WARNING: Dataset Checksum Failed.")
         print(first_of(problems))
         return False
-    if options.quick:
-        print("Quick check passed: sizes, counts and index. The samples were not read: this is not the full check.")
-    else:
-        print("Dataset Checksum Passed.")
-    for subset in dataset.summary.values():
+    quick = "Quick check passed: sizes, counts and index. The samples were not read: this is not the full check."
+    print(quick if options.quick else "Dataset Checksum Passed.")
+    for name, subset in dataset.summary.items():
         note = "" if subset.official or dataset.synthetic else "; not from the published archive"
-        print(f"{subset.name}: {subset.utterances} utterances, {subset.hours:.2f} h, {subset.speakers} speakers{note}")
+        print(f"{name}: {subset.utterances} utterances, {subset.hours:.2f} h, {subset.speakers} speakers{note}")
     if not options.quick:
         print(f"sha256 {dataset.digest}")
     return True
 
 
 def validate(dataset: packed.PackedDataset, *, quick: bool = False) -> list[str]:
-    """Return all that is wrong with a data set, one line each that says where; empty if nothing is.
-
-    `quick` leaves out what needs the samples to be read.
-    """
+    """Return all that is wrong with a data set, one line each that says where; if `quick`, without reading samples."""
     corpus = find_corpus(dataset.corpus)
     problems = list(_check_against_catalog(dataset, corpus))
     for name in dataset.summary:
@@ -89,16 +83,16 @@ def validate(dataset: packed.PackedDataset, *, quick: bool = False) -> list[str]
                 problems += _changed_utterances(dataset.path / name, summary)
         problems.append(f"the checksum of {dataset.path} is {digest}, {packed.DATASET_FILE} has {dataset.digest}")
     if corpus.reference_digest and len(dataset.summary) == len(corpus.subsets) and digest != corpus.reference_digest:
+        why = "eSpeak NG of another platform or version speaks slightly differently"
         problems.append(
-            f"the checksum of {dataset.path} is {digest}, the reference is {corpus.reference_digest}: "
-            "eSpeak NG of another platform or version speaks slightly differently"
+            f"the checksum of {dataset.path} is {digest}, not the reference {corpus.reference_digest}: {why}"
         )
     return problems
 
 
 def _changed_utterances(folder: Path, summary: packed.SubsetSummary) -> Iterator[str]:
     """Name the utterances that do not have the digest that utterances.csv states."""
-    name, audio = summary.name, folder / packed.AUDIO_FILE
+    name, audio = folder.name, folder / packed.AUDIO_FILE
     with progress_bar(f"looking for damage in {name}", summary.utterances, " utterances") as bar:
         for row in packed.read_index(folder / packed.INDEX_FILE):
             bar.update(1)

@@ -54,7 +54,7 @@ def write_packed_dataset(path: Path, counts: dict[str, int], *, seed: int = 0) -
         index_sha256 = packed.write_index(path / name / packed.INDEX_FILE, rows)
         nothing = hashlib.md5(b"").hexdigest()
         summaries[name] = packed.SubsetSummary(
-            name, count, 1, offset, len(spoken[-1][0]), index_sha256, "none", nothing, nothing, False
+            count, 1, offset, len(spoken[-1][0]), index_sha256, "none", nothing, nothing, False
         )
     splits = {split: [f"tones-{split}"] if split in counts else [] for split in packed.SPLITS}
     digest = packed.dataset_digest(path, summaries)

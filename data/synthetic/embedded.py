@@ -8,8 +8,7 @@ cards, all of it before any of it again: each word occurs about equally often. E
 
 - One process per speaker (speaking.py).
 - Of `random`, only `Random.random`: it alone is guaranteed to return the same numbers in every version of Python.
-- Integers wherever possible. Only the resampling is done in floating point, in double precision, where the last bits,
-  which may differ between processors, practically never reach the rounded 16-bit sample.
+- Resampling in double precision: last bits, which may differ between processors, hardly ever reach the 16-bit sample.
 - A fixed version of espeakng-loader. Its library is compiled per platform; the reference checksum was made on x86-64.
 """
 
@@ -46,6 +45,7 @@ VOICES = {
 ACCENTS_PER_VOICE = 2
 EDGE_SAMPLES = 800  # of noise alone before and after the speech
 GAIN = 0.7  # leaves room for what resampling and noise add
+_spoken: dict[str, np.ndarray] = {}  # by id: an utterance is spoken to know its length, and packed later
 _LINES = Path(__file__).with_name("grammar.txt").read_text(encoding="utf-8").splitlines()
 TEMPLATES = [line for line in _LINES if line and not line.startswith(("#", "+"))]
 SLOTS = {line.split()[1]: line.split(maxsplit=2)[2].split("|") for line in _LINES if line.startswith("+")}
@@ -103,26 +103,23 @@ def build_speakers() -> dict[str, list[Speaker]]:
 
 
 def list_utterances(corpus: Corpus, subset: CorpusSubset) -> list[Utterance]:
-    """Return the utterances of a subset, to be spoken by speak_utterances; here they are, too, for their lengths."""
+    """Return the utterances of a subset, for speak_utterances; they are spoken here, for their lengths."""
     speakers, utterances = build_speakers()[subset.name], []
     with ThreadPool() as pool, progress_bar(f"speaking {subset.name}", len(speakers), " speakers") as bar:
         for speaker, waveforms in zip(speakers, pool.imap(synthesize, speakers), strict=True):
             number = str(speaker.number)
             for line, waveform in zip(speaker.lines, waveforms, strict=True):
                 utterances.append(Utterance(line.id, number, line.text, subset.name, len(waveform), corpus.layout))
+                _spoken[line.id] = waveform
             bar.update(1)
     return utterances
 
 
 def speak_utterances(utterances: Sequence[Utterance]) -> list[np.ndarray]:
-    """Return all that one speaker says: int16 [num_samples] at 16 kHz for each utterance."""
-    number, subset = utterances[0].speaker, utterances[0].file
-    speaker = next(each for each in build_speakers()[subset] if str(each.number) == number)
-    spoken = {line.id: waveform for line, waveform in zip(speaker.lines, synthesize(speaker), strict=True)}
-    return [spoken[utterance.id] for utterance in utterances]
+    """Return what list_utterances has kept, once: int16 [num_samples] at 16 kHz for each utterance."""
+    return [_spoken.pop(utterance.id) for utterance in utterances]
 
 
-@cache  # for its length and for its samples
 def synthesize(speaker: Speaker) -> list[np.ndarray]:
     """Return what a speaker says, by line: int16 [samples] at 16 kHz. UserError names a voice or a line that fails."""
     rate, spoken = speak(f"{speaker.accent}+{speaker.voice}", speaker.lines)

@@ -2,11 +2,8 @@
 
     python -m data.download --corpus rehearsal --hours 10
 
-Of H hours, a training subset has H / 960.9 of LibriSpeech's utterances, and any other the square root of that share, or
-its WER would mean little. Durations have LibriSpeech's percentiles. Texts are words drawn one by one, as many as fit.
-Speakers are drawn too: accent, pitch, formants, speed, level, room and noise, which vary more in `other` subsets.
-
-There are no archives: who says what for how long is known beforehand, and is spoken straight into the packed data set.
+data/README.md says what it is like. Subsets that are not of training are larger than their share, or WER would mean
+little. There are no archives: who says what for how long is known beforehand, and is spoken straight into place.
 """
 
 import random

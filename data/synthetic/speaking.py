@@ -2,9 +2,8 @@
 
     python data/synthetic/speaking.py < request.json > speech
 
-The request names the library, its data folder, a voice (or has the definition of one, in the format of eSpeak NG's
-voice files) and the lines (text, rate in words per minute, pitch 0-99). The answer is a line of JSON (sample rate,
-number of samples of each line), then the 16-bit samples of all lines.
+The request is what voices.py makes of its arguments. The answer is a line of JSON (sample rate, number of samples of
+each line), then the 16-bit samples of all lines.
 
 Why a process: eSpeak NG keeps state from one voice to the next, so that only a fresh one gives the same bytes whatever
 was spoken before. Only the standard library is imported, for a hundred such processes to start quickly.

@@ -1,6 +1,5 @@
 """Recordings of all kinds: the same samples from each, read to its end or refused by name."""
 
-import struct
 import sys
 from io import BytesIO
 from itertools import pairwise
@@ -222,20 +221,6 @@ def test_of_several_streams_one_is_read_and_said(tmp_path: Path, av: Any, capsys
     said = capsys.readouterr().err
     assert str(file) in said and "2 audio streams" in said and said.count("\n") == 1
     assert decode_audio(file)[0].any() == ("stream 1" in said)
-
-
-@pytest.mark.parametrize("subtype", ["IMA_ADPCM", "MS_ADPCM", "GSM610"])
-def test_the_last_block_of_a_block_coded_wav_ends_where_its_fact_chunk_says(
-    tmp_path: Path, subtype: str, av: Any
-) -> None:
-    content = bytearray(encoded(tone(16000), 16000, "WAV", subtype))
-    at = content.index(b"fact")
-    whole = struct.unpack("<I", content[at + 8 : at + 12])[0]
-    content[at + 8 : at + 12] = struct.pack("<I", whole - 100)
-    assert num_samples(written(tmp_path, bytes(content))) == whole - 100
-    del content[at : at + 12]
-    content[4:8] = struct.pack("<I", len(content) - 8)
-    refused(written(tmp_path, bytes(content)), "fact")
 
 
 def test_without_pyav_the_error_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

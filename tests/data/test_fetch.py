@@ -9,7 +9,7 @@ import pytest
 from data import fetch as fetching
 from data.cli import UserError
 from data.corpora import Archive
-from data.fetch import VerifiedArchive, read_checksums
+from data.fetch import Download, VerifiedArchive, read_checksums
 from tests.data.made_up import files_below
 from tests.data.misbehaving import Answer, Server, serving
 
@@ -22,7 +22,8 @@ PAGE = b"<html>Please log in</html>"
 
 
 def fetch(mirrors: str | list[str], target: Path, wanted: Archive = WANTED) -> VerifiedArchive:
-    return fetching.fetch(wanted, [mirrors] if isinstance(mirrors, str) else mirrors, target, lambda count: None)
+    download = Download(wanted, target, lambda count: None, threading.Event())
+    return download.complete([mirrors] if isinstance(mirrors, str) else mirrors)
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +49,6 @@ def is_complete(target: Path) -> bool:
     return target.read_bytes() == CONTENT and files_below(target.parent) == [NAME]
 
 
-def part_of(target: Path) -> Path:
-    return target.with_name(f"{NAME}.part")
-
-
 def cut(size: Callable[[int], int]) -> Callable[[str, int, Answer], None]:
     """Behavior that ends the body of request `number` after `size(number)` bytes."""
 
@@ -65,7 +62,7 @@ def cut(size: Callable[[int], int]) -> Callable[[str, int, Answer], None]:
 def test_connections_cut_at_random_bytes_are_resumed(server: Server, target: Path, wanted: Archive) -> None:
     server.behave = cut(lambda number: random.Random(number).randrange(1, 40_000))
     sizes: list[int] = []
-    verified = fetching.fetch(wanted, [server.address], target, sizes.append)
+    verified = Download(wanted, target, sizes.append, threading.Event()).complete([server.address])
     assert verified == VerifiedArchive(target, WANTED.md5, hashlib.sha256(CONTENT).hexdigest())
     assert is_complete(target) and sum(sizes) == len(CONTENT)
     ranges = [headers.get("Range") for headers in server.requests]
@@ -76,11 +73,10 @@ def test_connections_cut_at_random_bytes_are_resumed(server: Server, target: Pat
     "left", [CONTENT[:150_000], CONTENT, CONTENT[:-1], CONTENT + b"more", bytes(100_000), bytes(len(CONTENT))]
 )
 @pytest.mark.parametrize("wanted", [WANTED, OF_UNKNOWN_SIZE])
-@pytest.mark.parametrize("suffix", [".part", ""])  # the latter of a run that was ended before it prepared the archive
 def test_whatever_an_earlier_run_left_the_archive_is_whole(
-    server: Server, target: Path, left: bytes, wanted: Archive, suffix: str
+    server: Server, target: Path, left: bytes, wanted: Archive
 ) -> None:
-    target.with_name(NAME + suffix).write_bytes(left)
+    target.write_bytes(left)
     fetch(server.address, target, wanted)
     assert is_complete(target)
     if CONTENT.startswith(left) and len(left) < len(CONTENT):
@@ -112,7 +108,7 @@ def test_a_stalled_connection_is_dropped_and_resumed(
 
 
 def test_redirects_are_followed_with_the_range_but_not_without_end(server: Server, target: Path) -> None:
-    part_of(target).write_bytes(CONTENT[:50_000])
+    target.write_bytes(CONTENT[:50_000])
     server.behave = lambda path, number, answer: (
         answer.become(302, {"Location": f"/new/{NAME}"}) if path.startswith("/old/") else None
     )
@@ -127,7 +123,7 @@ def test_redirects_are_followed_with_the_range_but_not_without_end(server: Serve
 def test_a_login_page_costs_nothing_that_was_downloaded_and_is_named(
     server: Server, target: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    part_of(target).write_bytes(CONTENT[:150_000])
+    target.write_bytes(CONTENT[:150_000])
 
     def behave(path: str, number: int, answer: Answer) -> None:
         if path.startswith("/login"):
@@ -139,14 +135,14 @@ def test_a_login_page_costs_nothing_that_was_downloaded_and_is_named(
     for wanted in (WANTED, OF_UNKNOWN_SIZE):
         with pytest.raises(UserError, match=r"text/html, not a \.tar\.gz .*/login$"):
             fetch(f"{server.address}/portal", target, wanted)
-        assert part_of(target).read_bytes() == CONTENT[:150_000]
+        assert target.read_bytes() == CONTENT[:150_000]
     fetch([f"{server.address}/login", server.address], target)
     assert is_complete(target) and server.requests[-1]["Range"] == "bytes=150000-"
     assert "secret" not in capsys.readouterr().err
 
 
 def test_a_server_without_ranges_starts_again(server: Server, target: Path) -> None:
-    part_of(target).write_bytes(CONTENT[:150_000])
+    target.write_bytes(CONTENT[:150_000])
     server.ranges = False
     server.behave = cut(lambda number: 100_000 if number < 2 else len(CONTENT))
     fetch(server.address, target)
@@ -177,7 +173,7 @@ def test_a_dead_mirror_is_left_after_some_attempts(server: Server, target: Path)
     server.behave = cut(lambda number: 0 if number else 80_000)
     with pytest.raises(UserError, match="no mirror delivered"):
         fetch(server.address, target)
-    assert part_of(target).read_bytes() == CONTENT[:80_000] and len(server.requests) == fetching.RETRIES + 1
+    assert target.read_bytes() == CONTENT[:80_000] and len(server.requests) == fetching.RETRIES + 1
 
 
 def test_a_download_that_is_told_to_stop_stops_while_it_waits(
@@ -188,7 +184,7 @@ def test_a_download_that_is_told_to_stop_stops_while_it_waits(
     stop = threading.Event()
     threading.Timer(0.2, stop.set).start()
     with pytest.raises(UserError, match="stopped"):
-        fetching.fetch(WANTED, [server.address], target, lambda count: None, stop)
+        Download(WANTED, target, lambda count: None, stop).complete([server.address])
 
 
 def test_a_proxy_of_the_environment_is_used_but_not_for_hosts_that_it_excepts(
@@ -204,6 +200,27 @@ def test_a_proxy_of_the_environment_is_used_but_not_for_hosts_that_it_excepts(
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     fetch(server.address, target)
     assert is_complete(target)
+
+
+def test_a_login_in_an_address_is_sent_to_that_alone_and_never_printed(
+    server: Server, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def behave(path: str, number: int, answer: Answer) -> None:
+        if server.requests[number].get("Authorization") != "Basic bWU6cEBzcw==":
+            answer.become(401, {"WWW-Authenticate": 'Basic realm="speech"'})
+        elif number < 3:
+            answer.become(503)
+
+    server.behave = behave
+    fetch(server.address.replace("http://", "http://me:p%40ss@"), target)
+    assert is_complete(target) and len(server.requests) == 4
+    target.unlink()
+    with serving(tmp_path / "served") as other, pytest.raises(UserError) as raised:
+        other.behave = lambda path, number, answer: answer.become(302, {"Location": f"{server.address}/{NAME}"})
+        wrong = [server.address.replace("http://", f"http://me:{password}@") for password in ("wr/ng", "wr ng")]
+        fetch([*wrong, "http://me:p%40ss@[1", other.address.replace("http://", "http://me:p%40ss@")], target)
+    assert str(raised.value).count("HTTP status 401") == 3
+    assert not [word for word in ("me:", "p%40ss", "p@ss", "wr") if word in capsys.readouterr().err + str(raised.value)]
 
 
 @pytest.mark.parametrize("line", ["hello world", "d41d8cd98f00b204e9800998ecf8427e", "z" * 32 + "  a.tar.gz"])

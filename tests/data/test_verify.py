@@ -61,7 +61,7 @@ def test_the_command_tells_what_has_changed_and_exits_with_1(dataset: PackedData
         (",0,1000,", ",0,-1,", "utterance 85-1-0001 has changed"),
         (",0,1000,", ",-1,1000,", "utterance 85-1-0001 has changed"),
         (",0,1000,", ",0,x,", "line 2: not an utterance"),
-        ("id,speaker", "name,speaker", "the first line does not read"),
+        ("id,speaker", "name,speaker", "dev-clean is not what was prepared"),
         ("85-1-0001,85,", "85-1-0001,86,", "dev-clean is not what was prepared"),
     ],
 )
@@ -137,7 +137,7 @@ def test_a_checksum_other_than_the_reference_fails(dataset: PackedDataset, monke
     corpus = find_corpus(dataset.corpus)
     corpus = replace(corpus, subsets=tuple(corpus.select(dataset.summary)), reference_digest="0" * 64)
     monkeypatch.setattr("data.verify.find_corpus", lambda name: corpus)
-    assert f"the checksum of {dataset.path} is {dataset.digest}, the reference is 0000" in validate(dataset)[-1]
+    assert f"the checksum of {dataset.path} is {dataset.digest}, not the reference 0000" in validate(dataset)[-1]
 
 
 @pytest.mark.parametrize("quick", [False, True])

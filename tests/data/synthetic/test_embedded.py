@@ -45,7 +45,7 @@ def test_every_word_is_frequent_in_training_and_none_is_new_in_validation() -> N
 def test_a_speaker_sounds_the_same_every_time(index: int) -> None:
     speaker = build_speakers()[TRAIN][index]
     speaker = replace(speaker, lines=speaker.lines[:5])
-    once, again = synthesize.__wrapped__(speaker), synthesize(speaker)
+    once, again = synthesize(speaker), synthesize(speaker)
     assert len(once) == 5
     for first, second in zip(once, again, strict=True):
         np.testing.assert_array_equal(first, second)
