@@ -86,19 +86,17 @@ class Subset:
         return len(self.ids)
 
     def waveform(self, index: int) -> np.ndarray:
-        """Return the samples of utterance `index`: int16 [num_samples[index]], a view of the mapped file."""
-        start = int(self.offsets[index])
-        return self.audio[start : start + int(self.num_samples[index])]
+        """Return the samples of utterance `index`: int16 [num_samples[index]], a view of the mapped file.
 
-    def will_need(self, index: int) -> None:
-        """Start to read utterance `index` from the disk, as a whole; else the first look at each page reads it.
-
-        That reads up to ten times as much, since the system guesses what is next, and waits for one page at a time.
+        The system starts to read them from the disk, as a whole. Without that, the first look at each of their pages
+        would wait for it, and for what the system guesses is next: up to ten times as much.
         """
+        start, count = int(self.offsets[index]), int(self.num_samples[index])
         if isinstance(self.audio.base, mmap.mmap):
-            start = AUDIO_HEADER_BYTES + 2 * int(self.offsets[index])
-            surplus = start % mmap.PAGESIZE
-            self.audio.base.madvise(mmap.MADV_WILLNEED, start - surplus, surplus + 2 * int(self.num_samples[index]))
+            first_byte = AUDIO_HEADER_BYTES + 2 * start
+            surplus = first_byte % mmap.PAGESIZE
+            self.audio.base.madvise(mmap.MADV_WILLNEED, first_byte - surplus, surplus + 2 * count)
+        return self.audio[start : start + count]
 
 
 @dataclass(frozen=True)

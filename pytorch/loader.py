@@ -49,10 +49,6 @@ class Utterances:
     def __len__(self) -> int:
         return len(self.num_samples)
 
-    def will_need(self, index: int) -> None:
-        """Start to read utterance `index` from the disk."""
-        self.subsets[self._subset[index]].will_need(int(self._position[index]))
-
     def waveform(self, index: int) -> np.ndarray:
         """Return int16 samples at 16 kHz."""
         return self.subsets[self._subset[index]].waveform(int(self._position[index]))
@@ -185,12 +181,11 @@ def make_batch(
     samples = max(int(num_samples_B.max()), (frames - 1) * HOP_LENGTH)
     pinned = device.type in ("cuda", "xpu")  # page-locked: these devices then copy while the host goes on
     waveforms_BS = torch.empty(len(indices), samples, dtype=torch.int16, pin_memory=pinned)
-    for index in indices:
-        utterances.will_need(index)
+    views = [utterances.waveform(index) for index in indices]  # of which none is read yet, but all are asked for
     # NumPy, since a torch operation on this much in the reader's thread would start a second pool of OpenMP threads;
     # with more threads than cores, the pools' threads sleep at every barrier instead of spinning.
-    for waveform, count, index in zip(waveforms_BS.numpy(), num_samples_B.tolist(), indices, strict=True):
-        waveform[:count], waveform[count:] = utterances.waveform(index), 0
+    for waveform, view in zip(waveforms_BS.numpy(), views, strict=True):
+        waveform[: len(view)], waveform[len(view) :] = view, 0
     encoded = [encode(utterances.transcript(index)) for index in indices]
     return Batch(
         indices=indices,

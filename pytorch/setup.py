@@ -183,9 +183,7 @@ def check_batches(world: World, config: Config, dataset: PackedDataset) -> None:
             raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
     shards = config.num_microbatches(world.size)
     if config.batch_size < shards:
-        raise RunError(
-            f"--batch-size {config.batch_size}: cannot be divided into {shards} parts (ranks x accumulation)"
-        )
+        raise RunError(f"--batch-size {config.batch_size} cannot be divided into {shards} (ranks x accumulation) parts")
 
 
 def max_train_samples(dataset: PackedDataset) -> int:

@@ -120,7 +120,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_but_for_batch_norm(u
 @pytest.mark.parametrize(
     ("batch_size", "said"),
     [
-        ("3", "--batch-size 3: cannot be divided into 4 parts"),
+        ("3", "--batch-size 3 cannot be divided into 4"),
         ("4", "leave one of 3, which cannot be divided into 4 microbatches"),  # 21 = 3 x 4 + 3 x 3
     ],
 )
