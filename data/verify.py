@@ -38,8 +38,8 @@ class Options:
 
 
 def main() -> int:
-    options = tyro.cli(Options, prog="verify_dataset.sh", description=Options.__doc__)
-    return exit_status(lambda: verify(options), None, interrupted="Interrupted. Not everything was checked.")
+    said = "Interrupted. Not everything was checked."
+    return exit_status(lambda: verify(tyro.cli(Options, prog="verify_dataset.sh")), None, interrupted=said)
 
 
 def verify(options: Options) -> bool:
