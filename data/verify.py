@@ -79,7 +79,7 @@ def validate(dataset: packed.PackedDataset, *, quick: bool = False) -> list[str]
         try:
             dataset.subset(name)
         except UserError as error:
-            problems.append(str(error))
+            problems.append(str(error).removesuffix("; run verify_dataset.sh"))
     if quick or not all((dataset.path / name).is_file() for name in packed.content_files(dataset.summary)):
         return problems
     digest = packed.dataset_digest(dataset.path, dataset.summary)
