@@ -56,8 +56,8 @@ class Options:
 
 
 def main() -> int:
-    options = tyro.cli(Options, prog="download_dataset.sh", description=Options.__doc__)
-    return exit_status(lambda: download(options), None, interrupted="Interrupted. Run the same command to resume.")
+    said = "Interrupted. Run the same command to resume."
+    return exit_status(lambda: download(tyro.cli(Options, prog="download_dataset.sh")), None, interrupted=said)
 
 
 def download(options: Options) -> PackedDataset:

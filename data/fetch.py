@@ -96,8 +96,8 @@ def obtain_archives(
     sizes = [archive.bytes for archive in wanted]  # 0 where --checksums replaces the published sums
     downloaded = sum(file.stat().st_size for file in (work / DOWNLOADS).glob("*"))
     # Archives that wait for their turn take no more than the room that their packed data will need, as an archive
-    # is smaller than that and then gone. So only one has to be counted.
-    waiting = max(0, max((archive.bytes for archive in absent), default=0) - downloaded)
+    # is smaller than that and then gone. So only one has to be counted, unless they are kept.
+    waiting = max(0, (sum if keep else max)([0, *(archive.bytes for archive in absent)]) - downloaded)
     check_space(work.parent, PACKED_RATIO * sum(sizes) + waiting + UNPACKED_RATIO * max(sizes))
 
     stop, failures = threading.Event(), []

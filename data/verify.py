@@ -37,8 +37,8 @@ class Options:
 
 
 def main() -> int:
-    options = tyro.cli(Options, prog="verify_dataset.sh", description=Options.__doc__)
-    return exit_status(lambda: verify(options), None, interrupted="Interrupted. Not everything was checked.")
+    said = "Interrupted. Not everything was checked."
+    return exit_status(lambda: verify(tyro.cli(Options, prog="verify_dataset.sh")), None, interrupted=said)
 
 
 def verify(options: Options) -> bool:
@@ -73,7 +73,7 @@ def validate(dataset: packed.PackedDataset, *, quick: bool = False) -> list[str]
         try:
             dataset.subset(name)
         except UserError as error:
-            problems.append(str(error))
+            problems.append(str(error).removesuffix("; run verify_dataset.sh"))
     if quick or not all((dataset.path / name).is_file() for name in packed.content_files(dataset.summary)):
         return problems
     digest = packed.dataset_digest(dataset.path, dataset.summary)

@@ -34,9 +34,7 @@ def lines(dataset: PackedDataset, options: Options) -> list[list[str]]:
     ]
 
 
-def test_output_that_nobody_reads_or_that_finds_no_room_ends_a_command_in_at_most_a_line(
-    lines: list[list[str]],
-) -> None:
+def test_output_without_reader_or_room_ends_a_command_in_at_most_a_line(lines: list[list[str]]) -> None:
     for words in lines:
         reading, writing = os.pipe()
         os.close(reading)
@@ -45,9 +43,13 @@ def test_output_that_nobody_reads_or_that_finds_no_room_ends_a_command_in_at_mos
         os.close(writing)
         with Path("/dev/full").open("wb") as full:
             ended = run(words, full.fileno())
-        assert ended.returncode == 1
+        assert ended.returncode == 1 and b"Traceback" not in ended.stderr
         assert ended.stderr.endswith(b": No space left on device\n")
-        assert b"Traceback" not in ended.stderr
+
+
+def test_help_is_laid_out_in_the_narrowest_terminal(lines: list[list[str]]) -> None:
+    for words in lines:
+        assert run(["env", "COLUMNS=5", *words, "--help"]).returncode == 0
 
 
 @pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.ENETDOWN])
@@ -59,9 +61,7 @@ def test_whatever_the_system_refuses_is_one_line(number: int, capfd: pytest.Capt
     assert capfd.readouterr().err == "error: No usable temporary directory\n"
 
 
-def test_a_name_that_is_not_unicode_is_printed_with_escapes(
-    mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_is_not_unicode_is_escaped(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")  # as in a UTF-8 locale other than C.UTF-8
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     asked = ["--subsets", "dev-clean", "--mirror", mirror, "--checksums", mirror / "md5sum.txt"]

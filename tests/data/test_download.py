@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -148,9 +149,7 @@ def test_a_request_that_cannot_be_met_is_one_line_and_exit_1(tmp_path: Path, wor
     assert files_below(tmp_path) == []
 
 
-def test_an_archive_with_a_wrong_sum_is_refused_before_it_is_unpacked(
-    options: Options, mirror: Path, folder: Path
-) -> None:
+def test_an_archive_with_a_wrong_sum_is_refused_before_unpacking(options: Options, mirror: Path, folder: Path) -> None:
     (mirror / ARCHIVE).write_bytes((mirror / ARCHIVE).read_bytes() + b"x")
     with pytest.raises(UserError, match=r"dev-clean.tar.gz .* has md5 [0-9a-f]{32}, expected [0-9a-f]{32}"):
         download(replace(options, subsets="dev-clean"))
@@ -225,6 +224,13 @@ def test_a_preparation_killed_ten_times_has_the_same_digest(options: Options, mi
     finished = download(replace(options, dataset_dir=path))
     assert finished.digest == undisturbed
     assert files_below(path) == files_below(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(("keep", "needed"), [(False, "180,826.4"), (True, "211,590.9")])
+def test_kept_archives_need_room(tmp_path: Path, keep: bool, needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Mock(free=0))
+    with pytest.raises(UserError, match=f"needs {needed} MB"):
+        download(Options(dataset_dir=tmp_path, keep_archives=keep))
 
 
 def test_a_disk_that_fills_up_is_a_clear_error_and_a_rerun_finishes(
@@ -322,9 +328,7 @@ def test_empty_folders_are_reused(options: Options, folder: Path) -> None:
     assert download(options).digest
 
 
-def test_what_the_user_puts_into_a_data_set_stays_when_its_audio_is_gone(
-    options: Options, dataset: PackedDataset
-) -> None:
+def test_what_a_user_puts_into_a_data_set_stays_when_its_audio_goes(options: Options, dataset: PackedDataset) -> None:
     (dataset.path / "dev-clean" / "audio.npy").unlink()
     (dataset.path / "dev-clean" / "notes.txt").write_text("mine")
     refused(dataset.path, "dev-clean", *arguments(options))

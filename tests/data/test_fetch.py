@@ -92,9 +92,7 @@ def test_a_passing_failure_is_retried(server: Server, target: Path, status: int)
     assert is_complete(target) and len(server.requests) == 4
 
 
-def test_a_stalled_connection_is_dropped_and_resumed(
-    server: Server, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stalled_connection_is_cut_and_resumed(server: Server, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "TIMEOUT_S", 0.3)
 
     def behave(path: str, number: int, answer: Answer) -> None:

@@ -91,9 +91,7 @@ def test_another_format_version_is_refused(dataset: PackedDataset) -> None:
 
 
 @pytest.mark.parametrize(("old", "new"), [(",0,1000,", ",x,1000,"), (",0,1000,", f",{2**70},1000,"), ("SHORT", "A,B")])
-def test_an_index_that_is_damaged_does_not_open_and_its_line_is_named(
-    dataset: PackedDataset, old: str, new: str
-) -> None:
+def test_a_damaged_index_does_not_open_and_its_line_is_named(dataset: PackedDataset, old: str, new: str) -> None:
     file = dataset.path / "dev-clean" / INDEX_FILE
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(UserError, match=r"utterances.csv, line 2: not an utterance"):
