@@ -98,10 +98,6 @@ class World:
         dist.broadcast_object_list(objects, src=src)
         return objects[0]
 
-    def barrier(self) -> None:
-        """Wait until every rank gets here."""
-        self.all_gather_object(None)
-
 
 def shutdown() -> None:
     """Disconnect from the other ranks."""

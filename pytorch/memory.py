@@ -31,9 +31,9 @@ def reset_peak(device: torch.device) -> None:
     """Have `peak` begin with what is taken now. Where that cannot be, it is the peak since the process began."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):  # no Linux, or a sandbox without this file
-        (ROOT / "proc/self/clear_refs").write_text("5")  # resets VmHWM
+    else:
+        with suppress(OSError):  # a sandbox without this file
+            (ROOT / "proc/self/clear_refs").write_text("5")  # resets VmHWM
 
 
 @contextmanager
@@ -58,14 +58,17 @@ def available() -> int:
     """Return the bytes that processes may still take, of the machine's memory and of each control group's."""
     free = [_fields("proc/meminfo")["MemAvailable"]]  # with what the page cache would give back
     groups = ROOT / "proc/self/cgroup"
-    own = groups.read_text().partition("0::/")[2].strip() if groups.exists() else ""
-    group = ROOT / "sys/fs/cgroup" / own
-    for folder in (group, *group.parents):  # a container sees its own group as the top one
-        with suppress(OSError, ValueError):  # no such group here, or one of version 1, or no limit: "max"
-            limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-            pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            files = int(pages["inactive_file"]) + int(pages["active_file"])  # which could be dropped
-            free.append(limit - max(0, used - files))
+    entries = [line.split(":", 2) for line in groups.read_text().splitlines()] if groups.exists() else []
+    own = {controllers: path.lstrip("/") for _, controllers, path in entries}
+    versions = ("", "max", "current", ""), ("memory", "limit_in_bytes", "usage_in_bytes", "total_")  # 2 and 1
+    for controllers, limit_name, used_name, prefix in versions:
+        group = ROOT / "sys/fs/cgroup" / controllers / own.get(controllers, "")
+        for folder in (group, *group.parents):  # a container sees its own group as the top one
+            with suppress(OSError, ValueError):  # no such group here, or no limit: "max"
+                limit, used = (int((folder / f"memory.{name}").read_text()) for name in (limit_name, used_name))
+                pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                files = int(pages[f"{prefix}inactive_file"]) + int(pages[f"{prefix}active_file"])  # could be dropped
+                free.append(limit - max(0, used - files))
     return min(free)
 
 

@@ -82,7 +82,7 @@ def train(config: Config, cache_clear: str) -> bool:
         run.mark_if_best()
     finally:  # a full disk does not cost the result
         print_result(run, reached, started_at)
-    world.barrier()  # no rank leaves while another still needs it
+    world.all_gather_object(None)  # no rank leaves while another still needs it
     return reached
 
 

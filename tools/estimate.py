@@ -131,7 +131,7 @@ def time_steps(trainer: Trainer, loader: TrainingLoader, epoch: int, start: int,
     batches = loader.epoch(epoch, start, stop)  # named, so that its end is not timed
     for indices, microbatches in batches:
         if not samples:
-            loader.world.barrier()  # the first batch is there, on every rank: a run's readers are ahead
+            loader.world.all_gather_object(None)  # the first batch is there, on every rank: a run's readers are ahead
             started = time.perf_counter()
         pending.append(trainer.train_step(microbatches, len(indices), trainer.config.learning_rate))
         if len(pending) > max_pending_steps(trainer.device):

@@ -53,8 +53,7 @@ def test_help_has_each_hyperparameter_once_in_its_group(capsys: pytest.CaptureFi
     _, *groups = re.split(r"(\w+) options\W*\n", capsys.readouterr().out)
     assert groups[::2] == ["run", "model", "optimization", "augmentation"]
     shown = [re.findall(r"^\W? (--[a-z][a-z0-9-]+)", text, re.MULTILINE) for text in groups[1::2]]
-    first = ["--dataset-dir", "--hidden-size", "--batch-size", "--augment-from-epoch"]
-    assert [options[0] for options in shown] == first
+    assert [each[0] for each in shown] == ["--dataset-dir", "--hidden-size", "--batch-size", "--augment-from-epoch"]
     assert sum(map(len, shown)) == len(dataclasses.fields(Config)) - 1
 
 

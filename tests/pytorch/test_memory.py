@@ -10,7 +10,8 @@ from pytorch.distributed import World
 
 GIB = 2**30
 MEMINFO = "MemTotal:       16777216 kB\nMemAvailable:    8388608 kB\n"  # 16 and 8 GiB
-PAGES = f"anon 0\ninactive_file {2 * GIB}\nactive_file 0\n"
+PAGES = f"inactive_file {2 * GIB}\nactive_file 0\ntotal_inactive_file {2 * GIB}\ntotal_active_file 0\n"
+OLD = {"memory.limit_in_bytes": str(6 * GIB), "memory.usage_in_bytes": str(5 * GIB), "memory.stat": PAGES}
 LIMITED = {"memory.max": str(6 * GIB), "memory.current": str(5 * GIB), "memory.stat": PAGES}
 
 
@@ -21,6 +22,7 @@ LIMITED = {"memory.max": str(6 * GIB), "memory.current": str(5 * GIB), "memory.s
         ("0::/job/step\n", "job", LIMITED, 3),  # a limit around ours
         ("0::/job\n", "job", LIMITED | {"memory.max": "max"}, 8),
         ("4:memory:/job\n0::/elsewhere/on/the/host\n", "", LIMITED, 3),  # as in a container
+        ("4:memory:/job/step\n0::/\n", "memory/job", OLD, 3),
     ],
 )
 def test_what_is_available_is_the_least_of_the_machine_and_of_its_control_groups(
@@ -47,6 +49,5 @@ def test_memory_that_is_not_there_cannot_be_taken(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_peak_is_the_most_that_was_taken() -> None:
-    large = torch.ones(100 << 20, dtype=torch.uint8)
-    del large
+    torch.ones(100 << 20, dtype=torch.uint8)
     assert memory.peak(torch.device("cpu")) > 100 << 20
