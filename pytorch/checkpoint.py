@@ -181,8 +181,6 @@ def check_resumable(content: dict[str, Any], config: Config, dataset_digest: str
         raise RunError(f"a checkpoint of format {content['format_version']} can be evaluated, but not resumed")
     saved = {**content["config"], "data_set": content["dataset_digest"][:12]}
     current = {**config.to_dict(), "data_set": dataset_digest[:12]}
-    if current["precision"] == "auto":  # stays what it was chosen to be
-        current["precision"] = saved["precision"]
     different = [name for name in (*fields_of("training", "model"), "data_set") if saved.get(name) != current[name]]
     if not different:
         return

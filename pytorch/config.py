@@ -107,7 +107,7 @@ class RunOptions:
     device: Device = _field("auto", scope="machine")
     """Where to compute; auto: the GPU if there is one. cuda: NVIDIA and AMD; xpu: Intel."""
     precision: Precision = _field("auto")
-    """Of matrix products and convolutions; auto: bf16 where a GPU has it, on a CPU if it measures faster."""
+    """Of matrix products and convolutions; auto: bf16 where the device has it."""
     gru_kernel: GRUKernel = _field("auto", scope="session")
     """What computes the GRUs on an NVIDIA GPU in bf16; auto: Triton on an H100 or H200, cuDNN on others."""
     seed: int = _field(1, SEED, event=constants.SEED, free_in_closed=True)

@@ -71,16 +71,14 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def select_precision(name: Precision, device: torch.device) -> Precision:
-    """Return fp32 or bf16, or auto where only a measurement can tell: on a CPU that has bf16. Allows TF32 on a GPU."""
+    """Return bf16 if the device has it, unless the name is fp32. Allows TF32 on a GPU."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    if name == "bf16" and not has_bf16(device):
-        print("--precision bf16: this device has no bf16 arithmetic, so fp32 would be faster", file=sys.stderr)
-    if name != "auto":
-        return name
-    if not has_bf16(device):
-        return "fp32"
-    return "auto" if device.type == "cpu" else "bf16"
+    if name != "fp32" and has_bf16(device):
+        return "bf16"
+    if name == "bf16":
+        print("This device has no bf16 arithmetic, or none that is faster: the precision is fp32", file=sys.stderr)
+    return "fp32"
 
 
 def copy_to_cpu_async(tensor: Tensor) -> Callable[[], Tensor]:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from pytorch.config import Config
-from pytorch.device import has_bf16
 from pytorch.model import DeepSpeech2
 
 GATES = 3
@@ -44,8 +43,7 @@ def make_optimizers(config: Config, model: DeepSpeech2) -> list[torch.optim.Opti
         torch.optim.AdamW(adam_params, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
     ]
     if muon_params:
-        bf16 = config.precision == "bf16" and has_bf16(muon_params[0].device)
-        compute_dtype = torch.bfloat16 if bf16 else torch.float32
+        compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         optimizers.append(Muon(muon_params, config.learning_rate, config.weight_decay, compute_dtype))
     return optimizers
 

@@ -22,7 +22,7 @@ from pytorch.errors import RunError
 from pytorch.layers import gru
 from pytorch.mllog import Clock
 from pytorch.trainer import Trainer
-from pytorch.warmup import faster_precision, warm_up
+from pytorch.warmup import warm_up
 
 
 @dataclass
@@ -88,17 +88,10 @@ def setup(config: Config, cache_clear: str) -> TrainingRun:
     reasons = "; ".join(dict.fromkeys(filter(None, world.all_gather_object(cache_clear))))
     log.event(constants.CACHE_CLEAR, not reasons, metadata={"reason": reasons} if reasons else {})
     resumed_from = checkpoint.find_resumable(config, dataset.digest, world)
-    if resumed_from is not None and config.precision == "auto":
-        config = replace(config, precision=resumed_from["config"]["precision"])
 
     torch.manual_seed(config.seed)
     with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
         trainer = Trainer(config, device, world)
-    if config.precision == "auto":
-        precision, seconds = faster_precision(trainer)
-        log.event("auto_precision", precision, metadata={f"{name}_seconds": value for name, value in seconds.items()})
-        trainer.use_precision(precision)
-        config = trainer.config
     mllog.log_submission(log, config, dataset, machine.describe_machine(device), world.size)
     log.event("gru_implementation", gru.agreed_implementation(world, device, config))
     warm_up(trainer, max_train_samples(dataset))

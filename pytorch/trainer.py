@@ -4,14 +4,13 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pytorch.config import Config, Precision
+from pytorch.config import Config
 from pytorch.ctc import ctc_loss
 from pytorch.device import copy_to_cpu_async
 from pytorch.distributed import World, all_reduce_sum
@@ -22,10 +21,7 @@ from pytorch.optimizer import make_optimizers
 
 
 class Trainer:
-    """A model in training, initialized from torch's global generator. Every rank makes one.
-
-    The precision `auto` computes in fp32 until `use_precision`.
-    """
+    """A model in training, initialized from torch's global generator. Every rank makes one."""
 
     def __init__(self, config: Config, device: torch.device, world: World | None = None) -> None:
         self.config, self.device, self.world = config, device, world or World()
@@ -67,19 +63,18 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict({**saved, "param_groups": optimizer.state_dict()["param_groups"]})
 
-    def loss(self, batch: Batch, precision: Precision | None = None) -> Tensor:
-        """Return the loss on a batch: mean over its utterances. `precision` is the configuration's by default."""
-        logits_TBV, frames_B = self._logits(self.ddp_model, batch, precision)
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss on a batch: mean over its utterances."""
+        logits_TBV, frames_B = self._logits(self.ddp_model, batch)
         return ctc_loss(logits_TBV, frames_B, batch.targets, batch.target_lengths_B)
 
     def evaluate_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the evaluated model's logits [T, B, V] and output frames [B] (CPU) of a batch."""
         return self._logits(self.eval_model, batch)
 
-    def _logits(self, model: nn.Module, batch: Batch, precision: Precision | None = None) -> tuple[Tensor, Tensor]:
+    def _logits(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         features = self.spectrogram(batch.waveforms_BS, batch.num_samples_B, batch.augmentation)
-        bf16 = (precision or self.config.precision) == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return model(*features)
 
     def train_step(
@@ -148,8 +143,3 @@ class Trainer:
         differences = torch._foreach_sub(values, averages)
         torch._foreach_mul_(differences, finite * (1 - decay))
         torch._foreach_add_(averages, differences)
-
-    def use_precision(self, precision: Precision) -> None:
-        """Compute in fp32 or bf16 from now on; the optimizers are reset."""
-        self.config = replace(self.config, precision=precision)
-        self.optimizers = make_optimizers(self.config, self.model)

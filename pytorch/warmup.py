@@ -1,10 +1,9 @@
-"""Before the clock: one step and one evaluation of the largest batch, on random data, and the faster precision.
+"""Before the clock: one step and one evaluation of the largest batch, on random data.
 
 The model, its averages and its optimizers are afterwards as they were.
 """
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -14,37 +13,15 @@ import torch
 from torch import Tensor
 
 from pytorch import memory
-from pytorch.config import Config, Precision
+from pytorch.config import Config
 from pytorch.ctc import LABELS
 from pytorch.device import copy_to_cpu_async, explain_oom
 from pytorch.features import SAMPLE_RATE, draw_augmentation
 from pytorch.loader import Batch
+from pytorch.optimizer import make_optimizers
 from pytorch.trainer import Trainer
 
 LABELS_PER_SECOND = 15  # of random transcripts, as in read English
-
-
-def faster_precision(trainer: Trainer) -> tuple[Precision, dict[Precision, float]]:
-    """Return bf16 if it is faster by 2 % at least, else fp32, which is more precise; and the seconds of either.
-
-    They are those of loss and gradient of a small batch, on the first rank. A CPU that has bfloat16 arithmetic is not
-    always faster with it. All ranks must do this at the same time.
-    """
-    config, world = trainer.config, trainer.world
-    count = min(6, config.max_microbatch_size(world.size))
-    batch = random_batch(config, torch.full((count,), 3 * SAMPLE_RATE), trainer.device)
-    seconds: dict[Precision, float] = {"fp32": math.inf, "bf16": math.inf}
-    with _restored(trainer):
-        begun, rounds = time.monotonic(), 0
-        # The first round selects kernels, and later ones may be slowed by other processes, so the minimum counts.
-        while world.broadcast_object(rounds < 3 or time.monotonic() - begun < 2, src=0):
-            rounds += 1
-            for precision in seconds:
-                started = time.perf_counter()
-                trainer.loss(batch, precision).backward()
-                seconds[precision] = min(seconds[precision], time.perf_counter() - started)
-    seconds = world.broadcast_object(seconds, src=0)
-    return "bf16" if seconds["bf16"] < 0.98 * seconds["fp32"] else "fp32", seconds
 
 
 def warm_up(trainer: Trainer, max_samples: int) -> None:
@@ -53,7 +30,7 @@ def warm_up(trainer: Trainer, max_samples: int) -> None:
     Selects kernels, opens connections and proves that the largest batch fits, before the clock starts.
 
     Args:
-        trainer: in its precision.
+        trainer: before its first step.
         max_samples: of the longest training utterance.
 
     Raises:
@@ -94,7 +71,7 @@ def _restored(trainer: Trainer) -> Iterator[None]:
     for model in (trainer.model, trainer.eval_model):
         model.load_state_dict(before)
     trainer.ema_steps = 0
-    trainer.use_precision(trainer.config.precision)  # makes new optimizers
+    trainer.optimizers = make_optimizers(trainer.config, trainer.model)
 
 
 def random_batch(config: Config, num_samples_B: Tensor, device: torch.device) -> Batch:

@@ -41,7 +41,7 @@ from pytorch.layers.gru import GRU, has_triton_kernel, implementation
 from pytorch.loader import Batch
 from pytorch.model import OUTPUT_FREQUENCIES, DeepSpeech2, output_frames
 from pytorch.trainer import Trainer
-from pytorch.warmup import faster_precision, random_batch
+from pytorch.warmup import random_batch
 from tools.cli import command, config_of, print_figures, require_positive
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
@@ -104,7 +104,7 @@ def batches_of(config: Config, options: Options, device: torch.device) -> list[B
 def trainer_of(config: Config, device: torch.device, precision: Precision, *, stock: bool = False) -> Trainer:
     """Return a model in training, of our layers or of torch's own."""
     torch.manual_seed(0)
-    trainer = Trainer(replace(config, precision=precision, ema_decay=0.0), device)
+    trainer = Trainer(replace(config, precision=select_precision(precision, device), ema_decay=0.0), device)
     if stock:
         use_stock_layers(trainer.model)
     return trainer
@@ -146,8 +146,6 @@ def measure(config: Config, options: Options, device: torch.device) -> dict[str,
     batches = batches_of(config, options, device)
     trainers: dict[str, Trainer] = {precision: trainer_of(config, device, precision) for precision in PRECISIONS}
     auto = select_precision("auto", device)
-    if auto == "auto":
-        auto, _ = faster_precision(trainers["fp32"])  # as a run does
     variants: dict[str, Trainer] = {"stock": trainer_of(config, device, "fp32", stock=True), **trainers}
     if has_triton_kernel(device, config.hidden_size, "triton"):  # proved on this GPU or not
         for kernel in ("cudnn", "triton"):

@@ -41,7 +41,7 @@ from pytorch.loader import TrainingLoader, Utterances
 from pytorch.setup import check_batches
 from pytorch.train import max_pending_steps
 from pytorch.trainer import Trainer
-from pytorch.warmup import faster_precision, warm_up
+from pytorch.warmup import warm_up
 from tools.cli import command, config_of, print_figures, require_positive
 
 TEXT = "THE QUICK BROWN FOX JUMPS OVER THE LAZY DOG "
@@ -184,8 +184,6 @@ def estimate(config: Config, options: Options, device: torch.device, world: Worl
     torch.manual_seed(config.seed)
     with explain_oom(f"a model of --hidden-size {config.hidden_size} does not fit into memory"):
         trainer = Trainer(replace(config, precision=select_precision(config.precision, device)), device, world)
-    if trainer.config.precision == "auto":
-        trainer.use_precision(faster_precision(trainer)[0])
     longest = int(train.num_samples.max())
     warm_up(trainer, longest)
     peak = max(world.all_gather_object(memory.peak(device)))

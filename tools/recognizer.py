@@ -26,7 +26,7 @@ from data.packed import PackedDataset, Subset
 from pytorch import checkpoint
 from pytorch.config import Precision
 from pytorch.ctc import BLANK, collapse, encode
-from pytorch.device import copy_to_cpu_async, explain_oom, has_bf16, select_device, select_precision, set_device
+from pytorch.device import copy_to_cpu_async, explain_oom, select_device, select_precision, set_device
 from pytorch.distributed import World
 from pytorch.errors import RunError
 from pytorch.evaluation import Decoder, Evaluation, evaluate, greedy_decoder
@@ -82,11 +82,8 @@ class Recognizer:
             config = content["config"]
             model = DeepSpeech2(config["conv_channels"], config["hidden_size"])
             model.load_state_dict(content["model"])
-            if precision is None:
-                precision = "bf16" if config["precision"] == "bf16" and has_bf16(device) else "fp32"
-            recognizer = cls(
-                device, select_precision(precision, device), LogSpectrogram().to(device), model.to(device).eval()
-            )
+            precision = select_precision(precision or config["precision"], device)
+            recognizer = cls(device, precision, LogSpectrogram().to(device), model.to(device).eval())
         except (KeyError, TypeError, RuntimeError) as error:
             problem = str(error).splitlines()[0]
             raise RunError(f"{path}: its weights are not those of a model of this project ({problem})") from error

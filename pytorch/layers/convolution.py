@@ -13,8 +13,7 @@ sums are faster than the direct convolutions of oneDNN and cuDNN (figures in BEN
 - Everything else: a product of Fourier transforms, of tiles of a few frames so that a tile's padding stays small. The
   transforms are matrix products too.
 
-Under bfloat16 autocast both are computed in bfloat16, sums in float32, but on a CPU that has to emulate it: there they
-stay in float32.
+Under bfloat16 autocast both are computed in bfloat16, sums in float32.
 
 Axes: B batch, T time, F frequency, C channels; N = B x T rows.
 """

@@ -20,8 +20,8 @@ The mathematics is nn.GRU's variant, whose reset gate comes after the recurrent 
 Only the products with h' must go step by step. Those with x and the gradients of both weight matrices are matrix
 products over all N rows, before and after the loop.
 
-Under bfloat16 autocast on a CPU that multiplies bfloat16, the operands of all products are rounded to it; states, gates
-and what the loop adds up stay in float32.
+Under bfloat16 autocast on a CPU, the operands of all products are rounded to it; states, gates and what the loop adds
+up stay in float32.
 
 Axes: N packed rows, D directions, H hidden units, G = 3H gates in the order r, z, n; B batch, T time, I input.
 """

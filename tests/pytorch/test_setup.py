@@ -6,25 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from pytorch import checkpoint, setup
+from pytorch import checkpoint
 from pytorch.distributed import World
-from pytorch.layers import kernels
-from tests.pytorch.test_train import metadata, run_here, values
-
-
-def test_auto_is_the_precision_that_was_measured_to_be_faster_and_stays_so_when_resumed(
-    tones: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def precision(*options: str) -> tuple[list[str], list[str]]:
-        log = run_here(tones, tmp_path, "--precision", "auto", "--target-wer", "0", *options).stdout
-        return metadata(log, "configuration", "precision"), values(log, "auto_precision")
-
-    monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)
-    monkeypatch.setattr(setup, "faster_precision", lambda _: ("bf16", {"fp32": 2.0, "bf16": 1.0}))
-    assert precision("--max-steps", "1") == (["bf16"], ["bf16"])
-    monkeypatch.setattr(setup, "faster_precision", lambda _: ("fp32", {"fp32": 1.0, "bf16": 2.0}))
-    assert precision("--max-steps", "2", "--resume") == (["bf16"], [])
-    assert precision("--max-steps", "1", "--precision", "fp32") == (["fp32"], [])
+from tests.pytorch.test_train import run_here
 
 
 def test_a_run_resumed_from_the_last_checkpoint_alone_has_a_best_one_again(tones: Path, tmp_path: Path) -> None:

@@ -106,15 +106,16 @@ def test_losses_that_are_read_late_are_the_same(tones: Path, tmp_path: Path, mon
 
 def test_bfloat16_trains_as_float32_does_but_for_rounding(tones: Path, tmp_path: Path) -> None:
     losses = {}
-    for precision in ("fp32", "bf16"):
-        run = small_run(tones, tmp_path / precision, "--precision", precision, "--max-steps", "6")
+    for wanted in ("fp32", "auto", "bf16"):
+        run = small_run(tones, tmp_path / wanted, "--precision", wanted, "--max-steps", "6")
+        precision = "bf16" if wanted != "fp32" and kernels.has_native_bf16() else "fp32"
         assert metadata(run.stdout, "configuration", "precision") == [precision]
-        losses[precision] = values(run.stdout, "train_loss")
-        assert len(losses[precision]) == 6
-    assert losses["bf16"] != losses["fp32"]
+        assert ("the precision is fp32" in run.stderr) == (precision != wanted == "bf16")
+        losses[wanted] = values(run.stdout, "train_loss")
+        assert len(losses[wanted]) == 6
+    assert losses["bf16"] == losses["auto"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
-    if not kernels.has_native_bf16():
-        assert "--precision bf16: this device has no bf16 arithmetic" in run.stderr
+    assert (losses["bf16"] != losses["fp32"]) == kernels.has_native_bf16()
 
 
 def test_after_max_steps_all_is_evaluated_and_the_target_is_met_by_an_equal_wer_but_not_by_a_higher_one(

@@ -13,7 +13,7 @@ from pytorch import trainer
 from pytorch.config import CONFIGS, Config
 from pytorch.loader import CPU
 from pytorch.trainer import Trainer
-from pytorch.warmup import faster_precision, random_batch
+from pytorch.warmup import random_batch
 
 
 def small_config(**changes: Any) -> Config:
@@ -58,17 +58,6 @@ def test_sgd_starts_with_no_momentum_after_a_first_step_that_is_skipped(infinite
             taught.train_step([batch], 2, 1e-3)
         weights.append(list(taught.model.parameters()))
     assert all(map(torch.equal, *weights))
-
-
-def test_timing_both_precisions_leaves_the_model_as_it_was() -> None:
-    trainer = Trainer(small_config(), CPU)
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    faster, seconds = faster_precision(trainer)
-    assert all(0 < seconds[precision] < math.inf for precision in ("fp32", "bf16"))
-    assert faster in seconds
-    assert trainer.config.precision == "fp32"
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in trainer.model.parameters())
 
 
 def test_a_run_resumed_without_its_ema_keeps_the_weights_in_training() -> None:

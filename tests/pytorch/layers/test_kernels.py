@@ -62,3 +62,20 @@ def test_a_built_kernel_needs_no_compiler(fresh_kernel: Path, monkeypatch: pytes
     kernels.load.cache_clear()
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert kernels.status() == status
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "gains"),
+    [
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False}, False),
+        ({"bf16": True}, True),
+    ],
+)
+def test_bf16_is_for_cpus_that_gain_by_it(
+    capabilities: dict[str, bool], gains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert kernels.has_native_bf16.__wrapped__() == gains

@@ -111,10 +111,8 @@ def test_the_gru_layer_is_that_of_torch_with_any_number_of_threads(
 
 
 @pytest.mark.parametrize("hidden_size", [5, 17, 50])
-def test_bfloat16_rounds_the_operands_of_the_gru_layer_and_nothing_else(
-    hidden_size: int, other_cpu: CPU, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    test_gru.test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size, monkeypatch)
+def test_bfloat16_rounds_the_operands_of_the_gru_layer_and_nothing_else(hidden_size: int, other_cpu: CPU) -> None:
+    test_gru.test_bfloat16_rounds_the_operands_and_nothing_else(hidden_size)
 
 
 @pytest.mark.parametrize("clamp", test_batch_norm.LIMITS)

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytorch.layers import kernels
 from pytorch.layers.rows import pad_rows, padded_rows
 from pytorch.trainer import Trainer
 from pytorch.warmup import random_batch
@@ -27,8 +26,7 @@ class Shapes(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_steps_whose_batches_all_differ_soon_bring_no_new_shape_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)  # where it does not, this is slow
+def test_steps_whose_batches_all_differ_soon_bring_no_new_shape_of_a_product() -> None:
     config = dataclasses.replace(small_config(optimizer="adamw", tempo_min=1.0), precision="bf16")
     trainer = Trainer(config, CPU)
     after = []
@@ -42,8 +40,7 @@ def test_steps_whose_batches_all_differ_soon_bring_no_new_shape_of_a_product(mon
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 100, 1023, 1024, 12345])
-def test_rows_are_padded_by_an_eighth_at_most_and_with_zeros(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "has_native_bf16", lambda: True)
+def test_rows_are_padded_by_an_eighth_at_most_and_with_zeros(rows: int) -> None:
     x = torch.randn(2, rows, 3)
     padded = pad_rows(x, torch.bfloat16, 1)
     assert rows <= padded.shape[1] <= rows * 9 / 8
