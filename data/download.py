@@ -1,12 +1,8 @@
 """Downloads a corpus and prepares it: archives -> packed data set.
 
-python -m data.download                                        all of LibriSpeech into ./LibriSpeech_dataset
-python -m data.download --corpus synthetic                     the embedded corpus, made on this machine
-python -m data.download --subsets dev-clean,test-clean         only these; others can be added later
-python -m data.download --corpus an4 --mirror ~/archives       from a folder (read in place) or other addresses
-python -m data.download --mirror part --checksums part/md5sum.txt      archives other than the published ones
-python -m data.download --corpus rehearsal --hours 10          speech of LibriSpeech's shape, made on this machine
-python -m data.download --corpus manifest --manifest my.tsv    your own speech (own_speech.py)
+    python -m data.download                                         all of LibriSpeech into ./LibriSpeech_dataset
+    python -m data.download --subsets dev-clean,test-clean          only these; others can be added later
+    python -m data.download --mirror part --checksums part/md5sum.txt       archives other than the published ones
 
 Each archive is prepared as soon as it is complete, then removed. After any interruption, the same command resumes.
 """
@@ -23,7 +19,7 @@ import tyro
 
 from data.cli import UserError, available_cores, exit_status
 from data.corpora import CORPORA, REPOSITORY, Archive, Corpus, CorpusSubset, find_corpus, rehearsal
-from data.fetch import VerifiedArchive, obtain_archives, read_checksums
+from data.fetch import obtain_archives, read_checksums
 from data.files import UNFINISHED, check_space, locked, work_folder
 from data.own_speech import digest, read_own_speech
 from data.packed import DATASET_FILE, PackedDataset, content_files, read_dataset
@@ -99,7 +95,7 @@ def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dic
     if options.manifest:
         if not (options.manifest.is_file() or options.manifest.is_dir()):  # a pipe could not be read again
             raise UserError(f"the manifest {options.manifest} is missing, or is neither a regular file nor a folder")
-        return {subsets[0].name: Archive(str(options.manifest), md5=digest(options.manifest, "md5"))}
+        return {subsets[0].name: Archive(str(options.manifest), md5=digest(options.manifest))}
     if not options.checksums:
         return {subset.name: subset.archive for subset in subsets}
     sums = read_checksums(options.checksums)
@@ -128,21 +124,19 @@ def _complete(
         if options.manifest and missing:
             utterances = read_own_speech(options.manifest, options.jobs)
             check_space(path, 2 * sum(utterance.num_samples for utterance in utterances))
-            sha256 = digest(options.manifest, "sha256")
-            listed = VerifiedArchive(options.manifest, archives[missing[0].name].md5, sha256)
-            preparation.add_subset(listed, missing[0].name, utterances)
+            preparation.add_subset(archives[missing[0].name], missing[0].name, utterances)
         elif missing and corpus.synthetic:
             check_space(path, sum(PACKED_BYTES_PER_HOUR * (subset.hours or 0) for subset in missing))
             for subset in missing:
                 utterances = SYNTHESIZERS[corpus.layout].list_utterances(corpus, subset)
-                preparation.add_subset(VerifiedArchive(Path(), "", ""), subset.name, utterances)
+                preparation.add_subset(Archive(""), subset.name, utterances)
         elif missing:
             wanted = list(dict.fromkeys(archives[subset.name] for subset in missing))  # one may hold several subsets
             verified = obtain_archives(wanted, corpus, work, options.mirror, options.keep_archives)
             with closing(verified):  # whatever goes wrong in here must end the downloads that run beside it
-                for archive in verified:
-                    members = [subset for subset in missing if subset.archive.file == archive.file.name]
-                    preparation.add_archive(archive, members)
+                for archive, file in verified:
+                    members = [subset for subset in missing if subset.archive.file == archive.file]
+                    preparation.add_archive(archive, file, members)
         return preparation.finish()
 
 

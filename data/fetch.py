@@ -40,15 +40,6 @@ class MirrorError(UserError):
     """A mirror that does not deliver; another one may."""
 
 
-@dataclass(frozen=True)
-class VerifiedArchive:
-    """An archive on this disk whose sums are right."""
-
-    file: Path
-    md5: str
-    sha256: str
-
-
 def read_checksums(file: Path) -> dict[str, str]:
     """Return MD5 sums by file name, from a file in the format of md5sum."""
     sums = {}
@@ -60,26 +51,25 @@ def read_checksums(file: Path) -> dict[str, str]:
     return sums
 
 
-def verify_archive(file: Path, archive: Archive, progress: Progress = lambda count: None) -> VerifiedArchive:
-    """Compare the sums of a file with those of an archive; UserError where they differ."""
-    md5, sha256, size = hashlib.md5(), hashlib.sha256(), file.stat().st_size
+def verify_archive(file: Path, archive: Archive, progress: Progress = lambda count: None) -> Path:
+    """Return a file that has the MD5 of an archive; UserError where it has another."""
+    md5, size = hashlib.md5(), file.stat().st_size
     with progress_bar(f"checking {file.name}", size, "B") as bar, file.open("rb") as stream:
         while chunk := stream.read(CHUNK_BYTES):
             md5.update(chunk)
-            sha256.update(chunk)
             bar.update(len(chunk))
             progress(len(chunk))
     if archive.md5 != md5.hexdigest():
         published = f" ({archive.bytes} bytes)" if archive.bytes else ""
         found = f"({size} bytes) has md5 {md5.hexdigest()}, expected {archive.md5}{published}"
         raise UserError(f"{file} {found}: damaged, or not the published archive {MISMATCH_HINT}")
-    return VerifiedArchive(file, md5.hexdigest(), sha256.hexdigest())
+    return file
 
 
 def obtain_archives(
     wanted: Sequence[Archive], corpus: Corpus, work: Path, mirror: str, keep: bool
-) -> Generator[VerifiedArchive, None, None]:
-    """Yield the archives of a corpus as they become available, several at a time. If one fails, the others come first.
+) -> Generator[tuple[Archive, Path], None, None]:
+    """Yield archives and their files as they become available, several at a time. If one fails, the others come first.
 
     Each is read in place, in the data set's folder `archives` or a local `mirror`, or else downloaded into `work`. When
     the next one is asked for, a download is removed, or moved to `archives` if it is to be kept.
@@ -110,23 +100,24 @@ def obtain_archives(
                     raise UserError("stopped")
                 bar.update(count)
 
-            def obtain(archive: Archive) -> VerifiedArchive:
+            def obtain(archive: Archive) -> Path:
                 if archive in absent:
                     return Download(archive, work / DOWNLOADS / archive.file, progress, stop).complete(mirrors)
                 return verify_archive(folder / archive.file, archive, progress)
 
-            for future in as_completed([pool.submit(obtain, archive) for archive in wanted]):
+            futures = {pool.submit(obtain, archive): archive for archive in wanted}
+            for future in as_completed(futures):
                 try:
-                    verified = future.result()
+                    file = future.result()
                 except UserError as error:
                     failures.append(str(error))
                     continue
-                yield verified
-                if work in verified.file.parents and keep:
+                yield futures[future], file
+                if work in file.parents and keep:
                     kept.mkdir(exist_ok=True)
-                    shutil.move(verified.file, kept)
-                elif work in verified.file.parents:
-                    verified.file.unlink()
+                    shutil.move(file, kept)
+                elif work in file.parents:
+                    file.unlink()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
@@ -150,7 +141,7 @@ class Download:
     def size(self) -> int:
         return self.file.stat().st_size if self.file.exists() else 0
 
-    def complete(self, mirrors: Sequence[str]) -> VerifiedArchive:
+    def complete(self, mirrors: Sequence[str]) -> Path:
         """Download what is missing from the first mirror that has it. UserError says what each mirror did wrong."""
         self.progress(self.size)
         reasons = []
@@ -159,16 +150,16 @@ class Download:
             login, _, place = rest.rpartition("@")  # a login is never printed
             address = f"{scheme}://{place.rstrip('/')}/{self.wanted.file}"
             try:
-                verified = self._complete_from(address, _opener(address, login))
+                self._complete_from(address, _opener(address, login))
             except (MirrorError, ValueError, *NETWORK_FAILURES) as error:  # a ValueError of what is no address
                 reasons.append(f"{address}: {_reason(error)}")
                 print(f"warning: {reasons[-1]}", file=sys.stderr)
             else:
                 print(f"{self.wanted.file}: downloaded {self.size / 1e6:,.1f} MB", file=sys.stderr)
-                return verified
+                return self.file
         raise UserError(f"no mirror delivered {self.wanted.file}: {'; '.join(reasons)}")
 
-    def _complete_from(self, address: str, opener: OpenerDirector) -> VerifiedArchive:
+    def _complete_from(self, address: str, opener: OpenerDirector) -> Path:
         """Download what is missing, and verify it. MirrorError or one of NETWORK_FAILURES if that is impossible."""
         failures, anew = 0, False
         while True:

@@ -38,6 +38,7 @@ SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "speaker", "offset", "samples", "transcript", "sha256")
 AUDIO_FILE, INDEX_FILE, DATASET_FILE = "audio.npy", "utterances.csv", "dataset.json"
 AUDIO_HEADER_BYTES = 128
+IGNORED = "hours", "archive_sha256"  # in dataset.json: for people to read; of older versions
 
 
 class UtteranceRow(NamedTuple):
@@ -62,7 +63,6 @@ class SubsetSummary:
     index_sha256: str
     archive: str
     archive_md5: str
-    archive_sha256: str
     official: bool  # whether the archive was the published one, by its MD5
 
     @property
@@ -154,7 +154,7 @@ def read_dataset(path: Path) -> PackedDataset:
         if (version := content["format_version"]) != FORMAT_VERSION:
             raise UserError(f"{path} has format version {version}, not {FORMAT_VERSION}: give another --dataset-dir")
         summary = {
-            name: SubsetSummary(**{key: value for key, value in entry.items() if key != "hours"})
+            name: SubsetSummary(**{key: value for key, value in entry.items() if key not in IGNORED})
             for name, entry in content["subsets"].items()
         }
         splits = {split: list(content["splits"][split]) for split in SPLITS}

@@ -21,8 +21,7 @@ import numpy as np
 
 from data import packed
 from data.cli import UserError, first_of, progress_bar
-from data.corpora import Corpus, CorpusSubset
-from data.fetch import VerifiedArchive
+from data.corpora import Archive, Corpus, CorpusSubset
 from data.files import atomic_replace, not_ours
 from data.readers import Utterance, decode, read_utterances
 from data.synthetic import embedded, rehearsal
@@ -41,16 +40,16 @@ class Preparation:
     work: Path
     jobs: int
 
-    def add_archive(self, archive: VerifiedArchive, subsets: Sequence[CorpusSubset]) -> None:
-        """Add the subsets that lie in one archive to the data set, which is unfinished then."""
+    def add_archive(self, archive: Archive, file: Path, subsets: Sequence[CorpusSubset]) -> None:
+        """Add the subsets that lie in an archive, which is this file, to the data set, which is unfinished then."""
         unpacked = self.work / "unpacked"
         unpacked.mkdir()
-        unpack(archive.file, unpacked)
+        unpack(file, unpacked)
         for subset in subsets:
             self.add_subset(archive, subset.name, read_utterances(unpacked, self.corpus.layout, subset))
         shutil.rmtree(unpacked)
 
-    def add_subset(self, archive: VerifiedArchive, name: str, utterances: Sequence[Utterance]) -> None:
+    def add_subset(self, archive: Archive, name: str, utterances: Sequence[Utterance]) -> None:
         """Add one subset."""
         partial, final = self.work / name, self.dataset.path / name
         partial.mkdir()
@@ -68,7 +67,7 @@ class Preparation:
         atomic_replace(partial, final)
         print(f"{name}: prepared {summary.utterances} utterances", file=sys.stderr)
 
-    def _pack(self, folder: Path, archive: VerifiedArchive, utterances: Sequence[Utterance]) -> packed.SubsetSummary:
+    def _pack(self, folder: Path, archive: Archive, utterances: Sequence[Utterance]) -> packed.SubsetSummary:
         """Write audio.npy and utterances.csv of the subset of the folder's name."""
         ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.id))
         samples = sum(utterance.num_samples for utterance in ordered)
@@ -93,9 +92,8 @@ class Preparation:
             samples=samples,
             longest_samples=ordered[-1].num_samples,
             index_sha256=packed.write_index(folder / packed.INDEX_FILE, sorted(rows, key=lambda row: row.offset)),
-            archive=archive.file.name,
+            archive=Path(archive.file).name,
             archive_md5=archive.md5,
-            archive_sha256=archive.sha256,
             official=archive.md5 in {subset.archive.md5 for subset in self.corpus.subsets} - {""},
         )
 

@@ -52,10 +52,8 @@ def write_packed_dataset(path: Path, counts: dict[str, int], *, seed: int = 0) -
         audio = np.concatenate([waveform for waveform, _, _ in spoken])
         (path / name / packed.AUDIO_FILE).write_bytes(packed.audio_header(len(audio)) + audio.tobytes())
         index_sha256 = packed.write_index(path / name / packed.INDEX_FILE, rows)
-        nothing = hashlib.md5(b"").hexdigest()
-        summaries[name] = packed.SubsetSummary(
-            count, 1, offset, len(spoken[-1][0]), index_sha256, "none", nothing, nothing, False
-        )
+        nothing, longest = hashlib.md5(b"").hexdigest(), len(spoken[-1][0])
+        summaries[name] = packed.SubsetSummary(count, 1, offset, longest, index_sha256, "none", nothing, False)
     splits = {split: [f"tones-{split}"] if split in counts else [] for split in packed.SPLITS}
     digest = packed.dataset_digest(path, summaries)
     packed.write_dataset(packed.PackedDataset(path, "tones", True, splits, digest, summaries))
