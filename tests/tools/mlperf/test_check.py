@@ -57,13 +57,12 @@ def test_a_real_log_keeps_the_open_rules_and_says_why_it_is_no_librispeech_resul
 
 
 @pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name)
-def test_every_committed_archive_has_results_or_runs_that_aimed_at_no_target(archive: Path, tmp_path: Path) -> None:
+def test_committed_logs_keep_the_rules_whether_they_reach_their_target_or_not(archive: Path, tmp_path: Path) -> None:
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
     for path in sorted(tmp_path.glob("*.txt"))[:: 1 if "synthetic" in archive.name else 4]:  # seconds for each
         log, found = check(path)
         assert log.resumed or all(each.missed_target for each in found), path
-        assert bool(found) is ((log.target_wer or 0) <= 1), path
 
 
 # --- MLCommons' own rules, of each round
