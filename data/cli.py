@@ -1,8 +1,6 @@
-"""What all command lines share: errors, exit statuses, progress bars, the processes behind a command."""
+"""What all command lines share: errors, exit statuses, progress bars, the cores they may use."""
 
-import ctypes
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -122,12 +120,3 @@ def available_cores() -> int:
             quota, period = map(int, " ".join((CONTROL_GROUP / name).read_text() for name in names).split())
             cores = min(cores, math.ceil(quota / period)) if quota > 0 else cores
     return cores
-
-
-def die_with_parent() -> None:
-    """On Linux, have this process of multiprocessing's killed when its parent ends: an orphan would work on unseen."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive():  # it has ended before that call
-            os._exit(1)

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import tyro
 from mlperf_logging.mllog import constants
 
-from data.cli import require_values
 from pytorch.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -343,7 +342,6 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
     Raises:
         RunError: a value breaks its constraint. Unknown names end the process with status 2 and a message, as is usual
             for command lines.
-        UserError: a value is empty, or begins with a literal ~.
     """
     first = argparse.ArgumentParser(
         prog=program, add_help=False, allow_abbrev=False, usage="%(prog)s [--config NAME] ..."
@@ -351,7 +349,6 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
     first.add_argument("--config", choices=CONFIGS, default="librispeech")
     first.add_argument("--scale-to-batch-size", type=int)
     chosen, rest = first.parse_known_args(arguments)  # tyro needs the defaults before it parses the other options
-    require_values(rest)
     size, defaults = chosen.scale_to_batch_size, CONFIGS[chosen.config]
     if size is not None and not POSITIVE_INTEGER.check(size):
         raise RunError(f"--scale-to-batch-size is {size}; it must be {POSITIVE_INTEGER.text}")

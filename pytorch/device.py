@@ -11,12 +11,8 @@ from pytorch.config import Precision
 from pytorch.errors import RunError
 from pytorch.layers import kernels
 
-NO_MEMORY = (
-    "can't allocate memory",
-    "not enough memory",
-    "Storage size calculation overflowed",
-    "could not create a primitive",
-)  # on a CPU
+# What errors of a CPU's allocator and of oneDNN say
+NO_MEMORY = "can't allocate memory", "not enough memory", "size calculation overflowed", "could not create a primitive"
 
 
 def select_device(name: str, number: int = 0) -> torch.device:

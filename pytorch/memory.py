@@ -3,7 +3,6 @@
 A GPU that has too little raises an error. Linux grants a process more than there is, and kills it when it uses that.
 """
 
-import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from pytorch.distributed import World
+from pytorch.distributed import World, torchrun_env
 
 ROOT = Path("/")  # of /proc and /sys
 
@@ -43,8 +42,7 @@ def limited(world: World) -> Iterator[None]:
     All ranks must do this at the same time. They share what their nodes have.
     """
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    neighbors = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world.size > 1 else 1
-    room = min(world.all_gather_object(available())) // neighbors
+    room = min(world.all_gather_object(available())) // torchrun_env("LOCAL_WORLD_SIZE", 1)
     limits = _fields("proc/self/status").get("VmData", 0) + room, *before
     lowest = min(limit for limit in limits if limit != resource.RLIM_INFINITY)
     resource.setrlimit(resource.RLIMIT_DATA, (lowest, before[1]))

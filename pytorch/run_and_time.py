@@ -32,7 +32,7 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import FrameType
 
-from data.cli import INTERRUPTED, available_cores, die_with_parent, exit_status
+from data.cli import INTERRUPTED, available_cores, exit_status
 from data.files import locked
 from data.packed import open_dataset
 from pytorch import machine, mllog
@@ -50,7 +50,7 @@ VARIABLES = {  # default, lowest and highest value
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command line; return the exit status, which is that of the ranks."""
-    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments))
+    return exit_status(lambda: _run(sys.argv[1:] if arguments is None else arguments), arguments)
 
 
 def _run(arguments: list[str]) -> int:
@@ -196,7 +196,7 @@ def _rank(config: Config, cache_clear: str) -> int:
 
     from pytorch import train
 
-    die_with_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if not os.environ.get("OMP_NUM_THREADS"):
         share = available_cores() // int(os.environ["LOCAL_WORLD_SIZE"])
         torch.set_num_threads(max(1, min(torch.get_num_threads(), share)))
@@ -211,6 +211,12 @@ def _rank(config: Config, cache_clear: str) -> int:
     if status == RANK_FAILED:
         sys.exit(status)
     return status
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the parent, then end this rank. If the parent was killed, it would disturb the next run."""
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os._exit(RANK_FAILED)
 
 
 def _pass_signals_on() -> list[int]:

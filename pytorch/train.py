@@ -316,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
         with locked(config.output_dir, "run") if torchrun_env("RANK", 0) == 0 else nullcontext():
             return run_rank(config, cache_clear="pytorch.train leaves the page cache as it is")
 
-    return exit_status(work)
+    return exit_status(work, arguments)
 
 
 if __name__ == "__main__":

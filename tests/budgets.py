@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What the lines buy, in data/: own speech in the shapes people have, recordings read to their end by one library, the
 # corpus `rehearsal`; in pytorch/: memory limited to what there is, kernels for more GPUs, nothing of a run deleted.
 # Budgets only fall: a line over needs a line less elsewhere in the same commit. The aim is 2,450, 3,900, 3,700, 9,800.
-BUDGETS = {"data/*.py": 2476, "pytorch/*.py": 4267, "pytorch/*.cpp": 585, "tools/*.py": 3634, "tests/*.py": 9482}
+BUDGETS = {"data/*.py": 2464, "pytorch/*.py": 4264, "pytorch/*.cpp": 585, "tools/*.py": 3634, "tests/*.py": 9482}
 
 
 def main() -> int:

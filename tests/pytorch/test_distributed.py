@@ -314,6 +314,13 @@ def test_a_worker_that_hangs_is_named(uneven: Path, tmp_path: Path) -> None:
     assert finish(run).returncode not in (0, PREEMPTED)
 
 
+def test_ranks_end_with_a_parent_that_is_killed(uneven: Path, tmp_path: Path) -> None:
+    run = start(2, uneven, tmp_path, "--target-wer", "0", "--max-epochs", "200", forked=False)
+    _wait_for(run, "train_loss", 2)
+    run.kill()
+    run.communicate(timeout=60)  # until nothing has its output open
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_runs_killed_at_any_moment_end_with_the_weights_of_an_undisturbed_one(
     processes: int, uneven: Path, undisturbed: Undisturbed, tmp_path: Path
