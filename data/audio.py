@@ -39,38 +39,40 @@ def resampled_length(frames: int, rate: int) -> int:
 
 def num_samples(file: Path, only_rate: int | None = None) -> int:
     """Return the length at 16 kHz, by the header where that tells it. UserError if damaged, or of another rate."""
-    with _open(file) as (rate, told, blocks):
-        if only_rate not in (None, rate):
-            raise UserError(f"{file} has a rate of {rate} Hz, not {only_rate} Hz")
+    with _open(file) as (mix, told, blocks):
+        if only_rate not in (None, mix.rate):
+            raise UserError(f"{file} has a rate of {mix.rate} Hz, not {only_rate} Hz")
         frames = sum(map(len, blocks)) if told is None else told
         if frames <= 0:
             raise UserError(f"{file} holds no audio, by its header")
-        if frames > LONGEST_S * rate:
-            raise UserError(f"{file} is {frames / rate:.0f} s long; cut it: {LONGEST_S} s are the most")
-        return resampled_length(frames, rate)
+        if frames > LONGEST_S * mix.rate:
+            raise UserError(f"{file} is {frames / mix.rate:.0f} s long; cut it: {LONGEST_S} s are the most")
+        return resampled_length(frames, mix.rate)
 
 
 def decode_audio(file: Path) -> tuple[np.ndarray, int]:
     """Return the samples at 16 kHz mono, int16 [samples], and how many were clipped. UserError says what is wrong."""
-    with _open(file, quiet=True) as (rate, _, blocks):
-        mix = Mixer(file, rate)
+    with _open(file, quiet=True) as (mix, _, blocks):
         return np.concatenate([*map(mix, blocks), mix.end()]), mix.clipped
 
 
 def read_blocks(file: Path) -> Iterator[np.ndarray]:
     """Yield the same samples in blocks. UserError may come after some of them."""
-    with _open(file) as (rate, _, blocks):
-        mix = Mixer(file, rate)
+    with _open(file) as (mix, _, blocks):
         yield from map(mix, blocks)
         yield mix.end()
 
 
 class Mixer:
-    """Blocks of frames of any rate and number of channels -> blocks of int16 samples at 16 kHz; `clipped` counts."""
+    """Blocks of frames of any rate and number of channels -> blocks of int16 samples at 16 kHz; `clipped` counts.
+
+    UserError for a rate that nobody records at.
+    """
 
     def __init__(self, name: Path | str, rate: int) -> None:
-        check_rate(name, rate)
-        self._rate = rate
+        if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+            raise UserError(f"{name} has a rate of {rate} Hz; from {LOWEST_RATE} to {HIGHEST_RATE} Hz are understood")
+        self.rate = rate
         self._stream = None if rate == SAMPLE_RATE else soxr.ResampleStream(rate, SAMPLE_RATE, 1, "float32", "VHQ")
         self._frames = self._samples = self.clipped = 0
 
@@ -89,7 +91,7 @@ class Mixer:
         if self._stream is None:
             return np.zeros(0, dtype=np.int16)
         rest = self._stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
-        missing = resampled_length(self._frames, self._rate) - self._samples
+        missing = resampled_length(self._frames, self.rate) - self._samples
         return self._rounded(np.pad(rest[:missing], (0, max(0, missing - len(rest)))))
 
     def _rounded(self, block: np.ndarray) -> np.ndarray:
@@ -101,18 +103,12 @@ class Mixer:
         return clipped.astype(np.int16)
 
 
-def check_rate(name: Path | str, rate: int) -> None:
-    """Raise UserError for a rate that nobody records at."""
-    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
-        raise UserError(f"{name} has a rate of {rate} Hz; from {LOWEST_RATE} to {HIGHEST_RATE} Hz are understood")
-
-
 @contextmanager
-def _open(file: Path, quiet: bool = False) -> Iterator[tuple[int, int | None, Iterator[np.ndarray]]]:
-    """Open a recording: its rate in Hz, its frames by a header that tells them exactly, and its blocks.
+def _open(file: Path, quiet: bool = False) -> Iterator[tuple[Mixer, int | None, Iterator[np.ndarray]]]:
+    """Open a recording: a Mixer for its rate, its frames by a header that tells them exactly, and its blocks.
 
     A block is [frames, channels] of int16, or of float32 of full scale 1. Unless `quiet`, print which stream of several
-    is used. UserError for what nothing reads, and for rates that nobody records at; later for what is damaged.
+    is used. UserError for what nothing reads, and as Mixer has it; later for what is damaged.
     """
     try:
         if not file.is_file():
@@ -141,8 +137,7 @@ def _open(file: Path, quiet: bool = False) -> Iterator[tuple[int, int | None, It
                 frames, (rate, blocks, note) = None, opened.enter_context(open_av(file, stream))
                 if note and not quiet:
                     print(f"{file}: {note}", file=sys.stderr)
-            check_rate(file, rate)
-            yield rate, frames, _checked(file, rate, blocks, problem)
+            yield Mixer(file, rate), frames, _checked(file, rate, blocks, problem)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
 

@@ -13,7 +13,6 @@ from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
-Progress = Callable[[int], object]  # is told how many bytes more have been read or written
 SHOWN_PROBLEMS = 20
 MAY_BE_EMPTY = ("--subsets", "--mirror")
 INTERRUPTED = 130  # what a shell says of a program that SIGINT has ended

@@ -45,8 +45,6 @@ class Options:
     """for --corpus rehearsal: hours of training speech, 0.1 to 960; default: those of the configuration rehearsal"""
     dataset_dir: Path | None = None
     """where the data set goes; by default a folder in the repository, such as LibriSpeech_dataset"""
-    keep_archives: bool = False
-    """leave the downloaded archives in the data set's folder archives/"""
     jobs: int = available_cores()
     """threads that decode audio"""
 
@@ -86,8 +84,8 @@ def _check_options(options: Options, corpus: Corpus, names: Sequence[str]) -> No
         raise UserError("--corpus manifest and --manifest FILE go together")
     if options.manifest and len(names) > 1:
         raise UserError("a manifest makes one subset: --subsets train, validation or test")
-    if not corpus.mirrors and (options.mirror or options.checksums or options.keep_archives):
-        raise UserError(f"{corpus.name} has no archives: --mirror, --checksums and --keep-archives do not apply")
+    if not corpus.mirrors and (options.mirror or options.checksums):
+        raise UserError(f"{corpus.name} has no archives: --mirror and --checksums do not apply")
 
 
 def _expected_archives(subsets: Sequence[CorpusSubset], options: Options) -> dict[str, Archive]:
@@ -132,7 +130,7 @@ def _complete(
                 preparation.add_subset(Archive(""), subset.name, utterances)
         elif missing:
             wanted = list(dict.fromkeys(archives[subset.name] for subset in missing))  # one may hold several subsets
-            verified = obtain_archives(wanted, corpus, work, options.mirror, options.keep_archives)
+            verified = obtain_archives(wanted, corpus, work, options.mirror)
             with closing(verified):  # whatever goes wrong in here must end the downloads that run beside it
                 for archive, file in verified:
                     members = [subset for subset in missing if subset.archive.file == archive.file]

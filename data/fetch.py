@@ -5,14 +5,12 @@ in the meantime, its checksum is wrong, and it is downloaded again from the star
 """
 
 import hashlib
-import os
 import random
 import re
-import shutil
 import ssl
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -21,7 +19,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import unquote
 from urllib.request import HTTPBasicAuthHandler, HTTPPasswordMgrWithPriorAuth, OpenerDirector, Request, build_opener
 
-from data.cli import Progress, UserError, progress_bar
+from data.cli import UserError, progress_bar
 from data.corpora import Archive, Corpus
 from data.files import CHUNK_BYTES, DOWNLOADS, check_space, read_lines
 
@@ -51,7 +49,7 @@ def read_checksums(file: Path) -> dict[str, str]:
     return sums
 
 
-def verify_archive(file: Path, archive: Archive, progress: Progress = lambda count: None) -> Path:
+def verify_archive(file: Path, archive: Archive, progress: Callable[[int], object] = lambda count: None) -> Path:
     """Return a file that has the MD5 of an archive; UserError where it has another."""
     md5, size = hashlib.md5(), file.stat().st_size
     with progress_bar(f"checking {file.name}", size, "B") as bar, file.open("rb") as stream:
@@ -67,27 +65,24 @@ def verify_archive(file: Path, archive: Archive, progress: Progress = lambda cou
 
 
 def obtain_archives(
-    wanted: Sequence[Archive], corpus: Corpus, work: Path, mirror: str, keep: bool
+    wanted: Sequence[Archive], corpus: Corpus, work: Path, mirror: str
 ) -> Generator[tuple[Archive, Path], None, None]:
     """Yield archives and their files as they become available, several at a time. If one fails, the others come first.
 
-    Each is read in place, in the data set's folder `archives` or a local `mirror`, or else downloaded into `work`. When
-    the next one is asked for, a download is removed, or moved to `archives` if it is to be kept.
+    Each is read in place in a local `mirror`, or else downloaded into `work`, and removed when the next is asked for.
     `mirror` is the option's value: a folder, comma-separated addresses, or nothing.
     """
     named = [part.strip() for part in mirror.split(",") if part.strip()]
     addresses = [part for part in named if part.startswith(("http://", "https://"))]
     if addresses != named and (addresses or "://" in mirror):
         raise UserError("--mirror is one folder, or addresses that begin with http:// or https://")
-    kept, local = work.parent / "archives", bool(named) and not addresses
-    folder, mirrors = (Path(mirror), []) if local else (kept, addresses or list(corpus.mirrors))
-    absent = [archive for archive in wanted if mirrors and not os.path.lexists(folder / archive.file)]
+    folder = Path(mirror) if named and not addresses else None
 
     sizes = [archive.bytes for archive in wanted]  # 0 where --checksums replaces the published sums
     downloaded = sum(file.stat().st_size for file in (work / DOWNLOADS).glob("*"))
     # Archives that wait for their turn take no more than the room that their packed data will need, as an archive
-    # is smaller than that and then gone. So only one has to be counted, unless they are kept.
-    waiting = max(0, (sum if keep else max)([0, *(archive.bytes for archive in absent)]) - downloaded)
+    # is smaller than that and then gone. So only one has to be counted.
+    waiting = 0 if folder else max(0, max(sizes) - downloaded)
     check_space(work.parent, PACKED_RATIO * sum(sizes) + waiting + UNPACKED_RATIO * max(sizes))
 
     stop, failures = threading.Event(), []
@@ -101,9 +96,10 @@ def obtain_archives(
                 bar.update(count)
 
             def obtain(archive: Archive) -> Path:
-                if archive in absent:
-                    return Download(archive, work / DOWNLOADS / archive.file, progress, stop).complete(mirrors)
-                return verify_archive(folder / archive.file, archive, progress)
+                if folder is not None:
+                    return verify_archive(folder / archive.file, archive, progress)
+                download = Download(archive, work / DOWNLOADS / archive.file, progress, stop)
+                return download.complete(addresses or corpus.mirrors)
 
             futures = {pool.submit(obtain, archive): archive for archive in wanted}
             for future in as_completed(futures):
@@ -113,10 +109,7 @@ def obtain_archives(
                     failures.append(str(error))
                     continue
                 yield futures[future], file
-                if work in file.parents and keep:
-                    kept.mkdir(exist_ok=True)
-                    shutil.move(file, kept)
-                elif work in file.parents:
+                if folder is None:
                     file.unlink()
     finally:
         stop.set()
@@ -134,7 +127,7 @@ class Download:
 
     wanted: Archive
     file: Path
-    progress: Progress
+    progress: Callable[[int], object]
     stop: threading.Event
 
     @property

@@ -104,19 +104,13 @@ def test_subsets_can_be_added_and_the_result_is_the_same_as_at_once(options: Opt
     assert both.digest == at_once.digest != validation.digest
 
 
-def test_archives_come_from_a_web_server_and_are_kept_only_on_request(
-    options: Options, server: Server, folder: Path, tmp_path: Path
-) -> None:
-    fetched = download(replace(options, mirror=server.address, dataset_dir=tmp_path / "fetched"))
-    assert files_below(tmp_path / "fetched") == COMPLETE
-    keeping = replace(options, mirror=server.address, keep_archives=True)
-    assert download(keeping).digest == fetched.digest
-    assert files_below(folder) == sorted([*(f"archives/{subset}.tar.gz" for subset in SUBSETS), *COMPLETE])
+def test_archives_come_from_a_web_server_and_do_not_stay(options: Options, server: Server, folder: Path) -> None:
+    download(replace(options, mirror=server.address))
+    assert files_below(folder) == COMPLETE
     for file in COMPLETE:
         (folder / file).unlink()
-    server.requests.clear()
-    assert download(keeping).digest == fetched.digest
-    assert server.requests == []
+    assert download(replace(options, mirror=server.address)).digest == download(options).digest
+    assert files_below(folder) == COMPLETE
 
 
 # What it refuses
@@ -226,11 +220,10 @@ def test_a_preparation_killed_ten_times_has_the_same_digest(options: Options, mi
     assert files_below(path) == files_below(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize(("keep", "needed"), [(False, "180,826.4"), (True, "211,590.9")])
-def test_kept_archives_need_room(tmp_path: Path, keep: bool, needed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_archives_need_room_beside_the_packed_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Mock(free=0))
-    with pytest.raises(UserError, match=f"needs {needed} MB"):
-        download(Options(dataset_dir=tmp_path, keep_archives=keep))
+    with pytest.raises(UserError, match=r"needs 180,826\.4 MB"):
+        download(Options(dataset_dir=tmp_path))
 
 
 def test_a_disk_that_fills_up_is_a_clear_error_and_a_rerun_finishes(
@@ -353,18 +346,13 @@ def test_what_another_program_has_in_the_place_of_a_data_set_is_left_alone(
         assert file.read_bytes() == content
 
 
-def test_an_archive_laid_by_hand_is_used_if_its_sum_is_right_and_stays(
-    options: Options, mirror: Path, folder: Path, server: Server
-) -> None:
-    a_link(folder / "archives")
-    archives = folder / "elsewhere"
-    asked = replace(options, subsets="dev-clean", mirror=server.address)
-    (archives / ARCHIVE).write_bytes(b"mine")
-    with pytest.raises(UserError, match=f"{folder / 'archives' / ARCHIVE} .* has md5"):
-        download(asked)
-    assert (archives / ARCHIVE).read_bytes() == b"mine"
-    shutil.copy(mirror / ARCHIVE, archives)
-    before = contents(archives)
-    download(asked)
-    download(replace(asked, mirror=str(archives), dataset_dir=folder / "other", keep_archives=True))
-    assert contents(archives) == before and server.requests == []
+def test_an_archive_in_a_local_mirror_is_used_if_its_sum_is_right_and_stays(options: Options, mirror: Path) -> None:
+    genuine = (mirror / ARCHIVE).read_bytes()
+    (mirror / ARCHIVE).write_bytes(b"mine")
+    with pytest.raises(UserError, match=f"{mirror / ARCHIVE} .* has md5"):
+        download(replace(options, subsets="dev-clean"))
+    assert (mirror / ARCHIVE).read_bytes() == b"mine"
+    (mirror / ARCHIVE).write_bytes(genuine)
+    before = contents(mirror)
+    download(options)
+    assert contents(mirror) == before
