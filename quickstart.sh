@@ -7,7 +7,7 @@ root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0")")" && pwd)
 
 results="$root/results/synthetic"
 log="$results/last_run.log"
-if [ $# -eq 0 ] && [ -f "$results/checkpoint_best.pt" ] && tail -n 1 "$log" 2>/dev/null | grep -q '^RESULT,'; then
+if [ $# -eq 0 ] && [ -f "$results/checkpoint_best.pt" ] && tail -n 1 "$log" 2>/dev/null | grep -Eq '^(RESULT|RESUMED),'; then
     echo "Already done: $(tail -n 1 "$log")"
     echo "Log: $log    Checkpoint: $results/checkpoint_best.pt    Report: $results/report.html"
     echo "To train again: sh pytorch/run_and_time.sh --config synthetic    To start over: rm -r '$results'"
@@ -19,7 +19,7 @@ echo "== 1 of 3: speech synthesis, packed data set (about a minute)"
 sh "$root/download_dataset.sh" --corpus synthetic
 echo "== 2 of 3: checksum of the data set"
 sh "$root/verify_dataset.sh" --dataset-dir "$root/Synthetic_dataset"
-echo "== 3 of 3: training until the validation WER is 23.0 or less (one to three minutes on two CPU cores)"
+echo "== 3 of 3: training until the validation WER is 23.0 or less (half a minute to three on two CPU cores)"
 output=$(sh "$root/pytorch/run_and_time.sh" --config synthetic "$@") # its log, which last_run.log has too
 printf '%s\n' "$output" | tail -n 1
 if [ $# -eq 0 ]; then # overrides may name another folder

@@ -144,8 +144,8 @@ def _is_prepared(dataset: PackedDataset, name: str, md5: str) -> bool:
         return False
     found = dataset.summary[name].archive_md5
     if md5 not in ("", found):
-        advice = "give the --checksums or the --manifest that it was made with, or another --dataset-dir"
-        raise UserError(f"{dataset.path} holds {name} from an archive with MD5 {found}, not {md5}: {advice}")
+        made_from = f"a list with MD5 {found}" if dataset.corpus == "manifest" else f"an archive with MD5 {found}"
+        raise UserError(f"{dataset.path} holds {name} from {made_from}, not {md5}: give another --dataset-dir")
     return all((dataset.path / file).is_file() for file in content_files([name]))
 
 

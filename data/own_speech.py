@@ -93,7 +93,7 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
     if complaints:
         lines = [equal[0] + (f" (first of {len(equal)})" if equal[1:] else "") for equal in complaints.values()]
         count = sum(map(len, complaints.values()))
-        raise UserError(f"{source}, read as {form}, has {count} problems:\n{first_of(lines)}")
+        raise UserError(f"{source}, read as {form}, has {count} problem{'s' * (count > 1)}:\n{first_of(lines)}")
     if not utterances:
         raise UserError(f"{source}, read as {form}, holds no utterance")
     print(f"{source}: {len(utterances)} utterances, read as {form}", file=sys.stderr)

@@ -58,7 +58,7 @@ def verify(options: Options) -> bool:
     quick = "Quick check passed: sizes, counts and index. The samples were not read: this is not the full check."
     print(quick if options.quick else "Dataset Checksum Passed.")
     for name, subset in dataset.summary.items():
-        note = "" if subset.official or dataset.synthetic else "; not from the published archive"
+        note = "; not from the published archive" if find_corpus(dataset.corpus).mirrors and not subset.official else ""
         print(f"{name}: {subset.utterances} utterances, {subset.hours:.2f} h, {subset.speakers} speakers{note}")
     if not options.quick:
         print(f"sha256 {dataset.digest}")

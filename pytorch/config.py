@@ -343,9 +343,7 @@ def parse_config(arguments: Sequence[str], *, program: str, description: str) ->
         RunError: a value breaks its constraint. Unknown names end the process with status 2 and a message, as is usual
             for command lines.
     """
-    first = argparse.ArgumentParser(
-        prog=program, add_help=False, allow_abbrev=False, usage="%(prog)s [--config NAME] ..."
-    )
+    first = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     first.add_argument("--config", choices=CONFIGS, default="librispeech")
     first.add_argument("--scale-to-batch-size", type=int)
     chosen, rest = first.parse_known_args(arguments)  # tyro needs the defaults before it parses the other options

@@ -110,7 +110,7 @@ class TrainingLoader:
         self.data_wait_seconds = 0.0  # time spent waiting for batches in the current epoch
         if not len(self.included):
             raise RunError(f"all {len(utterances)} training utterances are too short for their transcripts")
-        smallest, parts = len(self.included) // len(self), config.num_microbatches(world.size)
+        smallest, parts = len(self.included) // len(self), config.num_microbatches(world.size)  # see global_batches
         if smallest < parts:
             raise RunError(
                 f"{len(self.included)} training utterances in batches of at most {config.batch_size} leave one of "
@@ -181,7 +181,7 @@ def make_batch(
     samples = max(int(num_samples_B.max()), (frames - 1) * HOP_LENGTH)
     pinned = device.type in ("cuda", "xpu")  # page-locked: these devices then copy while the host goes on
     waveforms_BS = torch.empty(len(indices), samples, dtype=torch.int16, pin_memory=pinned)
-    views = [utterances.waveform(index) for index in indices]  # of which none is read yet, but all are asked for
+    views = [utterances.waveform(index) for index in indices]  # not read yet, but asked for (madvise)
     # NumPy, since a torch operation on this much in the reader's thread would start a second pool of OpenMP threads;
     # with more threads than cores, the pools' threads sleep at every barrier instead of spinning.
     for waveform, view in zip(waveforms_BS.numpy(), views, strict=True):
@@ -199,8 +199,8 @@ def make_batch(
 
 def augmentation(utterances: Utterances, config: Config, epoch: int, indices: np.ndarray) -> Augmentation:
     """Draw the augmentation of utterances in an epoch. They keep the frames that CTC needs for their transcripts."""
-    # needed <= output_frames(floor((frames - 1) / tempo) + 1) holds up to
-    # tempo = (frames - 1) / (stride (needed - 1)). The last factor keeps rounding on the safe side.
+    # A tempo leaves floor((frames - 1) / tempo) + 1 frames. Their output_frames suffice up to a tempo of
+    # (frames - 1) / (stride (needed - 1)). The last factor keeps rounding on the safe side.
     needed_B, frames_but_one_B = utterances.min_ctc_frames[indices], utterances.num_samples[indices] // HOP_LENGTH
     limits_B = np.maximum(frames_but_one_B, 1) / np.maximum(TIME_STRIDE * (needed_B - 1), 1) * (1 - 1e-9)
     return draw_augmentation(config, [(config.seed, epoch, index) for index in indices.tolist()], limits_B)

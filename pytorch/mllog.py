@@ -182,11 +182,8 @@ def log_submission(
     log.event("micro_batch_size", config.max_microbatch_size(world_size))
     log.event("config_filename", "pytorch/config.py")
     log.event("configuration", config.config, metadata=config.to_dict())
-    log.event(
-        "dataset",
-        dataset.digest,
-        metadata={"corpus": dataset.corpus, "official_archives": dataset.official, "synthetic": dataset.synthetic},
-    )
+    source = {"corpus": dataset.corpus, "official_archives": dataset.official, "synthetic": dataset.synthetic}
+    log.event("dataset", dataset.digest, metadata=source)
     log.event("number_of_ranks", world_size)
     log.event("environment", machine["processor"], metadata=machine)
     commit, changed = git_revision()

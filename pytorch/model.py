@@ -83,7 +83,7 @@ class DeepSpeech2(nn.Module):
             x_NH = norm(gru(PackedSequence(x_NH, batch_sizes), offsets).data)
         rows_NH = pad_rows(x_NH, kernels.product_dtype(self.classifier.weight))
         logits_NV = self.classifier(rows_NH).float()
-        if len(rows_NH) > len(x_NH):  # a GPU has no such rows, and would copy the gradient of the slice
+        if len(rows_NH) > len(x_NH):  # on a CPU; a slice of all rows would cost a GPU a copy of its gradient
             logits_NV = logits_NV[: len(x_NH)]
 
         index_into_TB_N = time_N * batch + utterance_N
@@ -132,7 +132,7 @@ def _norm_rows(x_BTFC: Tensor, index_into_BT_N: Tensor, norm: nn.Module) -> Tens
 
 
 def _pack_layout(frames_B: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return which utterance and time step each row of a PackedSequence is, batch_sizes (CPU), and int32 offsets.
+    """Return which utterance and time step each row of a PackedSequence is, batch_sizes (CPU), and offsets for Triton.
 
     Rows go by time step, the longest utterance first. If utterance 0 has the 2 frames a0 and a1, utterance 1 has the 3
     frames b0, b1 and b2, these are

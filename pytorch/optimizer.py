@@ -39,9 +39,8 @@ def make_optimizers(config: Config, model: DeepSpeech2) -> list[torch.optim.Opti
         return [sgd]
     muon_params = [weight for weight in model.grus.parameters() if weight.ndim == 2 and config.optimizer == "muon"]
     adam_params = [weight for weight in model.parameters() if weight not in {*muon_params}]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(adam_params, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
-    ]
+    adamw = torch.optim.AdamW(adam_params, config.learning_rate, betas, weight_decay=config.weight_decay, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [adamw]
     if muon_params:
         compute_dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         optimizers.append(Muon(muon_params, config.learning_rate, config.weight_decay, compute_dtype))

@@ -54,17 +54,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    config = parse_config(
-        arguments,
-        program="sh run_and_time.sh",
-        description="Train DeepSpeech2 until the corpus WER of the validation set reaches the target.",
-    )
+    description = "Train DeepSpeech2 until the corpus WER of the validation set reaches the target."
+    config = parse_config(arguments, program="sh run_and_time.sh", description=description)
     env = variables()
     log = config.output_dir / mllog.LOG
+    dataset = open_dataset(config.dataset_dir)
     # On a file system that nodes share, one lock is enough; and more would refuse the run itself.
     config.output_dir.mkdir(parents=True, exist_ok=True)
     with locked(config.output_dir, "run") if env["NODE_RANK"] == 0 else nullcontext():
-        cache_clear, before = machine.clear_cache(open_dataset(config.dataset_dir)), _modified(log)
+        cache_clear, before = machine.clear_cache(dataset), _modified(log)
         statuses = _launch(config, cache_clear, env)
     status, wrote_the_log = max(statuses.values()), 0 in statuses  # rank 0, on this node, did
     if wrote_the_log and status in (0, 1) and _modified(log) != before:

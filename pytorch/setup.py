@@ -147,8 +147,8 @@ def put_away_earlier_run(folder: Path, resumed_from: dict[str, Any] | None) -> N
     away.mkdir()
     for file in files:
         file.rename(away / file.name)
-    what = "run" if checkpoints else "log"
-    print(f"The earlier {what} in this folder is now in {away} (--resume continues a run).", file=sys.stderr)
+    what, hint = ("run", f"; --resume --output-dir {away} continues it") if checkpoints else ("log", "")
+    print(f"The earlier {what} in this folder is now in {away}{hint}.", file=sys.stderr)
 
 
 def check_agreement(world: World, config: Config, dataset: PackedDataset) -> None:
@@ -173,7 +173,9 @@ def check_batches(world: World, config: Config, dataset: PackedDataset) -> None:
     """Raise RunError where a split is missing, or a batch cannot give every rank its microbatches."""
     for split in ("train", "validation"):
         if not dataset.splits[split]:
-            raise RunError(f"{config.dataset_dir} has no {split} subset; 'sh download_dataset.sh --subsets' adds one")
+            given = f" --manifest LIST --subsets {split}" if dataset.corpus == "manifest" else ""
+            command = f"sh download_dataset.sh --corpus {dataset.corpus}{given} --dataset-dir {config.dataset_dir}"
+            raise RunError(f"{config.dataset_dir} has no {split} subset; '{command}' adds it")
     shards = config.num_microbatches(world.size)
     if config.batch_size < shards:
         raise RunError(f"--batch-size {config.batch_size} cannot be divided into {shards} (ranks x accumulation) parts")

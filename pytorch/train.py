@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import datetime
-from functools import partial
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -92,7 +91,9 @@ def train_to_target(run: TrainingRun) -> Evaluation:
     loader, validation = open_data(run)
     while True:
         stats = train_epoch(run, loader)
-        with ThreadPoolExecutor(1) as writer:  # an evaluation changes no weights, and may be interrupted at any time
+        # An evaluation changes no weights, and may be interrupted at any time. What is saved beside it has not its WER
+        # yet: resumed from there, the run evaluates again. The clock waits for both.
+        with ThreadPoolExecutor(1) as writer:
             saving = writer.submit(run.save, replace(state))
             try:
                 evaluation = evaluate_epoch(run, validation, stats)
@@ -300,7 +301,12 @@ def print_result(run: TrainingRun, reached: bool, started_at: datetime) -> None:
 def run_rank(config: Config, cache_clear: str) -> int:
     """Train as one rank; return the exit status, after whatever was raised is printed as one line."""
     said = "Interrupted; --resume continues from the last checkpoint." if torchrun_env("RANK", 0) == 0 else ""
-    status = exit_status(report_lost_ranks()(partial(train, config, cache_clear)), interrupted=said)
+
+    def work() -> bool:
+        with report_lost_ranks():
+            return train(config, cache_clear)
+
+    status = exit_status(work, interrupted=said)
     shutdown()
     return status
 

@@ -97,7 +97,7 @@ class Trainer:
         """
         self.model.zero_grad(set_to_none=True)
         statistics = [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]  # of batch norms
-        statistics_before = torch.cat(statistics)
+        statistics_before = torch.cat(statistics)  # a forward pass that is not finite leaves NaN in them
         # [loss, *flags], summed over ranks
         reduced = torch.tensor([0.0, *flags], dtype=torch.float64).to(self.device, non_blocking=True)
         for number, microbatch in enumerate(microbatches, start=1):

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # What the lines buy, in data/: own speech in the shapes people have, recordings read to their end by one library, the
 # corpus `rehearsal`; in pytorch/: memory limited to what there is, kernels for more GPUs, nothing of a run deleted.
-# Budgets only fall: a line over needs a line less elsewhere in the same commit. The aim is 3,900 in pytorch/, met elsewhere.
+# Budgets only fall: a line over needs a line less elsewhere in the same commit. The aim in pytorch/ is 3,900.
 BUDGETS = {"data/*.py": 2450, "pytorch/*.py": 4264, "pytorch/*.cpp": 585, "tools/*.py": 3634, "tests/*.py": 9477}
 
 
