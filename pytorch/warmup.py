@@ -39,10 +39,10 @@ def warm_up(trainer: Trainer, max_samples: int) -> None:
     config, world, device = trainer.config, trainer.world, trainer.device
     count = config.max_microbatch_size(world.size)
     num_samples = int(max_samples / min(1.0, config.tempo_min))
+    free = f" ({memory.available() / 2**30:.1f} GiB are free)" if device.type == "cpu" else ""
     advice = (
-        f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory; "
-        f"use a smaller --batch-size than {config.batch_size}, or compute it in "
-        f"{2 * config.gradient_accumulation_steps} parts: --gradient-accumulation-steps"
+        f"a batch of {count} utterances of {num_samples / SAMPLE_RATE:.0f} s does not fit into memory{free}; use "
+        f"--gradient-accumulation-steps {2 * config.gradient_accumulation_steps}, or a smaller --batch-size"
     )
 
     def step(count: int, num_samples: int) -> Batch:

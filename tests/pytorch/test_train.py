@@ -214,7 +214,7 @@ def test_a_disk_that_is_full_at_the_end_does_not_cost_the_result(
         (["--dataset-dir", "only-train"], "no validation subset"),
         (["--dataset-dir", "only-validation"], "no train subset"),
         (["--output-dir", "only-train/dataset.json"], "only-train/dataset.json: File exists"),
-        (["--batch-size", "100000000"], "use a smaller --batch-size than 100000000, or compute it in 2 parts"),
+        (["--batch-size", "100000000"], "use --gradient-accumulation-steps 2, or a smaller"),
     ],
 )
 def test_what_keeps_a_run_from_starting_is_an_error_that_says_what_to_do(
