@@ -140,9 +140,8 @@ def utterance_seconds(subset: str, count: int) -> np.ndarray:
 
 def rehearsal(hours: float) -> Corpus:
     """Return the synthetic corpus of LibriSpeech's shape with these hours of training; UserError for others."""
-    low, high = 0.1, 960.0
-    if not low <= hours <= high:
-        raise UserError(f"--hours is {hours:g}; the rehearsal has {low:g} to {high:g}")
+    if not 0.1 <= hours <= 960:
+        raise UserError(f"--hours is {hours:g}; the rehearsal has 0.1 to 960")
     hours = round(hours, 2)  # its name has them all
     subsets, share = [], hours / 960.9  # of LibriSpeech's training
     for subset in LIBRISPEECH:

@@ -65,6 +65,11 @@ class SubsetSummary:
     archive_md5: str
     official: bool  # whether the archive was the published one, by its MD5
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if type(value) is not self.__annotations__[name]:
+                raise TypeError(f"{name} is {value!r}")
+
     @property
     def hours(self) -> float:
         return self.samples / SAMPLE_RATE / 3600
@@ -157,23 +162,22 @@ def read_dataset(path: Path) -> PackedDataset:
             name: SubsetSummary(**{key: value for key, value in entry.items() if key not in IGNORED})
             for name, entry in content["subsets"].items()
         }
-        splits = {split: list(content["splits"][split]) for split in SPLITS}
-        return PackedDataset(path, content["corpus"], content["synthetic"], splits, content["digest"], summary)
+        splits = {split: [name for name in content["splits"][split] if summary[name]] for split in SPLITS}
+        return PackedDataset(path, str(content["corpus"]), content["synthetic"], splits, content["digest"], summary)
     except FileNotFoundError:
         corpus = path.name.removesuffix("_dataset").lower() if path.name.endswith("_dataset") else "NAME"
         command = f"sh download_dataset.sh --corpus {corpus} --dataset-dir {path}"
         raise UserError(f"no data set in {path}: run '{command}'") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"is not a data set of this program, or {file} is damaged ({error!r})"
-        raise UserError(f"{path} {reason}: give another --dataset-dir") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged, or not of this program ({error!r}): give another --dataset-dir") from error
 
 
 def open_dataset(path: Path) -> PackedDataset:
     """Open a finished data set, reading dataset.json only. UserError says what to run where there is none."""
     dataset = read_dataset(path)
     if not dataset.digest:
-        command = f"sh download_dataset.sh --corpus {dataset.corpus} --dataset-dir {path}"
-        raise UserError(f"{path} is unfinished: run the same command again, '{command}'")
+        command = f"sh download_dataset.sh --corpus {dataset.corpus} ..."
+        raise UserError(f"{path} is unfinished: repeat the command that began it, '{command}'")
     return dataset
 
 

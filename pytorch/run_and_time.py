@@ -102,10 +102,8 @@ def nproc_per_node(config: Config) -> int:
     gpus = 0 if config.device == "cpu" else torch.accelerator.device_count()
     processes = min(gpus, config.batch_size // (config.gradient_accumulation_steps * env["NNODES"]))
     if processes < gpus:
-        print(
-            f"Using {max(1, processes)} of {gpus} GPUs: --batch-size {config.batch_size} cannot be split further",
-            file=sys.stderr,
-        )
+        used = f"Using {max(1, processes)} of {gpus} GPUs"
+        print(f"{used}: --batch-size {config.batch_size} cannot be split further", file=sys.stderr)
     return max(1, processes)
 
 
@@ -138,10 +136,11 @@ def _launch(config: Config, cache_clear: str, env: dict[str, int]) -> dict[int, 
 def _start_server() -> None:
     """Start the server that ranks are forked from, while this process imports torch."""
     multiprocessing.set_forkserver_preload(["pytorch.train"])
-    resource_tracker.ensure_running()  # which unblocks signals
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for ranks, too, until they have a StopSignal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # for ranks, too, until they have a StopSignal
+    resource_tracker.ensure_running()  # with SIGUSR1 blocked; and it unblocks the others here
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     forkserver.ensure_running()
-    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # whose exception an import may lose
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     import torch.distributed.launcher  # noqa: F401

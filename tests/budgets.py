@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # What the lines buy, in data/: own speech in the shapes people have, recordings read to their end by one library, the
 # corpus `rehearsal`; in pytorch/: memory limited to what there is, kernels for more GPUs, nothing of a run deleted.
 # Budgets only fall: a line over needs a line less elsewhere in the same commit. The aim in pytorch/ is 3,900.
-BUDGETS = {"data/*.py": 2450, "pytorch/*.py": 4264, "pytorch/*.cpp": 585, "tools/*.py": 3634, "tests/*.py": 9477}
+BUDGETS = {"data/*.py": 2450, "pytorch/*.py": 4263, "pytorch/*.cpp": 585, "tools/*.py": 3634, "tests/*.py": 9477}
 
 
 def main() -> int:

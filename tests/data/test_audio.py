@@ -55,9 +55,8 @@ def contained(
         outputs: list[Any] = [container.add_stream(codec, rate=rate, layout=layout) for layout in layouts]
         for output, layout, frames in zip(outputs, layouts, tracks, strict=True):
             for number, start in enumerate(range(0, len(frames), rate // 10)):
-                block: Any = av.AudioFrame.from_ndarray(
-                    frames[start : start + rate // 10].reshape(1, -1), "s16", layout
-                )
+                part = frames[start : start + rate // 10].reshape(1, -1)
+                block: Any = av.AudioFrame.from_ndarray(part, "s16", layout)
                 block.sample_rate = rate
                 block.pts = start + round(rate * starts[number]) if starts else start
                 container.mux(output.encode(block))

@@ -1,4 +1,3 @@
-import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +68,7 @@ def test_an_absent_data_set_is_an_error_that_says_what_to_run(tmp_path: Path) ->
 
 def test_an_unfinished_data_set_does_not_open(dataset: PackedDataset) -> None:
     write_dataset(replace(dataset, digest=""))
-    with pytest.raises(UserError, match=r"unfinished: run the same command again"):
+    with pytest.raises(UserError, match="unfinished: repeat the command"):
         open_dataset(dataset.path)
 
 
@@ -78,15 +77,18 @@ def test_an_unfinished_data_set_does_not_open(dataset: PackedDataset) -> None:
 )
 def test_a_dataset_json_that_is_damaged_or_of_another_program_is_said_to_be_that(tmp_path: Path, content: str) -> None:
     (tmp_path / "dataset.json").write_text(content)
-    with pytest.raises(UserError, match=f"^{tmp_path} is not a data set of this program, or .* is damaged") as error:
+    with pytest.raises(UserError, match=f"^{tmp_path}/dataset.json is damaged, or not of this") as error:
         open_dataset(tmp_path)
     assert "\n" not in str(error.value) and "remove" not in str(error.value)
 
 
-def test_another_format_version_is_refused(dataset: PackedDataset) -> None:
+@pytest.mark.parametrize(
+    "change", [('"format_version": 1', '"format_version": 99'), ('"samples": ', '"samples": 0.'), ("[", '["other", ')]
+)
+def test_a_field_that_is_another_or_cannot_be_right_is_refused(dataset: PackedDataset, change: tuple[str, str]) -> None:
     file = dataset.path / "dataset.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 99}))
-    with pytest.raises(UserError, match="has format version 99"):
+    file.write_text(file.read_text().replace(*change))
+    with pytest.raises(UserError, match=r"has format version 99|dataset\.json is damaged"):
         open_dataset(dataset.path)
 
 

@@ -82,9 +82,8 @@ def made_up(
         nonlocal clock
         clock += round(1000 * after)
         known = {"file": "pytorch/train.py", "lineno": 1, **metadata}
-        events.append(
-            {"namespace": "", "time_ms": clock, "event_type": "", "key": key, "value": value, "metadata": known}
-        )
+        event = {"namespace": "", "time_ms": clock, "event_type": "", "key": key, "value": value, "metadata": known}
+        events.append(event)
 
     log("init_start")
     log("cache_clear", True)
