@@ -76,10 +76,8 @@ class Corpus:
 
     def splits(self, prepared: Collection[str]) -> dict[str, list[str]]:
         """Return the names of the prepared subsets by split."""
-        return {
-            split: [subset.name for subset in self.subsets if subset.split == split and subset.name in prepared]
-            for split in SPLITS
-        }
+        subsets = [subset for subset in self.subsets if subset.name in prepared]
+        return {split: [subset.name for subset in subsets if subset.split == split] for split in SPLITS}
 
 
 def _subset(name: str, split: str, size: int, md5: str, utterances: int | None = None, *counts: Any) -> CorpusSubset:

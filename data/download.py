@@ -140,6 +140,9 @@ def _complete(
 
 def _is_prepared(dataset: PackedDataset, name: str, md5: str) -> bool:
     """Return whether a subset is there already; UserError if it was made from another archive than is asked for now."""
+    others = [other for other, each in dataset.summary.items() if each.archive_md5 == md5 and other != name]
+    if others and dataset.corpus == "manifest":
+        print(f"warning: {name} and {others[0]} of {dataset.path} are one list: its WER says nothing", file=sys.stderr)
     if name not in dataset.summary:
         return False
     found = dataset.summary[name].archive_md5

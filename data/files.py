@@ -70,7 +70,8 @@ def files_below(folder: Path) -> list[Path]:
     def unreadable(error: OSError) -> None:
         raise error
 
-    return sorted(Path(path, name) for path, _, names in os.walk(folder, onerror=unreadable) for name in names)
+    walk = os.walk(folder, onerror=unreadable, followlinks=True)
+    return sorted(Path(path, name) for path, _, names in walk for name in names)
 
 
 @contextmanager

@@ -46,8 +46,7 @@ def digest(source: Path) -> str:
     """Return the MD5 of a list of one's own speech, or of what a folder of it lists; the audio is not read."""
     if source.is_file():
         return file_digest(source, "md5")
-    _, rows = _read_folder(source)
-    content = re.sub(r", seconds=[\w.+-]+\)", ")", repr(rows))  # which tell nothing of what is packed
+    content = re.sub(r", seconds=[\w.+-]+\)", ")", repr(_read_folder(source)[1]))  # which are not packed
     return hashlib.md5(content.encode("utf-8", "backslashreplace")).hexdigest()
 
 
@@ -59,7 +58,9 @@ def read_own_speech(source: Path, jobs: int) -> list[Utterance]:
     for row in rows:
         unknown = [character for character in row.transcript if character not in KNOWN_CHARACTERS]
         problems = [f"{each!r} (U+{ord(each):04X}) in the transcript: {KNOWN}" for each in unknown]
-        if row.problem:
+        if re.search("[\ud800-\udfff]", row.path + row.speaker):  # what Python makes of other bytes
+            problems.append(f"a name that is not UTF-8: {row.path!a} {row.speaker!a}")
+        elif row.problem:
             problems.append(row.problem)
         elif row.path in found:
             problems.append(f"the same utterance twice: {row.path}, first in {found[row.path].place}")
@@ -160,8 +161,8 @@ def _row(place: str, record: dict[str, Any]) -> Row:
         for names in (PATH_NAMES, TRANSCRIPT_NAMES, SPEAKER_NAMES)
     )
     problem = "" if path else f"no path: one of the fields {', '.join(PATH_NAMES)} is needed"
-    if record.get("offset") not in (None, 0, "", "0", "0.0"):
-        problem = f"part of a recording, from {record['offset']} on: cut it out first"
+    if (start := record.get("offset") or record.get("start")) not in (None, 0, "", "0", "0.0"):
+        problem = f"part of a recording, from {start} on: cut it out first"
     if not isinstance(transcript, str):  # such as NaN, for pandas's missing ones
         transcript, problem = "", f"a transcript that is no text: {transcript!r:.40}"
     seconds = math.inf
@@ -188,7 +189,7 @@ def _read_folder(folder: Path) -> tuple[str, list[Row]]:
         lines = read_lines(file)
         spoken = [line.strip().partition(" ")[::2] for line in lines] if lists else [(file.stem, " ".join(lines))]
         for name, transcript in spoken:
-            paths = recordings.pop(str(file.relative_to(folder).with_name(name)), [])
+            paths = recordings.pop(str(file.relative_to(folder).parent / name), [])
             problem = "" if len(paths) == 1 else f"not one recording for a transcript: {len(paths)} for {name}"
             rows.append(Row(str(file.relative_to(folder)), "".join(paths[:1]), transcript, problem=problem))
     rows += [Row(path, path, "", problem="no transcript") for paths in recordings.values() for path in paths]

@@ -99,8 +99,7 @@ class Preparation:
 
     def finish(self) -> packed.PackedDataset:
         """Compute the digest of everything and with it declare the data set finished."""
-        digest = packed.dataset_digest(self.dataset.path, self.dataset.summary)
-        self.dataset = replace(self.dataset, digest=digest)
+        self.dataset = replace(self.dataset, digest=packed.dataset_digest(self.dataset.path, self.dataset.summary))
         packed.write_dataset(self.dataset, self.work)
         return self.dataset
 

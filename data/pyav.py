@@ -45,7 +45,7 @@ def open_av(file: Path, stream: FileIO) -> Iterator[tuple[int, Iterator[np.ndarr
             raise UserError(f"{file} cannot be read (FFmpeg: {_reason(messages, error)})") from error
         with container:
             audio: Any = container.streams.best("audio")
-            if audio is None or not audio.rate:
+            if audio is None or not getattr(audio, "rate", 0):
                 raise UserError(f"{file} holds no audio that FFmpeg can decode")
             audio.codec_context.thread_count = 1  # messages of other threads would not be captured
             count = len(container.streams.audio)

@@ -51,8 +51,7 @@ def verify(options: Options) -> bool:
             raise
         problems = [str(error)]
     if problems:
-        print("WARNING: Dataset Checksum Failed.")
-        print(first_of(problems))
+        print(f"WARNING: Dataset Checksum Failed.\n{first_of(problems)}")
         return False
     quick = "Quick check passed: sizes, counts and index. The samples were not read: this is not the full check."
     print(quick if options.quick else "Dataset Checksum Passed.")

@@ -53,9 +53,8 @@ SLOTS = {line.split()[1]: line.split(maxsplit=2)[2].split("|") for line in _LINE
 
 @dataclass(frozen=True)
 class Speaker:
-    """A voice with an accent, by a LibriSpeech-like number, and what it says."""
+    """A voice with an accent, and what it says."""
 
-    number: int
     voice: str
     accent: str
     lines: tuple[Line, ...]
@@ -98,7 +97,7 @@ def build_speakers() -> dict[str, list[Speaker]]:
         for place, (voice, accent) in enumerate(pairs):
             number, spoken = 1000 * (index + 1) + place, sentences[place :: len(pairs)]
             lines = tuple(_line(number, position, text) for position, text in enumerate(spoken))
-            speakers[subset].append(Speaker(number, voice, accent, lines))
+            speakers[subset].append(Speaker(voice, accent, lines))
     return speakers
 
 
@@ -107,8 +106,8 @@ def list_utterances(corpus: Corpus, subset: CorpusSubset) -> list[Utterance]:
     speakers, utterances = build_speakers()[subset.name], []
     with ThreadPool() as pool, progress_bar(f"speaking {subset.name}", len(speakers), " speakers") as bar:
         for speaker, waveforms in zip(speakers, pool.imap(synthesize, speakers), strict=True):
-            number = str(speaker.number)
             for line, waveform in zip(speaker.lines, waveforms, strict=True):
+                number, _, _ = line.id.partition("-")
                 utterances.append(Utterance(line.id, number, line.text, subset.name, len(waveform), corpus.layout))
                 _spoken[line.id] = waveform
             bar.update(1)

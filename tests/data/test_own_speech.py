@@ -38,7 +38,7 @@ def test_the_command_makes_a_data_set_of_ones_own_speech(manifest: Path, tmp_pat
     made = command("download_dataset.sh", *words, folder=tmp_path)
     assert made.returncode == 0 and "read as TSV without header" in made.stderr, made.stderr
     made = command("download_dataset.sh", *words, "--subsets", "validation", folder=tmp_path)
-    assert made.returncode == 0, made.stderr
+    assert made.returncode == 0 and "warning: validation and train of own are one list" in made.stderr, made.stderr
     dataset = open_dataset(tmp_path / "own")
     assert dataset.splits == {"train": ["train"], "validation": ["validation"], "test": []}
     (train,) = dataset.split("train")
@@ -125,6 +125,8 @@ def test_shapes_that_people_have_are_read_and_named(
     record(tmp_path, *recordings.split())
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    if shape == "a text beside each":  # a folder may lie elsewhere
+        (tmp_path / "y").symlink_to((tmp_path / "y").rename(tmp_path.with_name(f"{tmp_path.name}-y")))
     utterances = read_own_speech(tmp_path / source, 2)
     assert [(Path(each.file).stem, each.transcript) for each in utterances] == [("a", "GO ON"), ("b", "IT'S ME")]
     assert all(each.num_samples == 8000 for each in utterances)
@@ -151,14 +153,16 @@ def test_shapes_that_people_have_are_read_and_named(
         ("l", "a.wav\0\tA\n", "line 1: .*a.wav\0 is missing"),
         ("l", 'path,text\na.wav,"GO\n', "line 2: unexpected end of data"),
         ("l", '{"audio": "a.wav", "text": "A"}\n{"audio"\n', "l, line 2: not a JSON object"),
-        ("l", '{"audio": "a.wav", "text": "A", "offset": 1.5}\n', "line 1: part of a recording, from 1.5 on"),
+        ("l", '{"audio": "a.wav", "text": "A", "start": 1.5}\n', "line 1: part of a recording, from 1.5 on"),
         ("l", '{"audio": "a.wav", "text": "A", "duration": 0.25}\n', "line 1: part of a recording, 0.25 s of 0.5"),
         ("l", '{"audio": "a.wav", "text": NaN}\n', "line 1: a transcript that is no text: nan"),
+        ("l", '{"audio": "a\\ud8ff.wav", "text": "A"}\n', r"line 1: a name that is not UTF-8: 'a\\ud8ff.wav'"),
         ("l", "path,text,text\na.wav,A,B\n", "line 1: a column occurs twice"),
         ("l", '{"text": "A"}\n', "line 1: no path: one of the fields path, file_name, audio_filepath"),
         ("wav.scp", "u1 sox a.mp3 -t wav - |\n", "utterance u1: a command"),
         ("wav.scp", "u1 a.wav\nu1 more/b.flac\n", "wav.scp: an utterance occurs twice"),
         ("segments", "u1 r 0 1\n", "segments: parts of recordings"),
+        ("x.trans.txt", "b/c GO ON\n", "x.trans.txt: not one recording for a transcript: 0 for b/c"),
         ("x.txt", "GO ON\n", "x.txt: not one recording for a transcript: 0 for x"),
     ],
 )

@@ -19,7 +19,7 @@ def test_the_plan_has_the_counts_of_the_catalog_and_no_sentence_or_name_twice() 
         assert len(sentences(subset.name)) == subset.utterances
         assert len(build_speakers()[subset.name]) == subset.speakers
     speakers = [speaker for group in build_speakers().values() for speaker in group]
-    assert len({speaker.number for speaker in speakers}) == len(speakers)
+    assert len({(speaker.voice, speaker.accent) for speaker in speakers}) == len(speakers)
     lines = [line for speaker in speakers for line in speaker.lines]
     assert len({line.id for line in lines}) == len({line.seed for line in lines}) == len(lines)
     assert len({line.text for line in lines}) == len(lines)
