@@ -57,7 +57,7 @@ def draw_augmentation(config: Config, seeds: Iterable[Sequence[int]], tempo_limi
     for seed, limit in zip(seeds, tempo_limits, strict=True):
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
         tempo.append(min(random.uniform(config.tempo_min, config.tempo_max), limit))
-        gain.append(10 ** (random.uniform(config.gain_min_db, config.gain_max_db) / 20))
+        gain.append(10 ** (random.uniform(config.gain_min_db, config.gain_max_db + 0.0) / 20))  # of -0, too
         widths = random.integers(0, config.frequency_mask_bins, config.frequency_masks, endpoint=True)
         frequency.append(np.stack([random.integers(0, FREQUENCY_BINS - widths, endpoint=True), widths], axis=-1))
         lengths = random.uniform(0, config.time_mask_fraction, config.time_masks)
