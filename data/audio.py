@@ -64,12 +64,10 @@ def read_blocks(file: Path) -> Iterator[np.ndarray]:
 
 
 class Mixer:
-    """Blocks of frames of any rate and number of channels -> blocks of int16 samples at 16 kHz; `clipped` counts.
-
-    UserError for a rate that nobody records at.
-    """
+    """Blocks of frames of any rate and number of channels -> blocks of int16 samples at 16 kHz; `clipped` counts."""
 
     def __init__(self, name: Path | str, rate: int) -> None:
+        """UserError for a rate that nobody records at."""
         if not LOWEST_RATE <= rate <= HIGHEST_RATE:
             raise UserError(f"{name} has a rate of {rate} Hz; from {LOWEST_RATE} to {HIGHEST_RATE} Hz are understood")
         self.rate = rate

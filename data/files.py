@@ -65,13 +65,18 @@ def check_space(path: Path, needed: float) -> None:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return all files below a folder, by name. OSError for what cannot be listed, which rglob would leave out."""
+    """Return all files below a folder, by name, those in linked folders once. OSError for what cannot be listed."""
 
     def unreadable(error: OSError) -> None:
         raise error
 
-    walk = os.walk(folder, onerror=unreadable, followlinks=True)
-    return sorted(Path(path, name) for path, _, names in walk for name in names)
+    files, seen = list[Path](), set[str]()
+    for path, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
+        real = os.path.realpath(path)  # a link may lead to what is above it
+        folders[:] = [] if real in seen else sorted(folders)
+        files += [] if real in seen else [Path(path, name) for name in names]
+        seen.add(real)
+    return sorted(files)
 
 
 @contextmanager

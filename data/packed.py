@@ -176,8 +176,7 @@ def open_dataset(path: Path) -> PackedDataset:
     """Open a finished data set, reading dataset.json only. UserError says what to run where there is none."""
     dataset = read_dataset(path)
     if not dataset.digest:
-        command = f"sh download_dataset.sh --corpus {dataset.corpus} ..."
-        raise UserError(f"{path} is unfinished: repeat the command that began it, '{command}'")
+        raise UserError(f"{path} is unfinished: repeat 'sh download_dataset.sh --corpus {dataset.corpus} ...'")
     return dataset
 
 

@@ -69,9 +69,8 @@ def decode(utterance: Utterance) -> tuple[np.ndarray, int]:
             waveform, clipped = decode_audio(file)
     except UserError as error:
         raise UserError(f"utterance {utterance.id}: {error}") from error
-    found, expected = len(waveform), utterance.num_samples
-    if found != expected:
-        raise UserError(f"utterance {utterance.id}: {utterance.file} has {found} samples, not {expected} as before")
+    if len(waveform) != (expected := utterance.num_samples):
+        raise UserError(f"utterance {utterance.id}: {file} has {len(waveform)} samples, not {expected} as before")
     return waveform, clipped
 
 

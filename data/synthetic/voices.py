@@ -44,8 +44,7 @@ def speak(voice: str, lines: Sequence[Line], definition: str = "") -> tuple[int,
         raise UserError(f"eSpeak NG failed for the voice {voice}: {reason[-1]}")
     head, _, sound = run.stdout.partition(b"\n")
     answer = json.loads(head)
-    ends = np.cumsum(answer["samples"])
-    return answer["rate"], np.split(np.frombuffer(sound, dtype="<i2"), ends[:-1])
+    return answer["rate"], np.split(np.frombuffer(sound, dtype="<i2"), np.cumsum(answer["samples"])[:-1])
 
 
 def add_noise(waveform: np.ndarray, line: Line) -> np.ndarray:

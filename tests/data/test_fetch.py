@@ -106,9 +106,8 @@ def test_a_stalled_connection_is_cut_and_resumed(server: Server, target: Path, m
 
 def test_redirects_are_followed_with_the_range_but_not_without_end(server: Server, target: Path) -> None:
     target.write_bytes(CONTENT[:50_000])
-    server.behave = lambda path, number, answer: (
-        answer.become(302, {"Location": f"/new/{NAME}"}) if path.startswith("/old/") else None
-    )
+    moved = {"Location": f"/new/{NAME}"}
+    server.behave = lambda path, number, answer: answer.become(302, moved) if path.startswith("/old/") else None
     fetch(f"{server.address}/old", target)
     assert is_complete(target) and server.requests[-1]["Range"] == "bytes=50000-"
     target.unlink()

@@ -125,7 +125,8 @@ def test_shapes_that_people_have_are_read_and_named(
     record(tmp_path, *recordings.split())
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    if shape == "a text beside each":  # a folder may lie elsewhere
+    if shape == "a text beside each":  # a folder may lie elsewhere, and a link lead back
+        (tmp_path / "x" / "all").symlink_to(tmp_path)
         (tmp_path / "y").symlink_to((tmp_path / "y").rename(tmp_path.with_name(f"{tmp_path.name}-y")))
     utterances = read_own_speech(tmp_path / source, 2)
     assert [(Path(each.file).stem, each.transcript) for each in utterances] == [("a", "GO ON"), ("b", "IT'S ME")]

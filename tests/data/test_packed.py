@@ -68,7 +68,7 @@ def test_an_absent_data_set_is_an_error_that_says_what_to_run(tmp_path: Path) ->
 
 def test_an_unfinished_data_set_does_not_open(dataset: PackedDataset) -> None:
     write_dataset(replace(dataset, digest=""))
-    with pytest.raises(UserError, match="unfinished: repeat the command"):
+    with pytest.raises(UserError, match="unfinished: repeat 'sh download"):
         open_dataset(dataset.path)
 
 
